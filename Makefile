@@ -1,0 +1,41 @@
+# On a fresh machine, nothing before them:  make demo   and   make test
+# Both make .venv once and reuse it until pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*##/make \1 -/p' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## Decode held-out prompts with the shipped model: plain, unpadded, and with each drafter
+	$(BIN)/python examples/01_demo.py
+
+test: $(INSTALLED)  ## Run every test (JOBS=2 processes)
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal --durations 10
+
+lint: $(INSTALLED)  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The constraints hold torch at the tested version; without them pip would take whatever is newest.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3 ...")'
+	@echo "Installing into $(VENV) (the first time takes minutes: torch is large)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@

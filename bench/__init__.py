@@ -1,0 +1,1 @@
+"""Measurements: what `emssd_compile` gains over what people run today."""

@@ -1,0 +1,145 @@
+"""Times candidates side by side: alternating repeats, medians, ratios, and on which machine."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.table import Table
+
+
+class Result(Protocol):
+    """What a candidate returns: `BaselineResult` is one."""
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """New tokens of each row."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the work."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate's repeats.
+
+    Args:
+        name: as given to `compare`.
+        seconds: wall time of each repeat, in order.
+        num_tokens: new tokens of one run, all rows together.
+        speedup: median over the repeats of the first candidate's seconds divided by this one's in the same repeat.
+        tokens_identical: every run emitted exactly the tokens of the first candidate's first run.
+    """
+
+    name: str
+    seconds: list[float]
+    num_tokens: int
+    speedup: float
+    tokens_identical: bool
+
+    @property
+    def median_seconds(self) -> float:
+        """Median of `seconds`."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Timings of candidates that ran side by side, the reference first, and the `hardware()` they ran on."""
+
+    timings: list[Timing]
+    hardware: dict[str, str | int | None]
+
+    def table(self, title: str | None = None) -> Table:
+        """For `rich.print`; the caption says on what hardware and versions."""
+        caption = ", ".join(f"{key} {value}" for key, value in self.hardware.items() if value is not None)
+        table = Table("candidate", title=title, caption=caption)
+        for heading in ("seconds", "range", "tokens/s", f"× {self.timings[0].name}", "tokens identical"):
+            table.add_column(heading, justify="right")
+        for timing in self.timings:
+            table.add_row(
+                timing.name,
+                f"{timing.median_seconds:.3f}",
+                f"{min(timing.seconds):.3f}–{max(timing.seconds):.3f}",
+                f"{timing.num_tokens / timing.median_seconds:.1f}",
+                f"{timing.speedup:.2f}",
+                "yes" if timing.tokens_identical else "NO",
+            )
+        return table
+
+    def save(self, path: Path, **context: object) -> None:
+        """Writes everything as JSON; `context` says what was run (model, batch size, ...)."""
+        path.write_text(json.dumps({**context, **asdict(self)}, indent=2) + "\n")
+
+
+def compare(candidates: Mapping[str, Callable[[], Result]], repeats: int = 5) -> Comparison:
+    """Runs every candidate once to warm up, then `repeats` times in turn.
+
+    Candidates alternate within a repeat, in the opposite order every second time: a machine that slows down slows all
+    of them, and ratios are taken within a repeat.
+
+    Args:
+        candidates: by name; the first is the reference of the ratios and of the tokens.
+
+    Raises:
+        ValueError: there is no candidate, or `repeats` is not positive.
+    """
+    if not candidates or repeats < 1:
+        raise ValueError(f"nothing to time: {len(candidates)} candidates, {repeats} repeats")
+    names = list(candidates)
+    runs: dict[str, list[Result]] = {name: [candidates[name]()] for name in names}
+    for repeat in range(repeats):
+        for name in names if repeat % 2 == 0 else reversed(names):
+            runs[name].append(candidates[name]())
+    reference = runs[names[0]]
+    return Comparison([_timing(name, runs[name], reference) for name in names], hardware())
+
+
+def _timing(name: str, runs: list[Result], reference: list[Result]) -> Timing:
+    """Sums up `runs`, of which the first was the warm-up."""
+    return Timing(
+        name=name,
+        seconds=[run.seconds for run in runs[1:]],
+        num_tokens=sum(map(len, runs[0].tokens)),
+        speedup=statistics.median(
+            base.seconds / run.seconds for base, run in zip(reference[1:], runs[1:], strict=True)
+        ),
+        tokens_identical=all(run.tokens == reference[0].tokens for run in runs),
+    )
+
+
+def hardware() -> dict[str, str | int | None]:
+    """The machine and the versions that a figure depends on; `None` for a GPU or package that is not there."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+    }
+
+
+def _cpu_model() -> str:
+    """The processor's marketing name where Linux tells it, else what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,14 @@
+"""Speculative decoding compiled into one unpadded draft-and-verify step.
+
+    fast = emssd_compile.optimize(model)
+    out = fast.generate(inputs, max_new_tokens=128)
+"""
+
+from emssd_compile import drafters, errors
+from emssd_compile.dumping import dump
+from emssd_compile.optimize import OptimizedModel, optimize
+from emssd_compile.stats import Stats
+
+__version__ = "0.1.0"
+
+__all__ = ["OptimizedModel", "Stats", "drafters", "dump", "errors", "optimize"]

@@ -1,0 +1,193 @@
+"""Capture: a causal language model in, its plain forward as one ATen graph (level L0) out.
+
+The forward over a single sequence *without* a KV cache is captured, because it is the easiest thing to export and the
+same for every model: in that graph only attention mixes tokens, and the KV cache is introduced later by a pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from emssd_compile.errors import InvalidInputError, UnsupportedModelError
+
+_EXAMPLE_TOKENS = 11
+"""Length of the example sequence: not 0 or 1 (which export specialises) and unlikely to equal another dimension."""
+
+
+class PlainForward(nn.Module):
+    """`ids[1, T] -> logits`, whatever the model's own signature and return type are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if "use_cache" in parameters else {}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return _logits_of(self.model(input_ids, **self.options), type(self.model).__name__)
+
+
+def _logits_of(output: Any, model_name: str) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is None:
+        logits = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise UnsupportedModelError(
+            f"{model_name}.forward returned {type(output).__name__}, which holds no logits; return a float tensor, "
+            "a tuple whose first item is one, or an object with `.logits`"
+        )
+    return logits
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise before any work if `model` cannot be what is asked for: not a module, in training mode, NaN weights."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    if model.training:
+        raise InvalidInputError("the model is in training mode (dropout would be on); call model.eval() first")
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only causal language models are supported"
+        )
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"the weights lie on several devices {sorted(map(str, devices))}; move them to one")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InvalidInputError(f"weight {name} is on the meta device; load the weights first")
+        # A sum is NaN or infinite if any element is, and costs one pass over the weight.
+        if parameter.is_floating_point() and not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
+            raise InvalidInputError(f"weight {name} holds NaN or infinite values; reload the checkpoint")
+
+
+def capture(model: nn.Module) -> fx.GraphModule:
+    """Capture `model` as a level-L0 graph `forward(input_ids[1, T], positions[1, T]) -> logits`.
+
+    The graph holds ATen ops only; `T` is symbolic; weights are attributes that *are* the model's own parameters.
+    `positions` is an input that nothing reads yet (`lift_positions` connects it).
+
+    Raises:
+        InvalidInputError: the model is in training mode or its weights are unusable.
+        UnsupportedModelError: the forward cannot be captured for a symbolic number of tokens.
+    """
+    check_model(model)
+    program = _export(model)
+    graph_module = _bind_weights(program)
+    _add_positions(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _export(model: nn.Module) -> ExportedProgram:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(
+                PlainForward(model), (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False
+            ).run_decompositions({})
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # export raises many types; the user needs one that says what to do
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured: torch.export failed with {type(error).__name__}: {reason}. "
+            "The forward must map ids[1, T] to logits without control flow on tensor values"
+        ) from error
+    ids = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "input_ids")
+    if isinstance(ids.meta["val"].shape[1], int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fixes the number of tokens (torch.export specialised it to "
+            f"{ids.meta['val'].shape[1]}); its forward must work for any length"
+        )
+    return program
+
+
+def _vocabulary_hint(model: nn.Module) -> int:
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return max(1, min([_EXAMPLE_TOKENS, *sizes]))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns about its own internals; what matters here is raised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _bind_weights(program: ExportedProgram) -> fx.GraphModule:
+    """Turn weight placeholders into attributes that share storage with the model."""
+    signature = program.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise UnsupportedModelError(
+                f"the forward writes `{spec.target}` ({spec.kind.name.lower()}); a captured forward must not change state"
+            )
+    root = nn.Module()
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    inputs = {spec.arg.name: spec for spec in signature.input_specs}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node in placeholders:  # the user's inputs first: placeholders must lead the graph
+        if inputs[node.name].kind is InputKind.USER_INPUT:
+            values[node] = graph.node_copy(node)
+    for node in placeholders:
+        spec = inputs[node.name]
+        if spec.kind is InputKind.USER_INPUT or not node.users:
+            continue
+        if spec.target is None:
+            raise UnsupportedModelError(f"input `{node.name}` of kind {spec.kind.name} cannot be bound to a tensor")
+        name = spec.target.removeprefix("model.").replace(".", "_")
+        _register(root, name, _lookup(program, spec.target))
+        values[node] = graph.get_attr(name)
+        values[node].meta = dict(node.meta)
+    for node in program.graph.nodes:
+        if node.op == "output":
+            graph.output(values[node.args[0][0]])
+        elif node.op != "placeholder":
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # get_attr of flat names
+        return fx.GraphModule(root, graph, class_name="CapturedModel")
+
+
+def _lookup(program: ExportedProgram, target: str) -> Tensor:
+    value = program.state_dict.get(target, program.constants.get(target))
+    if not isinstance(value, Tensor):
+        raise UnsupportedModelError(f"constant `{target}` is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def _register(root: nn.Module, name: str, value: Tensor) -> None:
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(name, value)
+    else:
+        root.register_buffer(name, value)
+
+
+def _add_positions(graph_module: fx.GraphModule) -> None:
+    ids = next(n for n in graph_module.graph.nodes if n.op == "placeholder")
+    with graph_module.graph.inserting_after(ids):
+        positions = graph_module.graph.placeholder("positions")
+    positions.meta["val"] = torch.empty_like(ids.meta["val"], dtype=torch.int64)
+    positions.meta["tensor_meta"] = None

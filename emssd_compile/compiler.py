@@ -1,0 +1,91 @@
+"""The way through the house: capture, then the levels of passes, for one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from emssd_compile import passes
+from emssd_compile.capture import capture
+from emssd_compile.dumping import active_observers
+from emssd_compile.passes import BatchShape, PassManager, PassRecord
+from emssd_compile.passes.graph import output, placeholder
+from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.drafting import Drafter, TensorSpec
+from emssd_compile.step.pack import Packed
+
+
+@dataclass
+class CompiledModel:
+    """A causal LM at level L2: callable on packed rows.
+
+    Attributes:
+        graph_module: the L2 graph.
+        fake_mode: the mode its fake values belong to.
+        vocabulary: V.
+        cache_shapes: its KV caches by name, `k_cache_<layer>` and `v_cache_<layer>`, each `[B, C, Hkv, D]`.
+        records: what each pass did.
+    """
+
+    graph_module: fx.GraphModule
+    fake_mode: FakeTensorMode
+    vocabulary: int
+    cache_shapes: dict[str, TensorSpec]
+    records: list[PassRecord] = field(default_factory=list)
+
+    def __call__(
+        self, packed: Packed, lengths: Tensor, logit_index: Tensor, caches: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states `[T, H]` and logits `[R, V]`; writes the KV of the packed tokens into `caches`."""
+        hidden, logits = self.graph_module(
+            packed.input_ids,
+            packed.positions,
+            packed.row_ids,
+            packed.offsets,
+            lengths,
+            logit_index,
+            *(caches[name] for name in self.cache_shapes),
+        )
+        return hidden, logits
+
+
+def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
+    """Capture `model` and rewrite it to level L2.
+
+    Raises:
+        InvalidInputError: the model is in training mode or its weights are unusable.
+        UnsupportedModelError: the model cannot be captured, or a pass cannot prove its rewrite right.
+    """
+    graph_module = capture(model)
+    fake_mode = placeholder(graph_module.graph, "input_ids").meta["val"].fake_mode
+    manager = PassManager(fake_mode, active_observers())
+    manager.apply(
+        graph_module, (passes.captured(), passes.canonical(), passes.unpadded(batch, fake_mode))
+    )
+    passes.drop_unused_weights(graph_module)
+    caches = {
+        str(n.target): TensorSpec(tuple(n.meta["val"].shape), n.meta["val"].dtype)
+        for n in graph_module.graph.nodes
+        if n.op == "placeholder" and "_cache_" in str(n.target)
+    }
+    logits = output(graph_module.graph).args[0][1].meta["val"]  # type: ignore[index,union-attr]
+    return CompiledModel(graph_module, fake_mode, int(logits.shape[-1]), caches, manager.records)
+
+
+def compile_step(compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter) -> fx.GraphModule:
+    """Level L3: the whole decoding step of a compiled model as one graph. Its inputs are named."""
+    graph_module = fx.GraphModule(compiled.graph_module, _copy(compiled.graph_module.graph), class_name="Step")
+    manager = PassManager(compiled.fake_mode, active_observers(), compiled.records)
+    return manager.apply(graph_module, (passes.step(batch, rule, drafter, compiled.fake_mode),))
+
+
+def _copy(source: fx.Graph) -> fx.Graph:
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(source, values))
+    return graph
+
+
+__all__ = ["CompiledModel", "compile_model", "compile_step"]

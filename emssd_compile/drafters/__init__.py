@@ -1,0 +1,38 @@
+"""Drafters: what proposes tokens. To add one: one file with a `Drafter`, one line in `DRAFTERS`."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter, TensorSpec
+from emssd_compile.drafters.draft_model import DraftModel
+from emssd_compile.drafters.no_drafter import NoDrafter
+from emssd_compile.drafters.prompt_lookup import PromptLookup
+from emssd_compile.errors import OptionError
+
+DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt-lookup": PromptLookup}
+
+__all__ = [
+    "DRAFTERS",
+    "Draft",
+    "DraftContext",
+    "DraftModel",
+    "Drafter",
+    "NoDrafter",
+    "PromptLookup",
+    "TensorSpec",
+    "make_drafter",
+]
+
+
+def make_drafter(choice: str | nn.Module) -> Drafter:
+    """A drafter by name, the drafter given, or a causal LM wrapped into a `DraftModel`."""
+    if isinstance(choice, Drafter):
+        return choice
+    if isinstance(choice, nn.Module):
+        return DraftModel(choice)
+    if choice not in DRAFTERS:
+        raise OptionError(
+            f"unknown drafter {choice!r}; choose one of {list(DRAFTERS)}, or pass a Drafter or a smaller causal LM"
+        )
+    return DRAFTERS[choice]()

@@ -1,0 +1,15 @@
+"""No drafts: plain decoding."""
+
+from __future__ import annotations
+
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter
+
+
+class NoDrafter(Drafter):
+    """Drafts nothing; every step emits one token a row."""
+
+    num_draft_tokens = 0
+
+    def forward(self, context: DraftContext) -> Draft:
+        """See the class."""
+        return Draft(context.known.new_zeros((context.known.shape[0], 0)), context.known.new_zeros(context.known.shape))

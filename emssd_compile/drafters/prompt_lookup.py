@@ -1,0 +1,57 @@
+"""Prompt lookup: draft what followed the last n-gram the last time it occurred."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter
+from emssd_compile.errors import OptionError
+
+
+class PromptLookup(Drafter):
+    """Look the newest tokens up in the row's own prompt and output, and copy what followed (LLMA, 2304.04487).
+
+    The longest match wins (from `max_ngram` tokens down to 1), then the most recent one. A row without a match drafts nothing.
+
+    Args:
+        num_draft_tokens: K, tokens to copy.
+        max_ngram: longest suffix to match.
+
+    Example:
+        history = 5 6 7 8 9 5 6 with max_ngram=2, K=3: the suffix "5 6" occurred at 0, so the draft is 7 8 9.
+    """
+
+    def __init__(self, num_draft_tokens: int = 7, max_ngram: int = 3) -> None:
+        super().__init__()
+        for name, value in (("num_draft_tokens", num_draft_tokens), ("max_ngram", max_ngram)):
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"PromptLookup {name}={value!r} must be an integer of at least 1")
+        self.num_draft_tokens = num_draft_tokens
+        self.max_ngram = max_ngram
+
+    def forward(self, context: DraftContext) -> Draft:
+        """See the class."""
+        history, known = context.history, context.known
+        start = self._continuation(history, known)
+        index = start[:, None] + torch.arange(self.num_draft_tokens, device=known.device)
+        tokens = history.gather(1, index.clamp(0, history.shape[1] - 1))
+        lengths = torch.where(start > 0, (known - start).clamp(0, self.num_draft_tokens), 0)
+        return Draft(tokens, lengths)
+
+    def _continuation(self, history: Tensor, known: Tensor) -> Tensor:
+        """Where the text after the best match begins [B]; 0 where there is none."""
+        capacity = history.shape[1]
+        place = torch.arange(capacity, device=known.device)
+        # run[b, p]: how many tokens before place p equal the newest tokens, counted backwards, up to max_ngram.
+        run = torch.zeros_like(history)
+        alive = torch.ones_like(history, dtype=torch.bool)
+        for back in range(1, self.max_ngram + 1):
+            newest = history.gather(1, (known - back).clamp(min=0)[:, None])
+            before = torch.nn.functional.pad(history, (back, 0), value=-1)[:, :capacity]
+            alive = alive & (before == newest) & (known >= back)[:, None]
+            run = run + alive
+        eligible = (place > 0) & (place < known[:, None]) & (run > 0)
+        score = torch.where(eligible, run * capacity + place, 0)
+        best, where = score.max(1)
+        return torch.where(best > 0, where, 0)

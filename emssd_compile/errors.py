@@ -1,0 +1,65 @@
+"""Everything this package raises on purpose; catch `EmssdError` to catch all of it.
+
+A message says what was wrong, where, and what to do about it. An option that is known but not supported yet raises Python's
+own `NotImplementedError` instead, naming the option.
+"""
+
+
+class EmssdError(Exception):
+    """Base of every error of this package."""
+
+
+class UnsupportedModelError(EmssdError):
+    """The model cannot be compiled into an exact unpadded step, so it is refused rather than guessed at.
+
+    Args:
+        reason: what was found and why it rules the model out, as one sentence.
+        node: name of the graph node that decided it.
+        op: the operator of that node, e.g. `"aten.cumsum.default"`.
+        module: qualified name of the submodule that produced the node, e.g. `"model.layers.0.mlp"`.
+        remedy: what the user can do instead, as one sentence.
+
+    All five stay readable as attributes; those not given are `None` and left out of the message.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        node: str | None = None,
+        op: str | None = None,
+        module: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.reason = reason
+        self.node = node
+        self.op = op
+        self.module = module
+        self.remedy = remedy
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        named = {"node": self.node, "op": self.op, "module": self.module}
+        place = ", ".join(f"{kind} {name!r}" for kind, name in named.items() if name is not None)
+        message = f"{self.reason} (at {place})" if place else self.reason
+        return f"{message}\n  What to do: {self.remedy}" if self.remedy else message
+
+
+class InvalidInputError(EmssdError, ValueError):
+    """A prompt, attention mask or other input tensor given to `generate` cannot be what the caller meant."""
+
+
+class OptionError(EmssdError, ValueError):
+    """An option has an unknown name or a value outside its range, or two options contradict each other."""
+
+
+class CapacityError(EmssdError):
+    """A request does not fit the KV capacity (tokens per row) that the compiled model was given."""
+
+
+class ArtifactError(EmssdError):
+    """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
+
+
+class DrafterError(EmssdError):
+    """A drafter does not fit the target model (vocabulary, hidden size), or broke the `Draft` contract."""

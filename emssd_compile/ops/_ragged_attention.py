@@ -1,0 +1,126 @@
+"""``emssd::ragged_attention``: packed query tokens attend to their own row's KV cache, with no padding anywhere."""
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from emssd_compile.ops._scores import accumulation_dtype, attention_weights
+
+torch.library.define(
+    "emssd::ragged_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor offsets, Tensor lengths, Tensor positions, *, float scale,"
+    " int window=0, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? ancestors=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    ancestors: Tensor | None = None,
+) -> Tensor:
+    """Each token attends to its row's committed slots and to its ancestors among the row's tokens of this step.
+
+    Row ``b`` owns the packed tokens ``offsets[b] .. offsets[b + 1] - 1``; its ``i``-th token lies in cache slot
+    ``lengths[b] + i``, where `emssd::append_kv` has put it before. Committed slot ``s < lengths[b]`` holds the token at
+    position ``s``. Slots past a row's last token are never looked at, whatever they hold.
+
+    Args:
+        q: ``[T, Hq, Dk]``.
+        k_cache: ``[B, C, Hkv, Dk]``; ``Hkv`` divides ``Hq``, query head ``h`` uses key/value head ``h // (Hq / Hkv)``.
+        v_cache: ``[B, C, Hkv, Dv]``.
+        offsets: int64 ``[B + 1]``, jagged offsets of the rows in ``T``. Tokens from ``offsets[B]`` on are inert tail.
+        lengths: int64 ``[B]``, committed tokens of each row.
+        positions: int64 ``[T]``, true position of each token in its row.
+        scale: multiplies the dot products.
+        window: if positive, a key is seen only if ``query position - window < key position``.
+        softcap: if positive, caps the scaled scores with ``softcap * tanh(score / softcap)``.
+        alibi_slopes: ``[Hq]``, adds ``slope * (key position - query position)`` after the softcap, or None.
+        ancestors: bool ``[T, N]``: whether token ``t`` sees the ``j``-th token of its row in this step (itself
+            included). None is a chain: every token sees itself and those before it.
+
+    Returns:
+        ``[T, Hq, Dv]`` contiguous, in the dtype of ``q``; zeros for tail tokens. Scores, softmax and sums are float32
+        (float64 for float64 inputs).
+    """
+    num_rows, capacity, num_kv_heads, _ = k_cache.shape
+    dtype = accumulation_dtype(q.dtype)
+    row, distance, visible = _sight(offsets, lengths, positions, capacity, ancestors)
+    if window > 0:
+        visible = visible & (distance > -window)
+
+    row = row.clamp(max=num_rows - 1)  # a tail token reads some row, but sees nothing of it
+    keys = k_cache[row].to(dtype)
+    # A slot nobody wrote may hold NaN, and 0 * NaN is NaN.
+    values = v_cache[row].to(dtype).masked_fill(~visible[:, :, None, None], 0.0)
+    scores = torch.einsum("tkgd,tskd->kgts", q.to(dtype).unflatten(1, (num_kv_heads, -1)), keys)
+    weights = attention_weights(
+        scores.flatten(0, 1), distance, visible, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes
+    )
+    out = torch.einsum("kgts,tskd->tkgd", weights.unflatten(0, (num_kv_heads, -1)), values)
+    return out.flatten(1, 2).to(q.dtype).contiguous()
+
+
+def _sight(
+    offsets: Tensor, lengths: Tensor, positions: Tensor, capacity: int, ancestors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token sees, before any window.
+
+    Returns:
+        row: ``[T]``, the row of each token; ``B`` for tail tokens.
+        distance: ``[T, C]``, position of the key in each slot of the token's row minus the token's position.
+        visible: bool ``[T, C]``.
+    """
+    tokens = torch.arange(positions.shape[0], device=positions.device)
+    slots = torch.arange(capacity, device=positions.device)
+    row = torch.searchsorted(offsets, tokens, right=True) - 1
+    in_tail = row == lengths.shape[0]
+    own_row = row.clamp(max=lengths.shape[0] - 1)
+    begin, end, length = offsets[own_row], offsets[own_row + 1], lengths[own_row]
+
+    committed = slots < length[:, None]
+    step_index = slots - length[:, None]  # which token of this step lies in the slot
+    in_step = (step_index >= 0) & (step_index < (end - begin)[:, None])
+    if ancestors is None:
+        seen = step_index <= (tokens - begin)[:, None]
+    else:
+        last = ancestors.shape[1] - 1
+        seen = ancestors.gather(1, step_index.clamp(0, last)) & (step_index <= last)
+    visible = (committed | (in_step & seen)) & ~in_tail[:, None]
+
+    step_token = (begin[:, None] + step_index).clamp(0, positions.shape[0] - 1)
+    key_positions = torch.where(committed, slots, positions[step_token])
+    return row, key_positions - positions[:, None], visible
+
+
+torch.library.impl("emssd::ragged_attention", "default", reference)
+
+
+@torch.library.register_fake("emssd::ragged_attention")
+def _fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    ancestors: Tensor | None = None,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
+
+
+ragged_attention: OpOverload = torch.ops.emssd.ragged_attention.default

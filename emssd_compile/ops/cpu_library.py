@@ -1,0 +1,129 @@
+"""Builds and loads the C++ forms of the ops for CPU, at first need and once per machine.
+
+The library is compiled by the machine's own C++ compiler into a cache folder: ``$EMSSD_CACHE_DIR``, else
+``$XDG_CACHE_HOME/emssd_compile``, else ``~/.cache/emssd_compile``. Where that is impossible, or ``EMSSD_CPU_KERNELS=0``
+is set, the ops keep their eager references and `cpu_kernel_status` says why.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_logger = logging.getLogger(__name__)
+_SOURCES = Path(__file__).parent / "csrc"
+_COMPILE_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w")
+# The instruction sets behind torch's own names, as in its build: what torch dispatches to, this machine can run. Not
+# -march=native: the cache folder may be shared by machines that differ.
+_INSTRUCTION_SETS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+
+
+class _CannotBuildError(Exception):
+    """Why there is no C++ form on this machine."""
+
+
+def load_cpu_kernels() -> bool:
+    """Makes the ops use their C++ forms on CPU tensors, building them if need be (about 15 seconds, once).
+
+    Returns:
+        Whether they are in use. If not, the ops work all the same, slowly; `cpu_kernel_status` has the reason.
+    """
+    return _load()[0]
+
+
+def cpu_kernel_status() -> str:
+    """One line: the library in use, or why the references are used instead."""
+    if _load.cache_info().currsize == 0:
+        return "reference: load_cpu_kernels() has not been called"
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[bool, str]:
+    if os.environ.get("EMSSD_CPU_KERNELS") == "0":
+        return False, "reference: EMSSD_CPU_KERNELS=0 is set"
+    try:
+        library = _build()
+        torch.ops.load_library(library)
+    except (_CannotBuildError, OSError) as error:
+        _logger.warning("emssd CPU kernels are not available, the slow references are used: %s", error)
+        return False, f"reference: {error}"
+    return True, f"C++ ({torch.backends.cpu.get_cpu_capability()}): {library}"
+
+
+def _build() -> Path:
+    """Path of the library for this source, compiler, torch and processor; compiled unless the cache holds it."""
+    if sys.platform != "linux":
+        raise _CannotBuildError(f"the C++ kernels are built on Linux only, this is {sys.platform}")
+    compiler = _compiler()
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = [*_COMPILE_FLAGS, *_INSTRUCTION_SETS.get(capability, ()), *_capability_macros(capability)]
+    library = _cache_folder() / f"emssd_{_key(compiler, flags)}.so"
+    if not library.exists():
+        _logger.info("building the emssd CPU kernels into %s", library)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Built aside and renamed: another process sees all of the library or nothing.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            os.replace(_compile(compiler, flags, Path(folder)), library)
+    return library
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler: ``$CXX``, else the first one found."""
+    for candidate in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        command = shlex.split(candidate)
+        if command and shutil.which(command[0]):
+            return command
+    raise _CannotBuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install g++ or set CXX")
+
+
+def _capability_macros(capability: str) -> list[str]:
+    """The macros by which ATen's vector headers choose an instruction set."""
+    name = capability if capability in _INSTRUCTION_SETS else "DEFAULT"
+    return [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get("EMSSD_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emssd_compile"
+
+
+def _key(compiler: list[str], flags: list[str]) -> str:
+    digest = hashlib.sha256(repr((compiler, flags, torch.__version__)).encode())
+    for path in sorted(_SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def _compile(compiler: list[str], flags: list[str], folder: Path) -> Path:
+    # torch.utils.cpp_extension imports setuptools; only a build pays for that.
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    obj, library = folder / "library.o", folder / "library.so"
+    includes = [f"-I{path}" for path in include_paths()]
+    _run([*compiler, *flags, *includes, "-c", str(_SOURCES / "library.cpp"), "-o", str(obj)])
+    # Linked without -fopenmp: the OpenMP functions must come from the runtime torch brings, never from a second one.
+    # -z now: should torch's runtime lack one of them, loading fails here instead of the first call.
+    search = [f"-L{path}" for path in library_paths()]
+    _run([*compiler, "-shared", str(obj), "-o", str(library), *search, "-ltorch_cpu", "-lc10", "-Wl,-z,now"])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise _CannotBuildError(f"{command[0]} failed: {errors[0] if errors else f'exit status {done.returncode}'}")

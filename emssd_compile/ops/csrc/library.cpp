@@ -1,0 +1,10 @@
+// Registers the CPU forms. The schemas are defined by the Python package, which loads this library.
+#include <torch/library.h>
+
+#include "append_kv.h"
+#include "ragged_attention.h"
+
+TORCH_LIBRARY_IMPL(emssd, CPU, m) {
+  m.impl("append_kv", emssd::append_kv);
+  m.impl("ragged_attention", emssd::ragged_attention);
+}

@@ -1,0 +1,108 @@
+// How emssd::ragged_attention is cut into pieces of work.
+//
+// The query heads of a group and the tokens of a row share each load of a key: together they are one list of queries, cut
+// into tiles. A row with many keys is cut into spans of keys too, where there are too few tiles to occupy every thread.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "tile_math.h"
+
+namespace emssd {
+
+constexpr int64_t kQueryTile = 32;   // queries that share a block of keys
+constexpr int64_t kKeyBlock = 64;    // keys whose scores are held at once
+constexpr int64_t kKeySpan = 1024;   // keys after which the running softmax starts anew, so that spans can run apart
+constexpr int64_t kTilesPerThread = 4;
+
+// The op's arguments as raw pointers; strides in elements.
+template <typename scalar_t, typename T>
+struct Arguments {
+  const scalar_t *q, *k_cache, *v_cache;
+  int64_t q_token, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head;
+  const int64_t *offsets, *lengths, *positions;
+  int64_t num_rows, num_heads, num_kv_heads, head_size, value_size;
+  ScoreRule<T> rule;
+  int64_t window;         // 0: none
+  const T* alibi_slopes;  // [num_heads] or null
+  const bool* ancestors;  // [T, ancestors_size] or null
+  int64_t ancestors_size;
+  scalar_t* out;  // [T, num_heads, value_size]
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  int64_t num_tokens(int64_t row) const { return offsets[row + 1] - offsets[row]; }
+};
+
+// Queries of one row and one key/value head. Query m is the group's head m % group of the row's token m / group.
+struct Tile {
+  int64_t row, kv_head, first_query, num_queries;
+  int64_t first_token, last_token;                // of the row
+  int64_t lowest_position, highest_position;      // of these tokens
+  int64_t begin_slot, end_slot;                   // no token sees a slot outside
+  int64_t first_partial = -1, num_partials = 0;   // its partial results, if it is split
+};
+
+// A tile and the part of its slots that one thread works through.
+struct Work {
+  int64_t tile, begin_slot, end_slot;
+  int64_t partial;  // index of the result, -1 if the work is all of its tile
+};
+
+inline int64_t end_of_span(int64_t slot, int64_t limit) { return std::min((slot / kKeySpan + 1) * kKeySpan, limit); }
+
+template <typename scalar_t, typename T>
+class Plan {
+ public:
+  explicit Plan(const Arguments<scalar_t, T>& args) : args_(args) {
+    for (int64_t row = 0; row < args.num_rows; ++row) {
+      const int64_t num_queries = args.num_tokens(row) * args.group();
+      for (int64_t kv_head = 0; kv_head < args.num_kv_heads; ++kv_head)
+        for (int64_t first = 0; first < num_queries; first += kQueryTile)
+          tiles.push_back(plan_tile({row, kv_head, first, std::min(kQueryTile, num_queries - first)}));
+    }
+    const bool split = static_cast<int64_t>(tiles.size()) < kTilesPerThread * at::get_num_threads();
+    for (size_t i = 0; i < tiles.size(); ++i) plan_work(i, split);
+  }
+
+  std::vector<Tile> tiles;
+  std::vector<Work> work;
+  int64_t num_partials = 0;
+  int64_t multiply_adds = 0;
+
+ private:
+  Tile plan_tile(Tile tile) {
+    tile.first_token = tile.first_query / args_.group();
+    tile.last_token = (tile.first_query + tile.num_queries - 1) / args_.group();
+    const int64_t* positions = args_.positions + args_.offsets[tile.row];
+    const auto [lowest, highest] =
+        std::minmax_element(positions + tile.first_token, positions + tile.last_token + 1);
+    tile.lowest_position = *lowest;
+    tile.highest_position = *highest;
+    const int64_t length = args_.lengths[tile.row];
+    const int64_t first_seen = args_.window == 0 ? 0 : std::clamp<int64_t>(*lowest - args_.window + 1, 0, length);
+    tile.begin_slot = first_seen / kKeyBlock * kKeyBlock;
+    tile.end_slot = length + (args_.ancestors ? args_.num_tokens(tile.row) : tile.last_token + 1);
+    multiply_adds += tile.num_queries * (tile.end_slot - tile.begin_slot) * (args_.head_size + args_.value_size);
+    return tile;
+  }
+
+  void plan_work(int64_t index, bool split) {
+    Tile& tile = tiles[index];
+    if (!split || end_of_span(tile.begin_slot, tile.end_slot) == tile.end_slot) {
+      work.push_back({index, tile.begin_slot, tile.end_slot, -1});
+      return;
+    }
+    tile.first_partial = num_partials;
+    for (int64_t begin = tile.begin_slot; begin < tile.end_slot; begin = end_of_span(begin, tile.end_slot))
+      work.push_back({index, begin, end_of_span(begin, tile.end_slot), num_partials++});
+    tile.num_partials = num_partials - tile.first_partial;
+  }
+
+  const Arguments<scalar_t, T>& args_;
+};
+
+}  // namespace emssd

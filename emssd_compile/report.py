@@ -1,0 +1,79 @@
+"""`explain()`: what the compiler did, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import fx
+
+from emssd_compile.passes.manager import PassRecord
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each pass did, and what the step holds. Printing it shows both as tables.
+
+    Attributes:
+        records: one per pass, in order.
+        ops: how often each op stands in the step graph.
+        num_graphs: step graphs: 1.
+    """
+
+    records: tuple[PassRecord, ...]
+    ops: dict[str, int]
+    num_graphs: int = 1
+
+    @classmethod
+    def of(cls, records: list[PassRecord], graph_module: fx.GraphModule) -> Explanation:
+        """Explain a compiled step."""
+        ops = Counter(str(n.target) for n in graph_module.graph.nodes if n.op == "call_function")
+        return cls(tuple(records), dict(ops.most_common()))
+
+    @property
+    def padding_ops(self) -> int:
+        """Ops that could pad tokens: 0 is the promise."""
+        return sum(count for op, count in self.ops.items() if "pad_sequence" in op or "to_padded" in op)
+
+    def record(self, name: str) -> PassRecord:
+        """The record of a pass."""
+        return next(r for r in self.records if r.name == name)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, record=True, file=_Nowhere())
+        self.print(console)
+        return console.export_text()
+
+    def print(self, console: object | None = None) -> None:
+        """Print the tables, to `console` (a `rich.console.Console`) or the terminal."""
+        from rich.console import Console
+        from rich.table import Table
+
+        target = console if isinstance(console, Console) else Console()
+        table = Table(title="passes")
+        for column in ("level", "pass", "changed", "nodes", "ms", "notes and refusals"):
+            table.add_column(column, justify="right" if column in ("changed", "ms") else "left")
+        for r in self.records:
+            remarks = [*r.notes, *(f"left %{x.node}: {x.reason}" for x in r.refusals)]
+            nodes = f"{r.nodes_before} -> {r.nodes_after}"
+            table.add_row(r.level, r.name, str(r.changed), nodes, f"{r.seconds * 1e3:.0f}", "\n".join(remarks))
+        target.print(table)
+        attention = sum(n for op, n in self.ops.items() if "ragged_attention" in op)
+        target.print(
+            f"one step graph of {sum(self.ops.values())} ops: {attention} ragged_attention, "
+            f"{self.ops.get('emssd.append_kv.default', 0)} append_kv, {self.padding_ops} padding ops"
+        )
+        for op, count in list(self.ops.items())[:12]:
+            target.print(f"  {count:4d}  {op}", highlight=False)
+
+
+class _Nowhere:
+    """A file that forgets."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return None

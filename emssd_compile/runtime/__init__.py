@@ -1,0 +1,1 @@
+"""What runs around the step graph: prompts in, rows scheduled, tokens out."""

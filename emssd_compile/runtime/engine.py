@@ -1,0 +1,230 @@
+"""The loop around the step graph: rows start, steps run, reports are read, rows end and make room."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from emssd_compile.runtime.sizes import bucket
+from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.drafting import TensorSpec
+from emssd_compile.step.state import COUNTERS, StepState
+
+Step = Callable[..., dict[str, Tensor]]
+
+
+@dataclass
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        index: the caller's number for it.
+        prompt: int64 `[S]`, on the CPU.
+        max_new_tokens: it ends after so many.
+        min_new_tokens: EOS is barred before so many.
+        output: tokens emitted so far.
+        finished: whether it has ended.
+    """
+
+    index: int
+    prompt: Tensor
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    output: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+@dataclass
+class _Row:
+    """What the host knows of a row; up to `Engine.lag` steps old."""
+
+    request: Request
+    pending: int
+    draft_length: int = 0
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A step under way: its report, and which request each row held when it was launched."""
+
+    report: Tensor
+    requests: tuple[Request | None, ...]
+
+
+class Engine:
+    """Owns the device-resident state and drives the step.
+
+    The host launches step i + 1 before it reads the report of step i (`lag` = 1; on a CPU, where a launch is a call that
+    returns when its work is done, there is nothing to overlap and `lag` = 0). Only the sizes of a step are chosen here; what
+    is in it is decided on the device.
+
+    Args:
+        step: the lowered step.
+        input_names: its inputs in order.
+        state: initial state.
+        drafter_state: the drafter's row tensors (zeroed when a request starts).
+        caches: KV caches and other tensors written in place.
+        prefill_chunk: most packed tokens of a step.
+        lag: reports that may be outstanding.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        input_names: Sequence[str],
+        state: StepState,
+        drafter_state: dict[str, Tensor],
+        caches: dict[str, Tensor],
+        *,
+        prefill_chunk: int,
+        lag: int,
+    ) -> None:
+        self.step = step
+        self.input_names = tuple(input_names)
+        self.tensors = {**state.tensors(), **drafter_state, **caches}
+        self.num_rows, self.capacity = state.history.shape
+        self.num_draft_tokens = state.histogram.shape[0] - 1
+        self.device = state.history.device
+        self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1), 2)
+        self.lag = lag
+        self.sizes_used: set[tuple[int, int, int]] = set()
+        self._drafter_state = tuple(drafter_state)
+        self._slots: dict[int, Tensor] = {}
+        self._rows: list[_Row | None] = [None] * self.num_rows
+
+    def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Iterator[Request]:
+        """Decode `requests`, as many at a time as there are rows; yields a request whenever it has new tokens.
+
+        The consumer may set `request.finished` to end a row early; tokens it then drops from `output` are forgotten.
+        """
+        self._set_eos(eos_token_ids)
+        waiting = deque(requests)
+        launched: deque[_Launch] = deque()
+        try:
+            while waiting or launched or any(self._rows):
+                self._admit(waiting)
+                if any(self._rows):
+                    launched.append(self._launch())
+                while launched and (len(launched) > self.lag or not any(self._rows)):
+                    yield from self._collect(launched.popleft())
+        finally:
+            self._clear()
+
+    def warmup(self) -> None:
+        """Compile: run the step once with nothing in it. Sizes differ from each other so that none is taken for another."""
+        with torch.inference_mode():
+            self._run_step(4, 3, 5)
+
+    def counters(self) -> tuple[dict[str, int], list[int]]:
+        """The counters and the acceptance histogram, read from the device, and reset there."""
+        counts = dict(zip(COUNTERS, self.tensors["counters"].tolist(), strict=True))
+        histogram = self.tensors["histogram"].tolist()
+        for name in ("counters", "histogram"):
+            self.tensors[name] = torch.zeros_like(self.tensors[name])
+        return counts, histogram
+
+    def _set_eos(self, eos_token_ids: Sequence[int]) -> None:
+        is_eos = torch.zeros(self.tensors["is_eos"].shape, dtype=torch.bool)
+        is_eos[list(eos_token_ids)] = True
+        self.tensors["is_eos"] = is_eos.to(self.device)
+
+    def _admit(self, waiting: deque[Request]) -> None:
+        """Start waiting requests in free rows."""
+        free = [b for b, row in enumerate(self._rows) if row is None][: len(waiting)]
+        if not free:
+            return
+        started = [waiting.popleft() for _ in free]
+        history = torch.zeros((len(free), self.capacity), dtype=torch.int64)
+        for place, request in enumerate(started):
+            history[place, : len(request.prompt)] = request.prompt
+        lengths = torch.tensor([len(r.prompt) for r in started])
+        values = {
+            "history": history,
+            "known": lengths,
+            "lengths": torch.zeros_like(lengths),
+            "draft_lengths": torch.zeros_like(lengths),
+            "active": torch.ones_like(lengths, dtype=torch.bool),
+            "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
+            "min_known": lengths + torch.tensor([r.min_new_tokens for r in started]),
+        }
+        rows = torch.tensor(free, device=self.device)
+        for name, value in values.items():
+            self.tensors[name] = self.tensors[name].index_copy(0, rows, value.to(self.device))
+        for name in self._drafter_state:
+            self.tensors[name] = self.tensors[name].index_fill(0, rows, 0)
+        for b, request in zip(free, started, strict=True):
+            self._rows[b] = _Row(request, pending=len(request.prompt))
+
+    def _launch(self) -> _Launch:
+        tokens, logits, drafter_tokens = self._plan()
+        report = self._run_step(tokens, logits, drafter_tokens)
+        return _Launch(report, tuple(row.request if row else None for row in self._rows))
+
+    def _plan(self) -> tuple[int, int, int]:
+        """Sizes (T, R, S) of the next step, as buckets: enough for what its rows may want, within the chunk.
+
+        Exact with `lag` = 0; with reports outstanding every row is taken to want all the drafts there can be.
+        """
+        rows = [row for row in self._rows if row]
+        drafts = [self.num_draft_tokens if self.lag else row.draft_length for row in rows]
+        wanted = sum(row.pending for row in rows) + sum(drafts)
+        tokens = min(wanted, self.chunk)
+        logits = min(len(rows) + sum(drafts), tokens)
+        # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the last
+        # draft was never fed to it), else what this step feeds.
+        reading = min(sum(2 if row.pending == 1 else row.pending + 1 for row in rows), self.chunk + self.num_rows)
+        return bucket(tokens), bucket(logits), bucket(reading)
+
+    def _run_step(self, tokens: int, logits: int, drafter_tokens: int) -> Tensor:
+        self.sizes_used.add((tokens, logits, drafter_tokens))
+        slots = {
+            "token_slots": self._arange(tokens),
+            "logit_slots": self._arange(logits),
+            "draft_slots": self._arange(drafter_tokens),
+        }
+        with torch.inference_mode():
+            results = self.step(*(slots[n] if n in slots else self.tensors[n] for n in self.input_names))
+        report = results["report"]
+        self.tensors.update({name: value for name, value in results.items() if name != "report"})
+        return report
+
+    def _arange(self, length: int) -> Tensor:
+        if length not in self._slots:
+            self._slots[length] = torch.arange(length, device=self.device)
+        return self._slots[length]
+
+    def _collect(self, launch: _Launch) -> Iterator[Request]:
+        """Read one report: hand out tokens, free the rows that ended."""
+        columns = len(REPORT_FIELDS)
+        for b, line in enumerate(launch.report.tolist()):
+            row, request = self._rows[b], launch.requests[b]
+            if row is None or request is not row.request:
+                continue  # the row was empty then, or has ended since
+            count, active, row.pending, row.draft_length = line[:columns]
+            if count:
+                request.output.extend(line[columns : columns + count])
+            request.finished = not active
+            if count:
+                yield request
+            if request.finished:
+                self._release(b, active=bool(active))
+
+    def _release(self, b: int, *, active: bool) -> None:
+        self._rows[b] = None
+        if active:  # ended by the caller: the device does not know yet
+            rows = torch.tensor([b], device=self.device)
+            self.tensors["active"] = self.tensors["active"].index_fill(0, rows, False)
+
+    def _clear(self) -> None:
+        """Leave no active row behind, also when the consumer stops early."""
+        self._rows = [None] * self.num_rows
+        self.tensors["active"] = torch.zeros_like(self.tensors["active"])
+
+
+def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
+    """Zeroed tensors for `specs`."""
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}

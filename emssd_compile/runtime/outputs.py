@@ -1,0 +1,125 @@
+"""The output side of one `generate` call: how much each row may emit, when it stops, and the object returned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
+from emssd_compile.generation import DEFAULT_NEW_TOKENS, GenerateOptions, StoppingCriterion
+from emssd_compile.runtime.inputs import PromptBatch, Sequences
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """How much each of the `B` rows may and must emit.
+
+    Attributes:
+        max_new_tokens: `B` ints, at least 1: a row ends with this many tokens.
+        min_new_tokens: `B` ints, at least 0: while a row has emitted fewer, the logits of every EOS count as -inf.
+    """
+
+    max_new_tokens: list[int]
+    min_new_tokens: list[int]
+
+
+def limit_rows(options: GenerateOptions, prompts: PromptBatch, capacity: int) -> RowLimits:
+    """Fit the options to a batch: turn lengths that count the prompt into new tokens per row, and check that they fit.
+
+    Without `max_new_tokens` and `max_length`, a row emits up to 20 tokens or until it is full, as in transformers.
+
+    Args:
+        options: what the call asked for.
+        prompts: what it asked it for.
+        capacity: tokens that a row of KV cache can hold, prompt and new ones together.
+
+    Raises:
+        InvalidInputError: a streamer and more than one row.
+        OptionError: a prompt is as long as `max_length` already; or the rows of a tensor may end at different lengths
+            and there is no `pad_token_id`.
+        CapacityError: a prompt and its new tokens do not fit a row.
+    """
+    if options.streamer is not None and len(prompts) > 1:
+        raise InvalidInputError(f"streamer: only one prompt can be streamed, not {len(prompts)}; pass them one by one")
+    sizes = enumerate(zip(prompts.lengths, prompts.widths, strict=True))
+    most = [_max_new_tokens(options, row, length, width, capacity) for row, (length, width) in sizes]
+    least = [_min_new_tokens(options, width) for width in prompts.widths]
+    if options.eos_token_ids and any(low > high for low, high in zip(least, most, strict=True)):
+        message = (
+            "min_new_tokens or min_length asks for more than the maximum; such rows end at the maximum, without EOS"
+        )
+        warnings.warn(message, UserWarning, stacklevel=3)
+    may_be_ragged = len(prompts) > 1 and (options.stopping_criteria or len(set(most)) > 1)
+    if prompts.kind == "tensor" and may_be_ragged and options.pad_token_id is None:
+        raise OptionError("rows may end at different lengths: pass pad_token_id, or prompts as lists, which need none")
+    return RowLimits(most, least)
+
+
+def _max_new_tokens(options: GenerateOptions, row: int, length: int, width: int, capacity: int) -> int:
+    room = capacity - length
+    if options.max_new_tokens is not None:
+        wanted = options.max_new_tokens
+    elif options.max_length is not None:
+        wanted = options.max_length - width
+    else:
+        wanted = min(DEFAULT_NEW_TOKENS, room)
+    if wanted < 1:
+        raise OptionError(
+            f"row {row}: a prompt of {width} tokens, as given, leaves none up to max_length={options.max_length}; "
+            "raise it, or pass max_new_tokens"
+        )
+    if wanted > room:
+        raise CapacityError(
+            f"row {row}: {length} prompt tokens and {wanted} new ones do not fit a row of {capacity}; pass "
+            f"max_new_tokens={room} or less, or compile with optimize(model, max_length={length + wanted})"
+        )
+    return wanted
+
+
+def _min_new_tokens(options: GenerateOptions, width: int) -> int:
+    if options.min_new_tokens is not None:
+        return options.min_new_tokens
+    return max(0, (options.min_length or 0) - width)
+
+
+def apply_stopping_criteria(criteria: Iterable[StoppingCriterion], ids: Sequence[int]) -> bool:
+    """Tell whether any of Hugging Face's stopping criteria holds for one row.
+
+    A row is judged alone and without its padding: each criterion is called with a LongTensor [1, n] of its prompt and
+    new tokens and `scores=None`, and answers with a bool or a bool tensor. Call this once per row and new token, in the
+    order of the tokens.
+
+    Args:
+        criteria: transformers' `StoppingCriteriaList`, or any iterable of such callables. All of them are called.
+        ids: the `n` tokens of the row so far.
+    """
+    input_ids = torch.tensor([ids], dtype=torch.int64)
+    answers = [bool(torch.as_tensor(criterion(input_ids, None)).any()) for criterion in criteria]
+    return any(answers)
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateOutput(Mapping[str, Sequences]):
+    """Read like transformers' `ModelOutput`: `out.sequences`, `out["sequences"]` and `out[0]` are the same object.
+
+    Attributes:
+        sequences: prompts and new tokens, in the kind of container that the prompts came in.
+    """
+
+    sequences: Sequences
+
+    def __getitem__(self, key: str | int) -> Sequences:
+        return self.to_tuple()[key] if isinstance(key, int) else {name: getattr(self, name) for name in self}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+    def to_tuple(self) -> tuple[Sequences, ...]:
+        """The values in the order of the attributes."""
+        return tuple(getattr(self, name) for name in self)

@@ -1,0 +1,54 @@
+"""What decoding did, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """Sums over every `generate` since `reset`. Counted on the device; read once per `generate`.
+
+    Attributes:
+        num_steps: launches of the step graph.
+        num_row_steps: (row, step) pairs in which a row that had read its prompt emitted tokens.
+        num_spec_steps: those of them that verified at least one draft.
+        num_draft_tokens: drafts verified.
+        num_accepted_draft_tokens: drafts accepted and emitted.
+        num_emitted_tokens: tokens emitted.
+        num_fed_tokens: tokens of rows that went through the model.
+        num_padding_tokens: tokens that went through the model for nobody: the inert tails of the buckets.
+        acceptance_histogram: element i is how many verifications accepted exactly i drafts.
+    """
+
+    num_steps: int = 0
+    num_row_steps: int = 0
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_fed_tokens: int = 0
+    num_padding_tokens: int = 0
+    acceptance_histogram: list[int] = field(default_factory=list)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted drafts over drafts; 0 if none was made."""
+        return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens emitted a row and step in decoding, the correction or bonus token included; at least 1."""
+        return 1.0 + self.num_accepted_draft_tokens / self.num_row_steps if self.num_row_steps else 1.0
+
+    def add(self, counters: dict[str, int], histogram: list[int]) -> None:
+        """Add what a run counted."""
+        for name, value in counters.items():
+            setattr(self, name, getattr(self, name) + value)
+        if not self.acceptance_histogram:
+            self.acceptance_histogram = [0] * len(histogram)
+        self.acceptance_histogram = [a + b for a, b in zip(self.acceptance_histogram, histogram, strict=True)]
+
+    def reset(self) -> None:
+        """Start from zero."""
+        self.__init__()  # type: ignore[misc]

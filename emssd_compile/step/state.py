@@ -1,0 +1,85 @@
+"""The device-resident state that one step hands to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+COUNTERS = (
+    "num_steps",
+    "num_row_steps",
+    "num_spec_steps",
+    "num_draft_tokens",
+    "num_accepted_draft_tokens",
+    "num_emitted_tokens",
+    "num_fed_tokens",
+    "num_padding_tokens",
+)
+"""Meaning of each element of `StepState.counters`, in order.
+
+`num_row_steps` counts (row, step) pairs in which a row with nothing left to read emitted tokens; `num_spec_steps` those of
+them that verified at least one draft; `num_padding_tokens` the inert tail tokens of all steps.
+"""
+
+
+@dataclass
+class StepState:
+    """Everything a row carries from step to step. All tensors live on the model's device.
+
+    Token `t` of row `b` is `history[b, t]`, for `t < known[b]`. The drafts to verify next lie right behind:
+    `history[b, known[b] : known[b] + draft_lengths[b]]`. Keys and values are committed for `t < lengths[b]`; in steady state
+    `lengths == known - 1`: the newest token's are written by the step that feeds it.
+
+    Attributes:
+        history: int64 `[B, C]`, prompt and generated tokens.
+        known: int64 `[B]`, number of tokens that are decided.
+        lengths: int64 `[B]`, number of tokens whose KV is committed.
+        draft_lengths: int64 `[B]`, drafts to verify in the next step, 0 to K.
+        active: bool `[B]`, whether the row is being decoded.
+        limits: int64 `[B]`, the row ends when `known` reaches this.
+        min_known: int64 `[B]`, EOS is barred from positions before this.
+        is_eos: bool `[V]`, which token ids end a row.
+        counters: int64 `[len(COUNTERS)]`, sums since they were last reset.
+        histogram: int64 `[K + 1]`, how often a verification accepted 0, 1, ..., K drafts.
+    """
+
+    history: Tensor
+    known: Tensor
+    lengths: Tensor
+    draft_lengths: Tensor
+    active: Tensor
+    limits: Tensor
+    min_known: Tensor
+    is_eos: Tensor
+    counters: Tensor
+    histogram: Tensor
+
+    @staticmethod
+    def empty(rows: int, capacity: int, vocabulary: int, num_draft_tokens: int, device: torch.device) -> StepState:
+        """A state in which no row is active."""
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return StepState(
+            history=zeros(rows, capacity),
+            known=zeros(rows),
+            lengths=zeros(rows),
+            draft_lengths=zeros(rows),
+            active=zeros(rows, dtype=torch.bool),
+            limits=zeros(rows),
+            min_known=zeros(rows),
+            is_eos=zeros(vocabulary, dtype=torch.bool),
+            counters=zeros(len(COUNTERS)),
+            histogram=zeros(num_draft_tokens + 1),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+CONSTANT_FIELDS = frozenset({"limits", "min_known", "is_eos"})
+"""Fields that a step reads but never changes; only the host sets them, when a row starts."""

@@ -1,0 +1,1 @@
+"""Parts of `train_demo.py`: the text the demo models learn from, and the training loop."""

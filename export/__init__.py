@@ -1,0 +1,1 @@
+"""Export of a compiled step to other runtimes."""

@@ -1,0 +1,85 @@
+"""The compile order, from a captured forward to one decoding step.
+
+    L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step
+
+Each tuple below is one stage; each level is verified when it is reached (`levels`).
+"""
+
+from __future__ import annotations
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.drafting import Drafter
+from emssd_compile.passes.drop_noops import DropNoops
+from emssd_compile.passes.fuse_draft import FuseDraft
+from emssd_compile.passes.fuse_projections import FuseProjections
+from emssd_compile.passes.fuse_verify import FuseVerify
+from emssd_compile.passes.levels import verify_canonical, verify_captured, verify_step, verify_unpadded
+from emssd_compile.passes.lift_positions import LiftPositions
+from emssd_compile.passes.manager import Level, PassManager, PassRecord, Refusal, drop_unused_weights
+from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
+from emssd_compile.passes.raise_attention import RaiseAttention
+from emssd_compile.passes.restore_all_logits import RestoreAllLogits
+from emssd_compile.passes.select_logits import SelectLogits
+from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
+from emssd_compile.passes.unpad_tokens import BatchShape, UnpadTokens
+
+__all__ = [
+    "BatchShape",
+    "Level",
+    "PassManager",
+    "PassRecord",
+    "Refusal",
+    "canonical",
+    "captured",
+    "drop_unused_weights",
+    "step",
+    "unpadded",
+]
+
+
+def captured() -> Level:
+    """L0: what `capture` gives."""
+    return Level("L0", (), verify_captured)
+
+
+def canonical() -> Level:
+    """L1: one attention op, positions from the input, nothing else mixes tokens."""
+    return Level(
+        "L1",
+        (
+            DropNoops(),
+            RestoreAllLogits(),
+            RaiseAttention(),  # before positions are lifted: masks are recognised on the model's own 0, 1, 2, ...
+            LiftPositions(),
+            ProveTokenPointwise(),  # last: what was wrongly left over is caught here
+        ),
+        verify_canonical,
+    )
+
+
+def unpadded(batch: BatchShape, fake_mode: FakeTensorMode) -> Level:
+    """L2: packed rows, one KV slab a row, logits where needed."""
+    return Level(
+        "L2",
+        (
+            UnpadTokens(batch, fake_mode),
+            SelectLogits(),  # needs the input `logit_index`, which unpad_tokens adds
+            UnpadKVCache(batch, fake_mode),
+            FuseProjections(),  # after select_logits: an LM head that shares its input must not be merged away
+        ),
+        verify_unpadded,
+    )
+
+
+def step(batch: BatchShape, rule: Rule, drafter: Drafter, fake_mode: FakeTensorMode) -> Level:
+    """L3: pack, run, accept, commit and draft as one graph."""
+    return Level(
+        "L3",
+        (
+            FuseVerify(batch, rule, drafter.num_draft_tokens, fake_mode),
+            FuseDraft(drafter, fake_mode),
+        ),
+        verify_step,
+    )

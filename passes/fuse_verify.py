@@ -1,0 +1,105 @@
+"""Put packing, the model and acceptance into one graph."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from emssd_compile.step.acceptance import Rule, Verification
+from emssd_compile.passes.graph import fresh_index, output
+from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
+from emssd_compile.passes.unpad_tokens import BatchShape
+from emssd_compile.step.commit import bar_eos, commit, draft_tokens
+from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
+from emssd_compile.step.state import StepState
+
+_STATE = tuple(f.name for f in fields(StepState))
+_PACKED = tuple(f.name for f in fields(Packed))
+_ROWS = tuple(f.name for f in fields(LogitRows))
+
+
+class FuseVerify:
+    """Wrap the unpadded model into a step over the device-resident state: pack, run, accept, commit.
+
+    What is fed, what is accepted and what is kept are tensor operations; traced around the model they make one graph that
+    needs nothing from the host but the sizes T and R (given by the lengths of two `arange`s).
+
+        before:  forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R], caches)
+        after:   forward(history[B,C], known[B], ..., token_slots[T], logit_slots[R], caches)
+                     -> {history, known, ..., tokens[B,K+1], counts[B], hidden[B,H]}
+    """
+
+    name = "fuse_verify"
+
+    def __init__(self, batch: BatchShape, rule: Rule, num_draft_tokens: int, fake_mode: FakeTensorMode) -> None:
+        self.batch = batch
+        self.rule = rule
+        self.num_draft_tokens = num_draft_tokens
+        self.fake_mode = fake_mode
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """See the class."""
+        model = fx.GraphModule(graph_module, graph_module.graph)
+        logits = output(model.graph).args[0][1]  # type: ignore[index]
+        device, vocabulary = logits.meta["val"].device, logits.meta["val"].shape[-1]
+        graph_module.graph = fx.Graph()
+        graph = graph_module.graph
+        with self.fake_mode:
+            state = StepState.empty(
+                self.batch.rows, self.batch.capacity, vocabulary, self.num_draft_tokens, device
+            ).tensors()
+        inputs = {name: add_input(graph, name, value) for name, value in state.items()}
+        for name in ("token_slots", "logit_slots"):
+            inputs[name] = add_input(graph, name, fresh_index(self.fake_mode, device))
+        for node in model.graph.nodes:
+            if node.op == "placeholder" and "_cache_" in node.target:
+                inputs[node.target] = add_input(graph, node.target, node.meta["val"])
+        results = self._step(graph_module, model, inputs)
+        graph.output(results)
+        return 1
+
+    def _step(self, into: fx.GraphModule, model: fx.GraphModule, inputs: dict[str, fx.Node]) -> dict[str, fx.Node]:
+        state = {name: inputs[name] for name in _STATE}
+        slots = {name: inputs[name] for name in ("token_slots", "logit_slots")}
+        packed = inline_function(into, self._pack, {**state, **slots}, self.fake_mode)
+        fed = {**{n: inputs[n] for n in inputs if "_cache_" in n}, **packed}
+        fed.update(lengths=state["lengths"], logit_index=packed["rows_index"])
+        hidden, logits = inline(into, model, fed)
+        for node in (hidden, logits):
+            assert "val" in node.meta
+        with self.fake_mode:  # the model's graph knew its own T and R; the step's are the sizes of the slots
+            tokens, rows = slots["token_slots"].meta["val"].shape[0], slots["logit_slots"].meta["val"].shape[0]
+            hidden.meta["val"] = hidden.meta["val"].new_empty((tokens, hidden.meta["val"].shape[-1]))
+            logits.meta["val"] = logits.meta["val"].new_empty((rows, logits.meta["val"].shape[-1]))
+        return inline_function(
+            into, self._commit, {**state, **packed, "logits": logits, "hidden_all": hidden}, self.fake_mode
+        )
+
+    def _pack(self, given: Tensors) -> Tensors:
+        state = {name: given[name] for name in ("history", "known", "lengths", "draft_lengths", "active")}
+        packed = pack(**state, slots=given["token_slots"], share=self.num_draft_tokens + 1)
+        rows = logit_rows(packed, given["known"], given["logit_slots"])
+        return {
+            **{name: getattr(packed, name) for name in _PACKED},
+            **{f"rows_{name}": getattr(rows, name) for name in _ROWS},
+        }
+
+    def _commit(self, given: Tensors) -> Tensors:
+        state = StepState(**{name: given[name] for name in _STATE})
+        packed = Packed(**{name: given[name] for name in _PACKED})
+        rows = LogitRows(**{name: given[f"rows_{name}"] for name in _ROWS})
+        drafts = draft_tokens(state.history, state.known, self.num_draft_tokens)
+        logits = bar_eos(given["logits"], rows, state.min_known, state.is_eos)
+        verdict = self.rule(Verification(logits, rows.offsets, drafts, packed.drafted))
+        new, emission = commit(state, packed, verdict.accept_lengths, verdict.next_tokens)
+        last = packed.roots + torch.where(packed.ready, verdict.accept_lengths, 0)
+        return {
+            **new.tensors(),
+            "tokens": emission.tokens,
+            "counts": emission.counts,
+            "hidden": given["hidden_all"][last],
+            "ready": packed.ready,
+        }

@@ -1,0 +1,222 @@
+"""What every pass needs to ask of a graph: where tokens are, what depends on them, and what a subgraph computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, statically_known_true
+
+from emssd_compile.errors import UnsupportedModelError
+
+aten = torch.ops.aten
+
+SHAPE_ONLY = frozenset(
+    {
+        aten.sym_size.int,
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+    }
+)
+"""Ops whose result depends on the shape of their first argument, never on its values."""
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """The input called `name`."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target == name:
+            return node
+    raise KeyError(f"the graph has no input named {name}")
+
+
+def output(graph: fx.Graph) -> fx.Node:
+    """The output node."""
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
+    """Shape of the tensor that `node` computes; None if it computes something else."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def token_symbol(graph: fx.Graph) -> sympy.Symbol:
+    """The symbol T: the number of packed tokens."""
+    size = placeholder(graph, "input_ids").meta["val"].shape[-1]
+    return size.node.expr
+
+
+def has_symbol(size: int | torch.SymInt, symbol: sympy.Symbol) -> bool:
+    """Whether a size depends on `symbol`."""
+    return isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols
+
+
+def token_dims(node: fx.Node, symbol: sympy.Symbol) -> tuple[int, ...]:
+    """Dimensions of `node` whose size depends on the number of tokens."""
+    return tuple(d for d, size in enumerate(shape(node) or ()) if has_symbol(size, symbol))
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for every number of tokens; never adds a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def data_dependent(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values depend on the token ids, not just on how many there are."""
+    found: set[fx.Node] = {placeholder(graph, "input_ids")}
+    for node in graph.nodes:
+        if node.target not in SHAPE_ONLY and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """`nodes` and everything they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor that a `get_attr` node reads."""
+    value = getattr(graph_module, str(node.target))
+    assert isinstance(value, Tensor)
+    return value
+
+
+def origin(node: fx.Node) -> str:
+    """Where `node` came from in the user's model: the innermost module, or the source line."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        path, cls = list(stack.values())[-1]
+        name = cls if isinstance(cls, str) else cls.__name__
+        return f"{path.removeprefix('model.') or '(root)'} ({name.rsplit('.', 1)[-1]})"
+    return "the model's forward"
+
+
+def refuse(node: fx.Node, reason: str, remedy: str = "") -> UnsupportedModelError:
+    """The error for a node that no pass can handle: which node, its op, its module, and why."""
+    return UnsupportedModelError(
+        reason, node=node.name, op=str(node.target), module=origin(node), remedy=remedy or None
+    )
+
+
+class Evaluator:
+    """Computes values of nodes for a concrete number of tokens, without running the whole model.
+
+    Used to recognise what a subgraph *means* (a mask, positions) by what it computes. Values of tensors that depend on
+    token ids are never computed: only their shapes may be asked for.
+
+    Args:
+        graph_module: an L0 or L1 graph.
+        tokens: the value of T.
+        given: values to take for some nodes instead of computing them.
+        constants: replacements for integer literals in the graph (`{4096: 5}`), to see what a literal means.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        tokens: int,
+        given: dict[fx.Node, Tensor] | None = None,
+        constants: dict[int, int] | None = None,
+    ) -> None:
+        self.graph_module = graph_module
+        self.tokens = tokens
+        self.constants = constants or {}
+        self.symbol = token_symbol(graph_module.graph)
+        self.values: dict[fx.Node, Any] = dict(given or {})
+        ids = placeholder(graph_module.graph, "input_ids")
+        self.device = ids.meta["val"].device
+        positions = placeholder(graph_module.graph, "positions")
+        self.values.setdefault(positions, torch.arange(tokens, device=self.device)[None])
+
+    def __call__(self, node: fx.Node) -> Any:
+        """Value of `node`. Raises KeyError if it depends on token ids."""
+        for step in self._schedule(node):
+            self.values[step] = self._compute(step)
+        return self.values[node]
+
+    def _schedule(self, node: fx.Node) -> list[fx.Node]:
+        needed: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in self.values or current in needed:
+                continue
+            needed.add(current)
+            if current.target not in SHAPE_ONLY:
+                stack.extend(current.all_input_nodes)
+        return [n for n in self.graph_module.graph.nodes if n in needed]
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return attribute(self.graph_module, node).detach()
+        if node.op != "call_function":
+            raise KeyError(f"%{node.name} depends on the token ids")
+        if node.target in SHAPE_ONLY:
+            return self._call(node, (self.concrete(node.args[0]), *self._arguments(node.args[1:])))
+        return self._call(node, self._arguments(node.args))
+
+    def _call(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        target: Callable[..., Any] = node.target  # type: ignore[assignment]
+        with torch.no_grad():
+            return target(*args, **self._arguments(node.kwargs))
+
+    def _arguments(self, arguments: Any) -> Any:
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return self.values[leaf] if leaf in self.values else self(leaf)
+            if type(leaf) is int:
+                return self.constants.get(leaf, leaf)
+            return leaf
+
+        return fx.node.map_aggregate(arguments, value)
+
+    def concrete_shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of `node` with T set."""
+        return tuple(
+            int(s.node.expr.xreplace({self.symbol: sympy.Integer(self.tokens)})) if isinstance(s, torch.SymInt) else s
+            for s in shape(node) or ()
+        )
+
+    def concrete(self, node: Any) -> Tensor:
+        """A tensor of the shape, dtype and device of `node`; its values mean nothing."""
+        value = node.meta["val"]
+        return torch.empty(self.concrete_shape(node), dtype=value.dtype, device=value.device)
+
+
+def scalar(value: Any) -> float | None:
+    """A number that stands in a graph as a literal."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert a call at the graph's insertion point and compute its fake value at once."""
+    node = graph.call_function(target, args, kwargs)
+    values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*values[0], **values[1])  # type: ignore[index,misc]
+    return node
+
+
+
+def fresh_index(fake_mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """A fake int64 index whose length is a new symbol."""
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    example = torch.zeros(7, dtype=torch.int64, device=device)
+    return fake_mode.from_tensor(example, static_shapes=False, symbolic_context=context)

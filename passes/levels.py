@@ -1,0 +1,92 @@
+"""What holds at each level of the graph, as code. Run by the manager whenever a level is reached."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from emssd_compile.ops import append_kv, attention, ragged_attention
+from emssd_compile.passes.graph import aten, output, placeholder, refuse, token_dims, token_symbol
+from emssd_compile.passes.prove_token_pointwise import find_mixing, influence
+
+
+def _inputs(graph: fx.Graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes if n.op == "placeholder"]
+
+
+def _expect_inputs(graph: fx.Graph, names: list[str]) -> None:
+    found = _inputs(graph)
+    if found[: len(names)] != names:
+        raise refuse(output(graph), f"the graph's inputs are {found}; this level begins with {names}")
+
+
+def _only_ops(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op in ("call_module", "call_method"):
+            raise refuse(node, "the graph holds a call that is not an op")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise refuse(node, "the graph holds a higher-order wrapper (control flow or a nested region)")
+
+
+def verify_captured(graph_module: fx.GraphModule) -> None:
+    """L0: ATen ops only, inputs `input_ids[1, T]` and `positions[1, T]`, T symbolic."""
+    graph = graph_module.graph
+    _only_ops(graph)
+    _expect_inputs(graph, ["input_ids", "positions"])
+    if not isinstance(placeholder(graph, "input_ids").meta["val"].shape[1], torch.SymInt):
+        raise refuse(placeholder(graph, "input_ids"), "the number of tokens is fixed")
+
+
+def verify_canonical(graph_module: fx.GraphModule) -> None:
+    """L1: one attention op, no relation of tokens to tokens, nothing but attention mixes tokens."""
+    verify_captured(graph_module)
+    graph = graph_module.graph
+    symbol = token_symbol(graph)
+    for node in graph.nodes:
+        if len(token_dims(node, symbol)) > 1:
+            raise refuse(node, "a relation of tokens to tokens is left: an attention was not recognised")
+    mixing = find_mixing(graph_module)
+    if mixing is not None and (leak := influence(graph_module)):
+        raise refuse(mixing[0], f"{mixing[1]} ({leak})")
+
+
+def verify_unpadded(graph_module: fx.GraphModule) -> None:
+    """L2: every attention reads caches that were just appended to; two outputs, hidden `[T, H]` and logits `[R, V]`."""
+    graph = graph_module.graph
+    _only_ops(graph)
+    _expect_inputs(graph, ["input_ids", "positions", "row_ids", "offsets", "lengths", "logit_index"])
+    appended: set[tuple[fx.Node, fx.Node]] = set()
+    for node in graph.nodes:
+        if node.target == attention:
+            raise refuse(node, "an attention has no KV cache")
+        if node.target == append_kv:
+            appended.add(node.args[:2])
+        if node.target == ragged_attention:
+            if node.args[1:3] not in appended:
+                raise refuse(node, "an attention reads a KV cache before this step's tokens are written to it")
+            appended.remove(node.args[1:3])
+    results = output(graph).args[0]
+    if not (isinstance(results, (tuple, list)) and len(results) == 2):
+        raise refuse(output(graph), "the graph must return hidden states and logits")
+
+
+def verify_step(graph_module: fx.GraphModule) -> None:
+    """L3: no host read, no shape that depends on data; the state that goes in comes out."""
+    graph = graph_module.graph
+    _only_ops(graph)
+    for node in graph.nodes:
+        if node.target in (aten._local_scalar_dense.default, aten.item.default):
+            raise refuse(node, "the step reads a value back to the host")
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(_unbacked(s) for s in value.shape):
+            raise refuse(node, "the step holds a shape that depends on data")
+    results = output(graph).args[0]
+    needed = {"history", "known", "lengths", "draft_lengths", "active", "counters", "histogram", "report"}
+    if not isinstance(results, dict) or not needed <= set(results):
+        raise refuse(output(graph), f"the step must return at least {sorted(needed)}")
+
+
+def _unbacked(size: int | torch.SymInt) -> bool:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))

@@ -1,0 +1,153 @@
+"""Runs passes: times them, cleans up after them, checks what they promise, records what they did.
+
+A pass is an object with a `name`, a docstring, `run(graph_module) -> int` (how many places it changed, truthfully) and
+optionally `ensures(graph_module)` (raises if what should hold afterwards does not). Everything else happens here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+from emssd_compile.errors import EmssdError, UnsupportedModelError
+
+
+class Pass(Protocol):
+    """One rewrite of the graph."""
+
+    name: str
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """Rewrite in place; return the number of places changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place a pass looked at and left alone."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did."""
+
+    name: str
+    level: str
+    changed: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Level:
+    """A stage of the graph: the passes that lead to it and the check that it was reached."""
+
+    name: str
+    passes: tuple[Pass, ...]
+    verify: Callable[[fx.GraphModule], None]
+
+
+Observer = Callable[[str, fx.GraphModule, PassRecord | None], None]
+"""Called as (pass name, graph, None) before a pass and (pass name, graph, record) after it."""
+
+
+@dataclass
+class PassManager:
+    """Applies levels in order and keeps the records.
+
+    Args:
+        fake_mode: the mode the graph's fake values belong to; used to propagate shapes after every pass.
+        observers: called around every pass (dumps and the like).
+    """
+
+    fake_mode: FakeTensorMode
+    observers: Iterable[Observer] = ()
+    records: list[PassRecord] = field(default_factory=list)
+
+    def apply(self, graph_module: fx.GraphModule, levels: Iterable[Level]) -> fx.GraphModule:
+        """Run every pass of every level, verifying each level when it is reached.
+
+        Raises:
+            UnsupportedModelError: a pass or a level's verifier refuses the graph. An unexpected exception inside a pass
+                is reported as one too, naming the pass and those before it.
+        """
+        for level in levels:
+            for step in level.passes:
+                self._run(step, level.name, graph_module)
+            level.verify(graph_module)
+        return graph_module
+
+    def _run(self, step: Pass, level: str, graph_module: fx.GraphModule) -> None:
+        for observe in self.observers:
+            observe(step.name, graph_module, None)
+        before = len(graph_module.graph.nodes)
+        start = time.perf_counter()
+        try:
+            with GraphTransformObserver(graph_module, step.name):
+                changed = step.run(graph_module)
+            if changed:
+                tidy(graph_module, self.fake_mode)
+            getattr(step, "ensures", lambda _: None)(graph_module)
+        except EmssdError:
+            raise
+        except Exception as error:
+            done = ", ".join(r.name for r in self.records) or "none"
+            raise UnsupportedModelError(
+                f"pass {step.name} failed with {type(error).__name__}: {error} (passes before it: {done})"
+            ) from error
+        record = PassRecord(
+            step.name,
+            level,
+            changed,
+            before,
+            len(graph_module.graph.nodes),
+            time.perf_counter() - start,
+            tuple(getattr(step, "notes", ())),
+            tuple(getattr(step, "refusals", ())),
+        )
+        self.records.append(record)
+        for observe in self.observers:
+            observe(step.name, graph_module, record)
+
+
+def tidy(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+    """Dead code out, lint, recompile, fake values recomputed."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    propagate(graph_module, fake_mode)
+
+
+def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+    """Recompute the fake value (`meta["val"]`) of every node but the inputs, which keep theirs."""
+    with fake_mode, torch.no_grad():
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                value = getattr(graph_module, node.target)
+                if isinstance(value, Tensor):
+                    node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
+def drop_unused_weights(graph_module: fx.GraphModule) -> None:
+    """Forget weights that no node reads any more."""
+    used = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    for store in (graph_module._parameters, graph_module._buffers):
+        for name in [n for n in store if n not in used]:
+            del store[name]

@@ -1,0 +1,164 @@
+"""Prove that nothing but attention mixes tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from emssd_compile.ops import attention
+from emssd_compile.passes.graph import (
+    aten,
+    output,
+    placeholder,
+    refuse,
+    token_dims,
+    token_symbol,
+)
+from emssd_compile.passes.token_rules import check
+
+_TOKENS = 12
+_TRIALS = 4
+
+
+class ProveTokenPointwise:
+    """Check the claim on which unpadding rests; change nothing.
+
+    Side by side in `T` lie tokens of different rows. If every op but attention acts on each token by itself, packing rows
+    is unpadding and nothing of one row can reach another. The proof follows the token dimension from the inputs to the
+    output, op by op (`token_rules`). Where rules cannot tell (a mixture of experts sorts tokens and puts them back), the
+    influence test decides: attention is replaced by a token-local stand-in, one token is changed, and no other token's
+    output may change by a bit.
+
+        accepted:  %y = linear(%x[1,T,8], %w)       refused:  %s = cumsum(%x[1,T,8], 1)
+    """
+
+    name = "prove_token_pointwise"
+
+    def __init__(self) -> None:
+        self.notes: tuple[str, ...] = ()
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """See the class. Raises UnsupportedModelError naming the node that mixes tokens."""
+        objection = find_mixing(graph_module)
+        if objection is None:
+            self.notes = ("proved: nothing but attention mixes tokens",)
+            return 0
+        node, reason = objection
+        leak = influence(graph_module)
+        if leak:
+            raise refuse(node, f"tokens are mixed outside attention: {reason} ({leak})")
+        self.notes = (f"tested: no token influences another; not proved, because of %{node.name} ({node.target})",)
+        return 0
+
+
+def find_mixing(graph_module: fx.GraphModule) -> tuple[fx.Node, str] | None:
+    """The first node not proven to act on each token by itself, and why; None if the proof goes through."""
+    graph = graph_module.graph
+    symbol = token_symbol(graph)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        reason = _objection(node, symbol)
+        if reason:
+            return node, reason
+    return None
+
+
+def _objection(node: fx.Node, symbol: object) -> str | None:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None  # operator.getitem and arithmetic on sizes
+    if node.target == aten.sym_size.int:
+        return None
+    if _size_used_as_value(node):
+        return "it computes with the number of tokens"
+    dims = {}
+    for source in node.all_input_nodes:
+        found = _all_token_dims(source, symbol)
+        if len(found) > 1:
+            return f"its input %{source.name} relates tokens to tokens"
+        if found:
+            dims[source] = found[0]
+    out = _all_token_dims(node, symbol)
+    if len(out) > 1:
+        return "its result relates tokens to tokens"
+    if not dims:
+        return None
+    if not out:
+        return "the token dimension disappears in it"
+    return check(node, dims, out[0])
+
+
+def _all_token_dims(node: fx.Node, symbol: object) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):  # an op with several results: they must agree
+        found = {
+            tuple(d for d, s in enumerate(v.shape) if isinstance(s, torch.SymInt) and symbol in s.node.expr.free_symbols)
+            for v in value
+            if isinstance(v, Tensor)
+        }
+        return next(iter(found)) if len(found) == 1 else (0, 0)
+    return token_dims(node, symbol)  # type: ignore[arg-type]
+
+
+def _size_used_as_value(node: fx.Node) -> bool:
+    """Whether a size enters the op as a number to compute with, not as a size."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for argument, given in zip(schema.arguments, node.args, strict=False):
+        if isinstance(given, fx.Node) and isinstance(given.meta.get("val"), (torch.SymInt, torch.SymFloat)):
+            if str(argument.type) in ("Scalar", "number", "Tensor", "float"):
+                return True
+    return False
+
+
+def influence(graph_module: fx.GraphModule) -> str:
+    """Run the graph with a token-local stand-in for attention; say which token influenced another, or ''."""
+    local = fx.GraphModule(graph_module, _localised(graph_module.graph))
+    ids_meta = placeholder(graph_module.graph, "input_ids").meta["val"]
+    vocabulary = _vocabulary(graph_module)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(_TRIALS):
+            ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
+            changed = int(torch.randint(_TOKENS, (), generator=generator))
+            other = ids.clone()
+            other[0, changed] = (other[0, changed] + 1 + torch.randint(vocabulary - 1, (), generator=generator)) % vocabulary
+            positions = torch.arange(_TOKENS)[None]
+            a, b = (local(x.to(ids_meta.device), positions.to(ids_meta.device)) for x in (ids, other))
+            moved = (a != b).reshape(_TOKENS, -1).any(-1)
+            moved[changed] = False
+            if bool(moved.any()):
+                return f"changing token {changed} changed the output of token {int(moved.nonzero()[0])}"
+    return ""
+
+
+def _localised(source: fx.Graph) -> fx.Graph:
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(source, values)
+    graph.output(result)
+    for node in list(graph.nodes):
+        if node.target == attention:
+            node.target = _token_local
+    return graph
+
+
+def _token_local(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    """Stands in for attention: depends on the token's own query, key and value only."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return (v * torch.tanh((q * k).sum(-1, keepdim=True))).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _vocabulary(graph_module: fx.GraphModule) -> int:
+    ids = placeholder(graph_module.graph, "input_ids")
+    for node in ids.users:
+        if node.target == aten.embedding.default:
+            table = node.args[0]
+            assert isinstance(table, fx.Node)
+            return int(table.meta["val"].shape[0])
+    logits = output(graph_module.graph).args[0]
+    assert isinstance(logits, fx.Node)
+    return int(logits.meta["val"].shape[-1])
+
+
+__all__ = ["ProveTokenPointwise", "find_mixing", "influence"]

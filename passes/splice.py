@@ -1,0 +1,96 @@
+"""Trace a function of tensors, and put one graph into another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Tensors = dict[str, Tensor]
+
+
+def trace(function: Callable[[Tensors], Tensors], inputs: Tensors, fake_mode: FakeTensorMode) -> fx.GraphModule:
+    """The ATen graph of `function`, for fake `inputs`; its inputs and outputs keep their names."""
+    names = list(inputs)
+    result_names: list[str] = []
+
+    def flat(*values: Tensor) -> list[Tensor]:
+        results = function(dict(zip(names, values, strict=True)))
+        result_names[:] = list(results)
+        return list(results.values())
+
+    allowed, fake_mode.allow_non_fake_inputs = fake_mode.allow_non_fake_inputs, True  # weights of drafters are real
+    try:
+        with fake_mode, torch.no_grad():
+            traced = make_fx(flat)(*inputs.values())
+    finally:
+        fake_mode.allow_non_fake_inputs = allowed
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.target = name
+    traced.meta["results"] = result_names
+    return traced
+
+
+def inline(into: fx.GraphModule, source: fx.GraphModule, inputs: dict[str, fx.Node]) -> Any:
+    """Copy `source` to the insertion point of `into`; returns what it returned, as nodes of `into`.
+
+    Args:
+        into: grows by the nodes and attributes of `source`.
+        source: a graph whose placeholders are named in `inputs`.
+        inputs: the value of each placeholder.
+    """
+    values: dict[fx.Node, fx.Node] = {}
+    renamed: dict[str, str] = {}
+    for node in source.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = inputs[node.target]
+        elif node.op == "get_attr":
+            name = renamed.setdefault(node.target, _adopt(into, source, node.target))
+            values[node] = into.graph.get_attr(name)
+            values[node].meta = dict(node.meta)
+        elif node.op == "output":
+            return fx.node.map_arg(node.args[0], lambda n: values[n])
+        else:
+            values[node] = into.graph.node_copy(node, lambda n: values[n])
+    raise AssertionError("a graph has an output")
+
+
+def _adopt(into: fx.GraphModule, source: fx.GraphModule, name: str) -> str:
+    value = getattr(source, name)
+    for existing, held in [*into.named_parameters(recurse=False), *into.named_buffers(recurse=False)]:
+        if held is value:
+            return existing
+    unique = name.lstrip("_")
+    while hasattr(into, unique):
+        unique += "_"
+    if isinstance(value, torch.nn.Parameter):
+        into.register_parameter(unique, value)
+    else:
+        into.register_buffer(unique, value, persistent=False)
+    return unique
+
+
+def inline_function(
+    into: fx.GraphModule,
+    function: Callable[[Tensors], Tensors],
+    inputs: dict[str, fx.Node],
+    fake_mode: FakeTensorMode,
+) -> dict[str, fx.Node]:
+    """Trace `function` and inline it; returns its results by name."""
+    traced = trace(function, {name: node.meta["val"] for name, node in inputs.items()}, fake_mode)
+    results = inline(into, traced, inputs)
+    return dict(zip(traced.meta["results"], results, strict=True))
+
+
+def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
+    """A new input, after those there are."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
+        node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node

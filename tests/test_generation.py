@@ -1,0 +1,389 @@
+import inspect
+import string
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MaxLengthCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+
+from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
+from emssd_compile.generation import GenerateOptions, resolve_options
+from emssd_compile.runtime.inputs import parse_prompts
+from emssd_compile.runtime.outputs import GenerateOutput, apply_stopping_criteria, limit_rows
+
+VOCAB = 64
+CAPACITY = 40
+PAD = 0
+PROMPTS = torch.tensor([[5, 6, 7, 8], [PAD, PAD, 9, 10]])
+MASK = (PROMPTS != PAD).long()
+
+
+def resolve(generation_config: object = None, *, stored: object = None, **kwargs: object) -> GenerateOptions:
+    if generation_config is stored is None and not kwargs.keys() & {"max_new_tokens", "max_length"}:
+        kwargs["max_new_tokens"] = 4  # keeps the warning about the default length out of the other tests
+    return resolve_options(generation_config, kwargs, stored=stored, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CAPACITY,
+        initializer_range=0.5,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    characters = string.ascii_letters + string.digits + ".,"
+    backend = Tokenizer(BPE({character: index for index, character in enumerate(characters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@torch.no_grad()
+def generate(model, inputs, attention_mask=None, **kwargs):
+    """Greedy decoding written to be obvious, one row and one token at a time, from nothing but the resolved options."""
+    config = kwargs.pop("generation_config", None)
+    options = resolve_options(config, kwargs, stored=model.generation_config, vocab_size=VOCAB)
+    prompts = parse_prompts(
+        inputs, attention_mask, vocab_size=VOCAB, capacity=CAPACITY, pad_token_id=options.prompt_pad_token_id
+    )
+    limits = limit_rows(options, prompts, CAPACITY)
+    generated = []
+    for row, tokens in enumerate(prompts.values.split(prompts.lengths)):
+        ids = tokens.tolist()
+        new: list[int] = []
+        while len(new) < limits.max_new_tokens[row]:
+            logits = model(torch.tensor([ids])).logits[0, -1]
+            if len(new) < limits.min_new_tokens[row]:
+                logits[list(options.eos_token_ids)] = -torch.inf
+            new.append(int(logits.argmax()))
+            ids.append(new[-1])
+            if new[-1] in options.eos_token_ids or apply_stopping_criteria(options.stopping_criteria, ids):
+                break
+        generated.append(new)
+    return prompts.restore(generated, options.pad_token_id)
+
+
+def token_at(model: LlamaForCausalLM, step: int) -> int:
+    """The token that the first prompt emits at a step."""
+    return int(model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=step + 1, pad_token_id=PAD)[0, -1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 6},
+        {"max_length": 9},
+        {"max_new_tokens": 6, "eos_token_id": "third"},
+        {"max_new_tokens": 6, "eos_token_id": ["third", 63], "pad_token_id": 1},
+        {"max_new_tokens": 6, "eos_token_id": torch.tensor([63]), "pad_token_id": -1},
+        {"max_new_tokens": 8, "eos_token_id": "third", "min_new_tokens": 5},
+        {"max_new_tokens": 8, "eos_token_id": "third", "min_new_tokens": 2},
+        {"max_new_tokens": 8, "eos_token_id": "third", "min_length": 9},
+        {"max_length": 12, "eos_token_id": "third", "min_length": 6},
+        {"generation_config": GenerationConfig(max_new_tokens=3, eos_token_id=63)},
+        {"generation_config": GenerationConfig(max_length=30, temperature=0.5), "max_new_tokens": 3},
+        {"max_new_tokens": 5, "max_time": 1000.0},
+        {"max_new_tokens": 5, "max_time": 0.0},
+    ],
+)
+@pytest.mark.parametrize("batch", [(PROMPTS, MASK), (PROMPTS[:1], None), (PROMPTS[1:], MASK[1:])])
+def test_options_mean_what_they_mean_to_hugging_face(model, options, batch):
+    options = {"pad_token_id": PAD, **options}
+    match options.get("eos_token_id"):
+        case "third":
+            options["eos_token_id"] = token_at(model, 2)
+        case ["third", *others]:
+            options["eos_token_id"] = [token_at(model, 2), *others]
+    expected = model.generate(batch[0], attention_mask=batch[1], **options)
+    assert generate(model, *batch, **options).tolist() == expected.tolist()
+
+
+def test_stop_strings_are_found_across_tokens(model, tokenizer):
+    start, stop = PROMPTS.shape[1] + 1, PROMPTS.shape[1] + 3
+    free = model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=6, pad_token_id=PAD)
+    # Without an EOS transformers does not pad the row that stopped, but shows what it would have gone on with.
+    options = {"max_new_tokens": 6, "eos_token_id": 63, "pad_token_id": PAD}
+    options |= {"stop_strings": tokenizer.decode(free[0, start:stop]), "tokenizer": tokenizer}
+    expected = model.generate(PROMPTS, attention_mask=MASK, **options)
+    assert expected[0, stop:].tolist() == [PAD] * 3
+    assert generate(model, PROMPTS, MASK, **options).tolist() == expected.tolist()
+
+
+def test_a_pad_id_marks_padding_where_no_mask_is_given(model):
+    options = {"max_new_tokens": 5, "eos_token_id": token_at(model, 2), "pad_token_id": PAD}
+    expected = model.generate(PROMPTS, **options)
+    assert generate(model, PROMPTS, **options).tolist() == expected.tolist()
+    assert expected.tolist() == model.generate(PROMPTS, attention_mask=MASK, **options).tolist()
+
+
+def test_a_pad_id_that_is_an_eos_marks_nothing(model):
+    options = {"max_new_tokens": 5, "eos_token_id": PAD, "pad_token_id": PAD}
+    assert generate(model, PROMPTS, **options).tolist() == model.generate(PROMPTS, **options).tolist()
+    assert resolve(eos_token_id=[3, PAD], pad_token_id=PAD).prompt_pad_token_id is None
+    assert resolve(eos_token_id=3, pad_token_id=PAD).prompt_pad_token_id == PAD
+    assert resolve(eos_token_id=3).prompt_pad_token_id is None
+
+
+def test_max_new_tokens_wins_over_max_length_with_a_warning(model):
+    expected = model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=3, max_length=30, pad_token_id=PAD)
+    with pytest.warns(UserWarning, match="max_length=30 gives way to max_new_tokens=3"):
+        result = generate(model, PROMPTS, MASK, max_new_tokens=3, max_length=30)
+    assert result.tolist() == expected.tolist()
+
+
+def test_without_a_length_twenty_tokens_are_generated_with_a_warning(model):
+    expected = model.generate(PROMPTS, attention_mask=MASK, pad_token_id=PAD)
+    with pytest.warns(UserWarning, match="up to 20 tokens"):
+        result = generate(model, PROMPTS, MASK)
+    assert result.tolist() == expected.tolist()
+    assert result.shape == (2, 24)
+
+
+def test_the_default_length_ends_where_the_row_is_full(model):
+    prompt = torch.arange(1, 31).unsqueeze(0)
+    with pytest.warns(UserWarning, match="up to 20 tokens"):
+        result = generate(model, prompt)
+    assert result.tolist() == model.generate(prompt, pad_token_id=PAD).tolist()
+    assert result.shape == (1, CAPACITY)
+
+
+def test_max_length_counts_the_padding_of_a_tensor_but_the_own_tokens_of_a_list():
+    options = resolve(max_length=9, min_length=6)
+    tensor = parse_prompts(PROMPTS, MASK, vocab_size=VOCAB, capacity=CAPACITY)
+    lists = parse_prompts([[5, 6, 7, 8], [9, 10]], vocab_size=VOCAB, capacity=CAPACITY)
+    assert limit_rows(options, tensor, CAPACITY).max_new_tokens == [5, 5]
+    assert limit_rows(options, tensor, CAPACITY).min_new_tokens == [2, 2]
+    assert limit_rows(options, lists, CAPACITY).max_new_tokens == [5, 7]
+    assert limit_rows(options, lists, CAPACITY).min_new_tokens == [2, 4]
+
+
+def test_keyword_wins_over_config_wins_over_stored_and_none_turns_off():
+    stored = SimpleNamespace(max_new_tokens=1, eos_token_id=[3, 4], pad_token_id=5)
+    config = SimpleNamespace(max_new_tokens=2, eos_token_id=None)
+    options = resolve(config, stored=stored, pad_token_id=6)
+    assert (options.max_new_tokens, options.eos_token_ids, options.pad_token_id) == (2, (3, 4), 6)
+    options = resolve(config, stored=stored, max_new_tokens=7, eos_token_id=None)
+    assert (options.max_new_tokens, options.eos_token_ids, options.pad_token_id) == (7, (), 5)
+
+
+def test_pad_falls_back_to_the_first_eos():
+    assert resolve(eos_token_id=[7, 3]).pad_token_id == 7
+    assert resolve(stored=SimpleNamespace(eos_token_id=VOCAB + 5, max_new_tokens=1)).pad_token_id == VOCAB + 5
+    assert resolve().pad_token_id is None
+
+
+def test_a_stored_eos_that_the_vocabulary_does_not_hold_never_matches_but_a_requested_one_is_an_error():
+    stored = SimpleNamespace(eos_token_id=[VOCAB, 3], max_new_tokens=1)
+    assert resolve(stored=stored).eos_token_ids == (3,)
+    for wrong in (VOCAB, -1):
+        with pytest.raises(OptionError, match="pass None for no EOS"):
+            resolve(eos_token_id=wrong)
+
+
+HONOURED = {
+    *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "eos_token_id", "pad_token_id", "max_time"),
+    *("stop_strings", "stopping_criteria", "streamer", "return_dict_in_generate"),
+}
+FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+ARGUMENTS = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "generation_config", "kwargs"}
+
+
+class Odd:
+    """A value that no option takes, and that cannot be compared, like a tensor."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+    def __repr__(self) -> str:
+        return "odd"
+
+
+@pytest.mark.parametrize("name", sorted((FIELDS | ARGUMENTS) - HONOURED - {"inputs"}))
+def test_no_option_of_transformers_is_ignored(name):
+    with pytest.raises(
+        (NotImplementedError, OptionError), match=rf"^{name}=odd (is not supported|would have no effect): "
+    ):
+        resolve(**{name: Odd()})
+
+
+@pytest.mark.parametrize("name", sorted(HONOURED - {"eos_token_id", "stop_strings"}))
+def test_an_honoured_option_is_checked(name):
+    with pytest.raises(OptionError, match=f"^{name}"):
+        resolve(**{name: "rubbish"})
+
+
+def test_every_default_of_transformers_passes():
+    defaults = GenerationConfig._get_default_generation_params()
+    assisted = {name for name in defaults if "assist" in name or "lookbehind" in name}
+    resolve(**{name: value for name, value in defaults.items() if name not in {"max_length", *assisted}})
+    resolve(stored=GenerationConfig(**{**defaults, "max_length": 8}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_sample": True}, "pass do_sample=False"),
+        ({"num_beams": 4}, "use the model itself"),
+        ({"repetition_penalty": 1.1}, "logits"),
+        ({"output_scores": True}, "inner values"),
+        ({"prompt_lookup_num_tokens": 3}, r"optimize\(model, drafter="),
+        ({"forced_eos_token_id": 0}, "logits"),
+        ({"past_key_values": torch.zeros(2)}, "KV cache"),
+        ({"stopping_criteria": [MaxLengthCriteria(9)]}, "pass max_length"),
+        ({"stopping_criteria": [EosTokenCriteria(9)]}, "pass eos_token_id"),
+    ],
+)
+def test_what_is_not_supported_is_named(options, message):
+    with pytest.raises(NotImplementedError, match=rf"{next(iter(options))}.*{message}"):
+        resolve(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_token": 3}, "did you mean max_new_tokens"),
+        ({"zzz": None}, "no option 'zzz'"),
+        ({"temperature": 0.7}, "temperature=0.7 would have no effect"),
+        ({"use_cache": False}, "use_cache=False would have no effect"),
+        ({"early_stopping": True}, "beam search"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": True}, "bool"),
+        ({"max_new_tokens": 2.0}, "not an integer"),
+        ({"min_length": -1}, "at least 0"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not an integer"),
+        ({"stop_strings": "x"}, "tokenizer"),
+        ({"stopping_criteria": MaxLengthCriteria(3)}, "wrap a single one in a list"),
+        ({"stopping_criteria": [3]}, "wrap a single one in a list"),
+        ({"streamer": print}, "put and end"),
+        ({"generation_config": {"max_new_tokens": 3}}, "pass options by name"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_an_error(options, message):
+    with pytest.raises(OptionError, match=message):
+        resolve(**options)
+
+
+def test_what_only_matters_to_sampling_passes_in_a_config():
+    config = GenerationConfig(temperature=0.6, top_p=0.9, top_k=20, max_new_tokens=3)
+    assert resolve(config) == resolve(stored=config) == resolve(max_new_tokens=3)
+
+
+def test_a_config_that_samples_says_how_to_be_greedy():
+    stored = GenerationConfig(do_sample=True, temperature=0.6, max_new_tokens=3)
+    with pytest.raises(
+        NotImplementedError, match=r"do_sample=True, set in generation_config \(generate\(do_sample=False"
+    ):
+        resolve(stored=stored)
+    assert resolve(stored=stored, do_sample=False).max_new_tokens == 3
+
+
+def prompts_of(*lengths: int):
+    return parse_prompts([[5] * length for length in lengths], vocab_size=VOCAB, capacity=CAPACITY)
+
+
+def test_a_prompt_at_max_length_is_an_error_naming_the_row():
+    with pytest.raises(OptionError, match=r"row 1: a prompt of 9 tokens.*max_length=9"):
+        limit_rows(resolve(max_length=9), prompts_of(3, 9), CAPACITY)
+
+
+def test_more_than_a_row_holds_is_an_error_saying_what_would_fit():
+    assert limit_rows(resolve(max_new_tokens=30), prompts_of(3, 10), CAPACITY).max_new_tokens == [30, 30]
+    with pytest.raises(CapacityError, match=r"row 1: 11 .*max_new_tokens=29 or less.*max_length=41"):
+        limit_rows(resolve(max_new_tokens=30), prompts_of(3, 11), CAPACITY)
+
+
+def test_a_minimum_above_the_maximum_warns_and_ends_at_the_maximum(model):
+    options = {"max_new_tokens": 3, "min_new_tokens": 5, "eos_token_id": token_at(model, 1), "pad_token_id": PAD}
+    with pytest.warns(UserWarning, match="more than the maximum"):
+        result = generate(model, PROMPTS, MASK, **options)
+    with pytest.warns(UserWarning, match="Unfeasible"):
+        assert result.tolist() == model.generate(PROMPTS, attention_mask=MASK, **options).tolist()
+
+
+def test_only_one_prompt_is_streamed(tokenizer):
+    options = resolve(streamer=TextStreamer(tokenizer))
+    assert limit_rows(options, prompts_of(3), CAPACITY).max_new_tokens == [4]
+    with pytest.raises(InvalidInputError, match="streamer"):
+        limit_rows(options, prompts_of(3, 4), CAPACITY)
+
+
+def test_rows_of_a_tensor_that_may_end_apart_need_a_pad_id_before_any_work():
+    tensor = parse_prompts(PROMPTS, MASK, vocab_size=VOCAB, capacity=CAPACITY)
+    stop = [lambda ids, scores: False]
+    with pytest.raises(OptionError, match="pad_token_id"):
+        limit_rows(resolve(stopping_criteria=stop), tensor, CAPACITY)
+    limit_rows(resolve(stopping_criteria=stop, pad_token_id=PAD), tensor, CAPACITY)
+    limit_rows(resolve(stopping_criteria=stop), prompts_of(3, 4), CAPACITY)
+
+
+def test_stopping_criteria_see_one_row_and_all_of_them_are_asked():
+    seen = []
+
+    def criterion(answer):
+        def ask(input_ids, scores):
+            seen.append((input_ids.tolist(), scores))
+            return answer
+
+        return ask
+
+    yes = [True, torch.tensor([True]), torch.tensor([[True]])]
+    no = [False, torch.tensor([False])]
+    assert all(apply_stopping_criteria(StoppingCriteriaList([criterion(answer)]), [1, 2]) for answer in yes)
+    assert not any(apply_stopping_criteria([criterion(answer)], [1, 2]) for answer in no)
+    assert not apply_stopping_criteria([], [1, 2])
+    seen.clear()
+    assert apply_stopping_criteria([criterion(True), criterion(False)], [1, 2])
+    assert seen == [([[1, 2]], None)] * 2
+
+
+def test_the_output_reads_like_a_model_output():
+    out = GenerateOutput(sequences=PROMPTS)
+    assert out["sequences"] is out.sequences is out[0] is out.to_tuple()[0] is PROMPTS
+    assert list(out) == ["sequences"]
+    assert "sequences" in out
+    assert "scores" not in out
+    with pytest.raises(KeyError):
+        out["scores"]
+
+
+def test_transformers_is_only_needed_for_its_own_criteria(monkeypatch, tokenizer):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert resolve(max_new_tokens=3).max_new_tokens == 3
+    with pytest.raises(OptionError, match="stop_strings is carried out by transformers"):
+        resolve(stop_strings="t1", tokenizer=tokenizer)
+    code = "import sys, emssd_compile.runtime.outputs; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_warns_when_a_length_is_given(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, [[5, 6]], max_new_tokens=1)
