@@ -1,7 +1,7 @@
 """Everything this package raises on purpose; catch `EmssdError` to catch all of it.
 
-A message says what was wrong, where, and what to do about it. An option that is known but not supported yet raises Python's
-own `NotImplementedError` instead, naming the option.
+A message says what was wrong, where, and what to do about it. An option that is known but not supported yet raises
+Python's own `NotImplementedError` instead, naming the option.
 """
 
 

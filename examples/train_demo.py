@@ -1,4 +1,4 @@
-"""Train the demo models of this project: a small Llama and a draft model distilled from it.
+"""Train the demo models of this project: a small Llama and a one-layer draft model distilled from it.
 
     python examples/train_demo.py --work build/demo --out examples/demo_model
 
@@ -10,7 +10,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,42 +25,37 @@ from demo_training.loop import Run, fit, training_windows
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
-def shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
-    """The part of a `LlamaConfig` that differs between the models."""
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-
-
 @dataclass(frozen=True)
 class Settings:
     """Sizes of one training run; the defaults are those of the shipped models."""
 
     vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    heads: int = 4
+    kv_heads: int = 2
+    layers: int = 8
+    draft_layers: int = 1
     block: int = 1024  # longest context in tokens, and the unit in which the corpus is shuffled
     blocks_per_step: int = 2
-    target_steps: int = 1600
-    draft_steps: int = 800
+    target_steps: int = 900
+    draft_steps: int = 400
     documents: int | None = None  # read only so many of each kind
     compile: bool = True
-    target: dict[str, int] = field(default_factory=lambda: shape(256, 704, 8, 4, 2))
-    draft: dict[str, int] = field(default_factory=lambda: shape(128, 352, 2, 2, 1))
 
 
 SMOKE = Settings(
     vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    heads=2,
+    kv_heads=1,
+    layers=2,
     block=32,
-    blocks_per_step=2,
     target_steps=4,
     draft_steps=4,
     documents=4,
     compile=False,
-    target=shape(32, 64, 2, 2, 1),
-    draft=shape(16, 32, 1, 2, 1),
 )
 
 
@@ -88,11 +83,16 @@ def prepare_data(settings: Settings) -> Data:
     )
 
 
-def build_model(sizes: dict[str, int], settings: Settings, eos: int) -> LlamaForCausalLM:
+def build_model(settings: Settings, layers: int, eos: int) -> LlamaForCausalLM:
     """A freshly initialised Llama with tied embeddings, in fp32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        num_hidden_layers=layers,
         max_position_embeddings=settings.block,
         tie_word_embeddings=True,
         bos_token_id=eos,
@@ -100,9 +100,16 @@ def build_model(sizes: dict[str, int], settings: Settings, eos: int) -> LlamaFor
         pad_token_id=eos,
         # Attention written out: on a CPU its compiled backward is faster than the fused kernel's at these lengths.
         attn_implementation="eager",
-        **sizes,
     )
     return LlamaForCausalLM(config).train()
+
+
+def build_draft(target: LlamaForCausalLM, settings: Settings, eos: int) -> LlamaForCausalLM:
+    """A model of fewer layers that starts as the target's embeddings, first layers and final norm."""
+    draft = build_model(settings, settings.draft_layers, eos)
+    weights = target.state_dict()
+    draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
+    return draft
 
 
 def logits_of(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
@@ -133,8 +140,8 @@ def agreement(teacher: LlamaForCausalLM, model: LlamaForCausalLM, windows: torch
 
 @torch.no_grad()
 def mean_over(measure: Loss, windows: torch.Tensor) -> float:
-    """Mean of `measure` over ``windows[rows, context + 1]``, taken a row at a time."""
-    return sum(measure(row[None]).item() for row in windows) / len(windows)
+    """Mean of `measure` over ``windows[rows, context + 1]``, taken a few rows at a time."""
+    return sum(measure(rows).item() * len(rows) for rows in windows.split(4)) / len(windows)
 
 
 def train_model(
@@ -210,13 +217,13 @@ def make_models(settings: Settings, out: Path, work: Path) -> None:
     eos = data.tokenizer.eos_token_id
     held_out = data.held_out.unfold(0, settings.block + 1, settings.block)
 
-    target = build_model(settings.target, settings, eos)
+    target = build_model(settings, settings.layers, eos)
     target_run = train_model(
         target, partial(next_token_loss, target), data, settings, settings.target_steps, work / "target.pt"
     )
     teacher = ship(target, data.tokenizer, out / "target")
 
-    draft = build_model(settings.draft, settings, eos)
+    draft = build_draft(teacher, settings, eos)
     distil = partial(distillation_loss, teacher, draft)
     draft_run = train_model(draft, distil, data, settings, settings.draft_steps, work / "draft.pt")
     student = ship(draft, data.tokenizer, out / "draft")

@@ -75,7 +75,7 @@ def _build() -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         # Built aside and renamed: another process sees all of the library or nothing.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            os.replace(_compile(compiler, flags, Path(folder)), library)
+            _compile(compiler, flags, Path(folder)).replace(library)
     return library
 
 

@@ -1,0 +1,137 @@
+"""Ragged batches for the tests of the ops, and attention over them written to be obvious."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of an attention layer."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 32
+    value_size: int = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of `emssd::ragged_attention`; what no token has written in the caches is NaN."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    offsets: Tensor
+    lengths: Tensor
+    positions: Tensor
+    options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.k_cache, self.v_cache, self.offsets, self.lengths, self.positions
+
+    def with_options(self, **options: object) -> "Batch":
+        return replace(self, options={**self.options, **options})
+
+
+def make_batch(
+    rows: list[tuple[int, int]],
+    heads: Heads = Heads(),  # noqa: B008 -- frozen
+    *,
+    tail: int = 0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Batch:
+    """A batch with ``rows[b] = (committed tokens, new tokens)`` and ``tail`` inert tokens, filled at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+
+    capacity = max(length + count for length, count in rows) + 3
+    k_cache = torch.full((len(rows), capacity, heads.num_kv_heads, heads.head_size), math.nan, dtype=dtype)
+    v_cache = torch.full((len(rows), capacity, heads.num_kv_heads, heads.value_size), math.nan, dtype=dtype)
+    for row, (length, count) in enumerate(rows):
+        k_cache[row, : length + count] = random(length + count, heads.num_kv_heads, heads.head_size)
+        v_cache[row, : length + count] = random(length + count, heads.num_kv_heads, heads.value_size)
+    counts = torch.tensor([count for _, count in rows])
+    positions = [length + i for length, count in rows for i in range(count)] + [0] * tail
+    return Batch(
+        q=random(len(positions), heads.num_heads, heads.head_size),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+        lengths=torch.tensor([length for length, _ in rows]),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        options={"scale": heads.head_size**-0.5},
+    )
+
+
+def with_trees(batch: Batch, *, seed: int = 0) -> Batch:
+    """The same batch with a random tree per row: ancestors, and the positions that go with them."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = batch.offsets.diff().tolist()
+    ancestors = torch.zeros(len(batch.q), max([*counts, 1]), dtype=torch.bool)
+    positions = batch.positions.clone()
+    for begin, count, length in zip(batch.offsets.tolist(), counts, batch.lengths.tolist(), strict=False):
+        for i in range(count):
+            if i > 0:
+                parent = int(torch.randint(i, (), generator=generator))
+                ancestors[begin + i] = ancestors[begin + parent]
+                positions[begin + i] = positions[begin + parent] + 1
+            else:
+                positions[begin] = length
+            ancestors[begin + i, i] = True
+    return replace(batch, positions=positions).with_options(ancestors=ancestors)
+
+
+def oracle(batch: Batch) -> Tensor:
+    """`emssd::ragged_attention` one row, one token, one head and one key at a time, in float64."""
+    q, k_cache, v_cache = batch.q.double(), batch.k_cache.double(), batch.v_cache.double()
+    num_heads, group = q.shape[1], q.shape[1] // k_cache.shape[2]
+    out = torch.zeros(len(q), num_heads, v_cache.shape[3], dtype=torch.float64)
+    for row, length in enumerate(batch.lengths.tolist()):
+        begin, end = batch.offsets[row].item(), batch.offsets[row + 1].item()
+        for token in range(begin, end):
+            seen = _seen(batch, token, begin, end, length)
+            for head in range(num_heads):
+                scores = torch.tensor(
+                    [
+                        _score(batch, head, float(q[token, head] @ k_cache[row, slot, head // group]), distance)
+                        for slot, distance in seen
+                    ],
+                    dtype=torch.float64,
+                )
+                weights = torch.exp(scores - scores.max())
+                weights = weights / weights.sum()
+                for weight, (slot, _) in zip(weights, seen, strict=True):
+                    out[token, head] += weight * v_cache[row, slot, head // group]
+    return out
+
+
+def _seen(batch: Batch, token: int, begin: int, end: int, length: int) -> list[tuple[int, int]]:
+    """Slots the token sees, each with its position minus the token's."""
+    ancestors, window = batch.options.get("ancestors"), batch.options.get("window", 0)
+    assert isinstance(window, int)
+    positions = {slot: slot for slot in range(length)}
+    for other in range(begin, end):
+        if other <= token if ancestors is None else bool(ancestors[token, other - begin]):  # type: ignore[index]
+            positions[length + other - begin] = int(batch.positions[other])
+    distances = {slot: position - int(batch.positions[token]) for slot, position in positions.items()}
+    return [(slot, distance) for slot, distance in distances.items() if window == 0 or distance > -window]
+
+
+def _score(batch: Batch, head: int, dot: float, distance: int) -> float:
+    scale, softcap = batch.options["scale"], batch.options.get("softcap", 0.0)
+    slopes = batch.options.get("alibi_slopes")
+    assert isinstance(scale, float)
+    assert isinstance(softcap, float)
+    score = dot * scale
+    if softcap > 0:
+        score = softcap * math.tanh(score / softcap)
+    if isinstance(slopes, Tensor):
+        score += float(slopes[head]) * distance
+    return score

@@ -1,0 +1,244 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emssd_compile import ops
+from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_trees
+
+ROWS = [(70, 3), (0, 1), (5, 0), (129, 5), (64, 1)]  # empty row, no history, block borders on either side
+
+HEADS = [
+    Heads(4, 4, 32, 32),
+    Heads(4, 1, 64, 64),
+    Heads(8, 1, 80, 80),
+    Heads(8, 2, 96, 96),
+    Heads(2, 2, 128, 128),
+    Heads(6, 2, 40, 40),
+    Heads(4, 2, 48, 24),
+    Heads(2, 1, 7, 5),
+    Heads(35, 1, 16, 16),  # a group wider than a tile of queries
+]
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "window": {"window": 9},
+    "window of one": {"window": 1},
+    "window across blocks": {"window": 66},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+    "all": {"window": 33, "softcap": 3.0, "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+}
+
+
+def attend(batch: Batch) -> Tensor:
+    result: Tensor = ops.ragged_attention(*batch.tensors, **batch.options)
+    return result
+
+
+def assert_exact(result: Tensor, expected: Tensor) -> None:
+    """Equal up to rounding to the result's dtype, and to the rounding of float32 sums."""
+    in_double = result.dtype == torch.float64
+    eps = 0.0 if result.dtype == torch.float32 else torch.finfo(result.dtype).eps
+    torch.testing.assert_close(result.double(), expected, rtol=0.51 * eps, atol=1e-13 if in_double else 2e-6)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_matches_oracle_for_all_head_shapes(kernels: str, heads: Heads, tree: bool) -> None:
+    batch = make_batch(ROWS, heads, tail=2)
+    batch = with_trees(batch) if tree else batch
+    assert_exact(attend(batch), oracle(batch))
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_matches_oracle_for_all_options(kernels: str, options: dict[str, object], tree: bool) -> None:
+    batch = make_batch(ROWS, tail=1)
+    batch = (with_trees(batch) if tree else batch).with_options(**options)
+    assert_exact(attend(batch), oracle(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_size", [64, 40])
+def test_matches_oracle_for_all_dtypes(kernels: str, dtype: torch.dtype, head_size: int) -> None:
+    batch = make_batch(ROWS, Heads(4, 2, head_size, head_size), tail=1, dtype=dtype)
+    result = attend(batch)
+    assert result.dtype == dtype
+    assert_exact(result, oracle(batch))
+
+
+@pytest.mark.parametrize("rows", [[(0, 1)], [(63, 1)], [(64, 1)], [(0, 0), (0, 0)], [(0, 70)], [(60, 40)]], ids=str)
+def test_matches_oracle_for_one_row_and_for_none(kernels: str, rows: list[tuple[int, int]]) -> None:
+    batch = make_batch(rows, tail=1 if rows == [(0, 0), (0, 0)] else 0)
+    assert_exact(attend(batch), oracle(batch))
+
+
+def test_no_tokens_at_all(cpu_kernels: None) -> None:
+    assert attend(make_batch([(4, 0)])).shape == (0, 4, 32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 6)), min_size=1, max_size=5),
+    heads=st.sampled_from([Heads(2, 2, 8, 8), Heads(4, 1, 16, 8), Heads(3, 1, 33, 20)]),
+    tail=st.integers(1, 3),
+    window=st.sampled_from([0, 1, 4, 70]),
+    softcap=st.sampled_from([0.0, 2.0]),
+    alibi=st.booleans(),
+    tree=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_matches_oracle_for_random_schedules(
+    cpu_kernels: None,
+    rows: list[tuple[int, int]],
+    heads: Heads,
+    tail: int,
+    window: int,
+    softcap: float,
+    alibi: bool,
+    tree: bool,
+    seed: int,
+) -> None:
+    batch = make_batch(rows, heads, tail=tail, seed=seed)
+    batch = with_trees(batch, seed=seed) if tree else batch
+    slopes = torch.linspace(0.1, 1.0, heads.num_heads) if alibi else None
+    batch = batch.with_options(window=window, softcap=softcap, alibi_slopes=slopes)
+    assert_exact(attend(batch), oracle(batch))
+
+
+def test_long_rows_match_oracle(cpu_kernels: None) -> None:
+    batch = make_batch([(2100, 2), (1023, 1)], Heads(2, 1, 16, 16))
+    assert_exact(attend(batch), oracle(batch))
+    assert_exact(attend(batch.with_options(window=1050)), oracle(batch.with_options(window=1050)))
+
+
+def test_any_strides(kernels: str) -> None:
+    batch = make_batch(ROWS, Heads(4, 2, 32, 32))
+    expected = attend(batch)
+    fused = torch.cat([batch.q, batch.q], dim=1)[:, 4:]  # a slice of a fused projection
+    head_major = batch.k_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    scattered = batch.v_cache.transpose(1, 3).contiguous().transpose(1, 3)  # last dimension not contiguous
+    assert scattered.stride(-1) != 1
+    result = attend(replace(batch, q=fused, k_cache=head_major, v_cache=scattered))
+    assert torch.equal(result, expected)
+    assert result.is_contiguous()
+
+
+def test_other_rows_and_tail_change_no_bit(cpu_kernels: None) -> None:
+    batch = make_batch([(70, 3), (129, 5), (30, 0)], tail=2)
+    other = make_batch([(1500, 9), (129, 5), (8, 1)], tail=7, seed=1)
+    expected = attend(batch)[3:8]
+    for cache, source in ((other.k_cache, batch.k_cache), (other.v_cache, batch.v_cache)):
+        cache[1, :134] = source[1, :134]
+    other.q[9:14] = batch.q[3:8]
+    assert torch.equal(attend(other)[9:14], expected)
+    alone = replace(
+        batch,
+        q=batch.q[3:8],
+        k_cache=batch.k_cache[1:2],
+        v_cache=batch.v_cache[1:2],
+        offsets=torch.tensor([0, 5]),
+        lengths=batch.lengths[1:2],
+        positions=batch.positions[3:8],
+    )
+    assert torch.equal(attend(alone), expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_tokens_one_by_one_have_the_bits_of_all_at_once(cpu_kernels: None, options: dict[str, object]) -> None:
+    """Speculation, chunked prefill and plain decoding agree to the bit on a token's attention."""
+    length, count = 1000, 60
+    batch = make_batch([(length, count)]).with_options(**options)
+    together = attend(batch)
+    for i in range(count):
+        single = replace(
+            batch,
+            q=batch.q[i : i + 1],
+            offsets=torch.tensor([0, 1]),
+            lengths=torch.tensor([length + i]),
+            positions=batch.positions[i : i + 1],
+        )
+        assert torch.equal(attend(single)[0], together[i])
+
+
+def test_number_of_threads_changes_no_bit(cpu_kernels: None) -> None:
+    batch = make_batch([(3000, 2), (100, 1)], Heads(4, 1, 32, 32))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(attend(batch))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_later_token_cannot_reach_an_earlier_one(kernels: str, value: float) -> None:
+    """Not even with keys and values that would turn every sum into NaN."""
+    batch = make_batch([(20, 4)])
+    expected = attend(batch)
+    batch.k_cache[0, 22:24] = value
+    batch.v_cache[0, 22:24] = value
+    result = attend(batch)
+    assert torch.equal(result[:2], expected[:2])
+    assert result[2:].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [0.2, 30.0])
+def test_nan_in_a_committed_key_is_not_hidden(kernels: str, scale: float) -> None:
+    batch = make_batch([(20, 1), (20, 1)]).with_options(scale=scale)
+    batch.k_cache[1, 3] = math.nan
+    result = attend(batch)
+    assert result[0].isfinite().all()
+    assert result[1].isnan().all()
+
+
+def test_large_scores_do_not_overflow(kernels: str) -> None:
+    batch = make_batch([(200, 2)]).with_options(scale=1000.0)
+    assert_exact(attend(batch), oracle(batch))
+
+
+def test_ancestors_beyond_its_width_are_not_seen(kernels: str) -> None:
+    batch = make_batch([(10, 3)])
+    narrow = torch.tensor([[True], [True], [True]])
+    wide = torch.tensor([[True, False, False]] * 3)
+    assert torch.equal(attend(batch.with_options(ancestors=narrow)), attend(batch.with_options(ancestors=wide)))
+
+
+def test_gradient_mode_is_no_obstacle(kernels: str) -> None:
+    batch = make_batch([(10, 3)])
+    expected = attend(batch)
+    with torch.no_grad():
+        assert torch.equal(attend(replace(batch, q=batch.q.requires_grad_())), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.tensor([12, 3])}, "row 0 has 12 committed and 2 new tokens, its cache holds 13"),
+        ({"offsets": torch.tensor([0, 2, 1])}, "offsets decrease at row 1"),
+        ({"offsets": torch.tensor([0, 2, 9])}, "offsets must run from 0 to at most 4 tokens"),
+        ({"positions": torch.zeros(3, dtype=torch.int64)}, r"positions \[T\] do not fit"),
+        ({"q": torch.zeros(4, 4, 31)}, r"q \[T, Hq, Dk\].* do not fit"),
+        ({"q": torch.zeros(4, 4, 32, dtype=torch.float16)}, "must have one dtype"),
+    ],
+)
+def test_cpp_form_refuses_what_would_reach_outside(cpu_kernels: None, change: dict[str, Tensor], message: str) -> None:
+    batch = make_batch([(8, 2), (3, 2)])
+    with pytest.raises(RuntimeError, match=message):
+        attend(replace(batch, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_opcheck(kernels: str, tree: bool) -> None:
+    batch = make_batch(ROWS, Heads(4, 2, 16, 8), tail=2)
+    batch = with_trees(batch) if tree else batch
+    torch.library.opcheck(ops.ragged_attention, batch.tensors, batch.options)
