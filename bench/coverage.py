@@ -188,8 +188,8 @@ def check_isolated(model_type: str) -> Verdict:
         process.join()
         return Verdict(model_type, "unknown", Outcome.RAW_EXCEPTION, f"process died with code {process.exitcode}")
     finally:
+        process.join(timeout=1)
         process.kill()
-        process.join()
 
 
 def _send_verdict(model_type: str, sender: Connection) -> None:
@@ -242,7 +242,7 @@ def main() -> int:
 
 
 _PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once; no thread is alive when it forks
-_PROCESSES.set_forkserver_preload(["bench.coverage"])
+_PROCESSES.set_forkserver_preload(["emssd_compile", "tests.zoo"])
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -60,7 +60,8 @@ class Comparison:
     def table(self, title: str | None = None) -> Table:
         """For `rich.print`; the caption says on what hardware and versions."""
         caption = ", ".join(f"{key} {value}" for key, value in self.hardware.items() if value is not None)
-        table = Table("candidate", title=title, caption=caption)
+        table = Table(title=title, caption=caption)
+        table.add_column("candidate", no_wrap=True)
         for heading in ("seconds", "range", "tokens/s", f"× {self.timings[0].name}", "tokens identical"):
             table.add_column(heading, justify="right")
         for timing in self.timings:

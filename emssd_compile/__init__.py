@@ -1,7 +1,7 @@
 """Speculative decoding compiled into one unpadded draft-and-verify step.
 
-    fast = emssd_compile.optimize(model)
-    out = fast.generate(inputs, max_new_tokens=128)
+fast = emssd_compile.optimize(model)
+out = fast.generate(inputs, max_new_tokens=128)
 """
 
 from emssd_compile import drafters, errors

@@ -34,6 +34,7 @@ class PlainForward(nn.Module):
         self.options = {"use_cache": False} if "use_cache" in parameters else {}
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """See the class."""
         return _logits_of(self.model(input_ids, **self.options), type(self.model).__name__)
 
 
@@ -60,7 +61,7 @@ def check_model(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model; only decoder-only causal language models are supported"
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only causal models are supported"
         )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
@@ -97,7 +98,7 @@ def _export(model: nn.Module) -> ExportedProgram:
     example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(
+            program: ExportedProgram = torch.export.export(
                 PlainForward(model), (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False
             ).run_decompositions({})
     except UnsupportedModelError:
@@ -141,7 +142,7 @@ def _bind_weights(program: ExportedProgram) -> fx.GraphModule:
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise UnsupportedModelError(
-                f"the forward writes `{spec.target}` ({spec.kind.name.lower()}); a captured forward must not change state"
+                f"the forward writes `{spec.target}` ({spec.kind.name.lower()}); it must not change state"
             )
     root = nn.Module()
     graph = fx.Graph()

@@ -11,7 +11,7 @@ from emssd_compile import passes
 from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
 from emssd_compile.passes import BatchShape, PassManager, PassRecord
-from emssd_compile.passes.graph import output, placeholder
+from emssd_compile.passes.graph import caches, placeholder, results
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter, TensorSpec
 from emssd_compile.step.pack import Packed
@@ -61,17 +61,11 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     graph_module = capture(model)
     fake_mode = placeholder(graph_module.graph, "input_ids").meta["val"].fake_mode
     manager = PassManager(fake_mode, active_observers())
-    manager.apply(
-        graph_module, (passes.captured(), passes.canonical(), passes.unpadded(batch, fake_mode))
-    )
+    manager.apply(graph_module, (passes.captured(), passes.canonical(), passes.unpadded(batch, fake_mode)))
     passes.drop_unused_weights(graph_module)
-    caches = {
-        str(n.target): TensorSpec(tuple(n.meta["val"].shape), n.meta["val"].dtype)
-        for n in graph_module.graph.nodes
-        if n.op == "placeholder" and "_cache_" in str(n.target)
-    }
-    logits = output(graph_module.graph).args[0][1].meta["val"]  # type: ignore[index,union-attr]
-    return CompiledModel(graph_module, fake_mode, int(logits.shape[-1]), caches, manager.records)
+    specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in caches(graph_module.graph).items()}
+    vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
+    return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
 
 
 def compile_step(compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter) -> fx.GraphModule:
@@ -88,4 +82,4 @@ def _copy(source: fx.Graph) -> fx.Graph:
     return graph
 
 
-__all__ = ["CompiledModel", "compile_model", "compile_step"]
+__all__ = ["BatchShape", "CompiledModel", "compile_model", "compile_step"]

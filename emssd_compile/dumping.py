@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import fx
 
-from emssd_compile.passes.manager import Observer, PassRecord
+if TYPE_CHECKING:
+    from emssd_compile.passes.manager import Observer, PassRecord
 
 _ACTIVE: list[Observer] = []
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from emssd_compile.acceptance import make_rule
 from emssd_compile.capture import check_model
-from emssd_compile.compiler import CompiledModel, compile_model, compile_step
 from emssd_compile.drafters import make_drafter
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import resolve_options
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
-from emssd_compile.passes import BatchShape
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.consumer import Consumer, progress_bar
 from emssd_compile.runtime.engine import Engine, Request, allocate
 from emssd_compile.runtime.inputs import Sequences, parse_prompts
 from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
-from emssd_compile.selfcheck import check_against
 from emssd_compile.stats import Stats
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.state import StepState
+
+if TYPE_CHECKING:
+    from emssd_compile.compiler import CompiledModel
 
 _LENGTH_ATTRIBUTES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "block_size")
 
@@ -43,11 +43,12 @@ def optimize(
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
-    The tokens that `generate` gives are the model's own: in fp32 exactly those of its greedy decoding of each prompt alone.
-    Weights are shared with `model`, never copied.
+    The tokens that `generate` gives are the model's own: in fp32 exactly those of its greedy decoding of each prompt
+    alone. Weights are shared with `model`, never copied.
 
     Args:
-        model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple whose first
+        model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple
+            whose first
             item is logits, or an object with `.logits`). In eval mode.
         drafter: `"none"`, `"prompt-lookup"`, a `Drafter`, or a smaller causal LM (classic two-model speculation).
         max_batch: rows decoded together; further prompts are queued.
@@ -63,6 +64,9 @@ def optimize(
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model.
     """
+    from emssd_compile.compiler import BatchShape, compile_model, compile_step  # brings sympy: not needed to import us
+    from emssd_compile.selfcheck import check_against
+
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)
     options = CompileOptions(max_batch, _resolve_length(model, max_length), backend, layout, prefill_chunk)
@@ -123,8 +127,9 @@ class OptimizedModel:
     def _make_engine(self) -> Engine:
         device, drafter = self.device, self.drafter
         caches = {**self._compiled.cache_shapes, **drafter.cache_spec()}
+        lowered = BACKENDS[self.options.backend](self.graph_module)
         return Engine(
-            BACKENDS[self.options.backend](self.graph_module),
+            lowered.run,
             [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],
             StepState.empty(
                 self.options.max_batch,
@@ -136,6 +141,7 @@ class OptimizedModel:
             allocate(drafter.state_spec(), device),
             allocate(caches, device),
             prefill_chunk=self.options.prefill_chunk,
+            fit=lowered.fit,
             lag=0 if device.type == "cpu" else 1,
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import fx
 
-from emssd_compile.passes.manager import PassRecord
+if TYPE_CHECKING:
+    from emssd_compile.passes.manager import PassRecord
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Explanation:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=120, record=True, file=_Nowhere())
+        console = Console(width=120, record=True, file=io.StringIO())
         self.print(console)
         return console.export_text()
 
@@ -67,13 +70,3 @@ class Explanation:
         )
         for op, count in list(self.ops.items())[:12]:
             target.print(f"  {count:4d}  {op}", highlight=False)
-
-
-class _Nowhere:
-    """A file that forgets."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        return None

@@ -20,8 +20,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
 def check_against(model: nn.Module, compiled: CompiledModel) -> None:
     """Run a few ragged random prompts in two chunks through `compiled` and one by one through `model`.
 
-    The proofs of the passes rest on what a graph says; this rests on what the model does. It catches a forward whose graph
-    depends on the length it was captured with. Costs six short forward passes.
+    The proofs of the passes rest on what a graph says; this rests on what the model does. It catches a forward whose
+    graph depends on the length it was captured with. Costs six short forward passes.
 
     Raises:
         UnsupportedModelError: logits differ by more than rounding.
@@ -66,7 +66,7 @@ def _compare(model: nn.Module, expected: Tensor, actual: Tensor) -> None:
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes something else on packed rows than on single prompts: logits differ by "
-            f"{error:.1e} of their largest value (allowed {tolerance:.0e}). Its forward may depend on the length of the "
-            "sequence in a way the capture does not show",
+            f"{error:.1e} of their largest value (allowed {tolerance:.0e}). Its forward may depend on the length of "
+            "the sequence in a way the capture does not show",
             remedy="report this model; until then use it without compiling",
         )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emssd_compile.step.acceptance import Rule
-from emssd_compile.step.drafting import Drafter
 from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.fuse_draft import FuseDraft
 from emssd_compile.passes.fuse_projections import FuseProjections
@@ -24,6 +22,8 @@ from emssd_compile.passes.restore_all_logits import RestoreAllLogits
 from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import BatchShape, UnpadTokens
+from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.drafting import Drafter
 
 __all__ = [
     "BatchShape",

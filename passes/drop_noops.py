@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import torch
 from torch import fx
 
 from emssd_compile.passes.graph import aten, same_size, shape
@@ -80,14 +79,14 @@ def _source_if_noop(node: fx.Node) -> fx.Node | None:
 
 def _same_dtype(node: fx.Node, source: fx.Node) -> bool:
     a, b = node.meta["val"], source.meta["val"]
-    return a.dtype == b.dtype and a.device == b.device
+    return bool(a.dtype == b.dtype and a.device == b.device)
 
 
 def _full_slice(node: fx.Node, source: fx.Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
+    return bool(start in (None, 0) and (end is None or end == sys.maxsize) and step == 1)
 
 
 def _same_shape(node: fx.Node, source: fx.Node) -> bool:
@@ -96,7 +95,7 @@ def _same_shape(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _no_dropout(node: fx.Node, source: fx.Node) -> bool:
-    return node.args[1] == 0.0 or node.args[2] is False
+    return bool(node.args[1] == 0.0 or node.args[2] is False)
 
 
 _RULES: dict[object, Callable[[fx.Node, fx.Node], bool]] = {

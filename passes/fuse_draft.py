@@ -8,11 +8,11 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emssd_compile.step.drafting import DraftContext, Drafter
 from emssd_compile.errors import DrafterError, EmssdError
 from emssd_compile.passes.graph import fresh_index, output, placeholder
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
 from emssd_compile.step.commit import make_report, write
+from emssd_compile.step.drafting import DraftContext, Drafter
 from emssd_compile.step.state import StepState
 
 _STATE = tuple(f.name for f in fields(StepState))
@@ -59,7 +59,7 @@ class FuseDraft:
             raise
         except Exception as error:
             raise DrafterError(
-                f"{type(self.drafter).__name__} failed while it was traced into the step: {type(error).__name__}: {error}. "
+                f"{type(self.drafter).__name__} failed while it was traced: {type(error).__name__}: {error}. "
                 "A drafter's forward may hold tensor operations only"
             ) from error
 

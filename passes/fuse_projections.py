@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, fx, nn
 
-from emssd_compile.passes.graph import attribute, aten, call
+from emssd_compile.passes.graph import aten, attribute, call
 from emssd_compile.passes.manager import Refusal
 
 
@@ -16,8 +16,8 @@ class FuseProjections:
     """Merge the Q/K/V and gate/up projections into one linear layer each.
 
     Decoding reads every weight for a handful of tokens; one wide product has less overhead than three narrow ones. The
-    merged weight *replaces* the storage of the model's own parameters, which become views into it: nothing is held twice
-    and the user's model goes on working.
+    merged weight *replaces* the storage of the model's own parameters, which become views into it: nothing is held
+    twice and the user's model goes on working.
 
         before:  %q = linear(%x, %wq); %k = linear(%x, %wk); %v = linear(%x, %wv)
         after:   %y = linear(%x, %wqkv); %q, %k, %v = split_with_sizes(%y, [256, 128, 128], -1)

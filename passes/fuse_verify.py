@@ -8,10 +8,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emssd_compile.step.acceptance import Rule, Verification
-from emssd_compile.passes.graph import fresh_index, output
+from emssd_compile.passes.graph import caches, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
 from emssd_compile.passes.unpad_tokens import BatchShape
+from emssd_compile.step.acceptance import Rule, Verification
 from emssd_compile.step.commit import bar_eos, commit, draft_tokens
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
 from emssd_compile.step.state import StepState
@@ -24,8 +24,8 @@ _ROWS = tuple(f.name for f in fields(LogitRows))
 class FuseVerify:
     """Wrap the unpadded model into a step over the device-resident state: pack, run, accept, commit.
 
-    What is fed, what is accepted and what is kept are tensor operations; traced around the model they make one graph that
-    needs nothing from the host but the sizes T and R (given by the lengths of two `arange`s).
+    What is fed, what is accepted and what is kept are tensor operations; traced around the model they make one graph
+    that needs nothing from the host but the sizes T and R (given by the lengths of two `arange`s).
 
         before:  forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R], caches)
         after:   forward(history[B,C], known[B], ..., token_slots[T], logit_slots[R], caches)
@@ -43,8 +43,8 @@ class FuseVerify:
     def run(self, graph_module: fx.GraphModule) -> int:
         """See the class."""
         model = fx.GraphModule(graph_module, graph_module.graph)
-        logits = output(model.graph).args[0][1]  # type: ignore[index]
-        device, vocabulary = logits.meta["val"].device, logits.meta["val"].shape[-1]
+        logits = results(model.graph)[1].meta["val"]
+        device, vocabulary = logits.device, logits.shape[-1]
         graph_module.graph = fx.Graph()
         graph = graph_module.graph
         with self.fake_mode:
@@ -54,11 +54,9 @@ class FuseVerify:
         inputs = {name: add_input(graph, name, value) for name, value in state.items()}
         for name in ("token_slots", "logit_slots"):
             inputs[name] = add_input(graph, name, fresh_index(self.fake_mode, device))
-        for node in model.graph.nodes:
-            if node.op == "placeholder" and "_cache_" in node.target:
-                inputs[node.target] = add_input(graph, node.target, node.meta["val"])
-        results = self._step(graph_module, model, inputs)
-        graph.output(results)
+        for name, value in caches(model.graph).items():
+            inputs[name] = add_input(graph, name, value)
+        graph.output(self._step(graph_module, model, inputs))
         return 1
 
     def _step(self, into: fx.GraphModule, model: fx.GraphModule, inputs: dict[str, fx.Node]) -> dict[str, fx.Node]:

@@ -31,17 +31,30 @@ SHAPE_ONLY = frozenset(
 """Ops whose result depends on the shape of their first argument, never on its values."""
 
 
+def inputs(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs, in order."""
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     """The input called `name`."""
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.target == name:
+    for node in inputs(graph):
+        if node.target == name:
             return node
     raise KeyError(f"the graph has no input named {name}")
 
 
 def output(graph: fx.Graph) -> fx.Node:
     """The output node."""
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
+    node: fx.Node = graph.output_node()
+    return node
+
+
+def argument(node: fx.Node, index: int) -> fx.Node:
+    """The positional argument `index` of `node`, which must be a node."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node), f"argument {index} of %{node.name} is {value!r}"
+    return value
 
 
 def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
@@ -210,13 +223,22 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
     """Insert a call at the graph's insertion point and compute its fake value at once."""
     node = graph.call_function(target, args, kwargs)
     values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*values[0], **values[1])  # type: ignore[index,misc]
+    node.meta["val"] = target(*values[0], **values[1])
     return node
-
 
 
 def fresh_index(fake_mode: FakeTensorMode, device: torch.device) -> Tensor:
     """A fake int64 index whose length is a new symbol."""
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     example = torch.zeros(7, dtype=torch.int64, device=device)
     return fake_mode.from_tensor(example, static_shapes=False, symbolic_context=context)
+
+
+def results(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """What an L2 graph returns: hidden states and logits."""
+    return tuple(output(graph).args[0])  # type: ignore[arg-type]
+
+
+def caches(graph: fx.Graph) -> dict[str, Tensor]:
+    """The KV caches of an L2 graph: fake values by input name."""
+    return {str(n.target): n.meta["val"] for n in inputs(graph) if "_cache_" in str(n.target)}

@@ -25,11 +25,12 @@ class LiftPositions:
     """Replace positions that the model derives from the *number* of tokens by the input `positions`.
 
     A model counts its own positions: `arange`, a cumulative sum of ones, a slice of a table up to T. Among packed rows
-    these would number the batch, not the row. What counts as a position is found by evaluating: an integer-valued tensor
-    that equals 0, 1, 2, ... plus a constant for several T is `positions` plus that constant, however it was computed.
+    these would number the batch, not the row. What counts as a position is found by evaluating: an integer-valued
+    tensor that equals 0, 1, 2, ... plus a constant for several T is `positions` plus that constant, however it was
+    computed.
 
-        before:  %ones = ones([1, T]); %p = add(sub(cumsum(%ones, 1), 1), 2)      %t = slice(%table[C,H], 0, 0, T)
-        after:   %p = add(%positions[1,T], 2)                                      %t = index_select(%table, 0, %positions)
+        before:  %p = add(sub(cumsum(ones([1, T]), 1), 1), 2)      %t = slice(%table[C,H], 0, 0, T)
+        after:   %p = add(%positions[1,T], 2)                      %t = index_select(%table, 0, %positions)
     """
 
     name = "lift_positions"

@@ -1,8 +1,9 @@
 """Recognise an attention mask by evaluating it.
 
-Models write their masks in many ways: buffers, comparisons of `arange`s, vmapped predicates, biases. What a mask *means*
-is plain from what it computes, so it is computed for a short sequence and compared with the families the kernels know:
-causal, causal with a sliding window, and either with an ALiBi bias (linear in the distance, one slope a head; 2108.12409).
+Models write their masks in many ways: buffers, comparisons of `arange`s, vmapped predicates, biases. What a mask
+*means* is plain from what it computes, so it is computed for a short sequence and compared with the families the
+kernels know: causal, causal with a sliding window, and either with an ALiBi bias (linear in the distance, one slope a
+head; 2108.12409).
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from emssd_compile.ops import attention
 from emssd_compile.passes.graph import (
     aten,
+    has_symbol,
     output,
     placeholder,
     refuse,
@@ -23,11 +25,11 @@ _TRIALS = 4
 class ProveTokenPointwise:
     """Check the claim on which unpadding rests; change nothing.
 
-    Side by side in `T` lie tokens of different rows. If every op but attention acts on each token by itself, packing rows
-    is unpadding and nothing of one row can reach another. The proof follows the token dimension from the inputs to the
-    output, op by op (`token_rules`). Where rules cannot tell (a mixture of experts sorts tokens and puts them back), the
-    influence test decides: attention is replaced by a token-local stand-in, one token is changed, and no other token's
-    output may change by a bit.
+    Side by side in `T` lie tokens of different rows. If every op but attention acts on each token by itself, packing
+    rows is unpadding and nothing of one row can reach another. The proof follows the token dimension from the inputs
+    to the output, op by op (`token_rules`). Where rules cannot tell (a mixture of experts sorts tokens and puts them
+    back), the influence test decides: attention is replaced by a token-local stand-in, one token is changed, and no
+    other token's output may change by a bit.
 
         accepted:  %y = linear(%x[1,T,8], %w)       refused:  %s = cumsum(%x[1,T,8], 1)
     """
@@ -64,12 +66,12 @@ def find_mixing(graph_module: fx.GraphModule) -> tuple[fx.Node, str] | None:
     return None
 
 
-def _objection(node: fx.Node, symbol: object) -> str | None:
+def _objection(node: fx.Node, symbol: sympy.Symbol) -> str | None:
     if not isinstance(node.target, torch._ops.OpOverload):
         return None  # operator.getitem and arithmetic on sizes
     if node.target == aten.sym_size.int:
         return None
-    if _size_used_as_value(node):
+    if _size_used_as_value(node, node.target):
         return "it computes with the number of tokens"
     dims = {}
     for source in node.all_input_nodes:
@@ -88,25 +90,23 @@ def _objection(node: fx.Node, symbol: object) -> str | None:
     return check(node, dims, out[0])
 
 
-def _all_token_dims(node: fx.Node, symbol: object) -> tuple[int, ...]:
+def _all_token_dims(node: fx.Node, symbol: sympy.Symbol) -> tuple[int, ...]:
     value = node.meta.get("val")
-    if isinstance(value, (tuple, list)):  # an op with several results: they must agree
-        found = {
-            tuple(d for d, s in enumerate(v.shape) if isinstance(s, torch.SymInt) and symbol in s.node.expr.free_symbols)
-            for v in value
-            if isinstance(v, Tensor)
-        }
-        return next(iter(found)) if len(found) == 1 else (0, 0)
-    return token_dims(node, symbol)  # type: ignore[arg-type]
+    if not isinstance(value, (tuple, list)):
+        return token_dims(node, symbol)
+    # An op with several results: they must agree, or two dimensions are reported.
+    sizes = [v.shape for v in value if isinstance(v, Tensor)]
+    found = {tuple(d for d, size in enumerate(s) if has_symbol(size, symbol)) for s in sizes}
+    return found.pop() if len(found) == 1 else (0, 0)
 
 
-def _size_used_as_value(node: fx.Node) -> bool:
+def _size_used_as_value(node: fx.Node, target: torch._ops.OpOverload) -> bool:
     """Whether a size enters the op as a number to compute with, not as a size."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = target._schema
     for argument, given in zip(schema.arguments, node.args, strict=False):
-        if isinstance(given, fx.Node) and isinstance(given.meta.get("val"), (torch.SymInt, torch.SymFloat)):
-            if str(argument.type) in ("Scalar", "number", "Tensor", "float"):
-                return True
+        size = isinstance(given, fx.Node) and isinstance(given.meta.get("val"), (torch.SymInt, torch.SymFloat))
+        if size and str(argument.type) in ("Scalar", "number", "Tensor", "float"):
+            return True
     return False
 
 
@@ -121,7 +121,9 @@ def influence(graph_module: fx.GraphModule) -> str:
             ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
             changed = int(torch.randint(_TOKENS, (), generator=generator))
             other = ids.clone()
-            other[0, changed] = (other[0, changed] + 1 + torch.randint(vocabulary - 1, (), generator=generator)) % vocabulary
+            other[0, changed] = (
+                other[0, changed] + 1 + torch.randint(vocabulary - 1, (), generator=generator)
+            ) % vocabulary
             positions = torch.arange(_TOKENS)[None]
             a, b = (local(x.to(ids_meta.device), positions.to(ids_meta.device)) for x in (ids, other))
             moved = (a != b).reshape(_TOKENS, -1).any(-1)

@@ -78,7 +78,7 @@ def _takes_last(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) ->
         return node.args[1:] == (dim, -1)
     if node.target == aten.slice.Tensor:
         start, end = node.args[2], node.args[3] if len(node.args) > 3 else None
-        return node.args[1] == dim and start == -1 and end in (None, sys.maxsize)
+        return bool(node.args[1] == dim and start == -1 and end in (None, sys.maxsize))
     if node.target == aten.index.Tensor:
         indices = node.args[1]
         assert isinstance(indices, (list, tuple))

@@ -22,11 +22,11 @@ _HEADS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default, a
 class SelectLogits:
     """Pick the packed rows that need a logit before the LM head, and return the hidden states beside the logits.
 
-    A prompt's tokens need no logits but the last; the head is the largest single product of a small model. Hidden states
-    (the head's input) are what draft heads read.
+    A prompt's tokens need no logits but the last; the head is the largest single product of a small model. Hidden
+    states (the head's input) are what draft heads read.
 
         before:  %logits[1,T,V] = linear(%h[1,T,H], %head); return %logits
-        after:   %s[1,R,H] = index_select(%h, 1, %logit_index[R]); %logits[R,V] = linear(%s, %head); return %h[T,H], %logits
+        after:   %logits[R,V] = linear(index_select(%h, 1, %logit_index[R]), %head); return %h[T,H], %logits
     """
 
     name = "select_logits"

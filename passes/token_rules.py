@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from emssd_compile.ops import attention
-from emssd_compile.passes.graph import aten, same_size, shape
+from emssd_compile.passes.graph import argument, aten, same_size, shape
 
 Rule = Callable[[fx.Node, dict[fx.Node, int], int], str | None]
 
@@ -89,9 +89,7 @@ def _linear(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
 
 
 def _matmul(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
-    left, right = node.args[-2:]
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
+    left, right = argument(node, -2), argument(node, -1)
     if left in dims and dims[left] == _rank(left) - 1:
         return "it sums over tokens"
     if right in dims and dims[right] == max(_rank(right) - 2, 0):
@@ -99,8 +97,8 @@ def _matmul(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     if left in dims and right in dims:
         in_batch = all(dims[x] - _rank(x) < -2 and dims[x] - _rank(x) == out - _rank(node) for x in (left, right))
         return None if in_batch else "it multiplies tokens with tokens"
-    if node.target in (aten.addmm.default, aten.baddbmm.default) and node.args[0] in dims:
-        return _broadcast(node, {node.args[0]: dims[node.args[0]]}, out)  # type: ignore[index,dict-item]
+    if len(node.args) == 3 and (bias := argument(node, 0)) in dims:  # addmm, baddbmm
+        return _broadcast(node, {bias: dims[bias]}, out)
     return None
 
 
@@ -146,7 +144,7 @@ def _index(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     """`table[indices]` with a table of constants; or constants picking along another dimension than the tokens'."""
     source, indices = node.args[0], node.args[1]
     assert isinstance(indices, (list, tuple))
-    if source not in dims:
+    if not isinstance(source, fx.Node) or source not in dims:
         used = {i: dims[i] for i in indices if isinstance(i, fx.Node) and i in dims}
         ranks = {_rank(i) for i in indices if isinstance(i, fx.Node)}
         return None if len(ranks) == 1 and len(set(used.values())) == 1 else "its indices are not aligned by token"

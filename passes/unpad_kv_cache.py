@@ -18,7 +18,7 @@ class UnpadKVCache:
 
         before:  %o[1,Hq,T,D] = emssd.attention(%q, %k, %v, scale=0.35)
         after:   emssd.append_kv(%k_cache_0[B,C,Hkv,D], %v_cache_0, %k[T,Hkv,D], %v, %row_ids, %positions)
-                 %o = emssd.ragged_attention(%q[T,Hq,D], %k_cache_0, %v_cache_0, %offsets, %lengths, %positions, scale=0.35)
+                 %o = emssd.ragged_attention(%q[T,Hq,D], %k_cache_0, %v_cache_0, %offsets, %lengths, %positions)
     """
 
     name = "unpad_kv_cache"
@@ -33,7 +33,8 @@ class UnpadKVCache:
         sites = [n for n in graph.nodes if n.target == attention]
         if not sites:
             raise refuse(
-                next(iter(graph.nodes)), "the model has no attention (recurrent models keep a state this compiler cannot cache)"
+                next(iter(graph.nodes)),
+                "the model has no attention (recurrent models keep a state this compiler cannot cache)",
             )
         for index, site in enumerate(sites):
             self._rewrite(graph, site, index)

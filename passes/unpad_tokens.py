@@ -27,8 +27,8 @@ class BatchShape:
 class UnpadTokens:
     """Add the inputs that describe a packed (jagged) batch.
 
-    Because every op but attention acts on each token by itself (proved just before), the tokens of all rows may lie side
-    by side in T: no op changes. Only attention must learn which token belongs to which row, from these inputs.
+    Because every op but attention acts on each token by itself (proved just before), the tokens of all rows may lie
+    side by side in T: no op changes. Only attention must learn which token belongs to which row, from these inputs.
 
         before:  forward(input_ids[1,T], positions[1,T])
         after:   forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R])
@@ -63,7 +63,8 @@ class UnpadTokens:
         for node in (ids, positions):
             with graph.inserting_after(after):
                 node_2d = graph.call_function(aten.unsqueeze.default, (node, 0))
-            node.replace_all_uses_with(node_2d, delete_user_cb=lambda user, new=node_2d: user is not new)
+            node.replace_all_uses_with(node_2d)
+            node_2d.args = (node, 0)
             with self.fake_mode:
                 node.meta["val"] = index.new_empty((tokens,), dtype=node.meta["val"].dtype)
                 node_2d.meta["val"] = node.meta["val"][None]

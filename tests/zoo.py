@@ -2,7 +2,7 @@
 a mistake.
 
 ``toy_model("llama")`` shrinks the default configuration of a type by the *names* of its fields (``hidden_size``
-becomes 64, ``sliding_window`` 12, ...), keeps one layer of each kind the type has, and fills the weights with noise
+becomes 64, ``sliding_window`` 30, ...), keeps one layer of each kind the type has, and fills the weights with noise
 loud enough for greedy decoding to wander through the vocabulary. ``OVERRIDES`` holds what names alone cannot say,
 ``UNAVAILABLE`` the types that are no map from token ids to logits.
 
@@ -33,7 +33,7 @@ UNAVAILABLE: dict[str, str] = {
 
 VOCABULARY = 160
 POSITIONS = 128
-WINDOW = 12
+WINDOW = 30  # real windows are longer than any check that a compiler can afford; the tests' texts are longer still
 WEIGHT_STD = 0.2
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "decoder_start_token_id": 1}
 
@@ -55,12 +55,12 @@ _FIELDS_BY_TOY_SIZE: dict[int, str] = {
         gated_norm_rank hc_lowrank hidden_size_per_layer_input dim_model_base pronunciation_vocab_size
         shape_vocab_size floor_scale rel_extent image_size local_attn_chunk_length lsh_attn_chunk_length""",
     WINDOW: """sliding_window sliding_window_size window_size local_attention attention_window_size attention_chunk_size
-        keep_window_size""",
+        keep_window_size index_topk""",
     8: "qk_rope_head_dim rotary_dim d_rel chunk_size mamba_chunk_size mamba_n_heads mamba_num_heads",
     4: """num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads attention_heads num_heads
         num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads
         linear_num_heads index_n_heads num_query_groups num_experts n_routed_experts num_local_experts
-        moe_num_experts index_topk patch_size""",
+        moe_num_experts patch_size""",
     2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
         num_encoder_layers num_blocks depth num_layers_per_stack num_key_value_heads num_kv_heads kv_n_heads
         swa_num_key_value_heads linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k

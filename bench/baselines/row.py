@@ -49,5 +49,5 @@ class Row:
         self.emitted += new
         self.num_accepted += min(num_agreeing, len(new))
         self.drafter.extend(new)
-        self.finished = new[-1] in self.stop or len(self.emitted) == self.max_new_tokens
+        self.finished = new[-1] in self.stop or len(self.emitted) >= self.max_new_tokens
         return len(new)

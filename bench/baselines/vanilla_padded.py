@@ -117,6 +117,9 @@ def speculate(
 def check_model(model: PreTrainedModel) -> None:
     """Refuses models for which a mask with holes and explicit positions would not say everything.
 
+    A model that hides such a thing from its configuration is not noticed (GPT-Neo keeps a window of KV slots in a
+    buffer); `bench.timing.compare` shows wrong tokens as such.
+
     Raises:
         UnsupportedModelError: the model takes no `position_ids` (BLOOM and MPT derive theirs from a 2-D mask), uses
             ALiBi, has a layer that is not full attention over plain keys and values (sliding window, recurrent state),

@@ -3,9 +3,9 @@
 To add a rule: one file with a `Rule`, one line in `RULES`.
 """
 
-from emssd_compile.step.acceptance import Rule, Verdict, Verification
 from emssd_compile.acceptance.greedy import GreedyMatch
 from emssd_compile.errors import OptionError
+from emssd_compile.step.acceptance import Rule, Verdict, Verification
 
 RULES: dict[str, type[Rule]] = {"greedy": GreedyMatch}
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from emssd_compile.step.drafting import Draft, DraftContext, Drafter, TensorSpec
 from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.prompt_lookup import PromptLookup
 from emssd_compile.errors import OptionError
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter, TensorSpec
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt-lookup": PromptLookup}
 

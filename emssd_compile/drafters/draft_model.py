@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, TensorSpec
 from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, TensorSpec
 from emssd_compile.step.pack import Packed, pack
 
 
 class DraftModel(Drafter):
     """A second causal LM, compiled by the same passes, with its own unpadded KV cache (2211.17192, 2302.01318).
 
-    Each step it first reads the tokens it has not seen (one a row; two where every draft was accepted, since the last draft
-    was never fed; a chunk of the prompt in prefill), all rows packed together. Then it drafts greedily, one token a row at a time.
+    Each step it first reads the tokens it has not seen (one a row; two where every draft was accepted, since the last
+    draft was never fed; a chunk of the prompt in prefill), all rows packed together. Then it drafts greedily, one
+    token a row at a time.
 
     Args:
         model: a causal LM over the target's vocabulary.
@@ -45,8 +46,8 @@ class DraftModel(Drafter):
         packed = compile_model(self.model)
         if packed.vocabulary != vocabulary:
             raise DrafterError(
-                f"the draft model predicts {packed.vocabulary} tokens and the target {vocabulary}: drafts would mean other "
-                "tokens; use a draft model that shares the target's tokenizer"
+                f"the draft model predicts {packed.vocabulary} tokens and the target {vocabulary}: drafts would mean "
+                "other tokens; use a draft model that shares the target's tokenizer"
             )
         self._packed = packed
         self._rows = rows
@@ -65,9 +66,7 @@ class DraftModel(Drafter):
         known = context.known
         # KV of drafts that were rejected is stale: it counts only up to the root token.
         lengths = torch.minimum(context.state["draft_model_lengths"], (known - 1).clamp(min=0))
-        packed = pack(
-            context.history, known, lengths, torch.zeros_like(known), context.active, context.slots, share=2
-        )
+        packed = pack(context.history, known, lengths, torch.zeros_like(known), context.active, context.slots, share=2)
         drafting = context.can_draft & packed.ready
         token = self._predict(packed, lengths, packed.roots, context)
         tokens = [token]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emssd_compile.step.drafting import Draft, DraftContext, Drafter
 from emssd_compile.errors import OptionError
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter
 
 
 class PromptLookup(Drafter):
     """Look the newest tokens up in the row's own prompt and output, and copy what followed (LLMA, 2304.04487).
 
-    The longest match wins (from `max_ngram` tokens down to 1), then the most recent one. A row without a match drafts nothing.
+    The longest match wins (from `max_ngram` tokens down to 1), then the most recent one. A row without a match drafts
+    nothing.
 
     Args:
         num_draft_tokens: K, tokens to copy.

@@ -1,13 +1,12 @@
 """Run the step graph op by op."""
 
-from collections.abc import Callable
+from torch import fx
 
-from torch import Tensor, fx
-
+from emssd_compile.lowering.base import Lowered
 from emssd_compile.ops import load_cpu_kernels
 
 
-def lower_eager(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tensor]]:
+def lower_eager(graph_module: fx.GraphModule) -> Lowered:
     """The graph as it is: nothing to wait for, and what every other backend is compared with."""
     load_cpu_kernels()
-    return graph_module
+    return Lowered(graph_module, fit=lambda size: size)

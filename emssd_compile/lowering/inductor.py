@@ -1,16 +1,15 @@
 """Lower the step graph through `torch.compile` and Inductor."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, fx
 
+from emssd_compile.lowering.base import Lowered
 from emssd_compile.ops import load_cpu_kernels
 
 _SLOTS = ("token_slots", "logit_slots", "draft_slots")
 
 
-def lower_inductor(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tensor]]:
+def lower_inductor(graph_module: fx.GraphModule) -> Lowered:
     """Compile the whole step as one graph, once for all sizes: only the lengths of the slot inputs are symbolic."""
     load_cpu_kernels()
     names = [str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"]
@@ -18,7 +17,7 @@ def lower_inductor(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tens
     compiled = torch.compile(graph_module, fullgraph=True)
     marked = False
 
-    def step(*inputs: Tensor) -> dict[str, Tensor]:
+    def run(*inputs: Tensor) -> dict[str, Tensor]:
         nonlocal marked
         if not marked:
             for index in dynamic:
@@ -27,4 +26,4 @@ def lower_inductor(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tens
         result: dict[str, Tensor] = compiled(*inputs)
         return result
 
-    return step
+    return Lowered(run, fit=lambda size: max(size, 2))  # compilers specialise on a size of 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from emssd_compile.generation import Streamer, StoppingCriterion
+from emssd_compile.generation import StoppingCriterion, Streamer
 from emssd_compile.runtime.engine import Request
 from emssd_compile.runtime.inputs import PromptBatch
 from emssd_compile.runtime.outputs import apply_stopping_criteria
@@ -22,9 +22,7 @@ class Consumer:
         streamer: gets the only prompt and then its tokens one by one.
     """
 
-    def __init__(
-        self, prompts: PromptBatch, criteria: Sequence[StoppingCriterion], streamer: Streamer | None
-    ) -> None:
+    def __init__(self, prompts: PromptBatch, criteria: Sequence[StoppingCriterion], streamer: Streamer | None) -> None:
         self.criteria = criteria
         self.streamer = streamer
         self._seen = [0] * len(prompts)
@@ -32,7 +30,7 @@ class Consumer:
             streamer.put(prompts.given[0][None])
 
     def take(self, request: Request) -> int:
-        """Consume what is new in `request.output`, cutting it where a criterion holds; returns how many tokens were kept."""
+        """Consume what is new in `request.output`, cut where a criterion holds; returns how many tokens were kept."""
         start = self._seen[request.index]
         if self.criteria:
             self._stop(request, start)

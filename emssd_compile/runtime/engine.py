@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from emssd_compile.runtime.sizes import bucket
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.state import COUNTERS, StepState
@@ -58,9 +57,9 @@ class _Launch:
 class Engine:
     """Owns the device-resident state and drives the step.
 
-    The host launches step i + 1 before it reads the report of step i (`lag` = 1; on a CPU, where a launch is a call that
-    returns when its work is done, there is nothing to overlap and `lag` = 0). Only the sizes of a step are chosen here; what
-    is in it is decided on the device.
+    The host launches step i + 1 before it reads the report of step i (`lag` = 1; on a CPU, where a launch is a call
+    that returns when its work is done, there is nothing to overlap and `lag` = 0). Only the sizes of a step are
+    chosen here; what is in it is decided on the device.
 
     Args:
         step: the lowered step.
@@ -69,6 +68,7 @@ class Engine:
         drafter_state: the drafter's row tensors (zeroed when a request starts).
         caches: KV caches and other tensors written in place.
         prefill_chunk: most packed tokens of a step.
+        fit: rounds a size of a step up to one the step takes.
         lag: reports that may be outstanding.
     """
 
@@ -81,6 +81,7 @@ class Engine:
         caches: dict[str, Tensor],
         *,
         prefill_chunk: int,
+        fit: Callable[[int], int],
         lag: int,
     ) -> None:
         self.step = step
@@ -90,6 +91,7 @@ class Engine:
         self.num_draft_tokens = state.histogram.shape[0] - 1
         self.device = state.history.device
         self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1), 2)
+        self.fit = fit
         self.lag = lag
         self.sizes_used: set[tuple[int, int, int]] = set()
         self._drafter_state = tuple(drafter_state)
@@ -115,7 +117,7 @@ class Engine:
             self._clear()
 
     def warmup(self) -> None:
-        """Compile: run the step once with nothing in it. Sizes differ from each other so that none is taken for another."""
+        """Compile: run the step once with nothing in it. No two sizes are equal, or one symbol would stand for both."""
         with torch.inference_mode():
             self._run_step(4, 3, 5)
 
@@ -165,7 +167,7 @@ class Engine:
         return _Launch(report, tuple(row.request if row else None for row in self._rows))
 
     def _plan(self) -> tuple[int, int, int]:
-        """Sizes (T, R, S) of the next step, as buckets: enough for what its rows may want, within the chunk.
+        """Sizes (T, R, S) of the next step: enough for what its rows may want, within the chunk.
 
         Exact with `lag` = 0; with reports outstanding every row is taken to want all the drafts there can be.
         """
@@ -174,10 +176,10 @@ class Engine:
         wanted = sum(row.pending for row in rows) + sum(drafts)
         tokens = min(wanted, self.chunk)
         logits = min(len(rows) + sum(drafts), tokens)
-        # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the last
-        # draft was never fed to it), else what this step feeds.
+        # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
+        # last draft was never fed to it), else what this step feeds.
         reading = min(sum(2 if row.pending == 1 else row.pending + 1 for row in rows), self.chunk + self.num_rows)
-        return bucket(tokens), bucket(logits), bucket(reading)
+        return self.fit(tokens), self.fit(logits), self.fit(reading)
 
     def _run_step(self, tokens: int, logits: int, drafter_tokens: int) -> Tensor:
         self.sizes_used.add((tokens, logits, drafter_tokens))

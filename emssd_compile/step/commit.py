@@ -10,7 +10,6 @@ from torch import Tensor
 from emssd_compile.step.pack import LogitRows, Packed
 from emssd_compile.step.state import COUNTERS, StepState
 
-
 REPORT_FIELDS = ("counts", "active", "pending", "draft_lengths")
 """Leading columns of a step's report; the emitted tokens follow."""
 
@@ -43,8 +42,8 @@ def draft_tokens(history: Tensor, known: Tensor, num_draft_tokens: int) -> Tenso
 def commit(state: StepState, packed: Packed, accept_lengths: Tensor, next_tokens: Tensor) -> tuple[StepState, Emission]:
     """Apply a verdict to the state.
 
-    A ready row emits its accepted drafts and then `next_tokens`, cut behind the first EOS and at the row's limit. Rejected
-    tokens are rolled back by not advancing `lengths` over them.
+    A ready row emits its accepted drafts and then `next_tokens`, cut behind the first EOS and at the row's limit.
+    Rejected tokens are rolled back by not advancing `lengths` over them.
 
     Args:
         state: the state the step began with.

@@ -23,7 +23,8 @@ class DraftContext:
         active: bool `[B]`, rows being decoded.
         can_draft: bool `[B]`, rows whose drafts will be verified in the next step.
         max_drafts: int64 `[B]`, 0 to K: more would run past the row's limit.
-        slots: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model of its own.
+        slots: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model of its
+            own.
         state: the drafter's own tensors, as declared by `Drafter.state_spec` and `Drafter.cache_spec`.
     """
 
@@ -68,9 +69,15 @@ class TensorSpec:
 class PackedModel(Protocol):
     """A causal LM compiled to run on packed rows, for drafters that hold one."""
 
-    vocabulary: int
-    cache_shapes: dict[str, TensorSpec]
-    graph_module: nn.Module
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def cache_shapes(self) -> dict[str, TensorSpec]:
+        """Its KV caches by name."""
+        ...
 
     def __call__(
         self, packed: Packed, lengths: Tensor, logit_index: Tensor, caches: dict[str, Tensor]

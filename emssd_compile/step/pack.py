@@ -39,9 +39,9 @@ def pack(
     """Choose and lay out the tokens of a step.
 
     Every active row wants to feed the tokens it knows but has not read, then its drafts. One rule covers decoding (one
-    unread token and the drafts), prefill (the prompt) and chunked prefill (as much of it as fits): T is a budget. Each row
-    first gets up to `share` tokens, so that long prompts do not stall rows that decode; what is left goes to the rows in
-    order. A row whose unread tokens do not all fit emits nothing in this step and goes on in the next.
+    unread token and the drafts), prefill (the prompt) and chunked prefill (as much of it as fits): T is a budget.
+    Each row first gets up to `share` tokens, so that long prompts do not stall rows that decode; what is left goes to
+    the rows in order. A row whose unread tokens do not all fit emits nothing in this step and goes on in the next.
 
     Args:
         history: int64 `[B, C]`; drafts lie behind the known tokens.

@@ -19,8 +19,8 @@ COUNTERS = (
 )
 """Meaning of each element of `StepState.counters`, in order.
 
-`num_row_steps` counts (row, step) pairs in which a row with nothing left to read emitted tokens; `num_spec_steps` those of
-them that verified at least one draft; `num_padding_tokens` the inert tail tokens of all steps.
+`num_row_steps` counts (row, step) pairs in which a row with nothing left to read emitted tokens; `num_spec_steps`
+those of them that verified at least one draft; `num_padding_tokens` the inert tail tokens of all steps.
 """
 
 
@@ -29,8 +29,8 @@ class StepState:
     """Everything a row carries from step to step. All tensors live on the model's device.
 
     Token `t` of row `b` is `history[b, t]`, for `t < known[b]`. The drafts to verify next lie right behind:
-    `history[b, known[b] : known[b] + draft_lengths[b]]`. Keys and values are committed for `t < lengths[b]`; in steady state
-    `lengths == known - 1`: the newest token's are written by the step that feeds it.
+    `history[b, known[b] : known[b] + draft_lengths[b]]`. Keys and values are committed for `t < lengths[b]`; in
+    steady state `lengths == known - 1`: the newest token's are written by the step that feeds it.
 
     Attributes:
         history: int64 `[B, C]`, prompt and generated tokens.

@@ -39,7 +39,7 @@ class Batch:
 
 def make_batch(
     rows: list[tuple[int, int]],
-    heads: Heads = Heads(),  # noqa: B008 -- frozen
+    heads: Heads = Heads(),
     *,
     tail: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -94,7 +94,7 @@ def oracle(batch: Batch) -> Tensor:
     num_heads, group = q.shape[1], q.shape[1] // k_cache.shape[2]
     out = torch.zeros(len(q), num_heads, v_cache.shape[3], dtype=torch.float64)
     for row, length in enumerate(batch.lengths.tolist()):
-        begin, end = batch.offsets[row].item(), batch.offsets[row + 1].item()
+        begin, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
         for token in range(begin, end):
             seen = _seen(batch, token, begin, end, length)
             for head in range(num_heads):

@@ -113,7 +113,7 @@ T update_softmax(
   }
   const T block_max = at::vec::vec_reduce_all<T>([](Vec x, Vec y) { return at::vec::maximum(x, y); }, max_of_lanes);
   const T old_max = state.max;
-  if (block_max > old_max || std::isnan(block_max)) state.max = block_max;
+  if (block_max > old_max) state.max = block_max;
   // While nothing is visible the maximum is -inf, and -inf - -inf would be NaN.
   const Vec shift(state.max == kNothing ? T(0) : state.max);
   Vec sum_of_lanes(0);
@@ -141,7 +141,7 @@ void merge_softmax(Softmax<T>& state, T* values, const Softmax<T>& other, const 
   using Vec = at::vec::Vectorized<T>;
   if (other.sum == 0) return;
   const T old_max = state.max;
-  if (other.max > old_max || std::isnan(other.max)) state.max = other.max;
+  if (other.max > old_max) state.max = other.max;
   const T shrink = state.max == old_max ? T(1) : std::exp(old_max - state.max);
   const T other_shrink = state.max == other.max ? T(1) : std::exp(other.max - state.max);
   state.sum = state.sum * shrink + other.sum * other_shrink;
