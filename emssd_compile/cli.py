@@ -76,7 +76,7 @@ def _add_generate(commands: Any) -> None:
         action="append",
         default=[],
         type=Path,
-        help="prompts, see below; may be repeated",
+        help="see below; may be repeated",
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128, help="default: %(default)s")
     parser.add_argument(
@@ -84,7 +84,7 @@ def _add_generate(commands: Any) -> None:
         metavar="B",
         type=_positive,
         default=8,
-        help="prompts decoded at a time; others wait (default: %(default)s)",
+        help="prompts at a time; others wait (default: %(default)s)",
     )
     parser.add_argument(
         "--max-length",
@@ -166,12 +166,11 @@ def _generate(arguments: argparse.Namespace, notes: Console) -> None:
         started = time.perf_counter()
         rows = fast.generate(ids, max_new_tokens=arguments.max_new_tokens)
         seconds = time.perf_counter() - started
-    output = Console(soft_wrap=True, highlight=False, markup=False)
     for index, (prompt, row) in enumerate(zip(ids, rows, strict=True)):
-        if index:
-            output.rule()
-        new = tokenizer.decode(row[len(prompt) :], skip_special_tokens=True)
-        output.print(Text.assemble((prompts[index], "dim"), new))
+        if len(ids) > 1:
+            print(f"=== prompt {index + 1} ===")
+        # Not through rich, which expands tabs and drops control characters.
+        print(prompts[index] + tokenizer.decode(row[len(prompt) :], skip_special_tokens=True))
     notes.print(_stats_table(fast.stats, seconds))
 
 
@@ -198,8 +197,8 @@ def _optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
     """The prompts given as texts, then those of the files in order.
 
-    A `.json` file is a list of prompts, a `.jsonl` file has one a line, each a string or an object with `"text"`; any other
-    file is one prompt.
+    A `.json` file is a list of prompts, a `.jsonl` file has one a line, each a string or an object with `"text"`; any
+    other file is one prompt.
 
     Raises:
         OptionError: no prompt was given, or a file cannot be read.

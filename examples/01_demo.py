@@ -3,8 +3,8 @@
     python examples/01_demo.py
     python examples/01_demo.py --batch 1 --tokens 64 --backend eager
 
-Every row emits exactly `--tokens` tokens. Each run's tokens are compared with the model's own greedy decoding of each prompt
-alone. Times are medians of alternating repeats after a warm-up and include reading the prompts.
+Every row emits exactly `--tokens` tokens. Each run's tokens are compared with the model's own greedy decoding of each
+prompt alone. Times are medians of alternating repeats after a warm-up and include reading the prompts.
 """
 
 import argparse
@@ -84,9 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each row (default: %(default)s)")
-    parser.add_argument(
-        "--batch", type=int, default=8, help="prompts decoded together, at most 32 (default: %(default)s)"
-    )
+    parser.add_argument("--batch", type=int, default=8, help="prompts, at most 32 (default: %(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor", help="eager skips the compiler")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each candidate (default: %(default)s)")
     return parser.parse_args()

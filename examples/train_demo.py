@@ -38,7 +38,7 @@ class Settings:
     draft_layers: int = 1
     block: int = 1024  # longest context in tokens, and the unit in which the corpus is shuffled
     blocks_per_step: int = 2
-    target_steps: int = 900
+    target_steps: int = 1400
     draft_steps: int = 400
     documents: int | None = None  # read only so many of each kind
     compile: bool = True

@@ -133,7 +133,7 @@ def _slopes(uniform: Tensor, window: int, dtype: torch.dtype) -> Tensor | None:
     index = torch.arange(tokens, device=uniform.device)
     distance = index[:, None] - index[None, :]
     bias = logs - logs.diagonal(dim1=-2, dim2=-1)[..., None]
-    reach = (window or tokens) - 1
+    reach = min(window or tokens, tokens) - 1
     if reach == 0:
         return None
     slopes = -bias[:, reach, 0] / reach

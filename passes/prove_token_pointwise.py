@@ -19,7 +19,10 @@ from emssd_compile.passes.graph import (
 from emssd_compile.passes.token_rules import check
 
 _TOKENS = 12
-_TRIALS = 4
+_TRIALS = 8
+_SIZES = frozenset({"size", "sizes", "shape", "split_size", "split_sizes"})
+"""Arguments of ops that only say how large a result is."""
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class ProveTokenPointwise:
@@ -102,34 +105,32 @@ def _all_token_dims(node: fx.Node, symbol: sympy.Symbol) -> tuple[int, ...]:
 
 def _size_used_as_value(node: fx.Node, target: torch._ops.OpOverload) -> bool:
     """Whether a size enters the op as a number to compute with, not as a size."""
-    schema = target._schema
-    for argument, given in zip(schema.arguments, node.args, strict=False):
-        size = isinstance(given, fx.Node) and isinstance(given.meta.get("val"), (torch.SymInt, torch.SymFloat))
-        if size and str(argument.type) in ("Scalar", "number", "Tensor", "float"):
-            return True
-    return False
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    values = [value for name, value in given.items() if name not in _SIZES]
+    sizes: list[fx.Node] = []
+    fx.node.map_arg(values, lambda n: sizes.append(n) if isinstance(n.meta.get("val"), _SYMBOLIC) else None)
+    return bool(sizes)
 
 
 def influence(graph_module: fx.GraphModule) -> str:
     """Run the graph with a token-local stand-in for attention; say which token influenced another, or ''."""
     local = fx.GraphModule(graph_module, _localised(graph_module.graph))
-    ids_meta = placeholder(graph_module.graph, "input_ids").meta["val"]
+    device = placeholder(graph_module.graph, "input_ids").meta["val"].device
     vocabulary = _vocabulary(graph_module)
     generator = torch.Generator().manual_seed(0)
+
+    def draw(most: int) -> Tensor:
+        return torch.randint(most, (1, _TOKENS), generator=generator)
+
     with torch.no_grad():
         for _ in range(_TRIALS):
-            ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
-            changed = int(torch.randint(_TOKENS, (), generator=generator))
-            other = ids.clone()
-            other[0, changed] = (
-                other[0, changed] + 1 + torch.randint(vocabulary - 1, (), generator=generator)
-            ) % vocabulary
-            positions = torch.arange(_TOKENS)[None]
-            a, b = (local(x.to(ids_meta.device), positions.to(ids_meta.device)) for x in (ids, other))
-            moved = (a != b).reshape(_TOKENS, -1).any(-1)
-            moved[changed] = False
+            ids, positions, changed = draw(vocabulary), draw(_TOKENS), draw(2).bool()
+            others = torch.where(changed, draw(vocabulary), ids), torch.where(changed, draw(_TOKENS), positions)
+            a, b = (local(x.to(device), p.to(device)) for x, p in ((ids, positions), others))
+            moved = (a != b).reshape(_TOKENS, -1).any(-1).cpu() & ~changed[0]
             if bool(moved.any()):
-                return f"changing token {changed} changed the output of token {int(moved.nonzero()[0])}"
+                return f"changing other tokens changed the output of token {int(moved.nonzero()[0])}"
     return ""
 
 

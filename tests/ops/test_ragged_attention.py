@@ -10,7 +10,7 @@ from torch import Tensor
 from emssd_compile import ops
 from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_trees
 
-ROWS = [(70, 3), (0, 1), (5, 0), (129, 5), (64, 1)]  # empty row, no history, block borders on either side
+ROWS = [(70, 3), (0, 1), (5, 0), (129, 5), (64, 1), (60, 4)]  # an empty row, no history, ends around a block of keys
 
 HEADS = [
     Heads(4, 4, 32, 32),
@@ -75,6 +75,11 @@ def test_matches_oracle_for_all_dtypes(kernels: str, dtype: torch.dtype, head_si
 @pytest.mark.parametrize("rows", [[(0, 1)], [(63, 1)], [(64, 1)], [(0, 0), (0, 0)], [(0, 70)], [(60, 40)]], ids=str)
 def test_matches_oracle_for_one_row_and_for_none(kernels: str, rows: list[tuple[int, int]]) -> None:
     batch = make_batch(rows, tail=1 if rows == [(0, 0), (0, 0)] else 0)
+    assert_exact(attend(batch), oracle(batch))
+
+
+def test_trees_of_several_query_tiles(kernels: str) -> None:
+    batch = with_trees(make_batch([(40, 40), (3, 35)], Heads(2, 1, 16, 16)))
     assert_exact(attend(batch), oracle(batch))
 
 

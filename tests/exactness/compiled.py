@@ -1,0 +1,95 @@
+"""Compile each architecture once and each of its drafters once: that is what takes time, not decoding."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from emssd_compile.acceptance import GreedyMatch
+from emssd_compile.compiler import BatchShape, CompiledModel, compile_model, compile_step
+from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
+from emssd_compile.optimize import OptimizedModel
+from emssd_compile.options import CompileOptions
+from tests.exactness.drafters import Oracle, Rubbish
+from tests.exactness.models import Reference, build, prompt
+
+ROWS, CAPACITY, K = 8, 96, 4
+NEW_TOKENS = 20
+LENGTHS = (1, 2, 3, 5, 7, 11, 17, 19, 23, 33, 40, 48, 61, 64, 70)
+DRAFTERS = ("none", "prompt-lookup", "draft-model", "rubbish", "always-right", "sometimes-wrong", "always-wrong")
+
+
+class Target:
+    """A model of `tests.exactness.models` at level L2, and its own greedy tokens.
+
+    Args:
+        architecture: its name.
+        rows: B.
+    """
+
+    def __init__(self, architecture: str, rows: int = ROWS) -> None:
+        self.model = build(architecture)
+        self.reference = Reference(self.model)
+        self.batch = BatchShape(rows, CAPACITY)
+        self.compiled = compile_model(self.model, self.batch)
+
+    def texts(self) -> list[list[int]]:
+        """Every prompt of `LENGTHS` with the tokens that follow it."""
+        return [[*prompt(n), *self.reference(prompt(n), NEW_TOKENS)] for n in LENGTHS]
+
+    def drafter(self, name: str) -> Drafter:
+        """A drafter of `DRAFTERS`, with at most `K` drafts."""
+        if name == "none":
+            return NoDrafter()
+        if name == "prompt-lookup":
+            return PromptLookup(K)
+        if name == "draft-model":
+            return DraftModel(self.model, K)
+        if name == "rubbish":
+            return Rubbish(K)
+        wrong = {"always-right": 0, "sometimes-wrong": 2, "always-wrong": 7}[name]
+        return Oracle(self.texts(), CAPACITY, K, wrong)
+
+    def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1) -> OptimizedModel:
+        """What `emssd_compile.optimize` does, without compiling the model again."""
+        drafter.prepare(self._disturbed, self.batch.rows, self.batch.capacity, self.compiled.vocabulary)
+        step = compile_step(self.compiled, self.batch, GreedyMatch(), drafter)
+        options = CompileOptions(self.batch.rows, self.batch.capacity, "eager", prefill_chunk=prefill_chunk)
+        return OptimizedModel(self.model, self.compiled, step, drafter, options)
+
+    def _disturbed(self, model: nn.Module) -> CompiledModel:
+        """The target with noise on its weights: a draft model that is right now and then."""
+        assert model is self.model
+        disturbed = replace(self.compiled, graph_module=copy.deepcopy(self.compiled.graph_module))
+        with torch.no_grad():
+            for parameter in disturbed.graph_module.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.abs().mean() * 0.05)
+        return disturbed
+
+
+def rechunked(fast: OptimizedModel, prefill_chunk: int) -> OptimizedModel:
+    """The same step with another size of prefill chunks."""
+    options = replace(fast.options, prefill_chunk=prefill_chunk)
+    return OptimizedModel(fast.model, fast._compiled, fast.graph_module, fast.drafter, options)
+
+
+@functools.lru_cache(maxsize=2)
+def target(architecture: str, rows: int = ROWS) -> Target:
+    """One target at a time is kept: tests go through the architectures one by one."""
+    return Target(architecture, rows)
+
+
+def assert_exact(
+    fast: OptimizedModel, reference: Reference, prompts: list[list[int]], max_new_tokens: int, **options: Any
+) -> list[list[int]]:
+    """Compare with the reference, token for token; returns the new tokens of each prompt."""
+    eos, least = options.get("eos_token_id", ()), options.get("min_new_tokens", 0)
+    expected = [reference(ids, max_new_tokens, eos, least) for ids in prompts]
+    outputs = fast.generate(prompts, max_new_tokens=max_new_tokens, **options)
+    assert outputs == [[*ids, *new] for ids, new in zip(prompts, expected, strict=True)]
+    return expected

@@ -1,0 +1,60 @@
+"""Every architecture with every drafter gives, in fp32, exactly the tokens of its own greedy decoding, prompt by prompt."""
+
+import pytest
+
+from tests.exactness.compiled import DRAFTERS, K, NEW_TOKENS, assert_exact, rechunked, target
+from tests.exactness.models import ARCHITECTURES, prompt
+
+BATCHES = {
+    "one row": (70,),
+    "two rows": (1, 70),
+    "five rows": (3, 70, 1, 17, 40),
+    "eight rows": (1, 70, 2, 33, 64, 5, 19, 48),
+    "more prompts than rows": (7, 61, 1, 11, 23, 2, 70, 3, 17, 5, 40),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_text_of_the_model_depends_on_its_context(architecture):
+    """Else the other tests here would show nothing."""
+    reference = target(architecture).reference
+    texts = [reference(prompt(n), NEW_TOKENS) for n in BATCHES["eight rows"]]
+    assert len({tuple(text[-5:]) for text in texts}) > len(texts) // 2
+    assert len({token for text in texts for token in text}) >= 15
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_tokens_are_the_models_own(architecture, drafter):
+    compiled = target(architecture)
+    reference = compiled.reference
+    fast = compiled.optimize(compiled.drafter(drafter))
+    assert fast._engine.chunk < 70  # long prompts take several steps
+
+    for lengths in BATCHES.values():
+        fast.stats.reset()
+        new = assert_exact(fast, reference, [prompt(n) for n in lengths], NEW_TOKENS)
+        assert fast.stats.num_emitted_tokens == sum(map(len, new))
+        _check_acceptance(drafter, fast.stats)
+
+    prompts = [prompt(n) for n in BATCHES["five rows"]]
+    assert_exact(rechunked(fast, 512), reference, prompts, NEW_TOKENS)
+
+    # The second token after one prompt, the sixth after another, ...: rows end at different times, within drafts.
+    eos = [reference(ids, NEW_TOKENS)[place] for ids, place in zip(prompts, (1, 5, 9, 12, 14), strict=True)]
+    ended = assert_exact(fast, reference, prompts, NEW_TOKENS, eos_token_id=eos)
+    assert len({len(new) for new in ended}) > 1
+    assert_exact(fast, reference, prompts, NEW_TOKENS, eos_token_id=eos, min_new_tokens=3)
+
+
+def _check_acceptance(drafter: str, stats) -> None:
+    """The drafter did what its name says, so that what is meant to be tested is tested."""
+    drafted, accepted = stats.num_draft_tokens, stats.num_accepted_draft_tokens
+    assert (drafted == 0) == (drafter == "none") or drafter == "prompt-lookup"
+    if drafter == "always-right":
+        assert accepted == drafted
+        assert stats.acceptance_histogram[K] > 0
+    if drafter == "always-wrong":
+        assert accepted == 0
+    if drafter in ("sometimes-wrong", "draft-model"):
+        assert 0 < accepted < drafted
