@@ -110,10 +110,11 @@ def _export(model: nn.Module) -> ExportedProgram:
             "The forward must map ids[1, T] to logits without control flow on tensor values"
         ) from error
     ids = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "input_ids")
-    if isinstance(ids.meta["val"].shape[1], int):
+    tokens = ids.meta["val"].shape[1]
+    if isinstance(tokens, int) or not tokens.node.expr.free_symbols:  # a symbol that export fixed stays a SymInt
         raise UnsupportedModelError(
             f"{type(model).__name__} fixes the number of tokens (torch.export specialised it to "
-            f"{ids.meta['val'].shape[1]}); its forward must work for any length"
+            f"{tokens}); its forward must work for any length"
         )
     return program
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile import passes
 from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
+from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.passes import BatchShape, PassManager, PassRecord
 from emssd_compile.passes.graph import caches, placeholder, results
 from emssd_compile.step.acceptance import Rule
@@ -59,13 +61,25 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
         UnsupportedModelError: the model cannot be captured, or a pass cannot prove its rewrite right.
     """
     graph_module = capture(model)
-    fake_mode = placeholder(graph_module.graph, "input_ids").meta["val"].fake_mode
+    ids = placeholder(graph_module.graph, "input_ids").meta["val"]
+    fake_mode: FakeTensorMode = ids.fake_mode
+    _check_capacity(batch.capacity, ids.shape[1])
     manager = PassManager(fake_mode, active_observers())
-    manager.apply(graph_module, (passes.captured(), passes.canonical(), passes.unpadded(batch, fake_mode)))
+    manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     passes.drop_unused_weights(graph_module)
     specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in caches(graph_module.graph).items()}
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
     return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
+
+
+def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
+    """A table or a branch of the forward may end at some number of tokens; the graph is right up to there only."""
+    most = tokens.node.shape_env.bound_sympy(tokens.node.expr).upper
+    if capacity > most:
+        raise UnsupportedModelError(
+            f"max_length={capacity}, but the forward has a table or a branch on the length that ends at {most} tokens",
+            remedy=f"pass max_length={most} or less",
+        )
 
 
 def compile_step(compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter) -> fx.GraphModule:

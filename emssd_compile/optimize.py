@@ -108,6 +108,8 @@ class OptimizedModel:
         config, generation_config, device, dtype: those of the model.
     """
 
+    input_modalities, output_modalities = "text", ("text",)  # read by `repr` of a `transformers.pipeline`
+
     def __init__(
         self,
         model: nn.Module,

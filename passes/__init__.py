@@ -44,14 +44,14 @@ def captured() -> Level:
     return Level("L0", (), verify_captured)
 
 
-def canonical() -> Level:
+def canonical(batch: BatchShape) -> Level:
     """L1: one attention op, positions from the input, nothing else mixes tokens."""
     return Level(
         "L1",
         (
             DropNoops(),
             RestoreAllLogits(),
-            RaiseAttention(),  # before positions are lifted: masks are recognised on the model's own 0, 1, 2, ...
+            RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on the model's own 0, 1, 2, ...
             LiftPositions(),
             ProveTokenPointwise(),  # last: what was wrongly left over is caught here
         ),

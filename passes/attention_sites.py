@@ -147,7 +147,7 @@ def _factor(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> flo
     value = scalar(other)
     if value is None:
         tensor = Evaluator(graph_module, 3)(other) if isinstance(other, fx.Node) else None
-        if tensor is None or tensor.numel() != 1:
+        if not isinstance(tensor, Tensor) or tensor.numel() != 1:
             return 1.0
         value = float(tensor)
     return value if node.target in (aten.mul.Tensor, aten.mul.Scalar) else 1.0 / value

@@ -33,7 +33,8 @@ def verify_captured(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     _only_ops(graph)
     _expect_inputs(graph, ["input_ids", "positions"])
-    if not isinstance(placeholder(graph, "input_ids").meta["val"].shape[1], torch.SymInt):
+    tokens = placeholder(graph, "input_ids").meta["val"].shape[1]
+    if not isinstance(tokens, torch.SymInt) or not tokens.node.expr.free_symbols:
         raise refuse(placeholder(graph, "input_ids"), "the number of tokens is fixed")
 
 

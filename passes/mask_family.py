@@ -18,6 +18,7 @@ Probe = Callable[[int, Tensor, dict[int, int]], Tensor]
 """(tokens T, raw scores [H, T, T], literal replacements) -> attention probabilities [H, T, T]."""
 
 _TOKENS = 24
+_LONG = 1024
 _SUBSTITUTES = (5, 9)
 
 
@@ -47,13 +48,22 @@ class MaskFamily:
 
 
 def recognise(
-    probe: Probe, heads: int, scale: float, softcap: float, literals: set[int], dtype: torch.dtype, device: torch.device
+    probe: Probe,
+    heads: int,
+    longest: int,
+    scale: float,
+    softcap: float,
+    literals: set[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> MaskFamily:
-    """The family of the mask behind `probe`, proven on random scores.
+    """The family of the mask behind `probe`, tried on random scores over a short text and equal scores over a long one.
 
     Args:
         probe: computes the model's own attention probabilities.
         heads: number of query heads H.
+        longest: tokens a row can hold: what the mask does to texts up to there (`_LONG` at most) is seen, however it is
+            written. What it does beyond shows in `literals` only.
         scale: factor on the raw scores.
         softcap: 0, or c in `c * tanh(scaled / c)`.
         literals: integers that stand in the mask's subgraph; a window longer than the probed text is one of them.
@@ -64,16 +74,21 @@ def recognise(
         UnknownMaskError: not a known family.
     """
     window = _window(probe, heads, literals, device)
-    tokens = _TOKENS
-    slopes = _slopes(probe(tokens, _zeros(heads, tokens, device), {}), window, dtype)
+    slopes = _slopes(probe(_TOKENS, _zeros(heads, _TOKENS, device), {}), window, dtype)
+    long = max(_TOKENS, min(longest, _LONG))
+    if not window and slopes is None:
+        window = _probe_window(probe, heads, long, {}, device)  # written in a table or a float, not in a literal
     family = MaskFamily(window, slopes)
-    scores = torch.randn(heads, tokens, tokens, device=device, generator=torch.Generator(device).manual_seed(0)) * 3
-    scaled = scores * scale
-    expected = family.probabilities(softcap * torch.tanh(scaled / softcap) if softcap else scaled)
-    actual = probe(tokens, scores, {}).float()
+    scores = torch.randn(heads, _TOKENS, _TOKENS, device=device, generator=torch.Generator(device).manual_seed(0)) * 3
     tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
-    if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
-        raise UnknownMaskError("the attention probabilities are not softmax(scale * scores + known mask)")
+    for raw in (scores, _zeros(heads, long, device)):
+        scaled = raw * scale
+        expected = family.probabilities(softcap * torch.tanh(scaled / softcap) if softcap else scaled)
+        actual = probe(raw.shape[-1], raw, {}).float()
+        if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
+            raise UnknownMaskError(
+                f"over {raw.shape[-1]} tokens the attention probabilities are not softmax(scale * scores + known mask)"
+            )
     return family
 
 

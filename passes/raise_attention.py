@@ -41,12 +41,18 @@ class RaiseAttention:
     `expand` or by `enable_gqa`. The mask is recognised by evaluating it (see `mask_family`), after which its
     arithmetic is dead.
 
+    Args:
+        longest: tokens a row can hold; masks need to be right up to there.
+
         before:  %m = where(%allowed[1,1,T,T], 0, -inf); %k4 = reshape(expand(unsqueeze(%k[1,2,T,8], 2), ...))
                  %o = scaled_dot_product_attention(%q[1,4,T,8], %k4[1,4,T,8], %v4[1,4,T,8], %m, scale=0.35)
         after:   %o = emssd.attention(%q[1,4,T,8], %k[1,2,T,8], %v[1,2,T,8], scale=0.35, window=0)
     """
 
     name = "raise_attention"
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
 
     def run(self, graph_module: fx.GraphModule) -> int:
         """See the class. Raises UnsupportedModelError for an attention whose mask is of no known family."""
@@ -68,7 +74,7 @@ class RaiseAttention:
             query = _four_dimensional(graph, site.query)
             key = _four_dimensional(graph, _peel_repeat(graph_module, site.key))
             value = _four_dimensional(graph, _peel_repeat(graph_module, site.value))
-        family = _family(site, query)
+        family = _family(site, query, self.longest)
         with graph.inserting_before(site.result):
             slopes = None
             if family.alibi_slopes is not None:
@@ -94,10 +100,12 @@ class RaiseAttention:
         graph.erase_node(site.result)  # dead-code elimination keeps SDPA: it could have drawn random numbers
 
 
-def _family(site: AttentionSite, query: fx.Node) -> MaskFamily:
+def _family(site: AttentionSite, query: fx.Node, longest: int) -> MaskFamily:
     value = query.meta["val"]
     try:
-        return recognise(site.probe, value.shape[1], site.scale, site.softcap, site.literals, value.dtype, value.device)
+        return recognise(
+            site.probe, value.shape[1], longest, site.scale, site.softcap, site.literals, value.dtype, value.device
+        )
     except UnknownMaskError as error:
         raise refuse(site.result, f"the attention mask is not supported: {error}") from error
     except KeyError as error:

@@ -53,7 +53,7 @@ class Target:
         if name == "rubbish":
             return Rubbish(K)
         wrong = {"always-right": 0, "sometimes-wrong": 2, "always-wrong": 7}[name]
-        return Oracle(self.texts(), CAPACITY, K, wrong)
+        return Oracle(self.texts(), CAPACITY, K, wrong_of_seven=wrong, ragged=name == "sometimes-wrong")
 
     def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1) -> OptimizedModel:
         """What `emssd_compile.optimize` does, without compiling the model again."""

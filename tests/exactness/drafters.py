@@ -20,14 +20,22 @@ class Oracle(Drafter):
         num_draft_tokens: K.
         wrong_of_seven: how many of every seven drafts to spoil, at places that look random: 0 makes every draft right,
             7 every draft wrong.
+        ragged: draft 0 to K tokens, a number that looks random, rather than K.
     """
 
     def __init__(
-        self, texts: Sequence[Sequence[int]], capacity: int, num_draft_tokens: int, wrong_of_seven: int = 0
+        self,
+        texts: Sequence[Sequence[int]],
+        capacity: int,
+        num_draft_tokens: int,
+        *,
+        wrong_of_seven: int,
+        ragged: bool = False,
     ) -> None:
         super().__init__()
         self.num_draft_tokens = num_draft_tokens
         self.wrong_of_seven = wrong_of_seven
+        self.ragged = ragged
         rows = [[*text, *([-1] * (capacity + num_draft_tokens - len(text)))] for text in texts]
         self.register_buffer("texts", torch.tensor(rows))
         self.texts: Tensor
@@ -42,7 +50,10 @@ class Oracle(Drafter):
         tokens = self.texts[found.int().argmax(1)].gather(1, index.clamp(max=self.texts.shape[1] - 1))
         spoilt = (_scatter(index, history[:, :1]) % 7 < self.wrong_of_seven) & (tokens >= 0)
         tokens = torch.where(spoilt, (tokens + 1) % VOCABULARY, tokens)
-        return Draft(tokens, torch.where(found.any(1), self.num_draft_tokens, 0))
+        lengths = torch.where(found.any(1), self.num_draft_tokens, 0)
+        if self.ragged:
+            lengths = torch.minimum(lengths, _scatter(known, history[:, 0]) % (self.num_draft_tokens + 1))
+        return Draft(tokens, lengths)
 
 
 class Rubbish(Drafter):

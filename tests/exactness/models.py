@@ -26,7 +26,9 @@ class OwnPositions(nn.Module):
         self.wpe = nn.Parameter(torch.empty(POSITIONS, WIDTH))
         self.distance = nn.Embedding(POSITIONS, WIDTH)
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
+        )
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -73,8 +75,8 @@ ARCHITECTURES = (*HUGGING_FACE, *PLAIN)
 def build(architecture: str) -> nn.Module:
     """A tiny random model, in fp32 and eval mode, whose text depends on all of its context.
 
-    Layers are louder and embeddings quieter than in `tests.zoo`: where logits share the weights of the embedding, a model
-    would else go on repeating one token, and a mistake in its attention would not show in the text.
+    Layers are louder and embeddings quieter than in `tests.zoo`: where logits share the weights of the embedding, a
+    model would else go on repeating one token, and a mistake in its attention would not show in the text.
     """
     if architecture in PLAIN:
         torch.manual_seed(1)

@@ -1,8 +1,8 @@
-"""Every architecture with every drafter gives, in fp32, exactly the tokens of its own greedy decoding, prompt by prompt."""
+"""Every architecture with every drafter gives, in fp32, the tokens of its own greedy decoding of each prompt alone."""
 
 import pytest
 
-from tests.exactness.compiled import DRAFTERS, K, NEW_TOKENS, assert_exact, rechunked, target
+from tests.exactness.compiled import DRAFTERS, NEW_TOKENS, K, assert_exact, rechunked, target
 from tests.exactness.models import ARCHITECTURES, prompt
 
 BATCHES = {

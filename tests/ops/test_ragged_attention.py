@@ -242,6 +242,18 @@ def test_cpp_form_refuses_what_would_reach_outside(cpu_kernels: None, change: di
         attend(replace(batch, **change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \[Hq\], got \[3\] for 4 heads"),
+        ({"ancestors": torch.ones(3, 2, dtype=torch.bool)}, r"ancestors must be \[T, N\], got \[3, 2\] for 4 tokens"),
+    ],
+)
+def test_cpp_form_refuses_options_of_another_shape(cpu_kernels: None, option: dict[str, object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        attend(make_batch([(8, 2), (3, 2)]).with_options(**option))
+
+
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_opcheck(kernels: str, tree: bool) -> None:
     batch = make_batch(ROWS, Heads(4, 2, 16, 8), tail=2)

@@ -4,13 +4,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace emssd {
 
 // Copies token[h][:] for every head. The innermost dimension of both is contiguous.
-inline void copy_token(char* cache, int64_t cache_stride, const char* token, int64_t stride, int64_t heads, int64_t bytes) {
+inline void copy_token(char* cache, int64_t cache_stride, const char* token, int64_t stride, int64_t heads,
+                       int64_t bytes) {
   if (cache_stride == bytes && stride == bytes) {
     std::memcpy(cache, token, heads * bytes);
     return;
@@ -18,7 +20,8 @@ inline void copy_token(char* cache, int64_t cache_stride, const char* token, int
   for (int64_t h = 0; h < heads; ++h) std::memcpy(cache + h * cache_stride, token + h * stride, bytes);
 }
 
-inline void scatter_tokens(const at::Tensor& cache, const at::Tensor& fresh, const int64_t* rows, const int64_t* slots) {
+inline void scatter_tokens(const at::Tensor& cache, const at::Tensor& fresh, const int64_t* rows,
+                           const int64_t* slots) {
   const int64_t item = cache.element_size(), num_rows = cache.size(0);
   const int64_t heads = cache.size(2), bytes = cache.size(3) * item;
   char* target = static_cast<char*>(cache.mutable_data_ptr());
@@ -29,14 +32,15 @@ inline void scatter_tokens(const at::Tensor& cache, const at::Tensor& fresh, con
     for (int64_t t = begin; t < end; ++t) {
       if (rows[t] == num_rows) continue;
       char* slot = target + (rows[t] * cache.stride(0) + slots[t] * cache.stride(1)) * item;
-      copy_token(slot, cache.stride(2) * item, source + t * fresh.stride(0) * item, fresh.stride(1) * item, heads, bytes);
+      const char* token = source + t * fresh.stride(0) * item;
+      copy_token(slot, cache.stride(2) * item, token, fresh.stride(1) * item, heads, bytes);
     }
   });
 }
 
 inline void check_append(const at::Tensor& cache, const at::Tensor& fresh, int64_t tokens, const char* name) {
-  TORCH_CHECK(cache.dim() == 4 && fresh.dim() == 3, "emssd::append_kv: ", name, "_cache must be [B, C, Hkv, D] and ", name,
-              " [T, Hkv, D], got ", cache.sizes(), " and ", fresh.sizes());
+  TORCH_CHECK(cache.dim() == 4 && fresh.dim() == 3, "emssd::append_kv: ", name, "_cache must be [B, C, Hkv, D] and ",
+              name, " [T, Hkv, D], got ", cache.sizes(), " and ", fresh.sizes());
   TORCH_CHECK(fresh.size(0) == tokens && fresh.size(1) == cache.size(2) && fresh.size(2) == cache.size(3),
               "emssd::append_kv: ", name, " ", fresh.sizes(), " does not fit ", tokens, " tokens of ", name, "_cache ",
               cache.sizes());
@@ -49,6 +53,8 @@ inline void check_append(const at::Tensor& cache, const at::Tensor& fresh, int64
 inline void append_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& row_ids, const at::Tensor& slots) {
   const int64_t tokens = row_ids.numel();
+  TORCH_CHECK(k_cache.size(0) == v_cache.size(0), "emssd::append_kv: k_cache has ", k_cache.size(0), " rows, v_cache ",
+              v_cache.size(0));
   check_append(k_cache, k, tokens, "k");
   check_append(v_cache, v, tokens, "v");
   const auto rows_ = row_ids.expect_contiguous();
@@ -59,8 +65,8 @@ inline void append_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, cons
   const int64_t num_rows = k_cache.size(0), capacity = std::min(k_cache.size(1), v_cache.size(1));
   for (int64_t t = 0; t < tokens; ++t)
     TORCH_CHECK(rows[t] == num_rows || (rows[t] >= 0 && rows[t] < num_rows && slot[t] >= 0 && slot[t] < capacity),
-                "emssd::append_kv: token ", t, " goes to row ", rows[t], ", slot ", slot[t], "; the cache has ", num_rows,
-                " rows of ", capacity, " slots");
+                "emssd::append_kv: token ", t, " goes to row ", rows[t], ", slot ", slot[t], "; the cache has ",
+                num_rows, " rows of ", capacity, " slots");
   scatter_tokens(k_cache, k.stride(-1) == 1 ? k : k.contiguous(), rows, slot);
   scatter_tokens(v_cache, v.stride(-1) == 1 ? v : v.contiguous(), rows, slot);
 }

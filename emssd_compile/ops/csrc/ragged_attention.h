@@ -1,9 +1,9 @@
 // emssd::ragged_attention on CPU: flash attention whose work is the sum of the rows' lengths.
 //
-// A tile of queries meets its row's keys in blocks, with a running softmax (Milakov and Gimelshein 2018, algorithm 3), kept
-// per span of keys; spans are merged in order. Blocks and spans lie at fixed slots of the cache and every query's arithmetic
-// is its own, so a token's result has the same bits whatever the other rows are, however many tokens the step holds and
-// however many threads there are.
+// A tile of queries meets its row's keys in blocks, with a running softmax (Milakov and Gimelshein 2018, algorithm 3),
+// kept per span of keys; spans are merged in order. Blocks and spans lie at fixed slots of the cache and every query's
+// arithmetic is its own, so a token's result has the same bits whatever the other rows are, however many tokens the
+// step holds and however many threads there are.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -69,8 +69,8 @@ inline void check_shapes(const at::Tensor& q, const at::Tensor& k_cache, const a
                          const at::Tensor& offsets, const at::Tensor& lengths, const at::Tensor& positions) {
   TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && v_cache.dim() == 4 && q.size(2) == k_cache.size(3) &&
                   k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && q.size(1) % k_cache.size(2) == 0,
-              "emssd::ragged_attention: q [T, Hq, Dk], k_cache [B, C, Hkv, Dk] and v_cache [B, C, Hkv, Dv] do not fit: ",
-              q.sizes(), ", ", k_cache.sizes(), ", ", v_cache.sizes());
+              "emssd::ragged_attention: q [T, Hq, Dk], k_cache [B, C, Hkv, Dk] and v_cache [B, C, Hkv, Dv] do not fit:",
+              " ", q.sizes(), ", ", k_cache.sizes(), ", ", v_cache.sizes());
   TORCH_CHECK(offsets.numel() == k_cache.size(0) + 1 && lengths.numel() == k_cache.size(0) &&
                   positions.numel() == q.size(0),
               "emssd::ragged_attention: offsets [B + 1], lengths [B] and positions [T] do not fit: ", offsets.sizes(),
@@ -80,10 +80,21 @@ inline void check_shapes(const at::Tensor& q, const at::Tensor& k_cache, const a
               k_cache.scalar_type(), ", ", v_cache.scalar_type());
 }
 
+inline void check_options(const at::Tensor& q, const std::optional<at::Tensor>& alibi_slopes,
+                          const std::optional<at::Tensor>& ancestors) {
+  TORCH_CHECK(!alibi_slopes || alibi_slopes->numel() == q.size(1),
+              "emssd::ragged_attention: alibi_slopes must be [Hq], got ", alibi_slopes->sizes(), " for ", q.size(1),
+              " heads");
+  TORCH_CHECK(!ancestors || (ancestors->dim() == 2 && ancestors->size(0) == q.size(0)),
+              "emssd::ragged_attention: ancestors must be [T, N], got ", ancestors->sizes(), " for ", q.size(0),
+              " tokens");
+}
+
 // Throws if the rows would reach outside the tokens or the cache.
 inline void check_rows(const int64_t* offsets, const int64_t* lengths, int64_t rows, int64_t tokens, int64_t capacity) {
-  TORCH_CHECK(offsets[0] == 0 && offsets[rows] <= tokens, "emssd::ragged_attention: offsets must run from 0 to at most ",
-              tokens, " tokens, got ", offsets[0], " to ", offsets[rows]);
+  TORCH_CHECK(offsets[0] == 0 && offsets[rows] <= tokens,
+              "emssd::ragged_attention: offsets must run from 0 to at most ", tokens, " tokens, got ", offsets[0],
+              " to ", offsets[rows]);
   for (int64_t b = 0; b < rows; ++b) {
     const int64_t count = offsets[b + 1] - offsets[b];
     TORCH_CHECK(count >= 0, "emssd::ragged_attention: offsets decrease at row ", b);
@@ -107,9 +118,11 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
                                    const std::optional<at::Tensor>& alibi_slopes,
                                    const std::optional<at::Tensor>& ancestors) {
   check_shapes(q_, k_cache_, v_cache_, offsets_, lengths_, positions_);
+  check_options(q_, alibi_slopes, ancestors);
   const at::Tensor q = with_contiguous_rows(q_);
   const at::Tensor k_cache = with_contiguous_rows(k_cache_), v_cache = with_contiguous_rows(v_cache_);
-  const at::Tensor offsets = offsets_.contiguous(), lengths = lengths_.contiguous(), positions = positions_.contiguous();
+  const at::Tensor offsets = offsets_.contiguous(), lengths = lengths_.contiguous();
+  const at::Tensor positions = positions_.contiguous();
   const int64_t rows = k_cache.size(0);
   check_rows(offsets.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>(), rows, q.size(0), k_cache.size(1));
   at::Tensor out = at::empty({q.size(0), q.size(1), v_cache.size(3)}, q.options());

@@ -1,7 +1,8 @@
 // How emssd::ragged_attention is cut into pieces of work.
 //
-// The query heads of a group and the tokens of a row share each load of a key: together they are one list of queries, cut
-// into tiles. A row with many keys is cut into spans of keys too, where there are too few tiles to occupy every thread.
+// The query heads of a group and the tokens of a row share each load of a key: together they are one list of queries,
+// cut into tiles. A row with many keys is cut into spans of keys too, where there are too few tiles to occupy every
+// thread.
 #pragma once
 
 #include <ATen/Parallel.h>

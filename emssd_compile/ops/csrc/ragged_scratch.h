@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
+#include <utility>
 #include <vector>
 
 #include "ragged_plan.h"

@@ -1,4 +1,4 @@
-// Dense arithmetic on small row-major tiles that lie in a core's cache. No function here knows of rows, heads or threads.
+// Dense arithmetic on small row-major tiles that lie in a core's cache. Nothing here knows of rows, heads or threads.
 //
 // Each output element is computed by its own chain of operations, in an order that does not depend on the tile's size:
 // a query gets the same bits whichever other queries share its tile.
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace emssd {
 
@@ -66,8 +67,8 @@ inline void multiply_columns(
     multiply_tile<T, 1, kVectors, kSkipZeros>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, accumulate);
 }
 
-// c[rows][columns] = a[rows][depth] * b[depth][columns], added to what c holds if `accumulate`. `columns` is a multiple of
-// the vector size. With kSkipZeros an exact 0 in `a` hides whatever `b` holds there, NaN included.
+// c[rows][columns] = a[rows][depth] * b[depth][columns], added to what c holds if `accumulate`. `columns` is a multiple
+// of the vector size. With kSkipZeros an exact 0 in `a` hides whatever `b` holds there, NaN included.
 template <typename T, bool kSkipZeros>
 void multiply(
     const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
@@ -99,7 +100,8 @@ struct Softmax {
 // Returns the factor by which what was summed up before has to shrink.
 template <typename T>
 T update_softmax(
-    T* scores, int64_t columns, const ScoreRule<T>& rule, T slope, const T* distance, const T* visible, Softmax<T>& state) {
+    T* scores, int64_t columns, const ScoreRule<T>& rule, T slope, const T* distance, const T* visible,
+    Softmax<T>& state) {
   using Vec = at::vec::Vectorized<T>;
   constexpr T kNothing = -std::numeric_limits<T>::infinity();
   Vec max_of_lanes(kNothing);

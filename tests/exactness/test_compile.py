@@ -1,0 +1,80 @@
+"""Compiled by Inductor: the same tokens, one compilation for all sizes, and nothing that waits for the host."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import emssd_compile
+from emssd_compile.drafters import DraftModel, PromptLookup
+from tests.exactness.compiled import DRAFTERS, target
+from tests.exactness.models import Reference, build, prompt
+
+BATCHES = ((70,), (1, 70), (3, 17, 40), (5, 61, 2, 33, 7))
+HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.nonzero.default}
+
+
+def _noisy(model: torch.nn.Module) -> torch.nn.Module:
+    """A draft model that is right now and then."""
+    noisy = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.abs().mean() * 0.05)
+    return noisy
+
+
+@pytest.mark.parametrize("drafter", ["prompt-lookup", "draft-model"])
+def test_inductor_compiles_once_and_is_exact_at_every_size(drafter):
+    model = build("llama")
+    reference = Reference(model)
+    drafts = PromptLookup(3) if drafter == "prompt-lookup" else DraftModel(_noisy(model), 2)
+    fast = emssd_compile.optimize(model, drafts, max_batch=3, max_length=96, backend="inductor", prefill_chunk=24)
+    torch._dynamo.utils.counters.clear()
+    fast.warmup()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths, new_tokens in itertools.product(BATCHES, (1, 12)):
+            prompts = [prompt(n) for n in lengths]
+            expected = [[*ids, *reference(ids, new_tokens)] for ids in prompts]
+            assert fast.generate(prompts, max_new_tokens=new_tokens) == expected
+    assert fast.stats.num_accepted_draft_tokens > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_compiled_code_reads_nothing_back(monkeypatch):
+    fast = emssd_compile.optimize(build("own-positions"), PromptLookup(2), max_batch=2, max_length=64)
+    _, sources = torch._inductor.utils.run_and_get_code(fast.warmup)
+    assert len(sources) == 1
+    assert "ragged_attention" in sources[0]
+    for host_read in (".item()", ".tolist()", "_local_scalar_dense", ".cpu()"):
+        assert host_read not in sources[0]
+
+
+class _RecordOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[object] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_the_step_reads_nothing_back(drafter):
+    compiled = target("llama")
+    fast = compiled.optimize(compiled.drafter(drafter))
+    run, record = fast._engine.step, _RecordOps()
+
+    def recorded(*inputs):
+        with record:
+            return run(*inputs)
+
+    fast._engine.step = recorded
+    fast.generate([prompt(40), prompt(3)], max_new_tokens=4)
+    assert torch.ops.emssd.ragged_attention.default in record.ops
+    assert not record.ops & HOST_READS

@@ -1,0 +1,160 @@
+import json
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the command line loads Hugging Face models")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emssd_compile import cli
+from emssd_compile.cli import main, read_prompts
+from emssd_compile.errors import InvalidInputError, OptionError
+from tests.zoo import toy_model
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "demo_model" / "target"
+NEW_TOKENS = 9
+PROMPTS = ["def add(a, b):\n\treturn", "import os, sys\n\n\nclass Path:\n", "x = 1"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A toy target and a toy draft model, with the demo model's tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(["target", "draft"]):
+        toy_model("llama", seed=seed, vocab_size=4096, num_hidden_layers=1).save_pretrained(folder / name)
+        for file in TOKENIZER.glob("tokenizer*"):
+            shutil.copy(file, folder / name)
+    return folder
+
+
+def own_text(folder: Path, prompt: str) -> str:
+    """What the model itself makes of one prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    new = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)[0, ids.shape[1] :]
+    return prompt + tokenizer.decode(new, skip_special_tokens=True)
+
+
+def generate(models: Path, *arguments: str) -> list[str]:
+    common = ["--model", str(models / "target"), "--backend", "eager", "--max-new-tokens", str(NEW_TOKENS)]
+    return ["generate", *common, *arguments]
+
+
+def test_text_and_nothing_else_goes_to_standard_output(models, capsys):
+    assert main(generate(models, "--prompt", PROMPTS[0])) == 0
+    captured = capsys.readouterr()
+    assert captured.out == own_text(models / "target", PROMPTS[0]) + "\n"
+    assert "tokens/s" in captured.err
+
+
+@pytest.mark.parametrize("drafter", ["none", "a model"])
+def test_several_prompts_through_few_rows(models, tmp_path, capsys, drafter):
+    (tmp_path / "rest.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS[1:]))
+    drafting = ["none"] if drafter == "none" else [str(models / "draft"), "--num-draft-tokens", "2"]
+    prompts = ["--prompt", PROMPTS[0], "--prompt-file", str(tmp_path / "rest.jsonl"), "--max-batch", "2"]
+    assert main(generate(models, *prompts, "--drafter", *drafting)) == 0
+    expected = [
+        f"=== prompt {i} ===\n{own_text(models / 'target', prompt)}\n" for i, prompt in enumerate(PROMPTS, start=1)
+    ]
+    assert capsys.readouterr().out == "".join(expected)
+
+
+def test_explain_names_the_passes_and_dumps_the_stages(models, tmp_path, capsys):
+    assert main(["explain", "--model", str(models / "target"), "--dump", str(tmp_path / "stages")]) == 0
+    out = capsys.readouterr().out
+    assert "raise_attention" in out
+    assert "1 ragged_attention, 1 append_kv, 0 padding ops" in out
+    before = next((tmp_path / "stages").glob("*_raise_attention.before.py")).read_text()
+    assert "emssd.attention" not in before
+    assert "emssd.attention" in next((tmp_path / "stages").glob("*_raise_attention.after.py")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--model", "{none}", "--prompt", "x"], "no such folder"),
+        (["explain", "--model", "{empty}"], "no config.json"),
+        (["explain", "--model", "{broken}"], "AutoModelForCausalLM cannot load it"),
+        (["generate", "--model", "{target}"], "no prompt: pass --prompt"),
+        (["generate", "--model", "{target}", "--prompt", "x", "--drafter", "oracle"], "none, prompt-lookup"),
+        (["explain", "--model", "{target}", "--drafter", "none", "--num-draft-tokens", "3"], "leave one of them out"),
+        (
+            ["generate", "--model", "{target}", "--prompt", "x", "--max-length", "999"],
+            "positions the model was made for",
+        ),
+    ],
+)
+def test_errors_say_what_to_do(models, tmp_path, capsys, arguments, said):
+    folders = {name: tmp_path / name for name in ["none", "empty", "broken"]} | {"target": models / "target"}
+    folders["empty"].mkdir()
+    folders["broken"].mkdir()
+    (folders["broken"] / "config.json").write_text('{"model_type": "no such type"}')
+    assert main([argument.format(**folders) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err.replace("\n", " ")
+
+
+def test_missing_transformers_names_the_extra(models, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(generate(models, "--prompt", "x")) == 1
+    assert 'pip install "emssd_compile[hf]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_sizes_are_positive_integers(models, capsys, value):
+    with pytest.raises(SystemExit) as exit:
+        main(generate(models, "--prompt", "x", "--max-batch", value))
+    assert exit.value.code == 2
+    assert "--max-batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.json", '["one", {"text": "two", "module": "m.py"}]', ["one", "two"]),
+        ("p.jsonl", '"one"\n\n{"text": "two"}\n', ["one", "two"]),
+        ("p.txt", '["one"]\ntwo\n', ['["one"]\ntwo\n']),
+    ],
+)
+def test_prompt_files(tmp_path, name, content, prompts):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(["zero"], [tmp_path / name]) == ["zero", *prompts]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "said"),
+    [
+        ("p.json", "[", OptionError, "cannot be read"),
+        ("p.json", '{"text": "one"}', InvalidInputError, "holds no list"),
+        ("p.json", '["one", {"prompt": "two"}]', InvalidInputError, "entry 1"),
+        ("p.txt", "", InvalidInputError, "prompt 1 of 1 is empty"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, name, content, error, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=said):
+        read_prompts([], [tmp_path / name])
+
+
+@pytest.mark.parametrize("epilog", [cli._GENERATE_EXAMPLES, cli._EXPLAIN_EXAMPLES])
+def test_examples_in_the_help_parse(epilog):
+    lines = [line.strip() for line in epilog.splitlines() if line.startswith(f"  {cli._PROGRAM}")]
+    assert len(lines) >= 2
+    for line in lines:
+        cli.build_parser().parse_args(shlex.split(line.removeprefix(cli._PROGRAM)))
+
+
+def test_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["emssd_compile", "generate", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("emssd_compile", run_name="__main__")
+    assert exit.value.code == 0
+    assert "examples:" in capsys.readouterr().out

@@ -1,0 +1,213 @@
+"""The public surface: what `generate` takes and gives back, what it counts, and that the user's model stays theirs."""
+
+import pytest
+import torch
+
+import emssd_compile
+from emssd_compile.drafters import DraftModel, PromptLookup
+from tests.exactness.compiled import K, target
+from tests.exactness.models import Reference, build, prompt
+
+NEW = 10
+LENGTHS = (5, 17, 2)
+PROMPTS = [prompt(n) for n in LENGTHS]
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return Reference(model)
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    return emssd_compile.optimize(model, PromptLookup(K), max_batch=2, max_length=64, backend="eager", prefill_chunk=16)
+
+
+@pytest.fixture(scope="module")
+def right():
+    """A model whose every draft is right: what it emits in a step is known."""
+    compiled = target("llama")
+    return compiled.optimize(compiled.drafter("always-right"))
+
+
+def _padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(LENGTHS)
+    pads = [[PAD] * (width - n) for n in LENGTHS]
+    rows = [pad + ids if side == "left" else ids + pad for ids, pad in zip(PROMPTS, pads, strict=True)]
+    masks = [
+        [0] * len(pad) + [1] * len(ids) if side == "left" else [1] * len(ids) + [0] * len(pad)
+        for ids, pad in zip(PROMPTS, pads, strict=True)
+    ]
+    return torch.tensor(rows), torch.tensor(masks)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_tensor_comes_back_as_given_with_the_new_tokens_behind(fast, reference, side):
+    ids, mask = _padded(side)
+    new = torch.tensor([reference(row, NEW) for row in PROMPTS])
+    out = fast.generate(ids, attention_mask=mask, max_new_tokens=NEW, pad_token_id=PAD)
+    assert torch.equal(out, torch.cat([ids, new], 1))
+
+
+def test_rows_of_a_tensor_that_end_early_are_padded(fast, reference):
+    ids, mask = _padded("left")
+    eos = reference(PROMPTS[1], NEW)[3]
+    new = [reference(row, NEW, [eos]) for row in PROMPTS]
+    assert len({len(row) for row in new}) > 1
+    width = max(map(len, new))
+    expected = torch.tensor([row + [PAD] * (width - len(row)) for row in new])
+    out = fast.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=eos, pad_token_id=PAD)
+    assert torch.equal(out, torch.cat([ids, expected], 1))
+
+
+def test_ragged_kinds_come_back_as_the_same_kind(fast, reference):
+    expected = [[*ids, *reference(ids, NEW)] for ids in PROMPTS]
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == expected
+    tensors = fast.generate([torch.tensor(ids) for ids in PROMPTS], max_new_tokens=NEW)
+    assert [row.tolist() for row in tensors] == expected
+    nested = torch.nested.nested_tensor([torch.tensor(ids) for ids in PROMPTS], layout=torch.jagged)
+    out = fast.generate(nested, max_new_tokens=NEW)
+    assert out.layout is torch.jagged
+    assert [row.tolist() for row in out.unbind()] == expected
+
+
+def test_keywords_of_hugging_face_are_understood(fast, reference):
+    ids = torch.tensor([PROMPTS[0]])
+    out = fast.generate(input_ids=ids, max_length=LENGTHS[0] + 3, return_dict_in_generate=True)
+    assert out.sequences.tolist() == [[*PROMPTS[0], *reference(PROMPTS[0], 3)]]
+    assert out[0] is out.sequences
+
+
+class _Streamer:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        assert not self.ended
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_the_prompt_and_then_every_token_in_order(right):
+    streamer = _Streamer()
+    out = right.generate([prompt(17)], max_new_tokens=NEW, streamer=streamer)
+    assert streamer.tokens == out[0]
+    assert streamer.ended
+
+
+def test_a_stopping_criterion_ends_a_row_inside_an_accepted_draft(right):
+    """It is asked after every token, also after those that came in one step; the other row goes on."""
+    reference = target("llama").reference
+    asked: list[int] = []
+
+    def criterion(ids: torch.Tensor, scores: None) -> bool:
+        asked.append(ids.shape[1])
+        return ids.shape[1] == 17 + 3
+
+    right.stats.reset()
+    prompts = [prompt(17), prompt(40)]
+    streamer_free = right.generate(prompts, max_new_tokens=NEW, stopping_criteria=[criterion])
+    assert streamer_free == [[*prompt(17), *reference(prompt(17), 3)], [*prompt(40), *reference(prompt(40), NEW)]]
+    assert [n for n in asked if n < 40] == [18, 19, 20]
+    assert right.stats.acceptance_histogram[K] > 0
+
+
+def test_a_generation_that_the_user_breaks_off_leaves_nothing_behind(right):
+    def broken(ids: torch.Tensor, scores: None) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        right.generate([prompt(17), prompt(40)], max_new_tokens=NEW, stopping_criteria=[broken])
+    expected = [[*prompt(n), *target("llama").reference(prompt(n), NEW)] for n in (40, 17)]
+    assert right.generate([prompt(40), prompt(17)], max_new_tokens=NEW) == expected
+
+
+def test_the_counts_add_up(right):
+    """Two rows, every draft right, 10 new tokens: 1 from the prompt, then 5 and 4 in two steps of 4 and 3 drafts."""
+    right.stats.reset()
+    right.generate([prompt(5), prompt(17)], max_new_tokens=NEW)
+    stats = right.stats
+    assert stats.num_emitted_tokens == 2 * NEW
+    assert stats.num_steps == 3
+    assert stats.num_row_steps == stats.num_spec_steps == 4
+    assert stats.num_draft_tokens == stats.num_accepted_draft_tokens == 2 * (4 + 3)
+    assert stats.acceptance_histogram == [0, 0, 0, 2, 2]
+    assert stats.num_fed_tokens == 5 + 17 + 2 * (5 + 4)
+    assert stats.num_padding_tokens == 0
+    assert stats.draft_acceptance_rate == 1.0
+    assert stats.mean_acceptance_length == 1 + 14 / 4
+
+
+def test_the_counts_sum_over_calls_until_they_are_reset(fast):
+    fast.stats.reset()
+    for _ in range(2):
+        fast.generate(PROMPTS, max_new_tokens=NEW)
+    assert fast.stats.num_emitted_tokens == 2 * NEW * len(PROMPTS)
+    assert sum(fast.stats.acceptance_histogram) == fast.stats.num_spec_steps
+    weighted = sum(i * count for i, count in enumerate(fast.stats.acceptance_histogram))
+    assert weighted == fast.stats.num_accepted_draft_tokens
+    fast.stats.reset()
+    assert fast.stats.num_emitted_tokens == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "last-logits"])
+def test_weights_are_shared_and_the_model_is_left_as_it_was(architecture):
+    """Merging projections may move a weight, never keep two of it: a change to the model is a change to the step."""
+    model = build(architecture)
+    ids = torch.tensor([PROMPTS[1]])
+    names = set(model.state_dict())
+    before = Reference(model)(PROMPTS[1], NEW)
+    with torch.no_grad():
+        logits = model(ids)[0]
+    fast = emssd_compile.optimize(model, "none", max_batch=2, max_length=64, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], logits)
+    assert set(model.state_dict()) == names
+
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = [p for p in fast.graph_module.parameters() if p.untyped_storage().data_ptr() not in storages]
+    assert not held
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    after = Reference(model)(PROMPTS[1], NEW)
+    assert after != before
+    assert fast.generate([PROMPTS[1]], max_new_tokens=NEW) == [[*PROMPTS[1], *after]]
+
+
+def test_one_model_can_be_optimized_twice(model, fast, reference):
+    again = emssd_compile.optimize(model, "none", max_batch=3, max_length=40, backend="eager")
+    expected = [[*ids, *reference(ids, NEW)] for ids in PROMPTS]
+    assert again.generate(PROMPTS, max_new_tokens=NEW) == expected
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == expected
+
+
+def test_a_causal_lm_as_drafter_is_a_draft_model(model, reference):
+    """The model drafts for itself: all its drafts are right, which takes a KV cache of the drafts without a gap."""
+    fast = emssd_compile.optimize(model, model, max_batch=2, max_length=64, backend="eager")
+    assert isinstance(fast.drafter, DraftModel)
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == [[*ids, *reference(ids, NEW)] for ids in PROMPTS]
+    assert fast.stats.num_draft_tokens == fast.stats.num_accepted_draft_tokens > 0
+
+
+def test_the_face_of_the_model_is_forwarded(model, fast):
+    assert fast.config is model.config
+    assert fast.generation_config is model.generation_config
+    assert fast.device == torch.device("cpu")
+    assert fast.dtype == torch.float32
+    assert fast.can_generate()
+
+
+def test_explain_tells_what_was_done(fast):
+    text = str(fast.explain())
+    assert "raise_attention" in text
+    assert "emssd.ragged_attention" in text

@@ -1,0 +1,63 @@
+"""What the README shows is true: its quickstart runs, and its graphs are those of the compiler."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the quickstart loads a Hugging Face model")
+
+import emssd_compile
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PLACEHOLDER = re.compile(r"\b(\w+): \"?(\w+\[[^]]*])\"?[,)]")
+OP = re.compile(r": \"?(\w+\[[^]]*])\"? = (?:torch\.ops\.)?(\w+\.\w+)")
+
+
+def fences(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def facts(code: str) -> set[tuple[str, str]]:
+    """Inputs with their shapes and shapes with the op that makes them; every symbolic size is called S."""
+    code = re.sub(r"\b(s\d+|T|R)\b", "S", code)
+    return {*PLACEHOLDER.findall(code), *OP.findall(code)}
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """Runs the quickstart: its variables, what it printed, and the folder of its dumped graphs."""
+    folder = tmp_path_factory.mktemp("stages")
+    (code,) = fences("python")
+    printed: list[str] = []
+    variables = {"print": lambda *values: printed.append(" ".join(map(str, values)))}
+    with pytest.MonkeyPatch.context() as patch, emssd_compile.dump(folder):
+        patch.chdir(ROOT)
+        exec(code, variables)
+    return variables, printed, folder
+
+
+def test_quickstart_prints_the_models_own_text(quickstart):
+    variables, printed, _ = quickstart
+    model, tokenizer = variables["model"], variables["tokenizer"]
+    for prompt, text in zip(variables["prompts"], printed, strict=False):
+        alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32)
+        assert text == tokenizer.decode(alone[0])
+    assert len(printed) == len(variables["prompts"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("index", "stage"), [(0, "unpad_tokens.before.py"), (1, "unpad_kv_cache.after.py")], ids=["before", "after"]
+)
+def test_graphs_are_the_compilers(quickstart, index, stage):
+    shown = [block for block in fences("") if block.startswith("forward(")][index]
+    (file,) = quickstart[2].glob(f"*_{stage}")
+    assert len(facts(shown)) >= 4
+    assert facts(shown) <= facts(file.read_text())
+
+
+def test_quickstart_is_short():
+    (code,) = fences("python")
+    assert len([line for line in code.splitlines() if line]) <= 10
