@@ -227,10 +227,12 @@ def _read_file(file: Path) -> list[str]:
         raise OptionError(f"--prompt-file {file} cannot be read: {error}") from error
     if not isinstance(entries, list):
         raise InvalidInputError(f'{file} holds no list; write ["a prompt", ...] or [{{"text": "a prompt"}}, ...]')
-    prompts = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
-    for index, prompt in enumerate(prompts):
+    prompts: list[str] = []
+    for index, entry in enumerate(entries):
+        prompt = entry.get("text") if isinstance(entry, dict) else entry
         if not isinstance(prompt, str):
             raise InvalidInputError(f'{file}, entry {index}: neither a string nor an object with a string "text"')
+        prompts.append(prompt)
     return prompts
 
 

@@ -129,9 +129,8 @@ class OptimizedModel:
     def _make_engine(self) -> Engine:
         device, drafter = self.device, self.drafter
         caches = {**self._compiled.cache_shapes, **drafter.cache_spec()}
-        lowered = BACKENDS[self.options.backend](self.graph_module)
         return Engine(
-            lowered.run,
+            BACKENDS[self.options.backend](self.graph_module),
             [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],
             StepState.empty(
                 self.options.max_batch,
@@ -143,7 +142,6 @@ class OptimizedModel:
             allocate(drafter.state_spec(), device),
             allocate(caches, device),
             prefill_chunk=self.options.prefill_chunk,
-            fit=lowered.fit,
             lag=0 if device.type == "cpu" else 1,
         )
 

@@ -51,7 +51,7 @@ def canonical(batch: BatchShape) -> Level:
         (
             DropNoops(),
             RestoreAllLogits(),
-            RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on the model's own 0, 1, 2, ...
+            RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on 0, 1, 2, ...
             LiftPositions(),
             ProveTokenPointwise(),  # last: what was wrongly left over is caught here
         ),

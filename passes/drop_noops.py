@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from emssd_compile.passes.graph import aten, same_size, shape
@@ -27,7 +28,7 @@ _ALWAYS = frozenset(
         aten.contiguous.default,
     }
 )
-_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 
 
 class DropNoops:
@@ -35,10 +36,10 @@ class DropNoops:
 
     Export leaves many behind. They hide the patterns that later passes look for, and a copy made only for its memory
     layout would be made again by whoever needs that layout. Views become reshapes because dropping a copy may change
-    strides under them.
+    strides under them; -1 stands for the token dimension in all of them.
 
         before:  %s = slice(%x[1,T,8], 1, 0, maxint); %c = clone(%s); %v = view(%c, [1, T, 2, 4])
-        after:   %v = reshape(%x[1,T,8], [1, T, 2, 4])
+        after:   %v = reshape(%x[1,T,8], [1, -1, 2, 4])
     """
 
     name = "drop_noops"
@@ -54,12 +55,23 @@ class DropNoops:
             elif (source := _source_if_noop(node)) is not None:
                 node.replace_all_uses_with(source)
                 graph_module.graph.erase_node(node)
-            elif node.target in _VIEWS:
-                node.target = aten.reshape.default
-            else:
+            elif not _normalise_view(node):
                 continue
             changed += 1
         return changed
+
+
+def _normalise_view(node: fx.Node) -> bool:
+    """Make any view a reshape to known sizes, with -1 for the one that depends on the number of tokens."""
+    sizes = shape(node)
+    if node.target not in _VIEWS or sizes is None or sum(isinstance(s, torch.SymInt) for s in sizes) > 1:
+        return False
+    known = [-1 if isinstance(s, torch.SymInt) else s for s in sizes]
+    if node.target == aten.reshape.default and node.args[1] == known:
+        return False
+    node.target = aten.reshape.default
+    node.args = (node.args[0], known)
+    return True
 
 
 def _is_check(node: fx.Node) -> bool:

@@ -1,29 +1,31 @@
 """Lower the step graph through `torch.compile` and Inductor."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
-from emssd_compile.lowering.base import Lowered
 from emssd_compile.ops import load_cpu_kernels
 
 _SLOTS = ("token_slots", "logit_slots", "draft_slots")
 
 
-def lower_inductor(graph_module: fx.GraphModule) -> Lowered:
-    """Compile the whole step as one graph, once for all sizes: only the lengths of the slot inputs are symbolic."""
+def lower_inductor(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tensor]]:
+    """Compile the whole step as one graph, once for all sizes.
+
+    Only the lengths of the slot inputs vary. They are marked unbacked, not just dynamic: the compiler then may assume
+    nothing about them, so a length of 1, or two lengths that happen to be equal, does not compile anything anew.
+    """
     load_cpu_kernels()
     names = [str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"]
-    dynamic = [names.index(name) for name in _SLOTS]
+    slots = [names.index(name) for name in _SLOTS]
     compiled = torch.compile(graph_module, fullgraph=True)
-    marked = False
 
-    def run(*inputs: Tensor) -> dict[str, Tensor]:
-        nonlocal marked
-        if not marked:
-            for index in dynamic:
-                torch._dynamo.mark_dynamic(inputs[index], 0)
-            marked = True
+    def step(*inputs: Tensor) -> dict[str, Tensor]:
+        for index in slots:
+            if not hasattr(inputs[index], "_dynamo_unbacked_indices"):
+                torch._dynamo.decorators.mark_unbacked(inputs[index], 0)
         result: dict[str, Tensor] = compiled(*inputs)
         return result
 
-    return Lowered(run, fit=lambda size: max(size, 2))  # compilers specialise on a size of 1
+    return step

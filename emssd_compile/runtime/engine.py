@@ -68,7 +68,6 @@ class Engine:
         drafter_state: the drafter's row tensors (zeroed when a request starts).
         caches: KV caches and other tensors written in place.
         prefill_chunk: most packed tokens of a step.
-        fit: rounds a size of a step up to one the step takes.
         lag: reports that may be outstanding.
     """
 
@@ -81,7 +80,6 @@ class Engine:
         caches: dict[str, Tensor],
         *,
         prefill_chunk: int,
-        fit: Callable[[int], int],
         lag: int,
     ) -> None:
         self.step = step
@@ -90,12 +88,11 @@ class Engine:
         self.num_rows, self.capacity = state.history.shape
         self.num_draft_tokens = state.histogram.shape[0] - 1
         self.device = state.history.device
-        self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1), 2)
-        self.fit = fit
+        self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1))
         self.lag = lag
         self.sizes_used: set[tuple[int, int, int]] = set()
         self._drafter_state = tuple(drafter_state)
-        self._slots: dict[int, Tensor] = {}
+        self._slots: dict[tuple[str, int], Tensor] = {}
         self._rows: list[_Row | None] = [None] * self.num_rows
 
     def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Iterator[Request]:
@@ -117,9 +114,8 @@ class Engine:
             self._clear()
 
     def warmup(self) -> None:
-        """Compile: run the step once with nothing in it. No two sizes are equal, or one symbol would stand for both."""
-        with torch.inference_mode():
-            self._run_step(4, 3, 5)
+        """Compile: run the step once with nothing in it."""
+        self._run_step(2, 2, 2)
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
         """The counters and the acceptance histogram, read from the device, and reset there."""
@@ -179,25 +175,23 @@ class Engine:
         # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
         # last draft was never fed to it), else what this step feeds.
         reading = min(sum(2 if row.pending == 1 else row.pending + 1 for row in rows), self.chunk + self.num_rows)
-        return self.fit(tokens), self.fit(logits), self.fit(reading)
+        return tokens, logits, reading
 
     def _run_step(self, tokens: int, logits: int, drafter_tokens: int) -> Tensor:
         self.sizes_used.add((tokens, logits, drafter_tokens))
-        slots = {
-            "token_slots": self._arange(tokens),
-            "logit_slots": self._arange(logits),
-            "draft_slots": self._arange(drafter_tokens),
-        }
-        with torch.inference_mode():
+        sizes = {"token_slots": tokens, "logit_slots": logits, "draft_slots": drafter_tokens}
+        slots = {name: self._arange(name, size) for name, size in sizes.items()}
+        with torch.no_grad():
             results = self.step(*(slots[n] if n in slots else self.tensors[n] for n in self.input_names))
         report = results["report"]
         self.tensors.update({name: value for name, value in results.items() if name != "report"})
         return report
 
-    def _arange(self, length: int) -> Tensor:
-        if length not in self._slots:
-            self._slots[length] = torch.arange(length, device=self.device)
-        return self._slots[length]
+    def _arange(self, name: str, length: int) -> Tensor:
+        """The input `name` of that length. No two inputs share a tensor: a compiled step would take that for a rule."""
+        if (name, length) not in self._slots:
+            self._slots[name, length] = torch.arange(length, device=self.device)
+        return self._slots[name, length]
 
     def _collect(self, launch: _Launch) -> Iterator[Request]:
         """Read one report: hand out tokens, free the rows that ended."""

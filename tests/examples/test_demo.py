@@ -30,7 +30,7 @@ def demo():
 
 
 def test_demo_runs_and_our_tokens_are_the_models_own(tmp_path):
-    command = [sys.executable, SCRIPT, "--backend", "eager", "--tokens", "12", "--batch", "3", "--repeats", "1"]
+    command = [sys.executable, str(SCRIPT), "--backend", "eager", "--tokens", "12", "--batch", "3", "--repeats", "1"]
     done = subprocess.run(
         command,
         cwd=tmp_path,
