@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +22,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import emssd_compile
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/ is not part of the installed package
 from bench import timing
 from bench.baselines import hf_generate
 from bench.baselines.common import BaselineResult
+from bench.ours import ours
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 LINES_SHOWN = 6
@@ -68,7 +68,15 @@ def main() -> None:
     for name, drafter in drafters.items():
         with console.status(f"compiling: {name}"):
             started = time.perf_counter()
-            runs[f"ours, {name}"] = ours(target, drafter, prompts, arguments.tokens, arguments.backend)
+            decode = ours(
+                target,
+                drafter,
+                max_new_tokens=arguments.tokens,
+                max_batch=len(prompts),
+                max_length=max(map(len, prompts)) + arguments.tokens,
+                backend=arguments.backend,
+            )
+            runs[f"ours, {name}"] = partial(decode, prompts)
         console.print(f"compiled ({arguments.backend}): {name}, {time.perf_counter() - started:.1f} s")
     with console.status("decoding each prompt alone, for comparison"):
         expected = [hf_generate.run(target, [p], max_new_tokens=arguments.tokens).tokens[0] for p in prompts]
@@ -112,29 +120,6 @@ def hugging_face(model: PreTrainedModel, prompts: list[list[int]], tokens: int) 
         result = hf_generate.run(model, prompts, max_new_tokens=tokens)
         result.stats["num_padding_tokens"] = sum(widest - len(prompt) for prompt in prompts)
         return result
-
-    return run
-
-
-def ours(
-    model: PreTrainedModel, drafter: str | PreTrainedModel, prompts: list[list[int]], tokens: int, backend: str
-) -> Callable[[], BaselineResult]:
-    """`model` compiled with `drafter`, warmed up."""
-    longest = max(map(len, prompts)) + tokens
-    fast = emssd_compile.optimize(model, drafter, max_batch=len(prompts), max_length=longest, backend=backend)
-    fast.warmup()
-
-    def run() -> BaselineResult:
-        fast.stats.reset()
-        started = time.perf_counter()
-        rows = fast.generate(prompts, max_new_tokens=tokens, eos_token_id=None)
-        seconds = time.perf_counter() - started
-        new = [list(row[len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
-        stats = {
-            "mean_acceptance_length": fast.stats.mean_acceptance_length,
-            "num_padding_tokens": fast.stats.num_padding_tokens,
-        }
-        return BaselineResult(new, seconds, stats=stats)
 
     return run
 

@@ -86,7 +86,7 @@ def test_explain_names_the_passes_and_dumps_the_stages(models, tmp_path, capsys)
         (["generate", "--model", "{target}", "--prompt", "x", "--drafter", "oracle"], "none, prompt-lookup"),
         (["explain", "--model", "{target}", "--drafter", "none", "--num-draft-tokens", "3"], "leave one of them out"),
         (
-            ["generate", "--model", "{target}", "--prompt", "x", "--max-length", "999"],
+            ["generate", "--model", "{target}", "--prompt", "x", "--max-length", "9999"],
             "positions the model was made for",
         ),
     ],

@@ -17,7 +17,8 @@ OP = re.compile(r": \"?(\w+\[[^]]*])\"? = (?:torch\.ops\.)?(\w+\.\w+)")
 
 
 def fences(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [content for of, content in blocks if of == language]
 
 
 def facts(code: str) -> set[tuple[str, str]]:

@@ -49,7 +49,10 @@ def test_the_tokens_are_the_models_own(architecture, drafter):
 def _check_acceptance(drafter: str, stats) -> None:
     """The drafter did what its name says, so that what is meant to be tested is tested."""
     drafted, accepted = stats.num_draft_tokens, stats.num_accepted_draft_tokens
-    assert (drafted == 0) == (drafter == "none") or drafter == "prompt-lookup"
+    if drafter == "none":
+        assert drafted == 0
+    elif drafter != "prompt-lookup":  # a text without repetition gives it nothing to look up
+        assert drafted > 0
     if drafter == "always-right":
         assert accepted == drafted
         assert stats.acceptance_histogram[K] > 0

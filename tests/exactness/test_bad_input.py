@@ -52,8 +52,8 @@ def test_a_model_that_cannot_be_meant_is_refused_before_it_is_captured(name, mon
 
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "bidirectional": (lambda: toy_model("bert", is_decoder=False), "attention"),
-    "recurrent": (lambda: toy_model("mamba"), "mixes|captured"),
-    "no logits": (_Hidden, "returned str, which holds no logits"),
+    "recurrent": (lambda: toy_model("mamba"), "MambaForCausalLM .*must work for any length"),
+    "no logits": (lambda: _Hidden().eval(), "returned str, which holds no logits"),
 }
 
 
@@ -73,7 +73,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_batch": ({"max_batch": 0}, OptionError, "max_batch=0 must be an integer of at least 1"),
     "max_batch type": ({"max_batch": 2.0}, OptionError, "max_batch=2.0 must be an integer"),
     "max_length": ({"max_length": 1}, OptionError, "max_length=1 leaves no room"),
-    "max_length beyond": ({"max_length": 4096}, OptionError, "max_length=4096 is more than the 128 positions"),
+    "max_length beyond": ({"max_length": 4096}, OptionError, "max_length=4096 is more than the 2048 positions"),
     "prefill_chunk": ({"prefill_chunk": -1}, OptionError, "prefill_chunk=-1 must be an integer of at least 1"),
 }
 
@@ -116,7 +116,7 @@ class _HostRead(Drafter):
 
 def test_a_drafter_that_cannot_be_traced_is_refused_by_name():
     compiled = target("llama")
-    with pytest.raises(DrafterError, match=r"_HostRead failed while it was traced.*tensor operations only"):
+    with pytest.raises(DrafterError, match=r"(?s)_HostRead failed while it was traced.*tensor operations only"):
         compiled.optimize(_HostRead())
 
 

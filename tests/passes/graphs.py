@@ -6,11 +6,17 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from emssd_compile import passes
+from emssd_compile.acceptance import GreedyMatch
 from emssd_compile.capture import capture
+from emssd_compile.drafters import Draft, DraftContext, Drafter
+from emssd_compile.passes import BatchShape, Level
+from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
-from emssd_compile.passes.graph import placeholder
 
 VOCABULARY, HIDDEN, HEADS, LONGEST = 32, 16, 4, 64
 
@@ -88,3 +94,90 @@ def eager(model: nn.Module, tokens: int) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(ids)
     return result
+
+
+BATCH = BatchShape(rows=3, capacity=LONGEST)
+
+
+def causal(model: TinyModel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain causal attention, key/value heads repeated by `enable_gqa`."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def at_level(model: nn.Module, *levels: Callable[[FakeTensorMode], Level]) -> tuple[fx.GraphModule, PassManager]:
+    """The graph of `model` after the levels that the given functions make."""
+    graph_module = capture(model)
+    fake_mode = placeholder(graph_module.graph, "input_ids").meta["val"].fake_mode
+    manager = PassManager(fake_mode)
+    manager.apply(graph_module, [level(fake_mode) for level in levels])
+    return graph_module, manager
+
+
+def canonical(model: nn.Module) -> tuple[fx.GraphModule, PassManager]:
+    """Level L1 of `model`."""
+    return at_level(model, lambda _: passes.captured(), lambda _: passes.canonical(BATCH))
+
+
+def unpadded(model: nn.Module) -> tuple[fx.GraphModule, PassManager]:
+    """Level L2 of `model`."""
+    return at_level(
+        model, lambda _: passes.captured(), lambda _: passes.canonical(BATCH), lambda m: passes.unpadded(BATCH, m)
+    )
+
+
+def run_packed(graph_module: fx.GraphModule, rows: list[Tensor], committed: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a level-L2 graph gives for `rows` of new tokens [n] behind `committed` tokens [m]: hidden states and logits.
+
+    The committed tokens are fed first, in a step of their own, to fill the caches.
+    """
+    held = {n: torch.zeros([int(s) for s in value.shape]) for n, value in caches(graph_module.graph).items()}
+    lengths = torch.zeros(BATCH.rows, dtype=torch.int64)
+    results: tuple[Tensor, Tensor] | None = None
+    for fed in (committed, rows):
+        counts = torch.tensor([len(row) for row in fed])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        row_ids = torch.arange(BATCH.rows).repeat_interleave(counts)
+        positions = torch.arange(int(counts.sum())) - offsets[row_ids] + lengths[row_ids]
+        with torch.no_grad():
+            results = graph_module(
+                torch.cat(fed), positions, row_ids, offsets, lengths, torch.arange(len(row_ids)), *held.values()
+            )
+        lengths = lengths + counts
+    assert results is not None
+    return results
+
+
+ROWS = [torch.tensor([7, 3, 9]), torch.tensor([], dtype=torch.int64), torch.tensor([1])]
+COMMITTED = [torch.tensor([4, 4]), torch.tensor([5]), torch.tensor([2, 8, 6, 30, 11])]
+"""A ragged step for `run_packed`: one row feeds nothing."""
+
+
+def model_with_attention() -> TinyModel:
+    """Learned positions and one attention with grouped heads."""
+    return TinyModel(lambda m, x, ids: x + m.table[torch.arange(x.shape[1])], attend=causal, kv_heads=2)
+
+
+def alone(model: nn.Module) -> Tensor:
+    """The model's logits of the tokens of `ROWS`, each row by itself, without a cache."""
+    with torch.no_grad():
+        whole = [model(torch.cat(parts)[None])[0] for parts in zip(COMMITTED, ROWS, strict=True)]
+    return torch.cat([logits[len(logits) - len(new) :] for logits, new in zip(whole, ROWS, strict=True)])
+
+
+def step_of(drafter: Drafter) -> fx.GraphModule:
+    """The step graph of the tiny model with a drafter."""
+    graph_module, manager = unpadded(model_with_attention())
+    return manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), drafter, manager.fake_mode),))
+
+
+class Scripted(Drafter):
+    """Drafts the same tokens for every row."""
+
+    def __init__(self, tokens: list[int], length: int | None = None) -> None:
+        super().__init__()
+        self.tokens, self.length = tokens, len(tokens) if length is None else length
+        self.num_draft_tokens = len(tokens)
+
+    def forward(self, context: DraftContext) -> Draft:
+        tokens = torch.tensor(self.tokens).expand(len(context.known), -1)
+        return Draft(tokens, torch.full_like(context.known, self.length))

@@ -54,6 +54,7 @@ def test_must_not_drop(local, kept):
 
 
 def test_a_second_run_changes_nothing():
-    graph_module, _ = capture_and_apply(TinyModel(lambda m, x, ids: x.clone().view(1, -1, 4, 4).flatten(2)), DropNoops())
+    model = TinyModel(lambda m, x, ids: x.clone().view(1, -1, 4, 4).flatten(2))
+    graph_module, _ = capture_and_apply(model, DropNoops())
     (record,) = apply(graph_module, DropNoops())
     assert record.changed == 0

@@ -75,7 +75,10 @@ def test_recognises_causal_masks_and_windows(window, mask):
 
 ALIBI = {
     "ALiBi": (0, lambda m, t: _alibi(t).masked_fill(_distance(t) < 0, MIN)),
-    "ALiBi by key position": (0, lambda m, t: (SLOPES[:, None, None] * torch.arange(t))[None] + _additive(_distance(t) >= 0)),
+    "ALiBi by key position": (
+        0,
+        lambda m, t: (SLOPES[:, None, None] * torch.arange(t))[None] + _additive(_distance(t) >= 0),
+    ),
     "ALiBi in a window": (7, lambda m, t: _alibi(t).masked_fill(~_seen(t, 7), -torch.inf)),
 }
 
@@ -97,7 +100,10 @@ UNKNOWN = {
     "prefix": ("neither causal nor", lambda m, t: (_distance(t) >= 0) | (torch.arange(t) < 4)),
     "one token of lookahead": ("neither causal nor", lambda m, t: _distance(t) >= -1),
     "not even oneself": ("neither causal nor", lambda m, t: (_distance(t) > 0) | (torch.arange(t)[:, None] == 0)),
-    "chunks": ("neither causal nor", lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 8 == torch.arange(t) // 8)),
+    "chunks": (
+        "neither causal nor",
+        lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 8 == torch.arange(t) // 8),
+    ),
     "chunks longer than the probe": (
         "the literal 30 shapes the mask",
         lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 30 == torch.arange(t) // 30),

@@ -50,7 +50,10 @@ def _five_dimensional(m: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 FORMS = {
     "sdpa": (4, lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-    "sdpa with its own scale": (4, lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)),
+    "sdpa with its own scale": (
+        4,
+        lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+    ),
     "sdpa with enable_gqa": (
         2,
         lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),

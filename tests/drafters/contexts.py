@@ -1,0 +1,25 @@
+"""What a drafter sees, for the tests of drafters."""
+
+import torch
+from torch import Tensor
+
+from emssd_compile.step.drafting import DraftContext
+
+
+def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int = 0) -> DraftContext:
+    """Rows that hold `texts`, with `filler` behind them, each free to draft `limit` tokens."""
+    history = torch.full((len(texts), capacity), filler)
+    for row, text in enumerate(texts):
+        history[row, : len(text)] = torch.tensor(text)
+    rows = torch.ones(len(texts), dtype=torch.bool)
+    known: Tensor = torch.tensor([len(text) for text in texts])
+    return DraftContext(
+        history=history,
+        known=known,
+        hidden=torch.zeros(len(texts), 4),
+        active=rows,
+        can_draft=rows,
+        max_drafts=torch.full_like(known, limit),
+        slots=torch.arange(8),
+        state={},
+    )

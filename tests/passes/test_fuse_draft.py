@@ -1,0 +1,101 @@
+"""`fuse_draft`: the step ends with the drafts that the next one verifies, or names the drafter that broke."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from emssd_compile.drafters import Draft, DraftContext, Drafter, TensorSpec
+from emssd_compile.errors import DrafterError
+from emssd_compile.passes.graph import inputs, output
+from emssd_compile.step.state import StepState
+from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, step_of
+
+
+class _Counts(Scripted):
+    """Remembers how often it was asked."""
+
+    def state_spec(self) -> dict[str, TensorSpec]:
+        return {"asked": TensorSpec((BATCH.rows,), torch.int64)}
+
+    def forward(self, context: DraftContext) -> Draft:
+        draft = super().forward(context)
+        return Draft(draft.tokens, draft.lengths, {"asked": context.state["asked"] + 1})
+
+
+def _first_step(drafter: Drafter, limits: list[int]) -> dict[str, Tensor]:
+    """What the first step returns for three rows whose prompt is token 5."""
+    step = step_of(drafter)
+    state = StepState.empty(BATCH.rows, LONGEST, VOCABULARY, drafter.num_draft_tokens, torch.device("cpu")).tensors()
+    state["history"][:, 0] = 5
+    state["known"][:] = 1
+    state["limits"][:] = torch.tensor(limits)
+    state["active"][:] = True
+    for node in inputs(step.graph):
+        if node.target not in state:
+            shape = [int(s) if isinstance(s, int) else 8 for s in node.meta["val"].shape]
+            state[str(node.target)] = torch.arange(8) if "slots" in str(node.target) else torch.zeros(shape)
+    state["asked"] = torch.zeros(BATCH.rows, dtype=torch.int64)
+    with torch.inference_mode():
+        results: dict[str, Tensor] = step(*(state[str(node.target)] for node in inputs(step.graph)))
+    return results
+
+
+def test_drafts_lie_behind_the_known_tokens_and_never_past_the_limit():
+    results = _first_step(Scripted([7, 8, 9]), limits=[20, 4, 3])
+    assert results["known"].tolist() == [2, 2, 2]
+    assert results["draft_lengths"].tolist() == [3, 1, 0], "one place is kept for the bonus token"
+    assert results["history"][0, 2:6].tolist() == [7, 8, 9, 0]
+    assert results["history"][1, 2:6].tolist() == [7, 0, 0, 0]
+
+
+def test_a_draft_ends_at_its_first_id_outside_the_vocabulary():
+    results = _first_step(Scripted([7, VOCABULARY, 9]), limits=[20, 20, 20])
+    assert results["draft_lengths"].tolist() == [1, 1, 1]
+    assert results["history"][0, 2:6].tolist() == [7, 0, 0, 0]
+
+
+def test_a_drafters_state_goes_in_and_comes_out():
+    step = step_of(_Counts([7]))
+    assert "asked" in {node.target for node in inputs(step.graph)}
+    assert "asked" in output(step.graph).args[0]
+    assert _first_step(_Counts([7]), limits=[20, 20, 20])["asked"].tolist() == [1, 1, 1]
+
+
+class _Raises(Drafter):
+    num_draft_tokens = 2
+
+    def forward(self, context: DraftContext) -> Draft:
+        raise RuntimeError("no idea")
+
+
+class _ReadsToTheHost(Drafter):
+    num_draft_tokens = 2
+
+    def forward(self, context: DraftContext) -> Draft:
+        return Draft(torch.full((3, 2), int(context.known.sum())), context.known)
+
+
+class _WrongShape(Scripted):
+    def forward(self, context: DraftContext) -> Draft:
+        return Draft(torch.zeros(3, 7, dtype=torch.int64), context.known)
+
+
+class _UndeclaredState(Scripted):
+    def forward(self, context: DraftContext) -> Draft:
+        draft = super().forward(context)
+        draft.state["memory"] = context.known
+        return draft
+
+
+BROKEN = {
+    "raises": (_Raises(), "_Raises failed while it was traced: RuntimeError: no idea"),
+    "reads a value to the host": (_ReadsToTheHost(), "_ReadsToTheHost failed while it was traced"),
+    "wrong shape": (_WrongShape([1, 2]), r"tokens of shape \(3, 7\); expected \[B, K\] = \[3, 2\]"),
+    "undeclared state": (_UndeclaredState([1, 2]), r"returned state \['memory'\]; state_spec declares \[\]"),
+}
+
+
+@pytest.mark.parametrize(("drafter", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_drafter_that_breaks_its_contract_is_named(drafter, reason):
+    with pytest.raises(DrafterError, match=reason):
+        step_of(drafter)

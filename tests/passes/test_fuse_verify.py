@@ -1,0 +1,85 @@
+"""`fuse_verify`: one graph that packs, runs, accepts and commits; the tokens are the model's own."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import fx
+
+from emssd_compile import passes
+from emssd_compile.acceptance import GreedyMatch
+from emssd_compile.drafters import NoDrafter, PromptLookup
+from emssd_compile.passes.fuse_draft import FuseDraft
+from emssd_compile.passes.fuse_verify import FuseVerify
+from emssd_compile.passes.graph import caches, inputs, output
+from emssd_compile.step.state import StepState
+from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, model_with_attention, ops, unpadded
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
+
+
+def _decode(step: fx.GraphModule, drafts: int, count: int) -> list[list[int]]:
+    """Run the step until each of `PROMPTS` has `count` new tokens, as the engine does."""
+    state = StepState.empty(len(PROMPTS), LONGEST, VOCABULARY, drafts, torch.device("cpu")).tensors()
+    for row, prompt in enumerate(PROMPTS):
+        state["history"][row, : len(prompt)] = torch.tensor(prompt)
+        state["known"][row] = len(prompt)
+        state["limits"][row] = len(prompt) + count
+    state["active"][:] = True
+    for name, value in caches(step.graph).items():
+        state[name] = torch.zeros([int(size) for size in value.shape])
+    for name, size in (("token_slots", 24), ("logit_slots", 3 * (drafts + 1)), ("draft_slots", 16)):
+        state[name] = torch.arange(size)
+    names = [str(node.target) for node in inputs(step.graph)]
+    with torch.inference_mode():
+        for _ in range(count):
+            state.update(step(*(state[name] for name in names)))
+    return [state["history"][row, len(p) : len(p) + count].tolist() for row, p in enumerate(PROMPTS)]
+
+
+def _greedy(count: int) -> list[list[int]]:
+    """The tiny model's own greedy tokens, each prompt alone, without a cache."""
+    torch.manual_seed(0)
+    model = model_with_attention()
+    rows = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(count):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        rows.append(ids[len(prompt) :])
+    return rows
+
+
+DRAFTERS = {
+    "none": NoDrafter(),
+    "prompt lookup": PromptLookup(4, 2),
+    "one token after another": Scripted([1, 2, 3]),
+    "ids beyond the vocabulary": Scripted([1, 10**6, 2]),
+    "negative ids": Scripted([-1, -5]),
+    "a length beyond the draft": Scripted([1, 2], length=50),
+    "a negative length": Scripted([1, 2], length=-3),
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
+def test_whatever_is_drafted_the_tokens_are_the_models_own(drafter):
+    torch.manual_seed(0)
+    step = step_of(drafter)
+    assert _decode(step, drafter.num_draft_tokens, 12) == _greedy(12)
+
+
+def test_the_step_is_one_graph_of_ops_with_named_inputs_and_outputs():
+    step = step_of(PromptLookup(4, 2))
+    names = [str(node.target) for node in inputs(step.graph)]
+    state = [f.name for f in fields(StepState)]
+    assert names == [*state, "token_slots", "logit_slots", "k_cache_0", "v_cache_0", "draft_slots"]
+    assert {"report", "history", "draft_lengths"} <= set(output(step.graph).args[0])
+    assert "_local_scalar_dense" not in ops(step)
+    assert {n.op for n in step.graph.nodes} == {"placeholder", "get_attr", "call_function", "output"}
+
+
+def test_the_manager_counts_each_as_one_change():
+    graph_module, manager = unpadded(model_with_attention())
+    manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), NoDrafter(), manager.fake_mode),))
+    assert [(r.name, r.changed) for r in manager.records[-2:]] == [(FuseVerify.name, 1), (FuseDraft.name, 1)]

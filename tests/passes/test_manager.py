@@ -1,0 +1,125 @@
+"""The manager: cleans up, times, records, checks what passes promise, and says which one failed."""
+
+import pytest
+import torch
+from torch import fx
+
+from emssd_compile.capture import capture
+from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.passes import Level, PassManager, drop_unused_weights
+from emssd_compile.passes.graph import aten, call, output, placeholder
+from emssd_compile.passes.manager import Refusal, propagate
+from tests.passes.graphs import TinyModel, ops
+
+
+class _Pass:
+    """Does what the test says."""
+
+    def __init__(self, name: str, run=lambda graph_module: 0, **promises) -> None:
+        self.name, self.run = name, run
+        for attribute, value in promises.items():
+            setattr(self, attribute, value)
+
+
+def _double_the_logits(graph_module: fx.GraphModule) -> int:
+    result = output(graph_module.graph)
+    with graph_module.graph.inserting_before(result):
+        call(graph_module.graph, aten.neg.default, result.args[0])  # dead
+        result.args = (call(graph_module.graph, aten.mul.Tensor, result.args[0], 2),)
+    return 1
+
+
+def _manager() -> tuple[fx.GraphModule, PassManager]:
+    graph_module = capture(TinyModel())
+    return graph_module, PassManager(placeholder(graph_module.graph, "input_ids").meta["val"].fake_mode)
+
+
+def _fine(graph_module: fx.GraphModule) -> None:
+    return None
+
+
+def test_records_what_each_pass_did():
+    graph_module, manager = _manager()
+    note, refusal = "seen", Refusal("linear", "left alone")
+    before = len(graph_module.graph.nodes)
+    steps = (_Pass("look", notes=["seen"], refusals=[refusal]), _Pass("double", _double_the_logits))
+    manager.apply(graph_module, (Level("L9", steps, _fine),))
+    look, double = manager.records
+    assert (look.name, look.level, look.changed, look.notes, look.refusals) == ("look", "L9", 0, (note,), (refusal,))
+    assert (look.nodes_before, look.nodes_after) == (before, before)
+    assert (double.changed, double.nodes_before, double.nodes_after) == (1, before, before + 1)
+    assert double.seconds > 0
+
+
+def test_cleans_up_after_a_pass_that_changed_something():
+    graph_module, manager = _manager()
+    ids, positions = torch.tensor([[3, 1]]), torch.arange(2)[None]
+    expected = graph_module(ids, positions) * 2
+    manager.apply(graph_module, (Level("L9", (_Pass("double", _double_the_logits),), _fine),))
+    assert ops(graph_module)["neg"] == 0, "dead code is out"
+    assert torch.equal(graph_module(ids, positions), expected), "the code is that of the new graph"
+    assert output(graph_module.graph).args[0].meta["val"].shape[-1] == 32, "fake values are there"
+
+
+def test_an_unexpected_exception_names_the_pass_and_those_before_it():
+    graph_module, manager = _manager()
+
+    def fail(_: fx.GraphModule) -> int:
+        raise ZeroDivisionError("oh")
+
+    level = Level("L9", (_Pass("first"), _Pass("second"), _Pass("third", fail)), _fine)
+    with pytest.raises(UnsupportedModelError, match="pass third failed with ZeroDivisionError: oh .*first, second"):
+        manager.apply(graph_module, (level,))
+    assert [record.name for record in manager.records] == ["first", "second"]
+
+
+def test_a_promise_is_checked_on_the_result_even_if_nothing_changed():
+    graph_module, manager = _manager()
+    seen = []
+    manager.apply(graph_module, (Level("L9", (_Pass("look", ensures=seen.append),), _fine),))
+    assert seen == [graph_module]
+
+    def broken(_: fx.GraphModule) -> None:
+        raise UnsupportedModelError("promise broken")
+
+    with pytest.raises(UnsupportedModelError, match="^promise broken$"):
+        manager.apply(graph_module, (Level("L9", (_Pass("look", ensures=broken),), _fine),))
+
+
+def test_a_level_is_verified_once_after_its_last_pass():
+    graph_module, manager = _manager()
+    order: list[str] = []
+    steps = tuple(_Pass(name, lambda _, name=name: order.append(name) or 0) for name in ("a", "b"))
+    manager.apply(graph_module, (Level("L8", steps, lambda _: order.append("verified")),))
+    assert order == ["a", "b", "verified"]
+
+
+def test_observers_see_the_graph_before_and_after_every_pass():
+    graph_module, _ = _manager()
+    seen: list[tuple[str, int, bool]] = []
+    fake_mode = placeholder(graph_module.graph, "input_ids").meta["val"].fake_mode
+    manager = PassManager(
+        fake_mode, [lambda name, module, record: seen.append((name, ops(module)["mul"], record is not None))]
+    )
+    manager.apply(graph_module, (Level("L9", (_Pass("double", _double_the_logits),), _fine),))
+    assert seen == [("double", 0, False), ("double", 1, True)]
+
+
+def test_fake_values_follow_a_changed_input():
+    """Only what changed is computed anew; everything that reads it is."""
+    graph_module, manager = _manager()
+    linear = next(n for n in graph_module.graph.nodes if n.target == aten.linear.default)
+    propagate(graph_module, manager.fake_mode)
+    with graph_module.graph.inserting_before(linear):
+        weight = call(graph_module.graph, aten.slice.Tensor, linear.args[1], 0, 0, 20)
+    linear.args = (linear.args[0], weight)
+    propagate(graph_module, manager.fake_mode)
+    assert linear.meta["val"].shape[-1] == 20
+
+
+def test_unused_weights_are_forgotten():
+    graph_module, _ = _manager()
+    graph_module.register_buffer("unused", torch.zeros(3))
+    drop_unused_weights(graph_module)
+    assert {name for name, _ in graph_module.named_parameters()} == {"embed_weight", "lm_head_weight"}
+    assert not dict(graph_module.named_buffers())

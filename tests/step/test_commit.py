@@ -1,0 +1,163 @@
+"""`commit`: accepted drafts and the next token enter the history; rejected ones leave no trace."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from emssd_compile.step.commit import REPORT_FIELDS, bar_eos, commit, make_report, write
+from emssd_compile.step.pack import LogitRows, Packed, pack
+from emssd_compile.step.state import COUNTERS, StepState
+
+EOS, K = 9, 3
+
+
+def _state(known: list[int], drafts: list[list[int]], lengths: list[int] | None = None) -> StepState:
+    """Rows whose token `t` is `t`, with drafts behind the known tokens."""
+    rows = len(known)
+    state = StepState.empty(rows, 16, 12, K, torch.device("cpu"))
+    history = torch.arange(16).repeat(rows, 1).clamp(max=8)
+    for row, (start, draft) in enumerate(zip(known, drafts, strict=True)):
+        history[row, start : start + len(draft)] = torch.tensor(draft, dtype=torch.int64)
+    return replace(
+        state,
+        history=history,
+        known=torch.tensor(known),
+        lengths=torch.tensor(lengths or [k - 1 for k in known]),
+        draft_lengths=torch.tensor([len(d) for d in drafts]),
+        active=torch.ones(rows, dtype=torch.bool),
+        limits=torch.full((rows,), 16),
+        is_eos=torch.arange(12) == EOS,
+    )
+
+
+def _pack(state: StepState, tokens: int = 16) -> Packed:
+    return pack(
+        state.history, state.known, state.lengths, state.draft_lengths, state.active, torch.arange(tokens), share=K + 1
+    )
+
+
+def _commit(state: StepState, accepted: list[int], following: list[int], tokens: int = 16):
+    new, emission = commit(state, _pack(state, tokens), torch.tensor(accepted), torch.tensor(following))
+    emitted = [row[:count].tolist() for row, count in zip(emission.tokens, emission.counts.tolist(), strict=True)]
+    return new, emitted
+
+
+def _counters(state: StepState) -> dict[str, int]:
+    return dict(zip(COUNTERS, state.counters.tolist(), strict=True))
+
+
+def test_accepted_drafts_and_the_next_token_are_emitted():
+    state = _state(known=[4, 5], drafts=[[1, 2, 3], [6, 7]])
+    new, emitted = _commit(state, accepted=[3, 0], following=[10, 11])
+    assert emitted == [[1, 2, 3, 10], [11]]
+    assert new.known.tolist() == [8, 6]
+    assert new.history[0, :8].tolist() == [0, 1, 2, 3, 1, 2, 3, 10]
+    assert new.history[1, :6].tolist() == [0, 1, 2, 3, 4, 11], "a rejected draft is overwritten"
+    assert new.lengths.tolist() == [7, 5], "the newest token's KV is written by the next step"
+    assert new.active.tolist() == [True, True]
+    assert new.draft_lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("draft", "accepted", "following", "emitted", "ends"),
+    [
+        ([1, EOS, 3], 3, 5, [1, EOS], True),
+        ([EOS, 1, 2], 1, 5, [EOS], True),
+        ([1, 2, EOS], 2, 5, [1, 2, 5], False),
+        ([1, 2, 3], 1, EOS, [1, EOS], True),
+        ([1, 2, 3], 3, EOS, [1, 2, 3, EOS], True),
+        ([], 0, EOS, [EOS], True),
+    ],
+    ids=["inside the drafts", "first draft", "in a rejected draft", "as correction", "as bonus", "without drafts"],
+)
+def test_a_row_ends_behind_its_first_eos(draft, accepted, following, emitted, ends):
+    new, found = _commit(_state([4], [draft]), [accepted], [following])
+    assert found == [emitted]
+    assert bool(new.active[0]) is not ends
+    assert int(new.known) == 4 + len(emitted)
+
+
+@pytest.mark.parametrize(("limit", "emitted"), [(5, [1]), (6, [1, 2]), (8, [1, 2, 3, 10]), (9, [1, 2, 3, 10])])
+def test_a_row_ends_at_its_limit(limit, emitted):
+    state = replace(_state([4], [[1, 2, 3]]), limits=torch.tensor([limit]))
+    new, found = _commit(state, [3], [10])
+    assert found == [emitted]
+    assert bool(new.active[0]) is (limit == 9)
+
+
+def test_eos_behind_the_limit_does_not_count():
+    state = replace(_state([4], [[1, EOS]]), limits=torch.tensor([5]))
+    new, found = _commit(state, [2], [10])
+    assert found == [[1]]
+    assert new.active.tolist() == [False]
+
+
+def test_a_row_that_reads_its_prompt_emits_nothing():
+    state = _state(known=[12], drafts=[[]], lengths=[0])
+    new, emitted = _commit(state, [0], [3], tokens=5)
+    assert emitted == [[]]
+    assert (new.known.tolist(), new.lengths.tolist(), new.active.tolist()) == ([12], [5], [True])
+    assert torch.equal(new.history, state.history)
+
+
+def test_an_inactive_row_stays_as_it_is():
+    state = replace(_state([4, 4], [[1], [1]]), active=torch.tensor([False, True]))
+    new, emitted = _commit(state, [1, 1], [10, 10])
+    assert emitted == [[], [1, 10]]
+    assert torch.equal(new.history[0], state.history[0])
+    assert (int(new.known[0]), int(new.lengths[0])) == (4, 3)
+
+
+def test_counters_and_histogram():
+    state = _state(known=[4, 5, 6], drafts=[[1, 2, 3], [6, 7], []])
+    new, _ = _commit(state, accepted=[3, 0, 0], following=[10, 11, 3])
+    assert _counters(new) == {
+        "num_steps": 1,
+        "num_row_steps": 3,
+        "num_spec_steps": 2,
+        "num_draft_tokens": 5,
+        "num_accepted_draft_tokens": 3,
+        "num_emitted_tokens": 6,
+        "num_fed_tokens": 8,
+        "num_padding_tokens": 8,
+    }
+    assert new.histogram.tolist() == [1, 0, 0, 1], "rows without drafts verify nothing"
+
+
+def test_drafts_cut_by_eos_are_not_counted_as_accepted():
+    new, _ = _commit(_state([4], [[1, EOS, 3]]), [3], [10])
+    assert _counters(new)["num_accepted_draft_tokens"] == 2
+
+
+def test_eos_is_barred_while_a_row_is_too_short():
+    rows = LogitRows(
+        index=torch.zeros(3, dtype=torch.int64),
+        offsets=torch.tensor([0, 2, 3]),
+        positions=torch.tensor([6, 7, 6]),
+        row_ids=torch.tensor([0, 0, 1]),
+    )
+    logits = bar_eos(torch.zeros(3, 4), rows, torch.tensor([7, 0]), torch.tensor([False, True, True, False]))
+    assert logits.isinf().tolist() == [[False, True, True, False], [False] * 4, [False] * 4]
+
+
+def test_write_leaves_the_rest_of_the_history_alone():
+    history = torch.zeros(2, 6, dtype=torch.int64)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert write(history, torch.tensor([1, 4]), tokens, torch.tensor([2, 3])).tolist() == [
+        [0, 1, 2, 0, 0, 0],
+        [0, 0, 0, 0, 4, 5],
+    ]
+
+
+def test_the_report_holds_the_fields_and_then_the_tokens():
+    columns: dict[str, Tensor] = {
+        "counts": torch.tensor([2]),
+        "active": torch.tensor([True]),
+        "pending": torch.tensor([1]),
+        "draft_lengths": torch.tensor([3]),
+    }
+    report = make_report(tokens=torch.tensor([[7, 8, 0, 0]]), **columns)
+    assert tuple(columns) == REPORT_FIELDS
+    assert report.tolist() == [[2, 1, 1, 3, 7, 8, 0, 0]]

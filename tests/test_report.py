@@ -1,0 +1,46 @@
+"""`explain()`: what each pass did and refused, and what the step holds."""
+
+import pytest
+
+import emssd_compile
+from emssd_compile.passes.manager import PassRecord, Refusal
+from emssd_compile.report import Explanation
+from tests.passes.graphs import model_with_attention
+
+
+@pytest.fixture(scope="module")
+def explanation() -> Explanation:
+    model = model_with_attention()
+    return emssd_compile.optimize(model, max_batch=2, max_length=32, backend="eager").explain()
+
+
+def test_every_pass_of_every_level_is_there_in_order(explanation):
+    levels = [record.level for record in explanation.records]
+    assert levels == sorted(levels)
+    assert set(levels) == {"L1", "L2", "L3"}
+    assert explanation.record("raise_attention").changed == 1
+    assert explanation.record("prove_token_pointwise").notes == ("proved: nothing but attention mixes tokens",)
+
+
+def test_the_step_is_one_graph_without_padding(explanation):
+    assert explanation.num_graphs == 1
+    assert explanation.padding_ops == 0
+    assert explanation.ops["emssd.ragged_attention.default"] == 1
+    assert explanation.ops["emssd.append_kv.default"] == 1
+
+
+def test_printing_it_shows_passes_and_ops(explanation):
+    text = str(explanation)
+    for record in explanation.records:
+        assert record.name in text
+    assert "proved: nothing but attention mixes tokens" in text
+    assert "1 ragged_attention, 1 append_kv, 0 padding ops" in text
+
+
+def test_a_refusal_is_shown_with_its_node_and_reason():
+    record = PassRecord("fuse_projections", "L2", 0, 5, 5, 0.01, refusals=(Refusal("linear_3", "a weight is shared"),))
+    assert "left %linear_3: a weight is shared" in str(Explanation((record,), {}))
+
+
+def test_padding_ops_are_counted():
+    assert Explanation((), {"aten._nested_to_padded.default": 2, "aten.pad_sequence.default": 1}).padding_ops == 3
