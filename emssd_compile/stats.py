@@ -15,7 +15,7 @@ class Stats:
         num_spec_steps: those of them that verified at least one draft.
         num_draft_tokens: drafts verified.
         num_accepted_draft_tokens: drafts accepted and emitted.
-        num_emitted_tokens: tokens emitted.
+        num_emitted_tokens: tokens emitted, those included that a stopping criterion dropped afterwards.
         num_fed_tokens: tokens of rows that went through the model.
         num_padding_tokens: tokens that went through the model for nobody: the inert tails of the buckets.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.

@@ -58,8 +58,9 @@ class FuseDraft:
         except EmssdError:
             raise
         except Exception as error:
+            reason = (str(error).strip() or "no message").splitlines()[0]
             raise DrafterError(
-                f"{type(self.drafter).__name__} failed while it was traced: {type(error).__name__}: {error}. "
+                f"{type(self.drafter).__name__} failed while it was traced: {type(error).__name__}: {reason}. "
                 "A drafter's forward may hold tensor operations only"
             ) from error
 

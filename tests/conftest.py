@@ -12,9 +12,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, or they fight fo
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+import logging
+
 import hypothesis
 import pytest
 import torch
+
+logging.getLogger("torch.__trace").propagate = False  # pytest would keep every record of every compile
 
 # No deadline: the first call of an example may compile. Derandomised: a red run means that the code changed.
 hypothesis.settings.register_profile("emssd", deadline=None, derandomize=True)

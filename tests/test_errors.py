@@ -30,6 +30,4 @@ def test_a_refused_model_says_where_and_what_to_do():
 
 def test_what_is_not_known_is_left_out():
     assert str(UnsupportedModelError("no attention")) == "no attention"
-    assert (
-        str(UnsupportedModelError("no attention", op="aten.relu.default")) == "no attention (at op 'aten.relu.default')"
-    )
+    assert str(UnsupportedModelError("no attention", op="relu")) == "no attention (at op 'relu')"

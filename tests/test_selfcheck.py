@@ -46,7 +46,7 @@ def test_a_forward_that_depends_on_the_length_is_refused(local):
 
 def test_a_forward_that_changes_beyond_some_length_is_refused_for_longer_rows():
     model = TinyModel(lambda m, x, ids: x * 2 if x.shape[1] > 24 else x, attend=causal)
-    with pytest.raises(UnsupportedModelError, match="max_length=32, but the forward .* ends at 24 tokens") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"max_length=32, but the forward .* ends at 24 tokens") as caught:
         compile_model(model, BATCH)
     assert caught.value.remedy == "pass max_length=24 or less"
     compile_model(model, BatchShape(rows=2, capacity=24))

@@ -49,8 +49,7 @@ class PromptLookup(Drafter):
         alive = torch.ones_like(history, dtype=torch.bool)
         for back in range(1, self.max_ngram + 1):
             newest = history.gather(1, (known - back).clamp(min=0)[:, None])
-            before = torch.nn.functional.pad(history, (back, 0), value=-1)[:, :capacity]
-            alive = alive & (before == newest) & (known >= back)[:, None]
+            alive = alive & (history.roll(back, 1) == newest) & (place >= back)
             run = run + alive
         eligible = (place > 0) & (place < known[:, None]) & (run > 0)
         score = torch.where(eligible, run * capacity + place, 0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from emssd_compile.ops import load_cpu_kernels
+from emssd_compile.ops import load_cpu_kernels, source_hash
 
 _SLOTS = ("token_slots", "logit_slots", "draft_slots")
 
@@ -20,12 +20,15 @@ def lower_inductor(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tens
     names = [str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"]
     slots = [names.index(name) for name in _SLOTS]
     compiled = torch.compile(graph_module, fullgraph=True)
+    # Inductor's cache on disk does not look into custom ops: a graph compiled for an older form of ours would be served.
+    cache_tag = f"emssd-{source_hash()}"
 
     def step(*inputs: Tensor) -> dict[str, Tensor]:
         for index in slots:
             if not hasattr(inputs[index], "_dynamo_unbacked_indices"):
                 torch._dynamo.decorators.mark_unbacked(inputs[index], 0)
-        result: dict[str, Tensor] = compiled(*inputs)
+        with torch.compiler.config.patch(cache_key_tag=cache_tag):
+            result: dict[str, Tensor] = compiled(*inputs)
         return result
 
     return step

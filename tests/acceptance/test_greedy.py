@@ -77,5 +77,5 @@ def test_it_is_lossless_and_the_default():
 
 
 def test_an_unknown_rule_lists_the_known_ones():
-    with pytest.raises(OptionError, match="unknown acceptance rule 'typical'.*auto.*greedy"):
+    with pytest.raises(OptionError, match=r"unknown acceptance rule 'typical'.*auto.*greedy"):
         make_rule("typical")

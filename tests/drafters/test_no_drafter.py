@@ -28,5 +28,5 @@ def test_a_drafter_is_taken_as_it_is_and_a_module_drafts_as_a_model():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(OptionError, match="unknown drafter 'lookup'.*none.*prompt-lookup"):
+    with pytest.raises(OptionError, match=r"unknown drafter 'lookup'.*none.*prompt-lookup"):
         make_drafter("lookup")

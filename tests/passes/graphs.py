@@ -29,11 +29,17 @@ Attend = Callable[["TinyModel", Tensor, Tensor, Tensor], Tensor]
 class TinyModel(nn.Module):
     """Embedding, perhaps one attention, a function of the test's, LM head.
 
+    `table`, `tril` and `band30` are buffers for the test's function.
+
     Args:
         local: applied to the hidden states.
         attend: what the attention computes; None leaves attention out.
         kv_heads: heads of keys and values.
     """
+
+    table: Tensor
+    tril: Tensor
+    band30: Tensor
 
     def __init__(self, local: Local | None = None, attend: Attend | None = None, kv_heads: int = HEADS) -> None:
         super().__init__()
@@ -181,3 +187,8 @@ class Scripted(Drafter):
     def forward(self, context: DraftContext) -> Draft:
         tokens = torch.tensor(self.tokens).expand(len(context.known), -1)
         return Draft(tokens, torch.full_like(context.known, self.length))
+
+
+def returned(step: fx.GraphModule) -> dict[str, fx.Node]:
+    """What a step graph returns, by name."""
+    return dict(step.graph.output_node().args[0])

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from emssd_compile.drafters import Draft, DraftContext, Drafter, TensorSpec
 from emssd_compile.errors import DrafterError
-from emssd_compile.passes.graph import inputs, output
+from emssd_compile.passes.graph import inputs
 from emssd_compile.step.state import StepState
-from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, step_of
+from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, returned, step_of
 
 
 class _Counts(Scripted):
@@ -57,7 +57,7 @@ def test_a_draft_ends_at_its_first_id_outside_the_vocabulary():
 def test_a_drafters_state_goes_in_and_comes_out():
     step = step_of(_Counts([7]))
     assert "asked" in {node.target for node in inputs(step.graph)}
-    assert "asked" in output(step.graph).args[0]
+    assert "asked" in returned(step)
     assert _first_step(_Counts([7]), limits=[20, 20, 20])["asked"].tolist() == [1, 1, 1]
 
 

@@ -11,9 +11,19 @@ from emssd_compile.acceptance import GreedyMatch
 from emssd_compile.drafters import NoDrafter, PromptLookup
 from emssd_compile.passes.fuse_draft import FuseDraft
 from emssd_compile.passes.fuse_verify import FuseVerify
-from emssd_compile.passes.graph import caches, inputs, output
+from emssd_compile.passes.graph import caches, inputs
 from emssd_compile.step.state import StepState
-from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, model_with_attention, ops, unpadded
+from tests.passes.graphs import (
+    BATCH,
+    LONGEST,
+    VOCABULARY,
+    Scripted,
+    model_with_attention,
+    ops,
+    returned,
+    step_of,
+    unpadded,
+)
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
@@ -74,7 +84,7 @@ def test_the_step_is_one_graph_of_ops_with_named_inputs_and_outputs():
     names = [str(node.target) for node in inputs(step.graph)]
     state = [f.name for f in fields(StepState)]
     assert names == [*state, "token_slots", "logit_slots", "k_cache_0", "v_cache_0", "draft_slots"]
-    assert {"report", "history", "draft_lengths"} <= set(output(step.graph).args[0])
+    assert {"report", "history", "draft_lengths"} <= set(returned(step))
     assert "_local_scalar_dense" not in ops(step)
     assert {n.op for n in step.graph.nodes} == {"placeholder", "get_attr", "call_function", "output"}
 

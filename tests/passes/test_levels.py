@@ -10,9 +10,9 @@ from emssd_compile.capture import capture
 from emssd_compile.drafters import NoDrafter
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import append_kv, attention, ragged_attention
-from emssd_compile.passes.graph import aten, call, inputs, output, placeholder
+from emssd_compile.passes.graph import aten, call, inputs, output, placeholder, results
 from emssd_compile.passes.levels import verify_canonical, verify_captured, verify_unpadded
-from tests.passes.graphs import BATCH, canonical, model_with_attention, unpadded
+from tests.passes.graphs import BATCH, canonical, model_with_attention, returned, unpadded
 
 
 def _first(graph_module: fx.GraphModule, target: object) -> fx.Node:
@@ -123,7 +123,7 @@ def _no_cache(graph_module: fx.GraphModule) -> None:
 
 def _one_result(graph_module: fx.GraphModule) -> None:
     result = output(graph_module.graph)
-    result.args = (result.args[0][0],)
+    result.args = (results(graph_module.graph)[0],)
 
 
 UNPADDED = {
@@ -170,7 +170,7 @@ def _read_to_the_host(step: fx.GraphModule) -> None:
 
 def _state_forgotten(step: fx.GraphModule) -> None:
     result = output(step.graph)
-    result.args = ({name: node for name, node in result.args[0].items() if name != "lengths"},)
+    result.args = ({name: node for name, node in returned(step).items() if name != "lengths"},)
 
 
 STEP = {

@@ -7,7 +7,7 @@ from torch import fx
 from emssd_compile.capture import capture
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.passes import Level, PassManager, drop_unused_weights
-from emssd_compile.passes.graph import aten, call, output, placeholder
+from emssd_compile.passes.graph import argument, aten, call, output, placeholder
 from emssd_compile.passes.manager import Refusal, propagate
 from tests.passes.graphs import TinyModel, ops
 
@@ -58,7 +58,7 @@ def test_cleans_up_after_a_pass_that_changed_something():
     manager.apply(graph_module, (Level("L9", (_Pass("double", _double_the_logits),), _fine),))
     assert ops(graph_module)["neg"] == 0, "dead code is out"
     assert torch.equal(graph_module(ids, positions), expected), "the code is that of the new graph"
-    assert output(graph_module.graph).args[0].meta["val"].shape[-1] == 32, "fake values are there"
+    assert argument(output(graph_module.graph), 0).meta["val"].shape[-1] == 32, "fake values are there"
 
 
 def test_an_unexpected_exception_names_the_pass_and_those_before_it():
@@ -68,28 +68,33 @@ def test_an_unexpected_exception_names_the_pass_and_those_before_it():
         raise ZeroDivisionError("oh")
 
     level = Level("L9", (_Pass("first"), _Pass("second"), _Pass("third", fail)), _fine)
-    with pytest.raises(UnsupportedModelError, match="pass third failed with ZeroDivisionError: oh .*first, second"):
+    with pytest.raises(UnsupportedModelError, match=r"pass third failed with ZeroDivisionError: oh .*first, second"):
         manager.apply(graph_module, (level,))
     assert [record.name for record in manager.records] == ["first", "second"]
 
 
 def test_a_promise_is_checked_on_the_result_even_if_nothing_changed():
     graph_module, manager = _manager()
-    seen = []
+    seen: list[fx.GraphModule] = []
     manager.apply(graph_module, (Level("L9", (_Pass("look", ensures=seen.append),), _fine),))
     assert seen == [graph_module]
 
     def broken(_: fx.GraphModule) -> None:
         raise UnsupportedModelError("promise broken")
 
-    with pytest.raises(UnsupportedModelError, match="^promise broken$"):
+    with pytest.raises(UnsupportedModelError, match=r"^promise broken$"):
         manager.apply(graph_module, (Level("L9", (_Pass("look", ensures=broken),), _fine),))
 
 
 def test_a_level_is_verified_once_after_its_last_pass():
     graph_module, manager = _manager()
     order: list[str] = []
-    steps = tuple(_Pass(name, lambda _, name=name: order.append(name) or 0) for name in ("a", "b"))
+
+    def note(name: str) -> int:
+        order.append(name)
+        return 0
+
+    steps = tuple(_Pass(name, lambda _, name=name: note(name)) for name in ("a", "b"))
     manager.apply(graph_module, (Level("L8", steps, lambda _: order.append("verified")),))
     assert order == ["a", "b", "verified"]
 

@@ -1,9 +1,11 @@
 """`mask_family`: a mask is known by what it computes, and only if it is known to the longest row."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from emssd_compile.capture import capture
 from emssd_compile.errors import UnsupportedModelError
@@ -59,7 +61,7 @@ KNOWN = {
 }
 
 
-def _family(attend) -> tuple[TinyModel, object, dict[str, object]]:
+def _family(attend) -> tuple[TinyModel, fx.GraphModule, dict[str, Any]]:
     model = TinyModel(attend=attend)
     graph_module, _ = capture_and_apply(model, DropNoops(), RaiseAttention(LONGEST))
     (site,) = (n for n in graph_module.graph.nodes if n.target == attention)
