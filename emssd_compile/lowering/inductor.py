@@ -20,14 +20,14 @@ def lower_inductor(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tens
     names = [str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"]
     slots = [names.index(name) for name in _SLOTS]
     compiled = torch.compile(graph_module, fullgraph=True)
-    # Inductor's cache on disk does not look into custom ops: a graph compiled for an older form of ours would be served.
+    # Inductor's cache on disk does not look into custom ops: it would serve a graph compiled for an older form of ours.
     cache_tag = f"emssd-{source_hash()}"
 
     def step(*inputs: Tensor) -> dict[str, Tensor]:
         for index in slots:
             if not hasattr(inputs[index], "_dynamo_unbacked_indices"):
                 torch._dynamo.decorators.mark_unbacked(inputs[index], 0)
-        with torch.compiler.config.patch(cache_key_tag=cache_tag):
+        with torch.compiler.config.patch(cache_key_tag=cache_tag):  # type: ignore[attr-defined]  # added at run time
             result: dict[str, Tensor] = compiled(*inputs)
         return result
 
