@@ -233,7 +233,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
     arguments = parser.parse_args()
     console = Console()
-    verdicts = list(track(sweep(arguments.types, arguments.jobs), "checking", len(arguments.types), console=console))
+    verdicts: list[Verdict] = []
+    for verdict in track(sweep(arguments.types, arguments.jobs), "checking", len(arguments.types), console=console):
+        verdicts.append(verdict)
+        if verdict.outcome.is_defect:
+            console.print(f"{verdict.model_type}: {verdict.outcome}: {verdict.detail}", style="red", markup=False)
     console.print(report(verdicts))
     if arguments.json:
         record = {"hardware": hardware(), "verdicts": [asdict(verdict) for verdict in verdicts]}

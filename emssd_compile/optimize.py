@@ -15,7 +15,7 @@ from emssd_compile.generation import resolve_options
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.consumer import Consumer, progress_bar
+from emssd_compile.runtime.consumer import Consumer, progress_bar, working
 from emssd_compile.runtime.engine import Engine, Request, allocate
 from emssd_compile.runtime.inputs import Sequences, parse_prompts
 from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
@@ -63,6 +63,7 @@ def optimize(
         OptionError: an option is unknown or out of range.
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model.
+        CapacityError: the KV caches do not fit into memory.
     """
     from emssd_compile.compiler import BatchShape, compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
@@ -128,7 +129,7 @@ class OptimizedModel:
 
     def _make_engine(self) -> Engine:
         device, drafter = self.device, self.drafter
-        caches = {**self._compiled.cache_shapes, **drafter.cache_spec()}
+        caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)
         return Engine(
             BACKENDS[self.options.backend](self.graph_module),
             [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],
@@ -140,7 +141,7 @@ class OptimizedModel:
                 device,
             ),
             allocate(drafter.state_spec(), device),
-            allocate(caches, device),
+            caches,
             prefill_chunk=self.options.prefill_chunk,
             lag=0 if device.type == "cpu" else 1,
         )
@@ -165,9 +166,10 @@ class OptimizedModel:
         """Element type of the weights."""
         return next((p.dtype for p in self.model.parameters()), torch.float32)
 
-    def warmup(self) -> None:
-        """Compile now rather than in the first `generate`."""
-        self._engine.warmup()
+    def warmup(self, *, progress: bool = False) -> None:
+        """Compile now rather than in the first `generate`; with `progress`, show that something is going on."""
+        with working("compiling the step", shown=progress):
+            self._engine.warmup()
         self._engine.counters()
 
     def generate(

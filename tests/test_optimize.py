@@ -5,6 +5,7 @@ import torch
 
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
+from emssd_compile.errors import CapacityError
 from tests.exactness.compiled import K, target
 from tests.exactness.models import Reference, build, prompt
 
@@ -212,3 +213,17 @@ def test_explain_shows_one_attention_and_one_cache_per_layer(model, fast):
     layers = model.config.num_hidden_layers
     assert explanation.record("raise_attention").changed == layers
     assert f"{layers} ragged_attention, {layers} append_kv, 0 padding ops" in str(explanation)
+
+
+def test_caches_that_cannot_fit_into_memory_are_refused_before_they_are_allocated():
+    model = build("llama")
+    rows = 1 << 26
+    with pytest.raises(CapacityError, match=r"the KV caches need .* GiB .* smaller max_length or max_batch"):
+        emssd_compile.optimize(model, "none", max_batch=rows, max_length=64, backend="eager")
+
+
+def test_warming_up_compiles_and_counts_nothing(capfd):
+    fast = emssd_compile.optimize(build("llama"), "none", max_batch=2, max_length=64, backend="eager")
+    fast.warmup(progress=True)
+    assert "compiling the step" in "".join(capfd.readouterr())
+    assert fast.stats.num_steps == 0

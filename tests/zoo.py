@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -133,8 +133,8 @@ def toy_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrained
     build: Callable[[PreTrainedConfig], PreTrainedModel] = AutoModelForCausalLM.from_config
     model: PreTrainedModel = build(toy_config(model_type, **overrides)).float().eval()
     _randomise(model, torch.Generator().manual_seed(seed))
-    # Random weights end a text at random: without an end token every row of a test is as long as the test asks.
-    model.generation_config.eos_token_id = None
+    # Plain greedy decoding to the length that is asked for: no end token, no forced or forbidden ones.
+    model.generation_config = GenerationConfig()
     return model
 
 

@@ -67,3 +67,16 @@ def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns) as progress:
         task = progress.add_task("tokens", total=total)
         yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def working(what: str, *, shown: bool) -> Iterator[None]:
+    """A spinner with the time gone by, for work whose end is not known."""
+    if not shown:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+        progress.add_task(what, total=None)
+        yield

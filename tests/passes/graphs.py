@@ -191,4 +191,6 @@ class Scripted(Drafter):
 
 def returned(step: fx.GraphModule) -> dict[str, fx.Node]:
     """What a step graph returns, by name."""
-    return dict(step.graph.output_node().args[0])
+    results = step.graph.output_node().args[0]
+    assert isinstance(results, dict)
+    return results
