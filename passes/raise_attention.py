@@ -67,13 +67,10 @@ class RaiseAttention:
 
     def _replace(self, graph_module: fx.GraphModule, site: AttentionSite) -> None:
         graph = graph_module.graph
-        query_shape = shape(site.query)
-        assert query_shape is not None
-        rank = len(query_shape)
+        result_shape = shape(site.result) or ()
         with graph.inserting_before(site.result):
             query = _four_dimensional(graph, site.query)
-            key = _four_dimensional(graph, _peel_repeat(graph_module, site.key))
-            value = _four_dimensional(graph, _peel_repeat(graph_module, site.value))
+            key, value = (_four_dimensional(graph, node) for node in _peel_repeats(graph_module, site.key, site.value))
         family = _family(site, query, self.longest)
         with graph.inserting_before(site.result):
             slopes = None
@@ -91,11 +88,11 @@ class RaiseAttention:
                 alibi_slopes=slopes,
             )
             result.meta = {**site.result.meta, **result.meta}
-            if rank == 3:
+            if len(result_shape) == 3:
                 result = call(graph, aten.squeeze.dim, result, 0)
-            elif rank == 5:
-                groups = [query_shape[1], query_shape[2]]
-                result = call(graph, aten.reshape.default, result, [1, *groups, -1, result.meta["val"].shape[-1]])
+            elif len(result_shape) == 5:
+                _, groups, each, _, size = result_shape
+                result = call(graph, aten.reshape.default, result, [1, groups, each, -1, size])
         site.result.replace_all_uses_with(result)
         graph.erase_node(site.result)  # dead-code elimination keeps SDPA: it could have drawn random numbers
 
@@ -120,6 +117,13 @@ def _four_dimensional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if rank == 5:
         return call(graph, aten.flatten.using_ints, node, 1, 2)
     return node
+
+
+def _peel_repeats(graph_module: fx.GraphModule, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before their heads were repeated, if both were repeated alike."""
+    peeled = _peel_repeat(graph_module, key), _peel_repeat(graph_module, value)
+    heads = {(shape(node) or ())[-3] for node in peeled}
+    return peeled if len(heads) == 1 else (key, value)
 
 
 def _peel_repeat(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:

@@ -65,6 +65,7 @@ def test_logits_without_a_batch_dimension_get_one():
 REFUSED = {
     "first token": lambda m, x, ids: x[:, :1],
     "last but one": lambda m, x, ids: x[:, -2:-1],
+    "last two tokens": lambda m, x, ids: x[:, -2:],
     "mean of the tokens": lambda m, x, ids: x.mean(1, keepdim=True),
 }
 
