@@ -14,6 +14,7 @@ from emssd_compile.passes.graph import (
     argument,
     aten,
     call,
+    literals,
     refuse,
     scalar,
     shape,
@@ -88,8 +89,8 @@ def _sdpa_site(graph_module: fx.GraphModule, node: fx.Node) -> AttentionSite:
         bias = torch.zeros(()).masked_fill(~value, -torch.inf) if value.dtype == torch.bool else value.float()
         return (scaled + bias.to(scaled.device)).softmax(-1).reshape(scores.shape)
 
-    literals = set() if mask is None else _literals(mask)
-    return AttentionSite(node, given["query"], given["key"], given["value"], factor, 0.0, probe, literals)
+    integers = set() if mask is None else _literals(mask)
+    return AttentionSite(node, given["query"], given["key"], given["value"], factor, 0.0, probe, integers)
 
 
 def _eager_site(graph_module: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node]) -> AttentionSite:
@@ -106,8 +107,8 @@ def _eager_site(graph_module: fx.GraphModule, softmax: fx.Node, dependent: set[f
         value: Tensor = Evaluator(graph_module, tokens, given, constants)(weights)
         return value.float().reshape(scores.shape)
 
-    literals = _literals(weights, stop=product)
-    return AttentionSite(result, query, key, argument(result, 1), scale, softcap, probe, literals)
+    integers = _literals(weights, stop=product)
+    return AttentionSite(result, query, key, argument(result, 1), scale, softcap, probe, integers)
 
 
 def _given(graph_module: fx.GraphModule, product: fx.Node, scores: Tensor) -> dict[fx.Node, Tensor]:
@@ -182,15 +183,4 @@ def _untransposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def _literals(node: fx.Node, stop: fx.Node | None = None) -> set[int]:
     """Integer literals in the subgraph of `node` (without what `stop` is computed from)."""
-    inside = ancestors([node]) - (ancestors(stop.all_input_nodes) if stop is not None else set())
-    found: set[int] = set()
-
-    def note(leaf: object) -> object:
-        if type(leaf) is int and 0 < leaf < 2**31:
-            found.add(leaf)
-        return leaf
-
-    for member in inside:
-        if member.op == "call_function":
-            fx.node.map_aggregate((member.args, member.kwargs), note)  # type: ignore[arg-type]
-    return found
+    return literals(ancestors([node]) - (ancestors(stop.all_input_nodes) if stop is not None else set()))

@@ -105,6 +105,21 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def literals(nodes: Iterable[fx.Node]) -> set[int]:
+    """Positive integers that stand as arguments of `nodes`."""
+    found: set[int] = set()
+
+    def note(leaf: Any) -> Any:
+        if type(leaf) is int and 0 < leaf < 2**31:
+            found.add(leaf)
+        return leaf
+
+    for node in nodes:
+        if node.op == "call_function":
+            fx.node.map_aggregate((node.args, node.kwargs), note)
+    return found
+
+
 def attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     """The tensor that a `get_attr` node reads."""
     value = getattr(graph_module, str(node.target))

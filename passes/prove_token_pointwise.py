@@ -10,6 +10,7 @@ from emssd_compile.ops import attention
 from emssd_compile.passes.graph import (
     aten,
     has_symbol,
+    literals,
     output,
     placeholder,
     refuse,
@@ -19,7 +20,7 @@ from emssd_compile.passes.graph import (
 from emssd_compile.passes.token_rules import check
 
 _TOKENS = 12
-_TRIALS = 8
+_TRIALS = 16
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
 _SIZES = frozenset({"size", "sizes", "shape", "split_size", "split_sizes"})
 """Arguments of ops that only say how large a result is."""
@@ -117,35 +118,58 @@ def _size_used_as_value(node: fx.Node, target: torch._ops.OpOverload) -> bool:
 def influence(graph_module: fx.GraphModule) -> str:
     """Run the graph with a token-local stand-in for attention; say how a token influenced another, or "".
 
-    Two properties are tried on random tokens: changing one token changes no other token's output, and shuffling the
-    tokens shuffles the outputs. Products over groups of tokens may round differently when a group grows (a mixture of
-    experts in fp32), so changes below `_ROUNDING` of the largest output pass; half precision must agree to the bit.
+    Three properties are tried on random tokens: changing some changes no other's output, shuffling them shuffles the
+    outputs, and half of them alone give the same as among all. Some of the ids drawn are integers that stand in the
+    graph: what a forward compares ids with matters most. Products over groups of tokens may round differently when a
+    group grows (a mixture of experts in fp32), so changes below `_ROUNDING` of the largest output pass; half precision
+    must agree to the bit.
     """
     local = fx.GraphModule(graph_module, _localised(graph_module.graph))
     device = placeholder(graph_module.graph, "input_ids").meta["val"].device
-    vocabulary = _vocabulary(graph_module)
-    generator = torch.Generator().manual_seed(0)
+    draw = _Ids(graph_module)
 
     def run(ids: Tensor, positions: Tensor) -> Tensor:
         output: Tensor = local(ids[None].to(device), positions[None].to(device))
-        return output.reshape(_TOKENS, -1)
+        return output.reshape(len(ids), -1)
 
     positions = torch.arange(_TOKENS)
+    half = slice(_TOKENS // 2)
     with torch.no_grad():
         for _ in range(_TRIALS):
-            ids = torch.randint(vocabulary, (_TOKENS,), generator=generator)
+            ids, others, order = draw(), draw(), draw.permutation()
             base = run(ids, positions)
-            changed = int(torch.randint(_TOKENS, (), generator=generator))
-            other = ids.clone()
-            other[changed] = (ids[changed] + 1 + torch.randint(vocabulary - 1, (), generator=generator)) % vocabulary
-            moved = _differs(base, run(other, positions))
-            moved[changed] = False
+            changed = draw.some()
+            moved = _differs(base, run(torch.where(changed, others, ids), positions)) & ~changed.to(device)
             if bool(moved.any()):
-                return f"changing token {changed} changed the output of token {int(moved.nonzero()[0])}"
-            order = torch.randperm(_TOKENS, generator=generator)
+                return f"changing other tokens changed the output of token {int(moved.nonzero()[0])}"
             if bool(_differs(base[order.to(device)], run(ids[order], positions[order])).any()):
                 return "shuffling the tokens changed their outputs"
+            if bool(_differs(base[half], run(ids[half], positions[half])).any()):
+                return "half of the tokens alone gave other outputs"
     return ""
+
+
+class _Ids:
+    """Random token ids, up to half of them integers that stand in the graph."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.vocabulary = _vocabulary(graph_module)
+        self.generator = torch.Generator().manual_seed(0)
+        found = {n for n in literals(graph_module.graph.nodes) if n < self.vocabulary}
+        self.special = torch.tensor(sorted(found | {0}))
+
+    def __call__(self) -> Tensor:
+        plain = torch.randint(self.vocabulary, (_TOKENS,), generator=self.generator)
+        special = self.special[torch.randint(len(self.special), (_TOKENS,), generator=self.generator)]
+        rare = float(torch.rand((), generator=self.generator)) / 2  # often none: else each would always be there
+        return torch.where(self.some(rare), special, plain)
+
+    def some(self, share: float = 0.5) -> Tensor:
+        """A random choice of about that share of the tokens."""
+        return torch.rand(_TOKENS, generator=self.generator) < share
+
+    def permutation(self) -> Tensor:
+        return torch.randperm(_TOKENS, generator=self.generator)
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import fx
 
 from emssd_compile.passes.graph import (
     Evaluator,
+    argument,
     aten,
     call,
     output,
@@ -54,6 +55,10 @@ class RestoreAllLogits:
             with graph.inserting_before(node):
                 source = call(graph, aten.squeeze.dim, source, 0)
         node.replace_all_uses_with(source)
+        if node.target == aten.select.int:
+            last, size = argument(result, 0), logits.meta["val"].shape[-1]
+            with graph.inserting_before(result):
+                result.args = (graph.call_function(aten.reshape.default, (last, [1, -1, size])),)
         return 1
 
     def _flatten(self, graph: fx.Graph, logits: fx.Node, result: fx.Node) -> int:

@@ -125,15 +125,11 @@ def _cuts(index: int, name: str) -> Rule:
         for source, dim in dims.items():
             if along % _rank(source) == dim:
                 return "it cuts, joins or picks along the token dimension"
-        return None if node.target == aten.stack.default else _same_place(node, dims, out)
+        if node.target == aten.cat.default and set(dims.values()) != {out}:
+            return "tokens lie along different dimensions of its inputs"
+        return None
 
     return rule
-
-
-def _same_place(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
-    if node.target in (aten.cat.default,) and any(d != out for d in dims.values()):
-        return "tokens lie along different dimensions of its inputs"
-    return None
 
 
 def _embedding(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:

@@ -98,6 +98,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"text_config": {"head_dim": 16, "global_head_dim": 24}},
     "gemma4_unified_text": {"head_dim": 16, "global_head_dim": 24},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

@@ -53,6 +53,14 @@ def _mixture_of_experts(m: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
     return torch.zeros_like(tokens).index_copy(0, order, done)[None]
 
 
+@pytest.mark.parametrize("token", [0, 7, 31])
+def test_a_token_that_switches_something_for_all_is_found(token):
+    """Random ids of a large vocabulary would hardly ever hit it: it is drawn because it stands in the graph."""
+    model = TinyModel(lambda m, x, ids: x * (1 + (ids == token).any()))
+    with pytest.raises(UnsupportedModelError, match="tokens are mixed outside attention: it reduces over all dimensions"):
+        capture_and_apply(model, DropNoops(), LiftPositions(), ProveTokenPointwise())
+
+
 def test_tokens_sorted_and_put_back_are_tested():
     _, records = capture_and_apply(TinyModel(_mixture_of_experts), DropNoops(), LiftPositions(), ProveTokenPointwise())
     (note,) = records[-1].notes
