@@ -31,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim
+from transformers import GenerationConfig
 
 import emssd_compile
 from bench.timing import hardware
@@ -168,6 +169,7 @@ def check(model_type: str) -> Verdict:
         return Verdict(model_type, "no toy model", Outcome.NO_TOY, UNAVAILABLE[model_type])
     start = time.perf_counter()
     model = toy_model(model_type)
+    model.generation_config = GenerationConfig()  # some types store beam search or a forced EOS; here it is greedy
     export = exportability(model)
     outcome, detail = check_tokens(model)
     return Verdict(model_type, export, outcome, detail, time.perf_counter() - start)
