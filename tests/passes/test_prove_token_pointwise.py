@@ -57,7 +57,7 @@ def _mixture_of_experts(m: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
 def test_a_token_that_switches_something_for_all_is_found(token):
     """Random ids of a large vocabulary would hardly ever hit it: it is drawn because it stands in the graph."""
     model = TinyModel(lambda m, x, ids: x * (1 + (ids == token).any()))
-    with pytest.raises(UnsupportedModelError, match="tokens are mixed outside attention: the token dimension disappears"):
+    with pytest.raises(UnsupportedModelError, match="mixed outside attention: the token dimension disappears"):
         capture_and_apply(model, DropNoops(), LiftPositions(), ProveTokenPointwise())
 
 
