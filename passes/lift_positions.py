@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from emssd_compile.passes.graph import (
     Evaluator,
@@ -11,7 +11,6 @@ from emssd_compile.passes.graph import (
     call,
     data_dependent,
     placeholder,
-    refuse,
     scalar,
     shape,
     token_dims,
@@ -55,19 +54,6 @@ class LiftPositions:
                 lifted.add(new)
                 changed += 1
         return changed
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Nothing that is left varies along T unless it comes from the token ids or from `positions`."""
-        graph = graph_module.graph
-        symbol = token_symbol(graph)
-        derived = data_dependent(graph) | {placeholder(graph, "positions")}
-        for node in graph.nodes:
-            if any(n in derived for n in node.all_input_nodes) or node.op != "call_function":
-                derived.add(node)
-                continue
-            dims = token_dims(node, symbol)
-            if dims and not _constant_along(graph_module, node, dims):
-                raise refuse(node, "a value varies from token to token but is not a position this compiler recognises")
 
 
 def _as_positions(graph_module: fx.GraphModule, node: fx.Node, positions: fx.Node) -> fx.Node | None:
@@ -113,8 +99,3 @@ def _as_lookup(graph_module: fx.GraphModule, node: fx.Node, positions: fx.Node) 
     with graph.inserting_before(node):
         flat = call(graph, aten.reshape.default, positions, [-1])
         return call(graph, aten.index_select.default, table, dim, flat)
-
-
-def _constant_along(graph_module: fx.GraphModule, node: fx.Node, dims: tuple[int, ...]) -> bool:
-    value: Tensor = Evaluator(graph_module, _PROBES[0])(node)
-    return all(bool((value == value.narrow(d, 0, 1)).all()) for d in dims)
