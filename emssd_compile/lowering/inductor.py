@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from emssd_compile.ops import load_cpu_kernels, source_hash
+from emssd_compile.ops import source_hash
 
 _SLOTS = ("token_slots", "logit_slots", "draft_slots")
 
@@ -16,7 +16,6 @@ def lower_inductor(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tens
     Only the lengths of the slot inputs vary. They are marked unbacked, not just dynamic: the compiler then may assume
     nothing about them, so a length of 1, or two lengths that happen to be equal, does not compile anything anew.
     """
-    load_cpu_kernels()
     names = [str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"]
     slots = [names.index(name) for name in _SLOTS]
     compiled = torch.compile(graph_module, fullgraph=True)
