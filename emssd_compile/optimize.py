@@ -88,7 +88,7 @@ def optimize(
 def _resolve_length(model: nn.Module, max_length: int | None) -> int:
     config = getattr(model, "config", None)
     found = [getattr(config, name, None) for name in _LENGTH_ATTRIBUTES]
-    limit = next((value for value in found if isinstance(value, int)), None)
+    limit = next((value for value in found if isinstance(value, int) and value > 0), None)  # -1 says "no limit"
     if max_length is None:
         if limit is None:
             raise OptionError("max_length is needed: the model's config states no longest sequence")

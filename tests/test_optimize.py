@@ -5,7 +5,7 @@ import torch
 
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
-from emssd_compile.errors import CapacityError
+from emssd_compile.errors import CapacityError, OptionError
 from tests.exactness.compiled import K, target
 from tests.exactness.models import Reference, build, prompt
 
@@ -227,3 +227,11 @@ def test_warming_up_compiles_and_counts_nothing(capfd):
     fast.warmup(progress=True)
     assert "compiling the step" in "".join(capfd.readouterr())
     assert fast.stats.num_steps == 0
+
+
+def test_a_negative_number_of_positions_in_the_config_is_no_limit():
+    model = build("llama")
+    model.config.max_position_embeddings = -1
+    assert emssd_compile.optimize(model, "none", max_batch=1, max_length=16, backend="eager").options.max_length == 16
+    with pytest.raises(OptionError, match="max_length is needed"):
+        emssd_compile.optimize(model, "none", max_batch=1, backend="eager")
