@@ -1,5 +1,7 @@
 """The public surface: what `generate` takes and gives back, what it counts, and that the user's model stays theirs."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -230,7 +232,7 @@ def test_warming_up_compiles_and_counts_nothing(capfd):
 
 
 def test_a_negative_number_of_positions_in_the_config_is_no_limit():
-    model = build("llama")
+    model: Any = build("llama")
     model.config.max_position_embeddings = -1
     assert emssd_compile.optimize(model, "none", max_batch=1, max_length=16, backend="eager").options.max_length == 16
     with pytest.raises(OptionError, match="max_length is needed"):
