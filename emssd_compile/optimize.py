@@ -44,7 +44,8 @@ def optimize(
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
     The tokens that `generate` gives are the model's own: in fp32 exactly those of its greedy decoding of each prompt
-    alone. Weights are shared with `model`, never copied.
+    alone. Weights are shared with `model`. Only Inductor on a CPU holds the matrices a second time, in the layout that
+    it multiplies fastest, unless that takes more than half of the memory available (`explain()` says so then).
 
     Args:
         model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple
@@ -81,7 +82,8 @@ def optimize(
         return draft
 
     proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    graph_module = compile_step(compiled, batch, rule, proposer)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    graph_module = compile_step(compiled, batch, rule, proposer, BACKENDS[backend].passes(device))
     return OptimizedModel(model, compiled, graph_module, proposer, options)
 
 
@@ -131,7 +133,7 @@ class OptimizedModel:
         device, drafter = self.device, self.drafter
         caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)
         return Engine(
-            BACKENDS[self.options.backend](self.graph_module),
+            BACKENDS[self.options.backend].lower(self.graph_module),
             [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],
             StepState.empty(
                 self.options.max_batch,
