@@ -19,7 +19,10 @@ def task() -> Task:
     return Task(model, model, 2, 20, lookup_tokens=3, max_ngram=2, draft_tokens=2, backend="eager")
 
 
-@pytest.mark.parametrize("name", [name for name in CANDIDATES if name not in ("hf_generate_static", "ours_padded")])
+# The static cache is in test_baselines, ours_none in test_speedup; packed stands for all layouts: they take long to make.
+@pytest.mark.parametrize(
+    "name", ["hf_generate", "hf_assisted", "vanilla_padded", "realign", "ours_packed", "ours_draft_model"]
+)
 def test_a_candidate_decodes_as_many_tokens_as_asked_and_they_are_the_models_own(task, name):
     run = CANDIDATES[name](task)
     for num_new in (NUM_NEW, 1):
