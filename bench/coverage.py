@@ -34,7 +34,7 @@ from torch.export import Dim
 from transformers import GenerationConfig
 
 import emssd_compile
-from bench.timing import hardware
+from bench.command import hardware, versions
 from emssd_compile.errors import UnsupportedModelError
 from tests.zoo import MODEL_TYPES, UNAVAILABLE, VOCABULARY, toy_model
 
@@ -242,7 +242,7 @@ def main() -> int:
             console.print(f"{verdict.model_type}: {verdict.outcome}: {verdict.detail}", style="red", markup=False)
     console.print(report(verdicts))
     if arguments.json:
-        record = {"hardware": hardware(), "verdicts": [asdict(verdict) for verdict in verdicts]}
+        record = {"hardware": hardware() | versions(), "verdicts": [asdict(verdict) for verdict in verdicts]}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     return min(sum(verdict.outcome.is_defect for verdict in verdicts), 1)
 

@@ -1,17 +1,18 @@
 """Times candidates side by side: alternating repeats, medians, ratios, and on which machine."""
 
 import json
-import os
-import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-import torch
 from rich.table import Table
+
+from bench.command import Facts, describe, hardware, versions
+
+Name = TypeVar("Name", bound=Hashable)
+Outcome = TypeVar("Outcome")
 
 
 class Result(Protocol):
@@ -52,15 +53,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings of candidates that ran side by side, the reference first, and the `hardware()` they ran on."""
+    """Timings of candidates that ran side by side, the reference first, and the machine and versions they ran on."""
 
     timings: list[Timing]
-    hardware: dict[str, str | int | None]
+    hardware: Facts
 
     def table(self, title: str | None = None) -> Table:
         """For `rich.print`; the caption says on what hardware and versions."""
-        caption = ", ".join(f"{key} {value}" for key, value in self.hardware.items() if value is not None)
-        table = Table(title=title, caption=caption)
+        table = Table(title=title, caption=describe(self.hardware))
         table.add_column("candidate", no_wrap=True)
         for heading in ("seconds", "range", "tokens/s", f"× {self.timings[0].name}", "tokens identical"):
             table.add_column(heading, justify="right")
@@ -81,13 +81,28 @@ class Comparison:
 
 
 def compare(candidates: Mapping[str, Callable[[], Result]], repeats: int = 5) -> Comparison:
-    """Runs every candidate once to warm up, then `repeats` times in turn.
-
-    Candidates alternate within a repeat, in the opposite order every second time: a machine that slows down slows all
-    of them, and ratios are taken within a repeat.
+    """Times candidates that decode the same batch; see `alternate`. Ratios are taken within a repeat.
 
     Args:
         candidates: by name; the first is the reference of the ratios and of the tokens.
+        repeats: timed runs of each.
+
+    Raises:
+        ValueError: there is no candidate, or `repeats` is not positive.
+    """
+    runs = alternate(candidates, repeats)
+    reference = next(iter(runs.values()))
+    return Comparison([_timing(name, run, reference) for name, run in runs.items()], hardware() | versions())
+
+
+def alternate(candidates: Mapping[Name, Callable[[], Outcome]], repeats: int) -> dict[Name, list[Outcome]]:
+    """Runs every candidate once to warm up, then `repeats` times in turn.
+
+    Candidates alternate within a repeat, in the opposite order every second time: a machine that slows down slows all
+    of them.
+
+    Returns:
+        What each candidate returned, the warm-up first.
 
     Raises:
         ValueError: there is no candidate, or `repeats` is not positive.
@@ -95,12 +110,11 @@ def compare(candidates: Mapping[str, Callable[[], Result]], repeats: int = 5) ->
     if not candidates or repeats < 1:
         raise ValueError(f"nothing to time: {len(candidates)} candidates, {repeats} repeats")
     names = list(candidates)
-    runs: dict[str, list[Result]] = {name: [candidates[name]()] for name in names}
+    runs = {name: [candidates[name]()] for name in names}
     for repeat in range(repeats):
         for name in names if repeat % 2 == 0 else reversed(names):
             runs[name].append(candidates[name]())
-    reference = runs[names[0]]
-    return Comparison([_timing(name, runs[name], reference) for name in names], hardware())
+    return runs
 
 
 def _timing(name: str, runs: list[Result], reference: list[Result]) -> Timing:
@@ -114,33 +128,3 @@ def _timing(name: str, runs: list[Result], reference: list[Result]) -> Timing:
         ),
         tokens_identical=all(run.tokens == reference[0].tokens for run in runs),
     )
-
-
-def hardware() -> dict[str, str | int | None]:
-    """The machine and the versions that a figure depends on; `None` for a GPU or package that is not there."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-    }
-
-
-def _cpu_model() -> str:
-    """The processor's marketing name where Linux tells it, else what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -13,7 +13,7 @@ from bench.baselines.common import (
     cut_after_stop,
     stop_tokens,
 )
-from bench.baselines.hf_greedy import generate, greedy_config
+from bench.baselines.hf_greedy import generate, greedy_config, padding_tokens
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
             says.
 
     Returns:
-        The result, with the stat `num_forward_passes`.
+        The result, with the stats `num_forward_passes` and `num_padding_tokens`: inputs that are no row's text.
 
     Raises:
         InvalidInputError, OptionError, UnsupportedModelError: see `check_request`.
@@ -39,6 +39,8 @@ def run(
     with ForwardClock(model) as clock:
         rows = generate(model, prompts, greedy_config(max_new_tokens, eos_token_id))
         tokens = [cut_after_stop(row, stop) for row in rows]
-    return BaselineResult(
-        tokens, clock.seconds, clock.prefill_seconds, {"num_forward_passes": clock.num_forward_passes}
-    )
+    stats: dict[str, float] = {
+        "num_forward_passes": clock.num_forward_passes,
+        "num_padding_tokens": padding_tokens(prompts, tokens),
+    }
+    return BaselineResult(tokens, clock.seconds, clock.prefill_seconds, stats)

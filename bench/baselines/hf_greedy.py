@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from bench.baselines.common import EosTokenId, pad, stop_tokens
 
 
-def greedy_config(max_new_tokens: int, eos_token_id: EosTokenId, **options: int) -> GenerationConfig:
+def greedy_config(max_new_tokens: int, eos_token_id: EosTokenId, **options: Any) -> GenerationConfig:
     """Plain greedy decoding; `options` are further fields of `GenerationConfig`."""
     stop = sorted(stop_tokens(eos_token_id)) or None
     return GenerationConfig(
@@ -27,6 +27,18 @@ def generate(
         output = model_generate(input_ids, attention_mask=is_real.long(), generation_config=config, **options)
     new_tokens: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
     return new_tokens
+
+
+def padding_tokens(prompts: list[list[int]], tokens: list[list[int]]) -> int:
+    """Inputs that `generate` computed for nobody: left of the prompts, and in rows that had ended before the last one.
+
+    Args:
+        prompts: of each row.
+        tokens: new tokens of each row, without what fills up a row that ended early.
+    """
+    prefill = len(prompts) * max(map(len, prompts)) - sum(map(len, prompts))
+    decoding = len(tokens) * max(map(len, tokens)) - sum(map(len, tokens))
+    return prefill + decoding
 
 
 @contextmanager

@@ -33,6 +33,8 @@ from bench.baselines.prompt_lookup import PromptLookup
 from bench.baselines.row import Row, RowDrafter
 from emssd_compile.errors import OptionError, UnsupportedModelError
 
+MakeCache = Callable[[int, torch.device], PaddedCache]
+
 
 def run(
     model: PreTrainedModel,
@@ -42,6 +44,7 @@ def run(
     eos_token_id: EosTokenId = None,
     num_draft_tokens: int = 7,
     max_ngram: int = 2,
+    make_cache: MakeCache = PaddedCache,
 ) -> BaselineResult:
     """Greedy continuations of all prompts as one padded batch, drafted by prompt lookup.
 
@@ -52,6 +55,7 @@ def run(
         eos_token_id: token(s) that end a row; `None` lets every row run to `max_new_tokens`.
         num_draft_tokens: most tokens copied per row and step; EMS-SD uses 7.
         max_ngram: longest n-gram looked up; EMS-SD uses 2.
+        make_cache: see `speculate`.
 
     Returns:
         The result, with the stats of `speculate`.
@@ -69,6 +73,7 @@ def run(
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,
         num_draft_tokens=num_draft_tokens,
+        make_cache=make_cache,
     )
 
 
@@ -81,11 +86,13 @@ def speculate(
     max_new_tokens: int,
     num_draft_tokens: int,
     eos_token_id: EosTokenId = None,
+    make_cache: MakeCache = PaddedCache,
 ) -> BaselineResult:
     """As `run`, with any drafter.
 
     Args:
         drafter: makes the drafter of a row from its prompt.
+        make_cache: makes the KV cache of so many rows on a device.
 
     Returns:
         The result, with these stats: `num_forward_passes`; `num_spec_steps`, those after the prefill;
@@ -102,7 +109,7 @@ def speculate(
     stop = stop_tokens(eos_token_id)
     with ForwardClock(model) as clock:
         rows = [Row(drafter(prompt), len(prompt), max_new_tokens, stop) for prompt in prompts]
-        batch = _PaddedBatch(model, rows, PaddedCache(len(rows), model.device))
+        batch = _PaddedBatch(model, rows, make_cache(len(rows), model.device))
         batch.prefill(prompts)
         while not all(row.finished for row in rows):
             batch.step(num_draft_tokens)

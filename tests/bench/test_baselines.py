@@ -1,7 +1,5 @@
-import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from bench import timing
-from bench.baselines import hf_assisted, hf_generate, vanilla_padded
+from bench.baselines import hf_assisted, hf_generate, realign, vanilla_padded
+from bench.baselines.hf_static import StaticGenerate
+from bench.baselines.padded_cache import PaddedCache
 from bench.baselines.prompt_lookup import PromptLookup
+from bench.baselines.realigned_cache import RealignedCache
 from emssd_compile.errors import InvalidInputError, OptionError, UnsupportedModelError
 from tests.zoo import POSITIONS, VOCABULARY, toy_model
 
@@ -78,6 +78,7 @@ def test_hf_generate_on_a_padded_batch_is_greedy_decoding_of_each_prompt(model, 
     result = hf_generate.run(model, ragged_prompts(), max_new_tokens=NUM_NEW)
     assert result.tokens == expected
     assert result.stats["num_forward_passes"] == NUM_NEW
+    assert result.stats["num_padding_tokens"] == sum(40 - len(prompt) for prompt in ragged_prompts())
     assert result.prefill_seconds is not None
     assert 0 < result.prefill_seconds < result.seconds
 
@@ -85,6 +86,7 @@ def test_hf_generate_on_a_padded_batch_is_greedy_decoding_of_each_prompt(model, 
 def test_hf_assisted_by_lookup_is_greedy_decoding_of_each_prompt(model, expected):
     result = hf_assisted.run(model, ragged_prompts(), max_new_tokens=NUM_NEW, prompt_lookup_num_tokens=4)
     assert result.tokens == expected
+    assert 1 <= result.stats["mean_acceptance_length"] <= 5
 
 
 def test_hf_assisted_by_a_model_is_greedy_decoding_and_saves_forward_passes(llama):
@@ -103,20 +105,33 @@ def test_hf_assisted_wants_exactly_one_drafter(llama, drafter):
         hf_assisted.run(llama, [[1]], max_new_tokens=1, **drafter)
 
 
-def test_vanilla_padded_by_lookup_is_greedy_decoding_of_each_prompt(model, expected):
-    result = vanilla_padded.run(model, ragged_prompts(), max_new_tokens=NUM_NEW)
+@pytest.mark.parametrize("run", [vanilla_padded.run, realign.run])
+def test_batched_lookup_is_greedy_decoding_of_each_prompt(model, expected, run):
+    result = run(model, ragged_prompts(), max_new_tokens=NUM_NEW)
     assert result.tokens == expected
     assert result.stats["num_draft_tokens"] > 0
 
 
+def test_a_static_cache_gives_greedy_decoding_again_and_again_and_counts_padding(llama):
+    prompts = ragged_prompts()
+    expected = [greedy(llama, prompt, 6) for prompt in prompts]
+    static = StaticGenerate(llama, cache_length=60)
+    widest = max(map(len, prompts))
+    for rows, num_new in [(slice(5), 6), (slice(5), 1), (slice(5), 6), (slice(1, 3), 1)]:
+        result = static.run(prompts[rows], max_new_tokens=num_new)
+        assert result.tokens == [tokens[:num_new] for tokens in expected[rows]]
+        assert result.stats["num_padding_tokens"] == sum(widest - len(prompt) for prompt in prompts[rows])
+
+
+@pytest.mark.parametrize("make_cache", [PaddedCache, RealignedCache])
 @pytest.mark.parametrize("seed", range(3))
-def test_vanilla_padded_is_exact_whatever_the_drafts(model, expected, seed):
+def test_batched_speculation_is_exact_whatever_the_drafts(model, expected, seed, make_cache):
     rng = random.Random(seed)
     prompts = ragged_prompts()
     truths = {tuple(prompt): truth for prompt, truth in zip(prompts, expected, strict=True)}
     plans = [[(n := rng.randint(0, 6), rng.randint(0, n)) for _ in range(NUM_NEW)] for _ in prompts]
     result = vanilla_padded.speculate(
-        model, prompts, scripted(truths, plans), max_new_tokens=NUM_NEW, num_draft_tokens=6
+        model, prompts, scripted(truths, plans), max_new_tokens=NUM_NEW, num_draft_tokens=6, make_cache=make_cache
     )
     assert result.tokens == expected
 
@@ -156,6 +171,20 @@ def test_padding_of_the_worked_example_of_ems_sd(llama):
     }
 
 
+def test_realigned_rows_have_no_holes_only_room_before_them(llama):
+    prompts = ragged_prompts([6, 9])
+    truths = {tuple(prompt): greedy(llama, prompt, 8) for prompt in prompts}
+    plans = [[(5, 3), (2, 1)], [(2, 0), (5, 5)]]
+    options: dict[str, Any] = {"max_new_tokens": 8, "num_draft_tokens": 5}
+    padded, realigned = (
+        vanilla_padded.speculate(llama, prompts, scripted(truths, plans), make_cache=make_cache, **options).stats
+        for make_cache in (PaddedCache, RealignedCache)
+    )
+    assert realigned.pop("num_padding_kv_slots") == 9 - 6  # both end with 8 new tokens
+    assert padded.pop("num_padding_kv_slots") == (9 - 6) + 3 + 4 + 1
+    assert realigned == padded
+
+
 def test_prefill_padding_counts(llama):
     stats = vanilla_padded.run(llama, ragged_prompts([2, 5, 9]), max_new_tokens=1).stats
     assert stats["num_padding_tokens"] == stats["num_padding_kv_slots"] == 7 + 4
@@ -167,7 +196,7 @@ def cut(tokens: list[int], stop: set[int]) -> list[int]:
     return tokens[:end]
 
 
-@pytest.mark.parametrize("baseline", ["hf_generate", "hf_assisted", "vanilla_padded"])
+@pytest.mark.parametrize("baseline", ["hf_generate", "hf_assisted", "vanilla_padded", "realign"])
 def test_every_baseline_ends_a_row_after_its_first_end_token(model, expected, baseline):
     stop = {expected[0][3], expected[2][9]}
     wanted = [cut(tokens, stop) for tokens in expected]
@@ -176,6 +205,7 @@ def test_every_baseline_ends_a_row_after_its_first_end_token(model, expected, ba
         "hf_generate": (hf_generate.run, {}),
         "hf_assisted": (hf_assisted.run, {"prompt_lookup_num_tokens": 4}),
         "vanilla_padded": (vanilla_padded.run, {}),
+        "realign": (realign.run, {}),
     }[baseline]
     result = run(model, ragged_prompts(), max_new_tokens=NUM_NEW, eos_token_id=sorted(stop), **options)
     assert result.tokens == wanted
@@ -245,59 +275,3 @@ def test_prompt_lookup_takes_the_longest_and_then_the_latest_match(text, split, 
     drafter = PromptLookup(text[: split + 1], max_ngram=max_ngram)
     drafter.extend(text[split + 1 :])
     assert drafter.draft(limit) == look_up(text, max_ngram, limit)
-
-
-@dataclass
-class Run:
-    tokens: list[list[int]]
-    seconds: float
-
-
-def test_compare_alternates_and_takes_ratios_within_a_repeat():
-    order = []
-
-    def candidate(name, seconds, tokens):
-        remaining = iter(seconds)
-
-        def run():
-            order.append(name)
-            return Run(tokens, next(remaining))
-
-        return run
-
-    # The first run of each is the warm-up. The machine halves its speed in the last repeat; the ratio does not notice.
-    comparison = timing.compare(
-        {
-            "plain": candidate("plain", [99, 2, 2, 4], [[1, 2], [3]]),
-            "fast": candidate("fast", [99, 1, 1, 2], [[1, 2], [3]]),
-            "wrong": candidate("wrong", [99, 4, 1, 1], [[1, 2], [4]]),
-        },
-        repeats=3,
-    )
-    assert order == ["plain", "fast", "wrong"] * 2 + ["wrong", "fast", "plain"] + ["plain", "fast", "wrong"]
-    plain, fast, wrong = comparison.timings
-    assert (plain.speedup, fast.speedup, wrong.speedup) == (1, 2, 2)
-    assert (plain.seconds, plain.median_seconds, plain.num_tokens) == ([2, 2, 4], 2, 3)
-    assert [t.tokens_identical for t in comparison.timings] == [True, True, False]
-
-
-def test_a_comparison_is_saved_and_shown_with_its_hardware(tmp_path):
-    comparison = timing.compare({"plain": lambda: Run([[1, 2, 3]], 0.5)}, repeats=2)
-    comparison.save(tmp_path / "result.json", batch_size=1)
-    saved = json.loads((tmp_path / "result.json").read_text())
-    assert saved["batch_size"] == 1
-    assert saved["timings"][0]["seconds"] == [0.5, 0.5]
-    assert saved["hardware"]["torch"] == torch.__version__
-    assert saved["hardware"]["threads"] == torch.get_num_threads()
-    table = comparison.table("title")
-    assert [list(column.cells) for column in table.columns] == [
-        ["plain"], ["0.500"], ["0.500–0.500"], ["6.0"], ["1.00"], ["yes"]
-    ]  # fmt: skip
-    assert f"torch {torch.__version__}" in str(table.caption)
-
-
-def test_compare_refuses_to_time_nothing():
-    with pytest.raises(ValueError, match="nothing to time"):
-        timing.compare({})
-    with pytest.raises(ValueError, match="nothing to time"):
-        timing.compare({"plain": lambda: Run([[1]], 1.0)}, repeats=0)

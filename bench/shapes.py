@@ -1,0 +1,112 @@
+"""Models to measure, by name: the shipped demo model, and published shapes with random weights.
+
+The speed of a model does not depend on what its weights say; how many drafts it accepts does. Figures that involve
+drafts are therefore those of the demo model, or say where their drafts come from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from emssd_compile.errors import OptionError
+
+DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
+
+
+def _opt(hidden: int, layers: int, heads: int, **other: int) -> PreTrainedConfig:
+    """Sizes of arXiv 2205.01068, table 1; the MLP is four times as wide as the model."""
+    sizes: dict[str, Any] = {"vocab_size": 50272, "max_position_embeddings": 2048, "ffn_dim": 4 * hidden} | other
+    return OPTConfig(
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        init_std=hidden**-0.5,
+        **sizes,
+    )
+
+
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, **other: int) -> PreTrainedConfig:
+    """Sizes of arXiv 2407.21783, table 3, with the vocabulary and context of the first Llama 3."""
+    sizes: dict[str, Any] = {"vocab_size": 128256, "max_position_embeddings": 8192} | other
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        initializer_range=hidden**-0.5,
+        **sizes,
+    )
+
+
+SHIPPED = {"demo": "target", "demo-draft": "draft"}
+CONFIGS = {
+    "opt-2.7b": lambda: _opt(2560, 32, 32),
+    "opt-6.7b": lambda: _opt(4096, 32, 32),
+    "llama-3-8b": lambda: _llama(4096, 32, 32, 8, 14336),
+    "tiny-opt": lambda: _opt(64, 2, 4, vocab_size=4096),
+    "tiny-llama": lambda: _llama(64, 2, 4, 2, 128, vocab_size=4096, max_position_embeddings=2048),
+}
+NAMES = (*SHIPPED, *CONFIGS)
+
+
+def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of that name, in eval mode and with SDPA attention.
+
+    Random weights are drawn on `device`, the same every time there. Their standard deviation is 1/sqrt(hidden size),
+    which keeps a layer's output near 1: with Hugging Face's 0.02 a small model repeats its last token for ever, since
+    its embeddings, tied to the LM head, outweigh its layers. EOS ends no text of theirs.
+
+    Args:
+        name: one of `NAMES`.
+        device: where the weights shall be.
+        dtype: their type.
+
+    Raises:
+        OptionError: there is no model of that name.
+    """
+    if name in SHIPPED:
+        return _shipped(SHIPPED[name], device, dtype)
+    if name not in CONFIGS:
+        raise OptionError(f"unknown model {name!r}; choose one of {', '.join(NAMES)}")
+    device = torch.device(device)
+    generators = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(generators), device:
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            CONFIGS[name](), dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.eval()
+
+
+def _shipped(folder: str, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL / folder, dtype=dtype, attn_implementation="sdpa"
+    )
+    return model.eval().to(device)
+
+
+def demo_prompts() -> list[list[int]]:
+    """Token ids of the 32 shipped prompts, 41 to 349 tokens each: parts of modules that no demo model was trained on.
+
+    Their ids are below 4096, which is in the vocabulary of every model here.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL / "target")
+    texts = [prompt["text"] for prompt in json.loads((DEMO_MODEL / "prompts.json").read_text())]
+    ids: list[list[int]] = tokenizer(texts)["input_ids"]
+    return ids
