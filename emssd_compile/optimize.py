@@ -133,10 +133,10 @@ class OptimizedModel:
 
     def _make_engine(self) -> Engine:
         device, drafter = self.device, self.drafter
+        caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)  # first: they may not fit
         rows, limit = self.options.max_batch, drafter.num_draft_tokens
         state = StepState.empty(rows, self.options.max_length, self._compiled.vocabulary, limit, device)
         drafter_state = allocate(drafter.state_spec(), device)
-        caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)
         launcher = make_launcher(
             BACKENDS[self.options.backend].lower(self.graph_module),
             [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],

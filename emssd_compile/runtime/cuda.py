@@ -11,8 +11,8 @@ from torch import Tensor
 class CudaDevice:
     """Captures work and copies between host and device; nothing here but `capture` makes the host wait.
 
-    The caller's work runs on the caller's current stream. Beside it there is a stream on which graphs are captured
-    (always the same: they share one memory pool) and one that copies to the host.
+    The caller's work and the replays run on the caller's current stream. Beside it there is a stream on which graphs
+    are captured (always the same: they share one memory pool) and one that copies to the host.
 
     Args:
         device: the CUDA device.
@@ -28,20 +28,18 @@ class CudaDevice:
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         """Run `work` once, then record it without running it; returns what replays the record.
 
-        The first run compiles, tunes kernels and makes the libraries' workspaces, which a capture cannot. What `work`
+        The first run compiles, tunes kernels and makes the libraries' handles, which a capture cannot. What `work`
         allocates stays in the pool, to be overwritten by the next replay of any graph: results have to be copied into
         tensors that existed before.
         """
-        current = torch.cuda.current_stream(self.device)
+        work()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
-            self._captures.wait_stream(current)
-            with torch.cuda.stream(self._captures):
-                work()
-            current.wait_stream(self._captures)
-            # Another thread (a loader that pins memory, say) must not be able to spoil the capture: "thread_local".
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._captures, capture_error_mode="thread_local"):
-                work()
+        with (
+            torch.cuda.device(self.device),
+            # "thread_local": another thread (a loader that pins memory, say) must not be able to spoil the capture.
+            torch.cuda.graph(graph, pool=self._pool, stream=self._captures, capture_error_mode="thread_local"),
+        ):
+            work()
         return graph.replay
 
     def upload(self, value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tests.exactness.models import prompt
 from tests.runtime.engines import graph_engine
 from tests.runtime.tape import TapeDevice
 
-ROWS, CHUNK = 3, 24
+ROWS, CHUNK = 2, 24
 
 
 @dataclass
@@ -57,16 +57,16 @@ def _kept(drafter: str) -> Case:
     return _case(drafter)
 
 
-@pytest.mark.parametrize("drafter", ["none", "prompt-lookup", "draft-model", "rubbish", "sometimes-wrong"])
+@pytest.mark.parametrize("drafter", ["none", "draft-model", "sometimes-wrong"])
 def test_replayed_steps_give_the_tokens_of_the_reference(drafter):
     case = _kept(drafter)
     for lengths in ((5, 33, 1, 70, 17, 2, 40), (64,), (3, 7)):
         assert case.run(*lengths) == _expected(*lengths)
     assert case.device.replays > 3 * case.device.captures
-    assert case.device.captures <= len(case.engine.launcher.buckets) <= 8
+    assert case.device.captures <= len(case.engine.launcher.buckets) <= 7
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_schedule_gives_the_tokens_of_the_reference(data):
     case = _kept(data.draw(st.sampled_from(["sometimes-wrong", "draft-model"]), label="drafter"))
