@@ -68,13 +68,13 @@ class _RecordOps(TorchDispatchMode):
 def test_the_step_reads_nothing_back(drafter):
     compiled = target("llama")
     fast = compiled.optimize(compiled.drafter(drafter))
-    run, record = fast._engine.step, _RecordOps()
+    run, record = fast._engine.launcher.step, _RecordOps()
 
     def recorded(*inputs):
         with record:
             return run(*inputs)
 
-    fast._engine.step = recorded
+    fast._engine.launcher.step = recorded
     fast.generate([prompt(40), prompt(3)], max_new_tokens=4)
     assert torch.ops.emssd.ragged_attention.default in record.ops
     assert not record.ops & HOST_READS
