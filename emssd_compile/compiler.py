@@ -19,6 +19,7 @@ from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter, TensorSpec
 from emssd_compile.step.pack import Packed
+from emssd_compile.step.policy import LengthPolicy
 
 
 @dataclass
@@ -87,7 +88,12 @@ def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
 
 
 def compile_step(
-    compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter, target: tuple[Pass, ...] = ()
+    compiled: CompiledModel,
+    batch: BatchShape,
+    rule: Rule,
+    drafter: Drafter,
+    policy: LengthPolicy,
+    target: tuple[Pass, ...] = (),
 ) -> fx.GraphModule:
     """Level L3: the whole decoding step of a compiled model as one graph, in the form that the target's passes give it.
 
@@ -95,7 +101,7 @@ def compile_step(
     """
     graph_module = fx.GraphModule(compiled.graph_module, _copy(compiled.graph_module.graph), class_name="Step")
     manager = PassManager(compiled.fake_mode, active_observers(), compiled.records)
-    levels = (passes.step(batch, rule, drafter, compiled.fake_mode), passes.targeted(target))
+    levels = (passes.step(batch, rule, drafter, policy, compiled.fake_mode), passes.targeted(target))
     return manager.apply(graph_module, levels)
 
 
