@@ -180,10 +180,9 @@ def _attend_slots(
     """Add the slots `first_slot .. stop_slot - 1` to the running sums; without MASKED every query sees all of them."""
     block = tl.arange(0, BLOCK_SLOTS)
     head_dims, value_dims = tl.arange(0, BLOCK_HEAD), tl.arange(0, BLOCK_VALUE)
-    keys += first_slot.to(tl.int64) * k_strides[1] + block[None, :] * k_strides[1] + head_dims[:, None] * k_strides[3]
-    values += (
-        first_slot.to(tl.int64) * v_strides[1] + block[:, None] * v_strides[1] + value_dims[None, :] * v_strides[3]
-    )
+    first_slots = first_slot.to(tl.int64) + block
+    keys += first_slots[None, :] * k_strides[1] + head_dims[:, None] * k_strides[3]
+    values += first_slots[:, None] * v_strides[1] + value_dims[None, :] * v_strides[3]
     for start in range(first_slot, stop_slot, BLOCK_SLOTS):
         slots = start + block
         key_mask = (head_dims < HEAD_SIZE)[:, None]

@@ -56,7 +56,8 @@ def ragged_attention_varlen(
     """Arguments and result as `emssd_compile.ops.ragged_attention` has them.
 
     `varlen_attn` aligns the causal mask with the last query and the last key of a row, which is a chain behind the
-    committed tokens. A token's position is its slot, as in every chain, so `positions` is not needed.
+    committed tokens. A token's position is its slot, as in every chain, so `positions` is not needed. Unlike the other
+    forms, it lets a value that is not finite reach the earlier tokens of its own row and step.
 
     Raises:
         ValueError: `applies` says no.
