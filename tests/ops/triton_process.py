@@ -27,7 +27,7 @@ class TritonProcess:
     """
 
     def __init__(self, capability: int | None = None) -> None:
-        self._start = _interpret if capability is None else partial(_compile_for, capability)
+        self._start = interpret if capability is None else partial(_compile_for, capability)
 
     @cached_property
     def _pool(self) -> ProcessPoolExecutor:
@@ -73,7 +73,8 @@ def _append(
     return k_cache, v_cache
 
 
-def _interpret() -> None:
+def interpret() -> None:
+    """Makes this process interpret kernels: to be called before Triton is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     import numpy as np

@@ -103,11 +103,9 @@ def attend(
     seen_by_all = tl.minimum(tl.maximum(seen_by_all, first_slot), seen_by_all_stop)
 
     head_dims = tl.arange(0, BLOCK_HEAD)
+    first_dims = q + token.to(tl.int64) * q_strides[0] + head * q_strides[1]
     queries = tl.load(
-        q
-        + token.to(tl.int64)[:, None] * q_strides[0]
-        + head[:, None] * q_strides[1]
-        + head_dims[None, :] * q_strides[2],
+        first_dims[:, None] + head_dims[None, :] * q_strides[2],
         mask=valid[:, None] & (head_dims < HEAD_SIZE)[None, :],
         other=0.0,
     )
@@ -122,22 +120,15 @@ def attend(
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_VALUE], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     peak = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
-    if window is not None:
-        acc, total, peak = _attend_slots(
-            acc, total, peak, first_slot, seen_by_all, queries, keys, values, k_strides, v_strides,
-            step_index, position, slope, length, end - begin, positions + begin, ancestors, ancestors_width, capacity,
-            window, score_scale, score_cap, HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, True,
-        )  # fmt: skip
-    acc, total, peak = _attend_slots(
-        acc, total, peak, seen_by_all, seen_by_all_stop, queries, keys, values, k_strides, v_strides,
-        step_index, position, slope, length, end - begin, positions + begin, ancestors, ancestors_width, capacity,
-        window, score_scale, score_cap, HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, False,
-    )  # fmt: skip
-    acc, total, peak = _attend_slots(
-        acc, total, peak, seen_by_all_stop, stop_slot, queries, keys, values, k_strides, v_strides,
-        step_index, position, slope, length, end - begin, positions + begin, ancestors, ancestors_width, capacity,
-        window, score_scale, score_cap, HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, True,
-    )  # fmt: skip
+    bounds = (first_slot, seen_by_all, seen_by_all_stop, stop_slot)
+    for part in tl.static_range(3):
+        if part > 0 or window is not None:
+            acc, total, peak = _attend_slots(
+                acc, total, peak, bounds[part], bounds[part + 1], queries, keys, values, k_strides, v_strides,
+                step_index, position, slope, length, end - begin, positions + begin, ancestors, ancestors_width,
+                window, score_scale, score_cap,
+                HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, MASKED=part != 1,
+            )  # fmt: skip
 
     result = acc / tl.where(total == 0, 1.0, total)[:, None]  # a query that sees nothing gets zeros
     tl.store(out_pointers, result.to(out.dtype.element_ty), mask=out_mask)
@@ -172,7 +163,7 @@ def _find_tile(
 @triton.jit
 def _attend_slots(
     acc, total, peak, first_slot, stop_slot, queries, keys, values, k_strides, v_strides,
-    step_index, position, slope, length, num_step, step_positions, ancestors, ancestors_width, capacity,
+    step_index, position, slope, length, num_step, step_positions, ancestors, ancestors_width,
     window, score_scale, score_cap,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, MASKED: tl.constexpr,

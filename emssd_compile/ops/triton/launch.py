@@ -11,7 +11,7 @@ import torch
 # Keys of a block, in bytes, by bytes of an element: with three stages of keys and values two programs fit into an SM's
 # shared memory. float32 is multiplied without tensor cores, from registers, and gets less.
 _BLOCK_BYTES = {2: 16 * 1024, 4: 8 * 1024}
-# Elements of a tile's sums, which lie in registers: found by compiling for sm_90 until nothing was spilled.
+# Elements of a tile's sums, which lie in registers: found by compiling for sm_90 until next to nothing was spilled.
 _TILE_ELEMENTS = {2: 128 * 128, 4: 16 * 128}
 _PROGRAMS_PER_PROCESSOR = 2
 _MIN_BLOCKS_PER_SPLIT = 2  # with fewer, starting and merging a split costs more than the split saves
