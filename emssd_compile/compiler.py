@@ -12,7 +12,7 @@ from emssd_compile import passes
 from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.ops import load_cpu_kernels
+from emssd_compile.ops import load_kernels
 from emssd_compile.passes import BatchShape, PassManager, PassRecord
 from emssd_compile.passes.graph import caches, placeholder, results
 from emssd_compile.passes.manager import Pass
@@ -66,8 +66,7 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     graph_module = capture(model)
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
-    if ids.device.type == "cpu":
-        load_cpu_kernels()  # before anything runs: the comparison with the model is to use them, too
+    load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
     _check_capacity(batch.capacity, ids.shape[1])
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))

@@ -14,8 +14,8 @@ from emssd_compile.ops import source_hash
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
 
-# Inductor's checks of its own output cost 7 % of a step of 8 rows of a small model on a CPU. A wrapper in C++ would save
-# another 10 %, but with torch 2.13 it takes the sizes of the inputs, which may be any, for equal.
+# Inductor's checks of its own output cost 7 % of a step of 8 rows of a small model on a CPU. A wrapper in C++ would
+# save another 10 %, but with torch 2.13 it takes the sizes of the inputs, which may be any, for equal.
 _OPTIONS = {
     "cpp_wrapper": False,
     "size_asserts": False,

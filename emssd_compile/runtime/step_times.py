@@ -62,7 +62,7 @@ class StepTimes:
         return best if best > tokens and self._measured[best] < WORTH_PADDING * self._measured[tokens] else tokens
 
     def _line(self) -> tuple[float, float]:
-        """a and b of the class's docstring."""
+        """The a and b of the class's docstring."""
         count, *sums = self._sums
         if count == 0:
             return 0.0, 1.0
