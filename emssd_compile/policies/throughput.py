@@ -82,7 +82,7 @@ def _learn(context: PolicyContext) -> dict[str, Tensor]:
 
 def _best_count(survival: Tensor, context: PolicyContext) -> Tensor:
     """The n* of the class's docstring, int64 `[]`, for the survivals of all drafts, best first."""
-    gain = context.num_emitting + torch.nn.functional.pad(survival.cumsum(0), (1, 0))
+    gain = context.num_emitting + torch.cat([survival.new_zeros(1), survival.cumsum(0)])
     count = torch.arange(gain.shape[0], device=gain.device)
     speed = gain / _time(context.seconds, context.num_tokens + count)
     return torch.where(count <= context.proposed.sum(), speed, 0.0).argmax()
