@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -215,6 +216,9 @@ def measure(
             errors[name] = float((run().float() - expected).abs().max() / expected.abs().max())
         except Exception as failure:  # a kernel that cannot do this case must not take the others' figures along
             why_not[name] = _last_line(failure)
+            continue
+        if not math.isfinite(errors[name]):
+            why_not[name] = "its output is not finite"
             continue
         runs[name] = run
     times = alternate({name: partial(call_seconds, run, device) for name, run in runs.items()}, repeats)

@@ -38,6 +38,7 @@ def test_a_wrong_kernel_shows_and_a_failing_one_says_why_and_takes_no_other_alon
         "wrong": wrong,
         "failing": failing,
         "missing": "no module",
+        "not a number": lambda *inputs, **options: reference(*inputs, **options) * float("nan"),
         "reference": reference,
     }
     found = {m.form: m for m in kernels.measure(CASE, CPU, torch.float32, 1e10, 1, named)}
@@ -45,6 +46,7 @@ def test_a_wrong_kernel_shows_and_a_failing_one_says_why_and_takes_no_other_alon
     assert errors == {"wrong": pytest.approx(0.01, rel=0.01), "reference": pytest.approx(0, abs=1e-6)}
     assert found["failing"].why_not == "ValueError: this head size is not supported"
     assert found["missing"].why_not == "no module"
+    assert found["not a number"].why_not == "its output is not finite"
 
 
 def test_the_reference_is_not_timed_where_its_copies_are_too_large(monkeypatch):
