@@ -23,7 +23,7 @@ Facts = dict[str, str | int | None]
 Result = TypeVar("Result")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LOG_WIDTH = 140
+LOG_WIDTH = 160
 """Columns of a table that is written to a file or a pipe, where there is no terminal to ask."""
 
 
@@ -85,6 +85,11 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"{name!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is written on the command line."""
+    return next(name for name, known in DTYPES.items() if known is dtype)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,81 +1,103 @@
-"""Tokens per second of every way to decode the demo model, side by side in one process.
+"""Tokens per second of every way to decode, side by side in one process.
 
     python -m bench.speedup
-    python -m bench.speedup --batches 1 8 --tokens 128 --repeats 5 --json bench/results/speedup_cpu.json
+    python -m bench.speedup --batches 1 8 --candidates hf_generate ours_packed ours_auto --json speedup.json
+    python -m bench.speedup --device cuda --shape opt-6.7b --plot speedup.png
 
-Every row emits exactly `--tokens` tokens (no EOS). Seconds include reading the prompts. Candidates alternate; figures
-are medians. Each candidate's tokens are compared with the model's own greedy decoding of each prompt alone.
+Every row emits exactly `--tokens` tokens (no EOS). Candidates alternate; figures are medians. The time to read the
+prompts, up to each row's first token, is measured by runs for one token, which alternate with the others. Each
+candidate's tokens are compared with the model's own greedy decoding of each prompt alone.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-import torch
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from rich.progress import Progress
 
-from bench.baselines import hf_assisted, hf_generate, vanilla_padded
+from bench import command, shapes, speedup_report
+from bench.baselines import hf_generate
 from bench.baselines.common import BaselineResult
-from bench.ours import ours
-from bench.timing import Comparison, compare
-from emssd_compile.drafters import Drafter, DraftModel, PromptLookup
+from bench.candidates import CANDIDATES, Attempt, Task
+from bench.figures import Figures, Phase
+from bench.timing import alternate
 
-DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
-Run = Callable[[list[list[int]]], BaselineResult]
-
-
-def main() -> None:
-    """Compile, time, print, save."""
-    options = parse_arguments()
-    console = Console()
-    target, draft = load("target"), load("draft")
-    prompts = read_prompts()
-    runs = dict(candidates(console, target, draft, prompts, options))
-    with console.status("decoding each prompt alone, for comparison"):
-        expected = [hf_generate.run(target, [p], max_new_tokens=options.tokens).tokens[0] for p in prompts]
-    tables = []
-    for batch in options.batches:
-        chosen = spread(len(prompts), batch)
-        rows, right = [prompts[i] for i in chosen], [expected[i] for i in chosen]
-        with console.status(f"timing batch {batch}"):
-            comparison = compare({name: partial(run, rows) for name, run in runs.items()}, options.repeats)
-        results = {name: run(rows) for name, run in runs.items()}
-        console.print(comparison.table(f"demo model, batch {batch}, {options.tokens} new tokens"))
-        report(console, results, right)
-        tables.append(summary(batch, comparison, results, right))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"command": "python -m bench.speedup", "tables": tables}, indent=2) + "\n")
+DEFAULT_CANDIDATES = [name for name in CANDIDATES if name != "ours_draft_model"]
 
 
-def parse_arguments() -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, time, print, save, plot; returns 1 if a candidate got a token wrong in float32."""
+    options = parse_arguments(arguments)
+    console = command.make_console()
+    prompts = shapes.demo_prompts()
+    tables: dict[int, list[Figures]] = {}
+    with command.make_progress(console) as progress:
+        attempts, expected = prepare(options, prompts, progress)
+        for batch in options.batches:
+            chosen = spread(len(prompts), batch)
+            rows, right = [prompts[i] for i in chosen], [expected[i] for i in chosen]
+            tables[batch] = measure(attempts, rows, right, options, progress)
+            speedup_report.show(console, batch, tables[batch], options)
+            if options.json:
+                speedup_report.save(tables, options)
+    if options.plot:
+        speedup_report.plot(tables, options)
+    wrong = any(row.failure is None and not row.identical for rows in tables.values() for row in rows)
+    return int(wrong and speedup_report.is_exact(options))
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="rows (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each row (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each candidate (default: %(default)s)")
-    parser.add_argument("--lookup-tokens", type=int, nargs="+", default=[4, 7], help="K of prompt lookup")
-    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[4], help="K of the draft model")
-    parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    return parser.parse_args()
+    parser = command.argument_parser(__doc__)
+    number = command.at_least(1)
+    parser.add_argument("--shape", choices=shapes.NAMES, default="demo", help="model (default: %(default)s)")
+    parser.add_argument("--candidates", choices=CANDIDATES, nargs="+", default=DEFAULT_CANDIDATES, metavar="NAME")
+    parser.add_argument("--batches", type=number, nargs="+", default=[1, 2, 4, 8, 16, 24], metavar="B")
+    parser.add_argument("--tokens", type=command.at_least(2), default=128, help="new tokens a row (%(default)s)")
+    parser.add_argument("--lookup-tokens", type=number, default=7, help="K of every prompt lookup (%(default)s)")
+    parser.add_argument("--max-ngram", type=number, default=3, help="longest suffix they match (%(default)s)")
+    parser.add_argument("--draft-tokens", type=number, default=4, help="K of the draft model (%(default)s)")
+    parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor", help="ours (%(default)s)")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="leave a candidate out of larger batches when a run takes longer than this",
+    )
+    options = command.parse(parser, arguments)
+    options.batches = sorted(set(options.batches))
+    return options
 
 
-def load(name: str) -> PreTrainedModel:
-    """One of the shipped models, in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(DEMO_MODEL / name, dtype=torch.float32)
-    return model.eval()
-
-
-def read_prompts() -> list[list[int]]:
-    """The shipped prompts: parts of modules that the models were not trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL / "target")
-    texts = [prompt["text"] for prompt in json.loads((DEMO_MODEL / "prompts.json").read_text())]
-    ids: list[list[int]] = tokenizer(texts)["input_ids"]
-    return ids
+def prepare(
+    options: argparse.Namespace, prompts: list[list[int]], progress: Progress
+) -> tuple[dict[str, Attempt], dict[int, list[int]]]:
+    """The candidates by name, and the right new tokens of each prompt that some batch needs, by its index."""
+    model = shapes.build(options.shape, options.device, options.dtype)
+    draft = shapes.build("demo-draft", options.device, options.dtype) if options.shape == "demo" else None
+    task = Task(
+        model,
+        draft,
+        max_batch=max(options.batches),
+        max_length=max(map(len, prompts)) + options.tokens,
+        lookup_tokens=options.lookup_tokens,
+        max_ngram=options.max_ngram,
+        draft_tokens=options.draft_tokens,
+        backend=options.backend,
+    )
+    attempts = {
+        name: Attempt(partial(CANDIDATES[name], task))
+        for name in progress.track(options.candidates, description="compiling")
+    }
+    needed = sorted({index for batch in options.batches for index in spread(len(prompts), batch)})
+    expected = {
+        index: hf_generate.run(model, [prompts[index]], max_new_tokens=options.tokens).tokens[0]
+        for index in progress.track(needed, description="decoding each prompt alone, for comparison")
+    }
+    return attempts, expected
 
 
 def spread(count: int, batch: int) -> list[int]:
@@ -83,68 +105,40 @@ def spread(count: int, batch: int) -> list[int]:
     return [index * count // batch for index in range(batch)]
 
 
-def candidates(
-    console: Console,
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
+def measure(
+    attempts: dict[str, Attempt],
     prompts: list[list[int]],
+    expected: list[list[int]],
     options: argparse.Namespace,
-) -> Iterator[tuple[str, Run]]:
-    """Every way to decode, the reference first."""
-    tokens = options.tokens
-    yield "hf_generate", partial(hf_generate.run, target, max_new_tokens=tokens)
-    lookup = partial(hf_assisted.run, target, max_new_tokens=tokens, prompt_lookup_num_tokens=7)
-    yield "hf_assisted, lookup (batch 1 loop)", lookup
-    padded = partial(vanilla_padded.run, target, max_new_tokens=tokens, num_draft_tokens=7)
-    yield "vanilla_padded, lookup K=7", padded
-    drafters: dict[str, str | Drafter] = {
-        "none": "none",
-        **{f"lookup K={k}": PromptLookup(k) for k in options.lookup_tokens},
-        **{f"draft model K={k}": DraftModel(draft, k) for k in options.draft_tokens},
+    progress: Progress,
+) -> list[Figures]:
+    """All candidates at one batch size."""
+    bar = progress.add_task(f"timing batch {len(prompts)}", total=2 * len(attempts) * (1 + options.repeats))
+
+    def run(attempt: Attempt, tokens: int) -> BaselineResult | None:
+        result = attempt(prompts, max_new_tokens=tokens)
+        progress.advance(bar)
+        return result
+
+    candidates = {
+        (name, tokens): partial(run, attempt, tokens)
+        for name, attempt in attempts.items()
+        for tokens in (options.tokens, 1)
     }
-    for name, drafter in drafters.items():
-        with console.status(f"compiling ours, {name}"):
-            run = ours(
-                target,
-                drafter,
-                max_new_tokens=tokens,
-                max_batch=max(options.batches),
-                max_length=max(map(len, prompts)) + tokens,
-                backend=options.backend,
-            )
-        yield f"ours, {name}", run
-
-
-def report(console: Console, results: dict[str, BaselineResult], expected: list[list[int]]) -> None:
-    """What the table of times does not say."""
-    for name, result in results.items():
-        identical = "yes" if result.tokens == expected else "NO"
-        accepted = result.stats.get("mean_acceptance_length")
-        length = "" if accepted is None else f", {accepted:.2f} tokens a row and step"
-        console.print(f"  {name}: same tokens as each prompt alone: {identical}{length}", highlight=False)
-
-
-def summary(
-    batch: int, comparison: Comparison, results: dict[str, BaselineResult], expected: list[list[int]]
-) -> dict[str, object]:
-    """One batch size, for the JSON file."""
-    return {
-        "batch": batch,
-        "hardware": comparison.hardware,
-        "candidates": [
-            {
-                "name": timing.name,
-                "median_seconds": timing.median_seconds,
-                "seconds": timing.seconds,
-                "tokens_per_second": timing.num_tokens / timing.median_seconds,
-                "speedup": timing.speedup,
-                "tokens_identical": results[timing.name].tokens == expected,
-                "stats": results[timing.name].stats,
-            }
-            for timing in comparison.timings
-        ],
-    }
+    runs = alternate(candidates, options.repeats)
+    progress.remove_task(bar)
+    figures = []
+    for name, attempt in attempts.items():
+        totals, prefills = ([run for run in runs[name, tokens] if run] for tokens in (options.tokens, 1))
+        if attempt.failure is not None:
+            figures.append(Figures(name, len(prompts), failure=attempt.failure))
+            continue
+        figures.append(Figures.of(name, totals, prefills, expected))
+        seconds = figures[-1].seconds(Phase.TOTAL)
+        if options.time_limit is not None and seconds > options.time_limit:
+            attempt.give_up(f"batch {len(prompts)} took {seconds:.1f} s a run, more than --time-limit")
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

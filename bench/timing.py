@@ -2,14 +2,17 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.table import Table
 
 from bench.command import Facts, describe, hardware, versions
+
+Name = TypeVar("Name", bound=Hashable)
+Outcome = TypeVar("Outcome")
 
 
 class Result(Protocol):
@@ -78,13 +81,28 @@ class Comparison:
 
 
 def compare(candidates: Mapping[str, Callable[[], Result]], repeats: int = 5) -> Comparison:
-    """Runs every candidate once to warm up, then `repeats` times in turn.
-
-    Candidates alternate within a repeat, in the opposite order every second time: a machine that slows down slows all
-    of them, and ratios are taken within a repeat.
+    """Times candidates that decode the same batch; see `alternate`. Ratios are taken within a repeat.
 
     Args:
         candidates: by name; the first is the reference of the ratios and of the tokens.
+        repeats: timed runs of each.
+
+    Raises:
+        ValueError: there is no candidate, or `repeats` is not positive.
+    """
+    runs = alternate(candidates, repeats)
+    reference = next(iter(runs.values()))
+    return Comparison([_timing(name, run, reference) for name, run in runs.items()], hardware() | versions())
+
+
+def alternate(candidates: Mapping[Name, Callable[[], Outcome]], repeats: int) -> dict[Name, list[Outcome]]:
+    """Runs every candidate once to warm up, then `repeats` times in turn.
+
+    Candidates alternate within a repeat, in the opposite order every second time: a machine that slows down slows all
+    of them.
+
+    Returns:
+        What each candidate returned, the warm-up first.
 
     Raises:
         ValueError: there is no candidate, or `repeats` is not positive.
@@ -92,12 +110,11 @@ def compare(candidates: Mapping[str, Callable[[], Result]], repeats: int = 5) ->
     if not candidates or repeats < 1:
         raise ValueError(f"nothing to time: {len(candidates)} candidates, {repeats} repeats")
     names = list(candidates)
-    runs: dict[str, list[Result]] = {name: [candidates[name]()] for name in names}
+    runs = {name: [candidates[name]()] for name in names}
     for repeat in range(repeats):
         for name in names if repeat % 2 == 0 else reversed(names):
             runs[name].append(candidates[name]())
-    reference = runs[names[0]]
-    return Comparison([_timing(name, runs[name], reference) for name in names], hardware() | versions())
+    return runs
 
 
 def _timing(name: str, runs: list[Result], reference: list[Result]) -> Timing:

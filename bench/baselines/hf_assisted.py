@@ -38,7 +38,8 @@ def run(
             below Hugging Face's threshold.
 
     Returns:
-        The result, with the stat `num_forward_passes` (of `model`, all prompts together).
+        The result, with the stats `num_forward_passes` (of `model`, all prompts together) and `mean_acceptance_length`,
+        tokens emitted per forward pass: the first one reads the prompt and verifies drafts, too.
 
     Raises:
         OptionError: not exactly one of `prompt_lookup_num_tokens` and `assistant_model` is given.
@@ -57,4 +58,8 @@ def run(
             stack.enter_context(bare_generation_config(assistant_model, num_assistant_tokens=num_assistant_tokens))
         clock = stack.enter_context(ForwardClock(model))
         tokens = [generate(model, [prompt], config, assistant_model=assistant_model)[0] for prompt in prompts]
-    return BaselineResult(tokens, clock.seconds, stats={"num_forward_passes": clock.num_forward_passes})
+    stats: dict[str, float] = {
+        "num_forward_passes": clock.num_forward_passes,
+        "mean_acceptance_length": sum(map(len, tokens)) / clock.num_forward_passes,
+    }
+    return BaselineResult(tokens, clock.seconds, stats=stats)

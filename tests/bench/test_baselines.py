@@ -89,6 +89,7 @@ def test_hf_generate_on_a_padded_batch_is_greedy_decoding_of_each_prompt(model, 
 def test_hf_assisted_by_lookup_is_greedy_decoding_of_each_prompt(model, expected):
     result = hf_assisted.run(model, ragged_prompts(), max_new_tokens=NUM_NEW, prompt_lookup_num_tokens=4)
     assert result.tokens == expected
+    assert 1 <= result.stats["mean_acceptance_length"] <= 5
 
 
 def test_hf_assisted_by_a_model_is_greedy_decoding_and_saves_forward_passes(llama):

@@ -1,0 +1,27 @@
+import numpy as np
+from matplotlib.figure import Figure
+
+from bench import plots
+
+
+def test_a_figure_says_what_is_drawn_where(tmp_path, monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    panels = [
+        plots.Panel("left", {"ours": {24: 5.0, 1: 2.0}, "theirs": {1: 1.0, 8: 1.0, 24: 1.0}}, level=1.0),
+        plots.Panel("right", {"theirs": {1: 3.0}}),
+    ]
+    plots.draw(tmp_path / "plot.png", "model, machine", panels, x_label="rows", y_label="tokens/s", highlight=["ours"])
+    (figure,) = figures
+    left, right = figure.axes
+    assert figure.get_suptitle() == "model, machine"
+    assert (left.get_title(), right.get_title()) == ("left", "right")
+    assert (left.get_xlabel(), right.get_xlabel(), left.get_ylabel()) == ("rows", "rows", "tokens/s")
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "8", "24"]
+    ours, theirs, level = left.get_lines()
+    assert np.asarray(ours.get_xydata()).tolist() == [[0, 2], [2, 5]]  # sorted, and 8 is not made up
+    assert (ours.get_linestyle(), theirs.get_linestyle()) == ("-", "--")
+    assert np.asarray(level.get_ydata()).tolist() == [1, 1]
+    assert theirs.get_color() == right.get_lines()[0].get_color() != ours.get_color()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ours", "theirs"]
