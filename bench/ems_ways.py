@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 import emssd_compile
 from bench import profiles, shapes
 from bench.baselines import hf_generate
-from bench.measure import alternate, resume
+from bench.measure import resume
 from bench.replay import ReplayDrafter, plant_continuation
+from bench.timing import alternate
 from emssd_compile import OptimizedModel
 
 Prompts = list[list[int]]
@@ -179,7 +180,7 @@ def measure(
     return rows + _time(candidates, batch, new_tokens, options.repeats)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidate:
     """One way to decode a batch.
 
@@ -187,18 +188,11 @@ class Candidate:
         run: decodes once.
         expected: the model's own tokens of each row.
         paper: the paper's speed-up.
-        last: what the last run gave.
     """
 
     run: Callable[[], Decoding]
     expected: Prompts
     paper: float | None = None
-    last: Decoding | None = None
-
-    def seconds(self) -> float:
-        """Run once more."""
-        self.last = self.run()
-        return self.last.seconds
 
 
 @dataclass(frozen=True)
@@ -242,25 +236,23 @@ def _time(
     new_tokens: int,
     repeats: int,
 ) -> list[Row]:
-    labels = {f"{name} | {profile}": (name, profile) for name, profile in candidates}
-    times = alternate({label: candidates[key].seconds for label, key in labels.items()}, repeats)
-    hugging_face, plain = times[f"{HUGGING_FACE} | None"], times[f"{PLAIN} | None"]
+    runs = alternate({key: candidate.run for key, candidate in candidates.items()}, repeats)
+    times = {key: tuple(decoding.seconds for decoding in decodings[1:]) for key, decodings in runs.items()}
     rows = []
-    for label, (name, profile) in labels.items():
-        candidate, seconds = candidates[name, profile], times[label]
-        assert candidate.last is not None
+    for (name, profile), candidate in candidates.items():
+        seconds, last = times[name, profile], runs[name, profile][-1]
         rows.append(
             Row(
                 batch,
                 name,
                 profile,
                 tokens_per_second=batch * (new_tokens - 1) / statistics.median(seconds),
-                over_hugging_face=_ratio(hugging_face, seconds),
-                over_plain=_ratio(plain, seconds),
+                over_hugging_face=_ratio(times[HUGGING_FACE, None], seconds),
+                over_plain=_ratio(times[PLAIN, None], seconds),
                 paper_over_greedy=candidate.paper,
-                emitted=candidate.last.emitted,
-                identical_rows=sum(a == b for a, b in zip(candidate.last.tokens, candidate.expected, strict=True)),
-                seconds=tuple(seconds),
+                emitted=last.emitted,
+                identical_rows=sum(a == b for a, b in zip(last.tokens, candidate.expected, strict=True)),
+                seconds=seconds,
             )
         )
     return rows

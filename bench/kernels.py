@@ -35,7 +35,8 @@ from bench.command import (
     save,
     versions,
 )
-from bench.measure import alternate, call_seconds, copy_bandwidth
+from bench.measure import call_seconds, copy_bandwidth
+from bench.timing import alternate
 from emssd_compile.ops import cpu_kernel_status, load_cpu_kernels
 from emssd_compile.ops._ragged_attention import reference
 
@@ -221,9 +222,10 @@ def measure(
             why_not[name] = "its output is not finite"
             continue
         runs[name] = run
-    times = alternate({name: partial(call_seconds, run, device) for name, run in runs.items()}, repeats)
+    calls = {name: partial(call_seconds, run, device) for name, run in runs.items()}
+    times = alternate(calls, repeats) if calls else {}
     found = [Measurement(case, name, why_not=reason) for name, reason in why_not.items()]
-    for name, repeated in times.items():
+    for name, (_, *repeated) in times.items():
         seconds = statistics.median(repeated)
         rate = case.num_bytes(dtype.itemsize) / seconds
         found.append(Measurement(case, name, Figures(seconds, rate, rate / bandwidth, errors[name])))

@@ -1,10 +1,10 @@
-"""What the tables of single steps and kernels measure with: repeats in turn, a device's bandwidth, a steady step."""
+"""What the tables of single steps and kernels measure with: a device's bandwidth, one call, a steady step."""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,21 +15,6 @@ from emssd_compile.runtime.engine import Request
 
 _COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Large against any cache."""
-
-
-def alternate(candidates: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each candidate returns, `repeats` times in turn, after one call each to warm up.
-
-    The order turns round every second time: a machine that slows down slows all of them.
-    """
-    names = list(candidates)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(repeats + 1):
-        for name in names if repeat % 2 else reversed(names):
-            value = candidates[name]()
-            if repeat:
-                found[name].append(value)
-    return found
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:

@@ -38,8 +38,9 @@ from bench.command import (
     save,
     versions,
 )
-from bench.measure import alternate, copy_bandwidth, steady_step_seconds
+from bench.measure import copy_bandwidth, steady_step_seconds
 from bench.replay import FullWidthDrafter, plant_continuation
+from bench.timing import alternate
 from emssd_compile import OptimizedModel
 
 
@@ -155,9 +156,7 @@ def measure(
     compiled: dict[int, OptimizedModel], batch: int, context: int, num_steps: int, repeats: int, bandwidth: float
 ) -> list[Step]:
     """Every compiled step at one place, alternating."""
-    runs = {
-        str(drafts): partial(steady_step_seconds, fast, batch, context, num_steps) for drafts, fast in compiled.items()
-    }
+    runs = {drafts: partial(steady_step_seconds, fast, batch, context, num_steps) for drafts, fast in compiled.items()}
     times = alternate(runs, repeats)
     # Each step adds a token to every row: half of them are there in the mean.
     num_tokens = batch * (context + num_steps // 2)
@@ -166,7 +165,7 @@ def measure(
             drafts,
             batch,
             context,
-            statistics.median(times[str(drafts)]),
+            statistics.median(times[drafts][1:]),
             floor_seconds(weight_bytes(fast.model), kv_token_bytes(fast), num_tokens, bandwidth),
         )
         for drafts, fast in compiled.items()

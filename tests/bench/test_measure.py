@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 
@@ -19,22 +17,6 @@ def model():
 @pytest.fixture(scope="module")
 def fast(model):
     return emssd_compile.optimize(model, max_batch=3, max_length=60, backend="eager")
-
-
-def test_candidates_take_turns_and_the_first_call_of_each_does_not_count():
-    order = []
-    count = itertools.count()
-
-    def candidate(name):
-        def run():
-            order.append(name)
-            return float(next(count))
-
-        return run
-
-    found = measure.alternate({"a": candidate("a"), "b": candidate("b")}, 3)
-    assert "".join(order) == "ba" + "ab" + "ba" + "ab"
-    assert found == {"a": [2, 5, 6], "b": [3, 4, 7]}
 
 
 def test_resuming_gives_the_tokens_of_the_prompts_just_read_again_and_again(model, fast):
