@@ -52,6 +52,7 @@ def draw(
         _draw_panel(axis, panel, names, ticks, highlight)
         axis.set_xlabel(x_label)
     axes[0].set_ylabel(y_label)
+    axes[0].set_ylim(bottom=0)  # of all panels, and only now: it fixes the top as well
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label() in names}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize=11)
@@ -70,5 +71,4 @@ def _draw_panel(axis: Axes, panel: Panel, names: Sequence[str], ticks: Sequence[
         axis.axhline(panel.level, color="black", linewidth=0.8)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xticks(range(len(ticks)), [str(x) for x in ticks])
-    axis.set_ylim(bottom=0)
     axis.grid(visible=True, alpha=0.3)

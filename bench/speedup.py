@@ -54,8 +54,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = command.argument_parser(__doc__)
     number = command.at_least(1)
     parser.add_argument("--shape", choices=shapes.NAMES, default="demo", help="model (default: %(default)s)")
-    parser.add_argument("--candidates", choices=CANDIDATES, nargs="+", default=DEFAULT_CANDIDATES, metavar="NAME")
-    parser.add_argument("--batches", type=number, nargs="+", default=[1, 2, 4, 8, 16, 24], metavar="B")
+    parser.add_argument(
+        "--candidates",
+        choices=CANDIDATES,
+        nargs="+",
+        default=DEFAULT_CANDIDATES,
+        metavar="NAME",
+        help=f"of {', '.join(CANDIDATES)} (default: all but ours_draft_model)",
+    )
+    parser.add_argument(
+        "--batches", type=number, nargs="+", default=[1, 2, 4, 8, 16, 24], metavar="B", help="rows (%(default)s)"
+    )
     parser.add_argument("--tokens", type=command.at_least(2), default=128, help="new tokens a row (%(default)s)")
     parser.add_argument("--lookup-tokens", type=number, default=7, help="K of every prompt lookup (%(default)s)")
     parser.add_argument("--max-ngram", type=number, default=3, help="longest suffix they match (%(default)s)")

@@ -130,6 +130,8 @@ def _lines(tables: Tables, phase: Phase, over: str | None = None) -> dict[str, d
     for batch, rows in tables.items():
         reference = _find(rows, over)
         for row in rows:
+            if row is reference:
+                continue
             value = speedup(row, reference, phase) if over else row.tokens_per_second(phase)
             if value is not None:
                 lines.setdefault(row.name, {})[batch] = value

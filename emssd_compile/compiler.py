@@ -15,6 +15,7 @@ from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_cpu_kernels
 from emssd_compile.passes import BatchShape, PassManager, PassRecord
 from emssd_compile.passes.graph import caches, placeholder, results
+from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter, TensorSpec
 from emssd_compile.step.pack import Packed
@@ -85,11 +86,17 @@ def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
         )
 
 
-def compile_step(compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter) -> fx.GraphModule:
-    """Level L3: the whole decoding step of a compiled model as one graph. Its inputs are named."""
+def compile_step(
+    compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter, target: tuple[Pass, ...] = ()
+) -> fx.GraphModule:
+    """Level L3: the whole decoding step of a compiled model as one graph, in the form that the target's passes give it.
+
+    Its inputs are named.
+    """
     graph_module = fx.GraphModule(compiled.graph_module, _copy(compiled.graph_module.graph), class_name="Step")
     manager = PassManager(compiled.fake_mode, active_observers(), compiled.records)
-    return manager.apply(graph_module, (passes.step(batch, rule, drafter, compiled.fake_mode),))
+    levels = (passes.step(batch, rule, drafter, compiled.fake_mode), passes.targeted(target))
+    return manager.apply(graph_module, levels)
 
 
 def _copy(source: fx.Graph) -> fx.Graph:

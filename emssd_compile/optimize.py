@@ -15,9 +15,11 @@ from emssd_compile.generation import resolve_options
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
+from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.consumer import Consumer, progress_bar, working
 from emssd_compile.runtime.engine import Engine, Request, allocate
 from emssd_compile.runtime.inputs import Sequences, parse_prompts
+from emssd_compile.runtime.launch import make_launcher
 from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
 from emssd_compile.stats import Stats
 from emssd_compile.step.acceptance import Rule
@@ -44,7 +46,8 @@ def optimize(
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
     The tokens that `generate` gives are the model's own: in fp32 exactly those of its greedy decoding of each prompt
-    alone. Weights are shared with `model`, never copied.
+    alone. Weights are shared with `model`. Only Inductor on a CPU holds the matrices a second time, in the layout that
+    it multiplies fastest, unless that takes more than half of the memory available (`explain()` says so then).
 
     Args:
         model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple
@@ -81,7 +84,8 @@ def optimize(
         return draft
 
     proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    graph_module = compile_step(compiled, batch, rule, proposer)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    graph_module = compile_step(compiled, batch, rule, proposer, BACKENDS[backend].passes(device))
     return OptimizedModel(model, compiled, graph_module, proposer, options)
 
 
@@ -129,19 +133,19 @@ class OptimizedModel:
 
     def _make_engine(self) -> Engine:
         device, drafter = self.device, self.drafter
-        caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)
-        return Engine(
-            BACKENDS[self.options.backend](self.graph_module),
+        caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)  # first: they may not fit
+        rows, limit = self.options.max_batch, drafter.num_draft_tokens
+        state = StepState.empty(rows, self.options.max_length, self._compiled.vocabulary, limit, device)
+        drafter_state = allocate(drafter.state_spec(), device)
+        launcher = make_launcher(
+            BACKENDS[self.options.backend].lower(self.graph_module),
             [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],
-            StepState.empty(
-                self.options.max_batch,
-                self.options.max_length,
-                self._compiled.vocabulary,
-                drafter.num_draft_tokens,
-                device,
-            ),
-            allocate(drafter.state_spec(), device),
-            caches,
+            {**state.tensors(), **drafter_state, **caches},
+            buckets=() if self.options.backend == "eager" else decode_buckets(rows, limit),
+        )
+        return Engine(
+            launcher,
+            tuple(drafter_state),
             prefill_chunk=self.options.prefill_chunk,
             lag=0 if device.type == "cpu" else 1,
         )
@@ -170,6 +174,10 @@ class OptimizedModel:
         """Compile now rather than in the first `generate`; with `progress`, show that something is going on."""
         with working("compiling the step", shown=progress):
             self._engine.warmup()
+        graphs = len(self._engine.launcher.buckets)
+        with progress_bar(progress and graphs > 0, graphs, "CUDA graphs") as advance:
+            for _ in self._engine.capture():
+                advance(1)
         self._engine.counters()
 
     def generate(

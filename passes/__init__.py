@@ -1,6 +1,6 @@
 """The compile order, from a captured forward to one decoding step.
 
-    L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step
+    L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step --suit--> L3 for a target
 
 Each tuple below is one stage; each level is verified when it is reached (`levels`).
 """
@@ -15,7 +15,7 @@ from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.fuse_verify import FuseVerify
 from emssd_compile.passes.levels import verify_canonical, verify_captured, verify_step, verify_unpadded
 from emssd_compile.passes.lift_positions import LiftPositions
-from emssd_compile.passes.manager import Level, PassManager, PassRecord, Refusal, drop_unused_weights
+from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
 from emssd_compile.passes.raise_attention import RaiseAttention
 from emssd_compile.passes.restore_all_logits import RestoreAllLogits
@@ -35,6 +35,7 @@ __all__ = [
     "captured",
     "drop_unused_weights",
     "step",
+    "targeted",
     "unpadded",
 ]
 
@@ -83,3 +84,8 @@ def step(batch: BatchShape, rule: Rule, drafter: Drafter, fake_mode: FakeTensorM
         ),
         verify_step,
     )
+
+
+def targeted(own: tuple[Pass, ...]) -> Level:
+    """L3 still, with the ops that a target is fast at; each backend names its own passes (`lowering`)."""
+    return Level("target", own, verify_step)

@@ -1,16 +1,39 @@
-"""Lowering: from the step graph to something that runs fast. To add a backend: one function, one line in `BACKENDS`."""
+"""Lowering: from the step graph to something that runs fast. To add a backend: one file, one line in `BACKENDS`."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, fx
 
-from emssd_compile.lowering.eager import lower_eager
-from emssd_compile.lowering.inductor import lower_inductor
+from emssd_compile.lowering import eager, inductor
 
-BACKENDS: dict[str, Callable[[fx.GraphModule], Callable[..., dict[str, Tensor]]]] = {
-    "eager": lower_eager,
-    "inductor": lower_inductor,
+if TYPE_CHECKING:
+    from emssd_compile.passes.manager import Pass
+
+Step = Callable[..., dict[str, Tensor]]
+"""What runs a step: inputs in the order of the graph's placeholders, results by name."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run the step graph.
+
+    Attributes:
+        passes: the rewrites that suit this backend on a device, applied to the step graph.
+        lower: from the rewritten graph to what runs it.
+    """
+
+    passes: Callable[[torch.device], tuple[Pass, ...]]
+    lower: Callable[[fx.GraphModule], Step]
+
+
+BACKENDS = {
+    "eager": Backend(eager.passes, eager.lower),
+    "inductor": Backend(inductor.passes, inductor.lower),
 }
-"""Each takes a step graph and returns what runs it: inputs in order, outputs by name."""
 
-__all__ = ["BACKENDS", "lower_eager", "lower_inductor"]
+__all__ = ["BACKENDS", "Backend", "Step"]

@@ -1,10 +1,18 @@
-"""Run the step graph op by op."""
+"""Run the step graph op by op: nothing to wait for, and what every other backend is compared with."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, fx
 
 
-def lower_eager(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tensor]]:
-    """The graph as it is: nothing to wait for, and what every other backend is compared with."""
+def passes(device: torch.device) -> tuple[()]:
+    """None: the graph runs as it is."""
+    return ()
+
+
+def lower(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tensor]]:
+    """The graph module itself."""
     return graph_module

@@ -9,10 +9,19 @@ from pathlib import Path
 
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
+from emssd_compile.ops._packed_linear import packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
 from emssd_compile.ops.cpu_library import cpu_kernel_status, load_cpu_kernels
 
-__all__ = ["append_kv", "attention", "cpu_kernel_status", "load_cpu_kernels", "ragged_attention", "source_hash"]
+__all__ = [
+    "append_kv",
+    "attention",
+    "cpu_kernel_status",
+    "load_cpu_kernels",
+    "packed_linear",
+    "ragged_attention",
+    "source_hash",
+]
 
 
 def source_hash() -> str:

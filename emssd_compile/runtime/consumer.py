@@ -56,16 +56,16 @@ class Consumer:
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over at most `total` tokens; yields what to call with each number of new ones."""
+def progress_bar(shown: bool, total: int, what: str = "tokens") -> Iterator[Callable[[int], None]]:
+    """A bar over at most `total` of something; yields what to call with each number of new ones."""
     if not shown:
         yield lambda count: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
-        task = progress.add_task("tokens", total=total)
+        task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
 

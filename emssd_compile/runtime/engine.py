@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from emssd_compile.errors import CapacityError
+from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.launch import Launcher, Report
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.drafting import TensorSpec
-from emssd_compile.step.state import COUNTERS, StepState
-
-Step = Callable[..., dict[str, Tensor]]
+from emssd_compile.step.state import COUNTERS
 
 
 @dataclass
@@ -55,49 +55,39 @@ class _Row:
 class _Launch:
     """A step under way: its report, and which request each row held when it was launched."""
 
-    report: Tensor
+    report: Report
     requests: tuple[Request | None, ...]
 
 
 class Engine:
-    """Owns the device-resident state and drives the step.
+    """Drives the step over the device-resident state, which the launcher owns.
 
     The host launches step i + 1 before it reads the report of step i (`lag` = 1; on a CPU, where a launch is a call
     that returns when its work is done, there is nothing to overlap and `lag` = 0). Only the sizes of a step are
     chosen here; what is in it is decided on the device.
 
     Args:
-        step: the lowered step.
-        input_names: its inputs in order.
-        state: initial state.
-        drafter_state: the drafter's row tensors (zeroed when a request starts).
-        caches: KV caches and other tensors written in place.
+        launcher: runs steps and owns their tensors.
+        drafter_state: names of the drafter's row tensors (zeroed when a request starts).
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
     """
 
     def __init__(
         self,
-        step: Step,
-        input_names: Sequence[str],
-        state: StepState,
-        drafter_state: dict[str, Tensor],
-        caches: dict[str, Tensor],
+        launcher: Launcher,
+        drafter_state: Collection[str],
         *,
         prefill_chunk: int,
         lag: int,
     ) -> None:
-        self.step = step
-        self.input_names = tuple(input_names)
-        self.tensors = {**state.tensors(), **drafter_state, **caches}
-        self.num_rows, self.capacity = state.history.shape
-        self.num_draft_tokens = state.histogram.shape[0] - 1
-        self.device = state.history.device
+        self.launcher = launcher
+        self.num_rows, self.capacity = launcher.tensors["history"].shape
+        self.num_draft_tokens = launcher.tensors["histogram"].shape[0] - 1
         self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1))
         self.lag = lag
-        self.sizes_used: set[tuple[int, int, int]] = set()
+        self.sizes_used: set[Sizes] = set()
         self._drafter_state = tuple(drafter_state)
-        self._slots: dict[tuple[str, int], Tensor] = {}
         self._rows: list[_Row | None] = [None] * self.num_rows
 
     def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Iterator[Request]:
@@ -118,22 +108,33 @@ class Engine:
         finally:
             self._clear()
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """State, the drafter's state and caches by name; to change one, assign to it through the launcher."""
+        return self.launcher.tensors
+
     def warmup(self) -> None:
         """Compile: run the step once with nothing in it."""
-        self._run_step(2, 2, 2)
+        self._run_step(2, 2, 2).read()
+
+    def capture(self) -> Iterator[Sizes]:
+        """Run every bucket of sizes once with nothing in it, so that none is captured later; yields each when done."""
+        for sizes in self.launcher.buckets:
+            self._run_step(*sizes).read()
+            yield sizes
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
         """The counters and the acceptance histogram, read from the device, and reset there."""
         counts = dict(zip(COUNTERS, self.tensors["counters"].tolist(), strict=True))
         histogram = self.tensors["histogram"].tolist()
         for name in ("counters", "histogram"):
-            self.tensors[name] = torch.zeros_like(self.tensors[name])
+            self.launcher.assign(name, torch.zeros_like(self.tensors[name]))
         return counts, histogram
 
     def _set_eos(self, eos_token_ids: Sequence[int]) -> None:
         is_eos = torch.zeros(self.tensors["is_eos"].shape, dtype=torch.bool)
         is_eos[list(eos_token_ids)] = True
-        self.tensors["is_eos"] = is_eos.to(self.device)
+        self.launcher.assign("is_eos", self.launcher.upload(is_eos))
 
     def _admit(self, waiting: deque[Request]) -> None:
         """Start waiting requests in free rows."""
@@ -154,11 +155,11 @@ class Engine:
             "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
             "min_known": lengths + torch.tensor([r.min_new_tokens for r in started]),
         }
-        rows = torch.tensor(free, device=self.device)
+        rows = self.launcher.upload(torch.tensor(free))
         for name, value in values.items():
-            self.tensors[name] = self.tensors[name].index_copy(0, rows, value.to(self.device))
+            self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))
         for name in self._drafter_state:
-            self.tensors[name] = self.tensors[name].index_fill(0, rows, 0)
+            self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
         for b, request in zip(free, started, strict=True):
             self._rows[b] = _Row(request, pending=len(request.prompt) - request.num_read)
 
@@ -182,26 +183,15 @@ class Engine:
         reading = min(sum(2 if row.pending == 1 else row.pending + 1 for row in rows), self.chunk + self.num_rows)
         return tokens, logits, reading
 
-    def _run_step(self, tokens: int, logits: int, drafter_tokens: int) -> Tensor:
-        self.sizes_used.add((tokens, logits, drafter_tokens))
-        sizes = {"token_slots": tokens, "logit_slots": logits, "draft_slots": drafter_tokens}
-        slots = {name: self._arange(name, size) for name, size in sizes.items()}
-        with torch.no_grad():
-            results = self.step(*(slots[n] if n in slots else self.tensors[n] for n in self.input_names))
-        report = results["report"]
-        self.tensors.update({name: value for name, value in results.items() if name != "report"})
-        return report
-
-    def _arange(self, name: str, length: int) -> Tensor:
-        """The input `name` of that length. No two inputs share a tensor: a compiled step would take that for a rule."""
-        if (name, length) not in self._slots:
-            self._slots[name, length] = torch.arange(length, device=self.device)
-        return self._slots[name, length]
+    def _run_step(self, tokens: int, logits: int, drafter_tokens: int) -> Report:
+        sizes = Sizes(tokens, logits, drafter_tokens)
+        self.sizes_used.add(sizes)
+        return self.launcher.launch(sizes)
 
     def _collect(self, launch: _Launch) -> Iterator[Request]:
         """Read one report: hand out tokens, free the rows that ended."""
         columns = len(REPORT_FIELDS)
-        for b, line in enumerate(launch.report.tolist()):
+        for b, line in enumerate(launch.report.read()):
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request:
                 continue  # the row was empty then, or has ended since
@@ -217,13 +207,13 @@ class Engine:
     def _release(self, b: int, *, active: bool) -> None:
         self._rows[b] = None
         if active:  # ended by the caller: the device does not know yet
-            rows = torch.tensor([b], device=self.device)
-            self.tensors["active"] = self.tensors["active"].index_fill(0, rows, False)
+            rows = self.launcher.upload(torch.tensor([b]))
+            self.launcher.assign("active", self.tensors["active"].index_fill(0, rows, False))
 
     def _clear(self) -> None:
         """Leave no active row behind, also when the consumer stops early."""
         self._rows = [None] * self.num_rows
-        self.tensors["active"] = torch.zeros_like(self.tensors["active"])
+        self.launcher.assign("active", torch.zeros_like(self.tensors["active"]))
 
 
 def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

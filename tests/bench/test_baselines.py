@@ -1,7 +1,5 @@
-import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from bench import timing
 from bench.baselines import hf_assisted, hf_generate, realign, vanilla_padded
 from bench.baselines.hf_static import StaticGenerate
 from bench.baselines.padded_cache import PaddedCache
@@ -278,59 +275,3 @@ def test_prompt_lookup_takes_the_longest_and_then_the_latest_match(text, split, 
     drafter = PromptLookup(text[: split + 1], max_ngram=max_ngram)
     drafter.extend(text[split + 1 :])
     assert drafter.draft(limit) == look_up(text, max_ngram, limit)
-
-
-@dataclass
-class Run:
-    tokens: list[list[int]]
-    seconds: float
-
-
-def test_compare_alternates_and_takes_ratios_within_a_repeat():
-    order = []
-
-    def candidate(name, seconds, tokens):
-        remaining = iter(seconds)
-
-        def run():
-            order.append(name)
-            return Run(tokens, next(remaining))
-
-        return run
-
-    # The first run of each is the warm-up. The machine halves its speed in the last repeat; the ratio does not notice.
-    comparison = timing.compare(
-        {
-            "plain": candidate("plain", [99, 2, 2, 4], [[1, 2], [3]]),
-            "fast": candidate("fast", [99, 1, 1, 2], [[1, 2], [3]]),
-            "wrong": candidate("wrong", [99, 4, 1, 1], [[1, 2], [4]]),
-        },
-        repeats=3,
-    )
-    assert order == ["plain", "fast", "wrong"] * 2 + ["wrong", "fast", "plain"] + ["plain", "fast", "wrong"]
-    plain, fast, wrong = comparison.timings
-    assert (plain.speedup, fast.speedup, wrong.speedup) == (1, 2, 2)
-    assert (plain.seconds, plain.median_seconds, plain.num_tokens) == ([2, 2, 4], 2, 3)
-    assert [t.tokens_identical for t in comparison.timings] == [True, True, False]
-
-
-def test_a_comparison_is_saved_and_shown_with_its_hardware(tmp_path):
-    comparison = timing.compare({"plain": lambda: Run([[1, 2, 3]], 0.5)}, repeats=2)
-    comparison.save(tmp_path / "result.json", batch_size=1)
-    saved = json.loads((tmp_path / "result.json").read_text())
-    assert saved["batch_size"] == 1
-    assert saved["timings"][0]["seconds"] == [0.5, 0.5]
-    assert saved["hardware"]["torch"] == torch.__version__
-    assert saved["hardware"]["threads"] == torch.get_num_threads()
-    table = comparison.table("title")
-    assert [list(column.cells) for column in table.columns] == [
-        ["plain"], ["0.500"], ["0.500–0.500"], ["6.0"], ["1.00"], ["yes"]
-    ]  # fmt: skip
-    assert f"torch {torch.__version__}" in str(table.caption)
-
-
-def test_compare_refuses_to_time_nothing():
-    with pytest.raises(ValueError, match="nothing to time"):
-        timing.compare({})
-    with pytest.raises(ValueError, match="nothing to time"):
-        timing.compare({"plain": lambda: Run([[1]], 1.0)}, repeats=0)

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from bench.baselines import hf_generate
 from bench.baselines.common import BaselineResult
 from bench.candidates import CANDIDATES, Attempt, Task
 from bench.figures import OURS, RATIOS, REFERENCE
-from emssd_compile.drafters import PromptLookup
+from emssd_compile.drafters import DraftModel, PromptLookup
 
 NUM_NEW = 6
 PROMPTS = [[5, 6, 7, 5, 6], [9, 8, 7, 6, 9, 8, 7, 6, 9, 8]]
@@ -19,7 +20,8 @@ def task() -> Task:
     return Task(model, model, 2, 20, lookup_tokens=3, max_ngram=2, draft_tokens=2, backend="eager")
 
 
-@pytest.mark.parametrize("name", [name for name in CANDIDATES if name not in ("hf_generate_static", "ours_padded")])
+# Packed stands for all of ours, which take long to make. The static cache is in test_baselines.
+@pytest.mark.parametrize("name", ["hf_generate", "hf_assisted", "vanilla_padded", "realign", "ours_packed"])
 def test_a_candidate_decodes_as_many_tokens_as_asked_and_they_are_the_models_own(task, name):
     run = CANDIDATES[name](task)
     for num_new in (NUM_NEW, 1):
@@ -73,10 +75,16 @@ def test_a_candidate_that_fails_is_not_run_again():
     assert calls == [1, 2]
 
 
-def test_the_draft_model_is_that_of_the_demo():
-    without = Task(
-        shapes.build("tiny-llama"), None, 2, 20, lookup_tokens=3, max_ngram=2, draft_tokens=2, backend="eager"
-    )
-    attempt = Attempt(lambda: CANDIDATES["ours_draft_model"](without))
+def test_the_draft_model_drafts_as_many_tokens_as_asked(task, monkeypatch):
+    drafters: list[object] = []
+    monkeypatch.setattr(candidates, "compile_ours", lambda _, drafter, **__: drafters.append(drafter))
+    CANDIDATES["ours_draft_model"](task)
+    (drafter,) = drafters
+    assert isinstance(drafter, DraftModel)
+    assert drafter.num_draft_tokens == task.draft_tokens
+
+
+def test_without_a_draft_model_it_says_where_there_is_one(task):
+    attempt = Attempt(lambda: CANDIDATES["ours_draft_model"](dataclasses.replace(task, draft_model=None)))
     assert attempt.failure is not None
     assert "--shape demo" in attempt.failure

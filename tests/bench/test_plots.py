@@ -9,7 +9,7 @@ def test_a_figure_says_what_is_drawn_where(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     panels = [
         plots.Panel("left", {"ours": {24: 5.0, 1: 2.0}, "theirs": {1: 1.0, 8: 1.0, 24: 1.0}}, level=1.0),
-        plots.Panel("right", {"theirs": {1: 3.0}}),
+        plots.Panel("right", {"theirs": {1: 9.0}}),
     ]
     plots.draw(tmp_path / "plot.png", "model, machine", panels, x_label="rows", y_label="tokens/s", highlight=["ours"])
     (figure,) = figures
@@ -23,5 +23,8 @@ def test_a_figure_says_what_is_drawn_where(tmp_path, monkeypatch):
     assert (ours.get_linestyle(), theirs.get_linestyle()) == ("-", "--")
     assert np.asarray(level.get_ydata()).tolist() == [1, 1]
     assert theirs.get_color() == right.get_lines()[0].get_color() != ours.get_color()
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] == 0
+    assert left.get_ylim()[1] > 9  # the panels share an axis on which every point is seen
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["ours", "theirs"]

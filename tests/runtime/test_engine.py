@@ -6,6 +6,8 @@ import torch
 from emssd_compile.runtime.engine import Engine, Request
 from tests.exactness.compiled import K, rechunked, target
 from tests.exactness.models import prompt
+from tests.runtime.engines import graph_engine
+from tests.runtime.tape import TapeDevice
 
 ROWS, NEW = 2, 9
 
@@ -16,11 +18,13 @@ def fast():
     return compiled.optimize(compiled.drafter("sometimes-wrong"))
 
 
-@pytest.fixture(params=[0, 1], ids=["lag=0", "lag=1"])
+@pytest.fixture(params=["lag=0", "lag=1", "graphs"])
 def engine(request, fast) -> Engine:
-    """Host in step with the device, and one step behind it."""
+    """Host in step with the device, one step behind it, and one behind with steps captured."""
+    if request.param == "graphs":
+        return graph_engine(fast, 24, TapeDevice())
     engine = rechunked(fast, 24)._engine
-    engine.lag = request.param
+    engine.lag = int(request.param == "lag=1")
     return engine
 
 
@@ -41,14 +45,14 @@ def test_rows_are_refilled_as_others_end(engine):
 
 
 def test_the_host_reads_a_step_after_it_launched_as_many_as_it_lags(engine):
-    run, launched = engine.step, 0
+    launch, launched = engine.launcher.launch, 0
 
-    def counted(*inputs):
+    def counted(sizes):
         nonlocal launched
         launched += 1
-        return run(*inputs)
+        return launch(sizes)
 
-    engine.step = counted
+    engine.launcher.launch = counted
     next(engine.run(_requests(5)))
     assert launched == 1 + engine.lag
 
@@ -111,5 +115,5 @@ def test_counters_are_reset_when_they_are_read(engine):
 
 
 def test_nothing_to_do_launches_nothing(engine):
-    engine.step = lambda *inputs: pytest.fail("launched a step")
+    engine.launcher.launch = lambda sizes: pytest.fail("launched a step")
     assert list(engine.run([])) == []

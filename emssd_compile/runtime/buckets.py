@@ -1,0 +1,45 @@
+"""Sizes of a step, and the few of them that are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Sizes(NamedTuple):
+    """Sizes of a step: the lengths of its inputs of the same names. More than is wanted only makes inert tail.
+
+    Attributes:
+        token_slots: T, packed tokens.
+        logit_slots: R, packed tokens whose logits are read.
+        draft_slots: S, packed tokens that a drafter with a model of its own reads.
+    """
+
+    token_slots: int
+    logit_slots: int
+    draft_slots: int
+
+    def covers(self, other: Sizes) -> bool:
+        """Whether a step of these sizes can do the work of a step of the `other`."""
+        return all(have >= need for have, need in zip(self, other, strict=True))
+
+
+def decode_buckets(num_rows: int, num_draft_tokens: int) -> tuple[Sizes, ...]:
+    """Sizes, ascending, that cover every step in which all rows decode.
+
+    T is 1, 2, 3, 4, 6, 8, 12, ... (at most half more than is wanted) and last what all rows want, B * (K + 1). R is T,
+    so that no choice of tokens can want more logits. A row that decodes leaves a drafter two tokens to read.
+
+    Args:
+        num_rows: B.
+        num_draft_tokens: K.
+    """
+    most = num_rows * (num_draft_tokens + 1)
+    steps = {factor << power for power in range(most.bit_length()) for factor in (1, 3)}
+    tokens = sorted({most, *(size for size in steps if size < most)})
+    return tuple(Sizes(size, size, 2 * min(size, num_rows)) for size in tokens)
+
+
+def smallest_cover(buckets: Sequence[Sizes], sizes: Sizes) -> Sizes | None:
+    """The first of the ascending `buckets` that covers `sizes`; None if none does."""
+    return next((bucket for bucket in buckets if bucket.covers(sizes)), None)

@@ -1,0 +1,200 @@
+"""Who launches a step: it owns the tensors that travel from step to step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from emssd_compile.runtime.buckets import Sizes, smallest_cover
+from emssd_compile.runtime.cuda import CudaDevice
+from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.state import CONSTANT_FIELDS
+
+Step = Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step tells the host, perhaps still on its way.
+
+    Attributes:
+        values: int64 `[B, 4 + K + 1]` on the CPU, `REPORT_FIELDS` and the emitted tokens.
+        wait: returns when `values` are there.
+    """
+
+    values: Tensor
+    wait: Callable[[], object]
+
+    def read(self) -> list[list[int]]:
+        """Wait for this step's report, and for nothing that was launched after it."""
+        self.wait()
+        values: list[list[int]] = self.values.tolist()
+        return values
+
+
+class Launcher(ABC):
+    """Runs steps on the tensors it owns. All changes to them go through it, in the order of the calls.
+
+    Args:
+        step: the lowered step.
+        input_names: its inputs in order.
+        tensors: its inputs by name, but for those named in `Sizes`: state, the drafter's state, caches.
+
+    Attributes:
+        tensors: the same, as the last launched step leaves them.
+        buckets: sizes that are run as one launch, once they have been launched before.
+    """
+
+    buckets: tuple[Sizes, ...] = ()
+
+    def __init__(self, step: Step, input_names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+        self.step = step
+        self.input_names = tuple(input_names)
+        self.tensors = dict(tensors)
+        self._slots: dict[tuple[str, int], Tensor] = {}
+
+    @abstractmethod
+    def launch(self, sizes: Sizes) -> Report:
+        """Run a step of at least these sizes."""
+
+    @abstractmethod
+    def assign(self, name: str, value: Tensor) -> None:
+        """Give a tensor a new value, of the same shape and dtype and on the same device."""
+
+    @abstractmethod
+    def upload(self, value: Tensor) -> Tensor:
+        """`value`, made on the CPU, where the tensors are."""
+
+    def _run(self, sizes: Sizes) -> dict[str, Tensor]:
+        slots = {name: self._arange(name, size) for name, size in sizes._asdict().items()}
+        with torch.no_grad():
+            return self.step(*(slots[n] if n in slots else self.tensors[n] for n in self.input_names))
+
+    def _arange(self, name: str, length: int) -> Tensor:
+        """The input `name` of that length. No two inputs share a tensor: a compiled step would take that for a rule.
+
+        Kept for good: a captured step reads it where it lies.
+        """
+        if (name, length) not in self._slots:
+            self._slots[name, length] = torch.arange(length, device=self.tensors["history"].device)
+        return self._slots[name, length]
+
+
+class DirectLauncher(Launcher):
+    """Calls the step, and takes the tensors it returns in place of the old ones.
+
+    For the CPU, where a call that returns has done its work.
+    """
+
+    def launch(self, sizes: Sizes) -> Report:
+        """See the base class."""
+        results = self._run(sizes)
+        report = results.pop("report")
+        self.tensors.update(results)
+        return Report(report, lambda: None)
+
+    def assign(self, name: str, value: Tensor) -> None:
+        """See the base class."""
+        self.tensors[name] = value
+
+    def upload(self, value: Tensor) -> Tensor:
+        """See the base class."""
+        return value
+
+
+class Device(Protocol):
+    """What `GraphLauncher` needs of a device; `CudaDevice` says what each means."""
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        """Run `work` once, then record it without running it; returns what replays the record."""
+        ...
+
+    def upload(self, value: Tensor) -> Tensor:
+        """`value` on the device."""
+        ...
+
+    def download(self, value: Tensor) -> tuple[Tensor, Callable[[], object]]:
+        """A copy of `value` in host memory, and what waits until it is there."""
+        ...
+
+
+class GraphLauncher(Launcher):
+    """Runs whole decode steps as one launch each: CUDA graphs, captured once per bucket of sizes.
+
+    A graph works on the addresses it was captured with. So the tensors stay where they are: a step ends by copying
+    what it returns into them, and the host changes them in place. Drafting, verification, acceptance, the update of
+    the state and these copies are all in the graph; a replay needs no arguments. KV caches are not copied, since the
+    step writes them in place, and weights are read where they lie: the model must not be moved.
+
+    The first step of a bucket runs directly, as the warm-up that a capture needs; then it is captured. Steps that no
+    bucket covers (chunks of prompts) always run directly: they are few, and long enough to hide their launches.
+
+    Nothing waits for the device but `Report.read` and a capture.
+
+    Args:
+        step, input_names, tensors: as for `Launcher`; `tensors` are written in place.
+        device: how to capture and to copy.
+        buckets: sizes to capture, ascending; none runs every step directly.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        input_names: Sequence[str],
+        tensors: dict[str, Tensor],
+        device: Device,
+        buckets: tuple[Sizes, ...],
+    ) -> None:
+        super().__init__(step, input_names, tensors)
+        self.buckets = buckets
+        self._device = device
+        self._replays: dict[Sizes, Callable[[], object]] = {}
+        width = len(REPORT_FIELDS) + len(tensors["histogram"])
+        self._report = tensors["history"].new_zeros((len(tensors["history"]), width))
+
+    def launch(self, sizes: Sizes) -> Report:
+        """See the base class."""
+        bucket = smallest_cover(self.buckets, sizes)
+        if bucket is None:
+            self._advance(sizes)
+        elif bucket in self._replays:
+            self._replays[bucket]()
+        else:
+            self._replays[bucket] = self._device.capture(partial(self._advance, bucket))
+        # The next step overwrites the report, maybe before it has reached the host: what travels is a copy.
+        return Report(*self._device.download(self._report.clone()))
+
+    def assign(self, name: str, value: Tensor) -> None:
+        """See the base class."""
+        self.tensors[name].copy_(value)
+
+    def upload(self, value: Tensor) -> Tensor:
+        """See the base class."""
+        return self._device.upload(value)
+
+    def _advance(self, sizes: Sizes) -> None:
+        """Run a step and leave its results in the tensors."""
+        results = self._run(sizes)
+        self._report.copy_(results.pop("report"))
+        changed = {name: value for name, value in results.items() if name not in CONSTANT_FIELDS}
+        held = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
+        # A result may lie in one of the tensors (a drafter returned what it was given): read all, then write.
+        values = {n: v.clone() if v.untyped_storage().data_ptr() in held else v for n, v in changed.items()}
+        for name, value in values.items():
+            self.tensors[name].copy_(value)
+
+
+def make_launcher(
+    step: Step, input_names: Sequence[str], tensors: dict[str, Tensor], buckets: tuple[Sizes, ...]
+) -> Launcher:
+    """The launcher for the device that `tensors` lie on; `buckets` are captured where that is a CUDA device."""
+    device = tensors["history"].device
+    if device.type == "cuda":
+        return GraphLauncher(step, input_names, tensors, CudaDevice(device), buckets)
+    return DirectLauncher(step, input_names, tensors)

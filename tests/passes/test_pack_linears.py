@@ -1,0 +1,47 @@
+"""`pack_linears`: products with packed weights."""
+
+import torch
+import torch.nn.functional as F
+
+from emssd_compile.passes import pack_linears
+from emssd_compile.passes.pack_linears import PackLinears
+from tests.passes.graphs import TinyModel, apply, capture_and_apply, model_with_attention, ops, run, unpadded
+
+
+def test_packs_every_layer_and_says_how_many():
+    graph_module, _ = unpadded(model_with_attention())
+    layers = ops(graph_module)["linear"]
+    (record,) = apply(graph_module, PackLinears())
+    assert (record.changed, record.refusals) == (layers, ())
+    assert ops(graph_module)["packed_linear"] == layers > 0
+    assert not ops(graph_module)["linear"]
+
+
+def test_gives_what_the_model_gives_also_with_a_bias_and_after_a_weight_has_changed():
+    model = TinyModel(lambda m, x, ids: m.dense(x))
+    graph_module, _ = capture_and_apply(model, PackLinears())
+    for _ in range(2):
+        ids = torch.randint(32, (1, 5), generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(run(graph_module, 5), model(ids).detach())
+        with torch.no_grad():
+            model.dense.weight.mul_(-2)
+
+
+def test_changes_nothing_the_second_time():
+    graph_module, _ = capture_and_apply(TinyModel(), PackLinears())
+    (record,) = apply(graph_module, PackLinears())
+    assert record.changed == 0
+
+
+def test_leaves_a_computed_weight_alone_and_says_why():
+    _, (record,) = capture_and_apply(TinyModel(lambda m, x, ids: F.linear(x, m.q.weight * 2)), PackLinears())
+    assert record.changed == 1  # the head
+    assert [refusal.reason for refusal in record.refusals] == ["its weight is computed"]
+
+
+def test_leaves_all_alone_if_the_copies_would_not_fit(monkeypatch):
+    weights = 4 * 32 * 16  # bytes of the LM head
+    monkeypatch.setattr(pack_linears, "_available_memory", lambda: 2 * weights - 1)
+    _, (record,) = capture_and_apply(TinyModel(), PackLinears())
+    assert record.changed == 0
+    assert "more than half of what is available" in record.refusals[0].reason
