@@ -4,6 +4,7 @@ import torch
 import emssd_compile
 from bench import measure, shapes
 from bench.replay import FullWidthDrafter, plant_continuation
+from emssd_compile.runtime.engine import Request
 from tests.bench.test_baselines import greedy
 
 K, NEW = 3, 6
@@ -32,11 +33,12 @@ def test_resuming_gives_the_tokens_of_the_prompts_just_read_again_and_again(mode
 
 
 def test_nothing_is_read_when_resuming(fast):
-    fast.generate([[1, 2, 3]], max_new_tokens=1)
-    fast.stats.reset()
-    measure.resume(fast, [list(range(40))], 2)
-    fast.generate([[1]], max_new_tokens=1)  # brings the counters since `resume` read them
-    assert fast.stats.num_fed_tokens == 1
+    engine = fast._engine
+    engine.counters()
+    request = Request(0, torch.arange(40), max_new_tokens=2, num_read=39)
+    assert sum(1 for _ in engine.run([request])) == 2
+    # The prompt's last token, then the one before the last new one, without drafts.
+    assert engine.counters()[0]["num_fed_tokens"] == 2
 
 
 def test_a_steady_step_is_the_difference_of_two_runs_over_the_difference_of_their_steps(monkeypatch):

@@ -100,9 +100,9 @@ def test_a_full_width_step_feeds_every_draft_and_accepts_none(model, prompts):
     assert fast.stats.num_draft_tokens == ROWS * (K * (NEW - K) + sum(range(K)) - K)
 
 
-def test_what_does_not_fit_is_refused(model, replay):
+def test_what_does_not_fit_is_refused(replay):
     with pytest.raises(DrafterError, match="made for 6 rows; max_batch is 2"):
-        emssd_compile.optimize(model, replay, max_batch=2, max_length=80, backend="eager")
+        replay.prepare(None, 2, 80, 4096)
     with pytest.raises(OptionError, match="7 prompts and 7 continuations for 6 rows"):
         replay.load([[1]] * 7, [[1]] * 7, ACCEPTANCE)
     with pytest.raises(OptionError, match="up to 41 tokens and 4 probabilities"):
