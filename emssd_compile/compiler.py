@@ -12,13 +12,14 @@ from emssd_compile import passes
 from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.ops import load_cpu_kernels
+from emssd_compile.ops import load_kernels
 from emssd_compile.passes import BatchShape, PassManager, PassRecord
 from emssd_compile.passes.graph import caches, placeholder, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter, TensorSpec
 from emssd_compile.step.pack import Packed
+from emssd_compile.step.policy import LengthPolicy
 
 
 @dataclass
@@ -65,8 +66,7 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     graph_module = capture(model)
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
-    if ids.device.type == "cpu":
-        load_cpu_kernels()  # before anything runs: the comparison with the model is to use them, too
+    load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
     _check_capacity(batch.capacity, ids.shape[1])
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
@@ -87,7 +87,12 @@ def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
 
 
 def compile_step(
-    compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter, target: tuple[Pass, ...] = ()
+    compiled: CompiledModel,
+    batch: BatchShape,
+    rule: Rule,
+    drafter: Drafter,
+    policy: LengthPolicy,
+    target: tuple[Pass, ...] = (),
 ) -> fx.GraphModule:
     """Level L3: the whole decoding step of a compiled model as one graph, in the form that the target's passes give it.
 
@@ -95,7 +100,7 @@ def compile_step(
     """
     graph_module = fx.GraphModule(compiled.graph_module, _copy(compiled.graph_module.graph), class_name="Step")
     manager = PassManager(compiled.fake_mode, active_observers(), compiled.records)
-    levels = (passes.step(batch, rule, drafter, compiled.fake_mode), passes.targeted(target))
+    levels = (passes.step(batch, rule, drafter, policy, compiled.fake_mode), passes.targeted(target))
     return manager.apply(graph_module, levels)
 
 

@@ -12,6 +12,7 @@ from emssd_compile.capture import check_model
 from emssd_compile.drafters import make_drafter
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import resolve_options
+from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
@@ -51,13 +52,14 @@ def optimize(
 
     Args:
         model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple
-            whose first
-            item is logits, or an object with `.logits`). In eval mode.
+            whose first item is logits, or an object with `.logits`). In eval mode.
         drafter: `"none"`, `"prompt-lookup"`, a `Drafter`, or a smaller causal LM (classic two-model speculation).
         max_batch: rows decoded together; further prompts are queued.
         max_length: tokens a row can hold, prompt and output together. Default: the model's limit.
         backend: `"inductor"` (compiled at first use or by `warmup()`) or `"eager"`.
-        layout: `"packed"`; `"auto"` chooses it too.
+        layout: `"auto"`: each step verifies the drafts that, by measured times and acceptance, make tokens come faster,
+            and none where plain decoding is faster. `"packed"`: all drafts, without padding. `"padded"`: K + 1 tokens
+            for each row, used or not. The tokens that come out never differ.
         acceptance: `"auto"` (the best lossless rule), a rule's name, or a `Rule`.
         prefill_chunk: most packed tokens of a step.
 
@@ -85,7 +87,8 @@ def optimize(
 
     proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    graph_module = compile_step(compiled, batch, rule, proposer, BACKENDS[backend].passes(device))
+    policy = LAYOUTS[layout].policy()
+    graph_module = compile_step(compiled, batch, rule, proposer, policy, BACKENDS[backend].passes(device))
     return OptimizedModel(model, compiled, graph_module, proposer, options)
 
 
@@ -130,22 +133,27 @@ class OptimizedModel:
         self.graph_module = graph_module
         self._compiled = compiled
         self._engine = self._make_engine()
+        self._is_warm = False
 
     def _make_engine(self) -> Engine:
         device, drafter = self.device, self.drafter
         caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)  # first: they may not fit
         rows, limit = self.options.max_batch, drafter.num_draft_tokens
         state = StepState.empty(rows, self.options.max_length, self._compiled.vocabulary, limit, device)
-        drafter_state = allocate(drafter.state_spec(), device)
+        layout = LAYOUTS[self.options.layout]
+        policy = layout.policy()
+        row_state = allocate({**drafter.state_spec(), **policy.row_spec(rows, limit)}, device)
+        memory = allocate(policy.memory_spec(limit, drafter.num_grades), device)
         launcher = make_launcher(
             BACKENDS[self.options.backend].lower(self.graph_module),
             [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],
-            {**state.tensors(), **drafter_state, **caches},
+            {**state.tensors(), **row_state, **memory, **caches},
             buckets=() if self.options.backend == "eager" else decode_buckets(rows, limit),
         )
         return Engine(
             launcher,
-            tuple(drafter_state),
+            tuple(row_state),
+            layout,
             prefill_chunk=self.options.prefill_chunk,
             lag=0 if device.type == "cpu" else 1,
         )
@@ -171,14 +179,17 @@ class OptimizedModel:
         return next((p.dtype for p in self.model.parameters()), torch.float32)
 
     def warmup(self, *, progress: bool = False) -> None:
-        """Compile now rather than in the first `generate`; with `progress`, show that something is going on."""
+        """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
         with working("compiling the step", shown=progress):
             self._engine.warmup()
         graphs = len(self._engine.launcher.buckets)
         with progress_bar(progress and graphs > 0, graphs, "CUDA graphs") as advance:
             for _ in self._engine.capture():
                 advance(1)
+        with working("measuring the step", shown=progress and self._engine.layout.is_measured):
+            self._engine.calibrate()
         self._engine.counters()
+        self._is_warm = True
 
     def generate(
         self,
@@ -234,6 +245,8 @@ class OptimizedModel:
                 )
             )
         ]
+        if not self._is_warm:
+            self.warmup()
         consumer = Consumer(prompts, chosen.stopping_criteria, chosen.streamer)
         with progress_bar(progress, sum(limits.max_new_tokens)) as advance:
             for request in self._engine.run(requests, chosen.eos_token_ids):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from emssd_compile.errors import OptionError
+from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
-
-LAYOUTS = ("auto", "packed")
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class CompileOptions:
         max_batch: B, rows of KV cache; more prompts than rows are queued.
         max_length: C, tokens a row can hold, prompt and output together.
         backend: `"eager"` or `"inductor"`.
-        layout: `"packed"`; `"auto"` chooses it too.
+        layout: `"packed"`, `"padded"` or `"auto"` (see `layouts`).
         prefill_chunk: most packed tokens of a step; longer prompts are read in chunks.
     """
 
@@ -37,7 +36,5 @@ class CompileOptions:
             raise OptionError("max_length=1 leaves no room for an output token; use at least 2")
         if self.backend not in BACKENDS:
             raise OptionError(f"unknown backend {self.backend!r}; choose one of {list(BACKENDS)}")
-        if self.layout == "padded":
-            raise NotImplementedError('layout="padded" is not available yet; use "packed" or "auto"')
         if self.layout not in LAYOUTS:
             raise OptionError(f"unknown layout {self.layout!r}; choose one of {list(LAYOUTS)}")

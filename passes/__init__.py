@@ -24,6 +24,7 @@ from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import BatchShape, UnpadTokens
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter
+from emssd_compile.step.policy import LengthPolicy
 
 __all__ = [
     "BatchShape",
@@ -74,13 +75,13 @@ def unpadded(batch: BatchShape, fake_mode: FakeTensorMode) -> Level:
     )
 
 
-def step(batch: BatchShape, rule: Rule, drafter: Drafter, fake_mode: FakeTensorMode) -> Level:
-    """L3: pack, run, accept, commit and draft as one graph."""
+def step(batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, fake_mode: FakeTensorMode) -> Level:
+    """L3: pack, run, accept, commit, draft and choose lengths as one graph."""
     return Level(
         "L3",
         (
             FuseVerify(batch, rule, drafter.num_draft_tokens, fake_mode),
-            FuseDraft(drafter, fake_mode),
+            FuseDraft(drafter, policy, fake_mode),
         ),
         verify_step,
     )

@@ -100,4 +100,6 @@ class FuseVerify:
             "counts": emission.counts,
             "hidden": given["hidden_all"][last],
             "ready": packed.ready,
+            "drafted": packed.drafted,
+            "accepted": torch.minimum(verdict.accept_lengths, emission.counts),
         }

@@ -17,7 +17,7 @@ class DraftModel(Drafter):
 
     Each step it first reads the tokens it has not seen (one a row; two where every draft was accepted, since the last
     draft was never fed; a chunk of the prompt in prefill), all rows packed together. Then it drafts greedily, one
-    token a row at a time.
+    token a row at a time. The grade of a draft is the probability that the draft model gives it, in eighths.
 
     Args:
         model: a causal LM over the target's vocabulary.
@@ -25,6 +25,7 @@ class DraftModel(Drafter):
     """
 
     reads_ahead = True
+    num_grades = 8
 
     def __init__(self, model: nn.Module, num_draft_tokens: int = 4) -> None:
         super().__init__()
@@ -68,23 +69,28 @@ class DraftModel(Drafter):
         lengths = torch.minimum(context.state["draft_model_lengths"], (known - 1).clamp(min=0))
         packed = pack(context.history, known, lengths, torch.zeros_like(known), context.active, context.slots, share=2)
         drafting = context.can_draft & packed.ready
-        token = self._predict(packed, lengths, packed.roots, context)
-        tokens = [token]
+        token, grade = self._predict(packed, lengths, packed.roots, context)
+        tokens, grades = [token], [grade]
         lengths = lengths + packed.fed
         for index in range(1, self.num_draft_tokens):
             going = drafting & (index < context.max_drafts)
             single, order = _one_token_each(token, known + index - 1, going)
-            token = self._predict(single, known + index - 1, order, context)
+            token, grade = self._predict(single, known + index - 1, order, context)
             tokens.append(token)
+            grades.append(grade)
             lengths = lengths + going
         count = torch.where(drafting, self.num_draft_tokens, 0)
-        return Draft(torch.stack(tokens, 1), count, {"draft_model_lengths": lengths})
+        state = {"draft_model_lengths": lengths}
+        return Draft(torch.stack(tokens, 1), count, state, torch.stack(grades, 1))
 
-    def _predict(self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext) -> Tensor:
+    def _predict(self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext) -> tuple[Tensor, Tensor]:
+        """The likeliest token of each row, and its grade."""
         assert self._packed is not None
         caches = {name: context.state[f"draft_model_{name}"] for name in self._packed.cache_shapes}
         _, logits = self._packed(packed, lengths, index, caches)
-        return logits.argmax(-1)
+        best, token = logits.float().max(-1)
+        probability = (best - logits.float().logsumexp(-1)).exp()
+        return token, (probability * self.num_grades).long().clamp(0, self.num_grades - 1)
 
 
 def _one_token_each(tokens: Tensor, positions: Tensor, going: Tensor) -> tuple[Packed, Tensor]:

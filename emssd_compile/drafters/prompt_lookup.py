@@ -13,7 +13,7 @@ class PromptLookup(Drafter):
     """Look the newest tokens up in the row's own prompt and output, and copy what followed (LLMA, 2304.04487).
 
     The longest match wins (from `max_ngram` tokens down to 1), then the most recent one. A row without a match drafts
-    nothing.
+    nothing. The grade of a draft is the number of tokens that matched.
 
     Args:
         num_draft_tokens: K, tokens to copy.
@@ -30,18 +30,19 @@ class PromptLookup(Drafter):
                 raise OptionError(f"PromptLookup {name}={value!r} must be an integer of at least 1")
         self.num_draft_tokens = num_draft_tokens
         self.max_ngram = max_ngram
+        self.num_grades = max_ngram + 1
 
     def forward(self, context: DraftContext) -> Draft:
         """See the class."""
         history, known = context.history, context.known
-        start = self._continuation(history, known)
+        start, matched = self._continuation(history, known)
         index = start[:, None] + torch.arange(self.num_draft_tokens, device=known.device)
         tokens = history.gather(1, index.clamp(0, history.shape[1] - 1))
         lengths = torch.where(start > 0, (known - start).clamp(0, self.num_draft_tokens), 0)
-        return Draft(tokens, lengths)
+        return Draft(tokens, lengths, grades=matched[:, None].expand(tokens.shape))
 
-    def _continuation(self, history: Tensor, known: Tensor) -> Tensor:
-        """Where the text after the best match begins [B]; 0 where there is none."""
+    def _continuation(self, history: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the text after the best match begins, and how long the match is; [B] each, 0 where there is none."""
         capacity = history.shape[1]
         place = torch.arange(capacity, device=known.device)
         # run[b, p]: how many tokens before place p equal the newest tokens, counted backwards, up to max_ngram.
@@ -54,4 +55,4 @@ class PromptLookup(Drafter):
         eligible = (place > 0) & (place < known[:, None]) & (run > 0)
         score = torch.where(eligible, run * capacity + place, 0)
         best, where = score.max(1)
-        return torch.where(best > 0, where, 0)
+        return torch.where(best > 0, where, 0), best // capacity

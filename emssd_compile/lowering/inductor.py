@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,9 +14,14 @@ from emssd_compile.ops import source_hash
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
 
-# Checks of Inductor's own output. Measured on 8 rows of a small model on a CPU, they cost 7 % of a step, and a wrapper in
-# Python instead of C++ another 10 %.
-_OPTIONS = {"size_asserts": False, "alignment_asserts": False}
+# Inductor's checks of its own output cost 7 % of a step of 8 rows of a small model on a CPU. A wrapper in C++ would
+# save another 10 %, but with torch 2.13 it takes the sizes of the inputs, which may be any, for equal.
+_OPTIONS = {
+    "cpp_wrapper": False,
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "triton.cudagraphs": False,  # the runtime captures whole steps itself
+}
 _SLOTS = ("token_slots", "logit_slots", "draft_slots")
 
 
@@ -62,8 +66,7 @@ class InductorStep:
         # ours.
         tag = torch.compiler.config.patch(cache_key_tag=f"emssd-{source_hash()}")  # type: ignore[attr-defined]
         with tag, torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-            options = {**_OPTIONS, "cpp_wrapper": inputs[0].device.type == "cpu"}
-            self._run = cast("Callable[..., Any]", compile_fx(graph_module, inputs, config_patches=options))
+            self._run = cast("Callable[..., Any]", compile_fx(graph_module, inputs, config_patches=_OPTIONS))
 
 
 def passes(device: torch.device) -> tuple[Pass, ...]:

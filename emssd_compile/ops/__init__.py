@@ -1,7 +1,7 @@
 """The project's ops, in the ``emssd`` namespace: importing this package defines them.
 
 Each op has an eager reference and a fake implementation in Python, so a graph that holds it runs and traces on any
-device. `load_cpu_kernels` adds the fast CPU forms.
+device. `load_kernels` adds the fast forms for a kind of device.
 """
 
 import hashlib
@@ -12,16 +12,36 @@ from emssd_compile.ops._attention import attention
 from emssd_compile.ops._packed_linear import packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
 from emssd_compile.ops.cpu_library import cpu_kernel_status, load_cpu_kernels
+from emssd_compile.ops.cuda_library import cuda_kernel_status, load_cuda_kernels
 
 __all__ = [
     "append_kv",
     "attention",
     "cpu_kernel_status",
+    "cuda_kernel_status",
+    "kernel_status",
     "load_cpu_kernels",
+    "load_cuda_kernels",
+    "load_kernels",
     "packed_linear",
     "ragged_attention",
     "source_hash",
 ]
+
+
+def load_kernels(device_type: str) -> bool:
+    """Makes the ops use their fast forms on devices of a type ("cpu", "cuda"); `kernel_status` says whether it worked.
+
+    Returns:
+        Whether they are in use. If not, the ops work all the same, slowly.
+    """
+    return {"cpu": load_cpu_kernels, "cuda": load_cuda_kernels}.get(device_type, lambda: False)()
+
+
+def kernel_status(device_type: str) -> str:
+    """One line: the form of the ops in use on devices of a type, or why it is the reference."""
+    status = {"cpu": cpu_kernel_status, "cuda": cuda_kernel_status}.get(device_type)
+    return status() if status else f"reference: there are no kernels for {device_type}"
 
 
 def source_hash() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor
 
 from emssd_compile.errors import CapacityError
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.layouts import Packed
+from emssd_compile.runtime.buckets import Sizes, smallest_cover
 from emssd_compile.runtime.launch import Launcher, Report
+from emssd_compile.runtime.step_times import StepTimes
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.state import COUNTERS
+
+PUBLISH_EVERY = 8  # steps after which the device gets new step times
 
 
 @dataclass
@@ -53,10 +58,12 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Launch:
-    """A step under way: its report, and which request each row held when it was launched."""
+    """A step under way: its report, its sizes, and which request each row held when it was launched."""
 
     report: Report
+    sizes: Sizes
     requests: tuple[Request | None, ...]
+    started: float
 
 
 class Engine:
@@ -68,7 +75,8 @@ class Engine:
 
     Args:
         launcher: runs steps and owns their tensors.
-        drafter_state: names of the drafter's row tensors (zeroed when a request starts).
+        row_state: names of the row tensors of drafter and policy (zeroed when a request starts).
+        layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
     """
@@ -76,7 +84,8 @@ class Engine:
     def __init__(
         self,
         launcher: Launcher,
-        drafter_state: Collection[str],
+        row_state: Collection[str],
+        layout: Packed,
         *,
         prefill_chunk: int,
         lag: int,
@@ -85,9 +94,14 @@ class Engine:
         self.num_rows, self.capacity = launcher.tensors["history"].shape
         self.num_draft_tokens = launcher.tensors["histogram"].shape[0] - 1
         self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1))
+        self.layout = layout
         self.lag = lag
         self.sizes_used: set[Sizes] = set()
-        self._drafter_state = tuple(drafter_state)
+        self.times = StepTimes(self.num_rows * (self.num_draft_tokens + 1))
+        self._row_state = tuple(row_state)
+        self._room = self._wanted = self.num_rows * self.num_draft_tokens
+        self._last_read = 0.0
+        self._num_observed = 0
         self._rows: list[_Row | None] = [None] * self.num_rows
 
     def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Iterator[Request]:
@@ -102,7 +116,7 @@ class Engine:
             while waiting or launched or any(self._rows):
                 self._admit(waiting)
                 if any(self._rows):
-                    launched.append(self._launch())
+                    launched.append(self._launch(launched))
                 while launched and (len(launched) > self.lag or not any(self._rows)):
                     yield from self._collect(launched.popleft())
         finally:
@@ -115,13 +129,35 @@ class Engine:
 
     def warmup(self) -> None:
         """Compile: run the step once with nothing in it."""
-        self._run_step(2, 2, 2).read()
+        self._run_step(Sizes(2, 2, 2)).read()
 
     def capture(self) -> Iterator[Sizes]:
         """Run every bucket of sizes once with nothing in it, so that none is captured later; yields each when done."""
         for sizes in self.launcher.buckets:
-            self._run_step(*sizes).read()
+            self._run_step(sizes).read()
             yield sizes
+
+    def calibrate(self) -> None:
+        """Measure steps of some sizes with nothing in them, if the layout asks for times."""
+        if not self.layout.is_measured:
+            return
+        limit = self.num_draft_tokens + 1
+        sizes = [bucket.token_slots for bucket in self.launcher.buckets] or [
+            min(self.num_rows * n, self.times.most) for n in {1, 2, 4, limit}
+        ]
+        seconds = {size: self._measure(size) for size in {1, *sizes}}
+        self.times.calibrate(seconds)
+        self._publish_times()
+
+    def _measure(self, tokens: int) -> float:
+        """Seconds of a step of so many tokens: the median of three, behind one that is not counted."""
+        sizes = Sizes(tokens, tokens, 2 * min(tokens, self.num_rows))
+        seconds = []
+        for _ in range(4):
+            started = time.perf_counter()
+            self._run_step(sizes).read()
+            seconds.append(time.perf_counter() - started)
+        return sorted(seconds[1:])[1]
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
         """The counters and the acceptance histogram, read from the device, and reset there."""
@@ -158,44 +194,89 @@ class Engine:
         rows = self.launcher.upload(torch.tensor(free))
         for name, value in values.items():
             self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))
-        for name in self._drafter_state:
+        for name in self._row_state:
             self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
         for b, request in zip(free, started, strict=True):
             self._rows[b] = _Row(request, pending=len(request.prompt) - request.num_read)
 
-    def _launch(self) -> _Launch:
-        tokens, logits, drafter_tokens = self._plan()
-        report = self._run_step(tokens, logits, drafter_tokens)
-        return _Launch(report, tuple(row.request if row else None for row in self._rows))
+    def _launch(self, launched: Collection[_Launch]) -> _Launch:
+        sizes = self._plan(launched)
+        self._make_room()
+        started = time.perf_counter()
+        report = self._run_step(sizes)
+        return _Launch(report, sizes, tuple(row.request if row else None for row in self._rows), started)
 
-    def _plan(self) -> tuple[int, int, int]:
+    def _plan(self, launched: Collection[_Launch]) -> Sizes:
         """Sizes (T, R, S) of the next step: enough for what its rows may want, within the chunk.
 
-        Exact with `lag` = 0; with reports outstanding every row is taken to want all the drafts there can be.
+        Exact with `lag` = 0. With reports outstanding it is what the step has room for (`_make_room`).
         """
+        pending = self._foresee(launched)
         rows = [row for row in self._rows if row]
-        drafts = [self.num_draft_tokens if self.lag else row.draft_length for row in rows]
-        wanted = sum(row.pending for row in rows) + sum(drafts)
-        tokens = min(wanted, self.chunk)
-        logits = min(len(rows) + sum(drafts), tokens)
+        wanted = self._room if self.lag else sum(row.draft_length for row in rows)
+        drafts = self.layout.room(len(rows), self.num_draft_tokens, wanted)
+        needed = min(sum(pending) + drafts, self.chunk)
         # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
         # last draft was never fed to it), else what this step feeds.
-        reading = min(sum(2 if row.pending == 1 else row.pending + 1 for row in rows), self.chunk + self.num_rows)
-        return tokens, logits, reading
+        reading = sum(2 if count == 1 else count + 1 for count in pending)
+        return Sizes(
+            token_slots=self.layout.tokens(needed, self.times),
+            logit_slots=min(len(rows) + drafts, needed),
+            draft_slots=min(reading, self.chunk + self.num_rows),
+        )
 
-    def _run_step(self, tokens: int, logits: int, drafter_tokens: int) -> Report:
-        sizes = Sizes(tokens, logits, drafter_tokens)
+    def _foresee(self, launched: Collection[_Launch]) -> list[int]:
+        """What each row knows but will not have read when the next step starts; with steps under way, at most."""
+        pending = [row.pending for row in self._rows if row]
+        for launch in launched:
+            # As `pack` does: a share for each row, then the rest in order; here as if all rows had all drafts.
+            wanted = [count + self.num_draft_tokens for count in pending]
+            shares = _grant([min(count, self.num_draft_tokens + 1) for count in wanted], launch.sizes.token_slots)
+            left = launch.sizes.token_slots - sum(shares)
+            rest = _grant([a - b for a, b in zip(wanted, shares, strict=True)], left)
+            pending = [max(count - a - b, 1) for count, a, b in zip(pending, shares, rest, strict=True)]
+        return pending
+
+    def _make_room(self) -> None:
+        """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
+        if not self.lag:
+            return
+        num_rows = sum(row is not None for row in self._rows)
+        room = self.layout.room(num_rows, self.num_draft_tokens, self._wanted)
+        tokens = num_rows + room
+        bucket = smallest_cover(self.launcher.buckets, Sizes(tokens, tokens, 0))
+        room = min(bucket.token_slots if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
+        if room != self._room:
+            self._room = room
+            self.launcher.assign("draft_budget", self.launcher.upload(torch.tensor(room)))
+
+    def _run_step(self, sizes: Sizes) -> Report:
         self.sizes_used.add(sizes)
         return self.launcher.launch(sizes)
+
+    def _observe(self, launch: _Launch) -> None:
+        """Learn what a step took: with steps under way all the time, from the last report to this one."""
+        now = time.perf_counter()
+        if self.layout.is_measured:
+            self.times.observe(launch.sizes.token_slots, now - max(self._last_read, launch.started))
+            self._num_observed += 1
+            if self._num_observed % PUBLISH_EVERY == 0:
+                self._publish_times()
+        self._last_read = now
+
+    def _publish_times(self) -> None:
+        self.launcher.assign("step_seconds", self.launcher.upload(self.times.table()))
 
     def _collect(self, launch: _Launch) -> Iterator[Request]:
         """Read one report: hand out tokens, free the rows that ended."""
         columns = len(REPORT_FIELDS)
-        for b, line in enumerate(launch.report.read()):
+        lines = launch.report.read()
+        self._observe(launch)
+        for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request:
                 continue  # the row was empty then, or has ended since
-            count, active, row.pending, row.draft_length = line[:columns]
+            count, active, row.pending, row.draft_length, self._wanted = line[:columns]
             if count:
                 request.output.extend(line[columns : columns + count])
             request.finished = not active
@@ -214,6 +295,15 @@ class Engine:
         """Leave no active row behind, also when the consumer stops early."""
         self._rows = [None] * self.num_rows
         self.launcher.assign("active", torch.zeros_like(self.tensors["active"]))
+
+
+def _grant(wanted: Sequence[int], budget: int) -> list[int]:
+    """Serve rows in order until the budget is spent."""
+    granted = []
+    for count in wanted:
+        granted.append(min(count, budget))
+        budget -= granted[-1]
+    return granted
 
 
 def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

@@ -10,8 +10,11 @@ from torch import Tensor
 from emssd_compile.step.pack import LogitRows, Packed
 from emssd_compile.step.state import COUNTERS, StepState
 
-REPORT_FIELDS = ("counts", "active", "pending", "draft_lengths")
-"""Leading columns of a step's report; the emitted tokens follow."""
+REPORT_FIELDS = ("counts", "active", "pending", "draft_lengths", "wanted")
+"""Leading columns of a step's report; the emitted tokens follow.
+
+`wanted` is the same in each line: how many drafts of all rows together the next step should verify, if there is room.
+"""
 
 
 @dataclass
@@ -71,6 +74,8 @@ def commit(state: StepState, packed: Packed, accept_lengths: Tensor, next_tokens
         limits=state.limits,
         min_known=state.min_known,
         is_eos=state.is_eos,
+        draft_budget=state.draft_budget,
+        step_seconds=state.step_seconds,
         counters=state.counters + _counts(state, packed, accepted, counts),
         histogram=_count_acceptance(state.histogram, packed, accepted),
     )
@@ -106,7 +111,6 @@ def _count_acceptance(histogram: Tensor, packed: Packed, accepted: Tensor) -> Te
     return histogram + hits.sum(0)
 
 
-def make_report(tokens: Tensor, counts: Tensor, active: Tensor, pending: Tensor, draft_lengths: Tensor) -> Tensor:
-    """All that the host reads of a step, as one tensor: int64 `[B, 4 + K + 1]`, `REPORT_FIELDS` then emitted tokens."""
-    columns = {"counts": counts, "active": active.to(counts.dtype), "pending": pending, "draft_lengths": draft_lengths}
+def make_report(tokens: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    """All that the host reads of a step: int64 `[B, 5 + K + 1]`, `REPORT_FIELDS` (`[B]` each), then emitted tokens."""
     return torch.cat([torch.stack([columns[name] for name in REPORT_FIELDS], 1), tokens], 1)

@@ -46,11 +46,14 @@ class Draft:
         tokens: int64 `[B, K]`; ids outside the vocabulary end the row's draft.
         lengths: int64 `[B]`, how many of them to verify; what exceeds `max_drafts` is cut.
         state: new values of the tensors in `state_spec`.
+        grades: int64 `[B, K]`, 0 to `num_grades - 1`: how sure the drafter is of each draft, in whatever way it knows.
+            A policy learns what each grade is worth, so it need not be calibrated. None grades all alike.
     """
 
     tokens: Tensor
     lengths: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
+    grades: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,12 @@ class Drafter(nn.Module):
 
     Attributes:
         num_draft_tokens: K, the most tokens a row may draft.
+        num_grades: how many grades `Draft.grades` may tell apart.
         reads_ahead: whether the drafter reads the text with a model of its own (it then needs `DraftContext.slots`).
     """
 
     num_draft_tokens: int
+    num_grades: int = 1
     reads_ahead: bool = False
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:

@@ -43,6 +43,8 @@ class StepState:
         is_eos: bool `[V]`, which token ids end a row.
         counters: int64 `[len(COUNTERS)]`, sums since they were last reset.
         histogram: int64 `[K + 1]`, how often a verification accepted 0, 1, ..., K drafts.
+        draft_budget: int64 `[]`, most drafts of all rows together that the next step has room for.
+        step_seconds: float32 `[B * (K + 1) + 1]`, element n is what a step of n packed tokens takes.
     """
 
     history: Tensor
@@ -55,6 +57,8 @@ class StepState:
     is_eos: Tensor
     counters: Tensor
     histogram: Tensor
+    draft_budget: Tensor
+    step_seconds: Tensor
 
     @staticmethod
     def empty(rows: int, capacity: int, vocabulary: int, num_draft_tokens: int, device: torch.device) -> StepState:
@@ -74,6 +78,8 @@ class StepState:
             is_eos=zeros(vocabulary, dtype=torch.bool),
             counters=zeros(len(COUNTERS)),
             histogram=zeros(num_draft_tokens + 1),
+            draft_budget=torch.tensor(rows * num_draft_tokens, device=device),
+            step_seconds=torch.ones(rows * (num_draft_tokens + 1) + 1, device=device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -81,5 +87,5 @@ class StepState:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-CONSTANT_FIELDS = frozenset({"limits", "min_known", "is_eos"})
-"""Fields that a step reads but never changes; only the host sets them, when a row starts."""
+CONSTANT_FIELDS = frozenset({"limits", "min_known", "is_eos", "draft_budget", "step_seconds"})
+"""Fields that a step reads but does not return; only the host sets them."""

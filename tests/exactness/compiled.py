@@ -13,6 +13,7 @@ from torch import nn
 from emssd_compile.acceptance import GreedyMatch
 from emssd_compile.compiler import BatchShape, CompiledModel, compile_model, compile_step
 from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
+from emssd_compile.layouts import LAYOUTS
 from emssd_compile.optimize import OptimizedModel
 from emssd_compile.options import CompileOptions
 from tests.exactness.drafters import Oracle, Rubbish
@@ -55,11 +56,11 @@ class Target:
         wrong = {"always-right": 0, "sometimes-wrong": 2, "always-wrong": 7}[name]
         return Oracle(self.texts(), CAPACITY, K, wrong_of_seven=wrong, ragged=name == "sometimes-wrong")
 
-    def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1) -> OptimizedModel:
+    def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1, layout: str = "packed") -> OptimizedModel:
         """What `emssd_compile.optimize` does, without compiling the model again."""
         drafter.prepare(self._disturbed, self.batch.rows, self.batch.capacity, self.compiled.vocabulary)
-        step = compile_step(self.compiled, self.batch, GreedyMatch(), drafter)
-        options = CompileOptions(self.batch.rows, self.batch.capacity, "eager", prefill_chunk=prefill_chunk)
+        step = compile_step(self.compiled, self.batch, GreedyMatch(), drafter, LAYOUTS[layout].policy())
+        options = CompileOptions(self.batch.rows, self.batch.capacity, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, self.compiled, step, drafter, options)
 
     def _disturbed(self, model: nn.Module) -> CompiledModel:

@@ -14,6 +14,7 @@ from emssd_compile.optimize import OptimizedModel
 from emssd_compile.options import CompileOptions
 from emssd_compile.passes import fuse_verify
 from emssd_compile.passes.graph import placeholder
+from emssd_compile.policies import AllDrafts
 from emssd_compile.step.pack import Packed, pack
 from tests.exactness.compiled import CAPACITY, NEW_TOKENS, ROWS, target
 from tests.exactness.models import prompt
@@ -100,7 +101,7 @@ def _generate(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> object:
     model = _with_wrong_lengths(compiled.compiled, mistake.length_error) if mistake.length_error else compiled.compiled
     with monkeypatch.context() as patch:
         patch.setattr(fuse_verify, "pack", mistake.pack)
-        step = compile_step(model, compiled.batch, mistake.rule(), drafter)
+        step = compile_step(model, compiled.batch, mistake.rule(), drafter, AllDrafts())
     options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=1)
     return OptimizedModel(compiled.model, model, step, drafter, options).generate(PROMPTS, max_new_tokens=NEW_TOKENS)
 

@@ -17,6 +17,7 @@ from emssd_compile.drafters import Draft, DraftContext, Drafter
 from emssd_compile.passes import BatchShape, Level
 from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
+from emssd_compile.policies import AllDrafts
 
 VOCABULARY, HIDDEN, HEADS, LONGEST = 32, 16, 4, 64
 
@@ -173,7 +174,7 @@ def alone(model: nn.Module) -> Tensor:
 def step_of(drafter: Drafter) -> fx.GraphModule:
     """The step graph of the tiny model with a drafter."""
     graph_module, manager = unpadded(model_with_attention())
-    return manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), drafter, manager.fake_mode),))
+    return manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), drafter, AllDrafts(), manager.fake_mode),))
 
 
 class Scripted(Drafter):

@@ -12,6 +12,7 @@ from emssd_compile.drafters import NoDrafter, PromptLookup
 from emssd_compile.passes.fuse_draft import FuseDraft
 from emssd_compile.passes.fuse_verify import FuseVerify
 from emssd_compile.passes.graph import caches, inputs
+from emssd_compile.policies import AllDrafts
 from emssd_compile.step.state import StepState
 from tests.passes.graphs import (
     BATCH,
@@ -91,5 +92,5 @@ def test_the_step_is_one_graph_of_ops_with_named_inputs_and_outputs():
 
 def test_the_manager_counts_each_as_one_change():
     graph_module, manager = unpadded(model_with_attention())
-    manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), NoDrafter(), manager.fake_mode),))
+    manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), NoDrafter(), AllDrafts(), manager.fake_mode),))
     assert [(r.name, r.changed) for r in manager.records[-2:]] == [(FuseVerify.name, 1), (FuseDraft.name, 1)]

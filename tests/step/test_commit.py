@@ -157,7 +157,8 @@ def test_the_report_holds_the_fields_and_then_the_tokens():
         "active": torch.tensor([True]),
         "pending": torch.tensor([1]),
         "draft_lengths": torch.tensor([3]),
+        "wanted": torch.tensor([5]),
     }
-    report = make_report(tokens=torch.tensor([[7, 8, 0, 0]]), **columns)
+    report = make_report(torch.tensor([[7, 8, 0, 0]]), columns)
     assert tuple(columns) == REPORT_FIELDS
-    assert report.tolist() == [[2, 1, 1, 3, 7, 8, 0, 0]]
+    assert report.tolist() == [[2, 1, 1, 3, 5, 7, 8, 0, 0]]

@@ -1,0 +1,49 @@
+"""Layouts: how many drafts a step has room for, and who chooses among them. One class each, one line in `LAYOUTS`."""
+
+from __future__ import annotations
+
+from emssd_compile.policies import AllDrafts, LengthPolicy, Throughput
+from emssd_compile.runtime.step_times import StepTimes
+
+
+class Packed:
+    """Every row verifies what its drafter proposes, and a step holds those tokens and no others."""
+
+    is_measured = False  # whether steps are timed, for `policy` and `tokens`
+
+    def policy(self) -> LengthPolicy:
+        """What chooses draft lengths on the device."""
+        return AllDrafts()
+
+    def room(self, num_rows: int, num_draft_tokens: int, wanted: int) -> int:
+        """For how many drafts of all rows together a step has room, where `wanted` are asked for."""
+        return wanted
+
+    def tokens(self, needed: int, times: StepTimes) -> int:
+        """T of a step that needs so many tokens; more is inert tail."""
+        return needed
+
+
+class Padded(Packed):
+    """Every row takes K + 1 tokens, used or not: the sizes of a step depend on nothing but the number of rows."""
+
+    def room(self, num_rows: int, num_draft_tokens: int, wanted: int) -> int:
+        """See the base class."""
+        return num_rows * num_draft_tokens
+
+
+class Auto(Packed):
+    """What was measured to be fastest: draft lengths by `Throughput`, padding where a larger step takes less time."""
+
+    is_measured = True
+
+    def policy(self) -> LengthPolicy:
+        """See the base class."""
+        return Throughput()
+
+    def tokens(self, needed: int, times: StepTimes) -> int:
+        """See the base class."""
+        return times.cheapest(needed)
+
+
+LAYOUTS = {"auto": Auto(), "packed": Packed(), "padded": Padded()}

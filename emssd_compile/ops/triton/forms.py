@@ -1,0 +1,58 @@
+"""What the ops call on a GPU."""
+
+import functools
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from emssd_compile.ops import _ragged_attention
+from emssd_compile.ops.triton.append_kv import append_kv_triton
+from emssd_compile.ops.triton.ragged_attention import DTYPES, ragged_attention_triton
+from emssd_compile.ops.triton.selection import Selection, cuda_milliseconds
+from emssd_compile.ops.triton.varlen import applies, ragged_attention_varlen
+
+append_kv = append_kv_triton
+attention_selection = Selection(cuda_milliseconds, lambda: not torch.cuda.is_current_stream_capturing())
+
+
+def ragged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    ancestors: Tensor | None = None,
+) -> Tensor:
+    """`emssd::ragged_attention` by the fastest form that can do it; by the reference in float64."""
+    tensors = (q, k_cache, v_cache, offsets, lengths, positions)
+    if q.dtype not in DTYPES:
+        return _ragged_attention.reference(
+            *tensors, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, ancestors=ancestors
+        )
+    forms = {
+        "triton": functools.partial(
+            ragged_attention_triton,
+            *tensors,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            ancestors=ancestors,
+        )
+    }
+    if applies(q, k_cache, v_cache, softcap=softcap, alibi_slopes=alibi_slopes, ancestors=ancestors):
+        forms["varlen_attn"] = functools.partial(ragged_attention_varlen, *tensors, scale=scale, window=window)
+    return attention_selection.run(_call_class(q, k_cache, window), forms)
+
+
+def _call_class(q: Tensor, k_cache: Tensor, window: int) -> Hashable:
+    """Calls alike enough to have one fastest form: the numbers of tokens up to the next power of two are one class."""
+    tokens = 1 << max(0, q.shape[0] - 1).bit_length()
+    return tokens, q.shape[1:], k_cache.shape, window, q.dtype, q.device

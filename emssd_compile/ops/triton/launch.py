@@ -1,0 +1,107 @@
+"""How ragged attention is cut into programs: from sizes that the host knows, never from data.
+
+So a launch can be captured in a CUDA graph and replayed for any offsets and lengths.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+# Keys of a block, in bytes, by bytes of an element: with three stages of keys and values two programs fit into an SM's
+# shared memory. float32 is multiplied without tensor cores, from registers, and gets less.
+_BLOCK_BYTES = {2: 16 * 1024, 4: 8 * 1024}
+# Elements of a tile's sums, which lie in registers: found by compiling for sm_90 until next to nothing was spilled.
+_TILE_ELEMENTS = {2: 128 * 128, 4: 16 * 128}
+_PROGRAMS_PER_PROCESSOR = 2
+_MIN_BLOCKS_PER_SPLIT = 2  # with fewer, starting and merging a split costs more than the split saves
+_MAX_SPLITS = 64  # the merge holds a query's partial results of all splits in registers
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the host knows of a call of `emssd::ragged_attention`.
+
+    Attributes:
+        num_tokens: T.
+        num_rows: B.
+        capacity: C.
+        num_heads: Hq.
+        num_kv_heads: Hkv.
+        head_size: Dk.
+        value_size: Dv.
+        dtype: of queries, keys and values.
+    """
+
+    num_tokens: int
+    num_rows: int
+    capacity: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    value_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The grid is `(num_tiles, Hkv, num_splits)`: a program is a tile of queries, a KV head and a part of the slots.
+
+    Attributes:
+        block_queries: queries of a tile. The heads that share a KV head times the tokens of a row are one list of
+            queries, cut into tiles.
+        block_slots: cache slots whose keys are loaded at once.
+        num_tiles: no schedule of the rows needs more; those that this one does not need exit at once.
+        num_splits: parts into which the slots of each row are split.
+        num_warps, num_stages: as Triton has them.
+    """
+
+    block_queries: int
+    block_slots: int
+    num_tiles: int
+    num_splits: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_launch(sizes: Sizes, num_processors: int) -> Launch:
+    """A launch that keeps `num_processors` SMs busy and reads each key once per KV head and tile.
+
+    Splits follow Flash-Decoding (https://pytorch.org/blog/flash-decoding): few rows with long contexts leave SMs idle
+    unless the slots of a row are spread over several programs.
+    """
+    group = sizes.num_heads // sizes.num_kv_heads
+    rows = max(1, min(sizes.num_rows, sizes.num_tokens))
+    queries_per_row = -(-sizes.num_tokens // rows) * group
+    block_head = block_size(max(sizes.head_size, sizes.value_size))
+    item = sizes.dtype.itemsize
+    block_slots = min(max(_BLOCK_BYTES[item] // (block_head * item), 16), 128)
+    block_queries = min(block_size(queries_per_row), max(_TILE_ELEMENTS[item] // block_head, 16), 128)
+    tiles_in_use = rows * -(-queries_per_row // block_queries)
+    return Launch(
+        block_queries=block_queries,
+        block_slots=block_slots,
+        num_tiles=max_tiles(sizes.num_tokens, sizes.num_rows, group, block_queries),
+        num_splits=_num_splits(tiles_in_use * sizes.num_kv_heads, sizes.capacity, block_slots, num_processors),
+        num_warps=8 if block_queries >= 64 else 4,
+    )
+
+
+def block_size(size: int) -> int:
+    """The extent of a block that holds `size` elements: a power of two, and at least 16, as tensor cores need."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def max_tiles(num_tokens: int, num_rows: int, group: int, block_queries: int) -> int:
+    """Most tiles that any offsets need. The tail of T is one more row.
+
+    Row b's tiles are numbered from `offsets[b] * group // block_queries + b`: this leaves room for all of them, since
+    `ceil(y - x) <= floor(y) - floor(x) + 1`, and a program finds its row without a scan over the rows before.
+    """
+    return num_tokens * group // block_queries + num_rows + 1
+
+
+def _num_splits(programs: int, capacity: int, block_slots: int, num_processors: int) -> int:
+    wanted = _PROGRAMS_PER_PROCESSOR * num_processors // programs if programs else 1
+    return max(1, min(wanted, capacity // (block_slots * _MIN_BLOCKS_PER_SPLIT), _MAX_SPLITS))

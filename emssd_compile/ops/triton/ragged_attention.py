@@ -1,0 +1,149 @@
+"""``emssd::ragged_attention`` by the Triton kernels."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from emssd_compile.ops.triton.attention_kernel import attend
+from emssd_compile.ops.triton.launch import Launch, Sizes, block_size, plan_launch
+from emssd_compile.ops.triton.merge_kernel import merge_splits
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute with; float32 in full precision, not as TF32."""
+
+
+@torch.no_grad()
+def ragged_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    ancestors: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Arguments and result as `emssd_compile.ops.ragged_attention` has them, in one of `DTYPES` and of any strides.
+
+    Nothing is read back to the host, and what is allocated and launched depends on sizes alone. Values that do not fit
+    (a row that reaches past its cache) cannot be reported from a GPU: slots outside the cache are not read.
+
+    Args:
+        launch: how the work is cut up; None: as `plan_launch` has it.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit.
+    """
+    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, alibi_slopes, ancestors)
+    launch = launch or plan_launch(sizes, num_processors(q.device))
+    query_shape = (sizes.num_tokens, sizes.num_heads)
+    out = q.new_empty(*query_shape, sizes.value_size)
+    if out.numel() == 0:
+        return out
+    splits = launch.num_splits
+    partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    logsumexp = None if splits == 1 else out.new_empty(splits, *query_shape, dtype=torch.float32)
+    score_scale, score_cap = _in_log2(scale, softcap)
+    with torch.cuda.device_of(q):
+        attend[launch.num_tiles, sizes.num_kv_heads, splits](
+            q,
+            k_cache,
+            v_cache,
+            partial,
+            logsumexp,
+            offsets.contiguous(),
+            lengths.contiguous(),
+            positions.contiguous(),
+            None if alibi_slopes is None else alibi_slopes.float().contiguous() * math.log2(math.e),
+            None if ancestors is None else ancestors.contiguous().view(torch.uint8),
+            q.stride(),
+            k_cache.stride(),
+            v_cache.stride(),
+            sizes.num_tokens,
+            sizes.num_rows,
+            splits,
+            sizes.capacity,
+            window if window > 0 else None,
+            0 if ancestors is None else ancestors.shape[1],
+            score_scale,
+            score_cap,
+            GROUP=sizes.num_heads // sizes.num_kv_heads,
+            HEAD_SIZE=sizes.head_size,
+            VALUE_SIZE=sizes.value_size,
+            BLOCK_ROWS=triton.next_power_of_2(sizes.num_rows + 1),
+            BLOCK_QUERIES=launch.block_queries,
+            BLOCK_SLOTS=launch.block_slots,
+            BLOCK_HEAD=block_size(sizes.head_size),
+            BLOCK_VALUE=block_size(sizes.value_size),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+        if logsumexp is not None:
+            merge_splits[(math.prod(query_shape),)](
+                partial,
+                logsumexp,
+                out,
+                offsets[-1:],
+                splits,
+                NUM_HEADS=sizes.num_heads,
+                VALUE_SIZE=sizes.value_size,
+                BLOCK_SPLITS=triton.next_power_of_2(splits),
+                BLOCK_VALUE=block_size(sizes.value_size),
+            )
+    return out
+
+
+def check_arguments(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    alibi_slopes: Tensor | None = None,
+    ancestors: Tensor | None = None,
+) -> Sizes:
+    """The sizes of a call whose arguments fit together.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    fits = q.dim() == 3 and k_cache.dim() == 4 and v_cache.dim() == 4 and q.shape[2] == k_cache.shape[3]
+    fits = fits and k_cache.shape[:3] == v_cache.shape[:3] and q.shape[1] % k_cache.shape[2] == 0
+    _check(fits, "q [T, Hq, Dk], k_cache [B, C, Hkv, Dk] and v_cache [B, C, Hkv, Dv]", q, k_cache, v_cache)
+    (num_tokens, num_heads, head_size), (num_rows, capacity, num_kv_heads, value_size) = q.shape, v_cache.shape
+    fits = offsets.shape == (num_rows + 1,) and lengths.shape == (num_rows,) and positions.shape == (num_tokens,)
+    _check(fits, "offsets [B + 1], lengths [B] and positions [T]", offsets, lengths, positions)
+    if alibi_slopes is not None:
+        _check(alibi_slopes.shape == (num_heads,), "q [T, Hq, Dk] and alibi_slopes [Hq]", q, alibi_slopes)
+    if ancestors is not None:
+        fits = ancestors.dim() == 2 and ancestors.shape[0] == num_tokens and ancestors.dtype == torch.bool
+        _check(fits, "q [T, Hq, Dk] and ancestors bool [T, N]", q, ancestors)
+    one_dtype = q.dtype == k_cache.dtype == v_cache.dtype and q.dtype in DTYPES
+    _check(one_dtype, "q, k_cache and v_cache of one dtype among float32, bfloat16 and float16", q, k_cache, v_cache)
+    return Sizes(num_tokens, num_rows, capacity, num_heads, num_kv_heads, head_size, value_size, q.dtype)
+
+
+def num_processors(device: torch.device) -> int:
+    """SMs of the device; 1 for a CPU, where only Triton's interpreter runs the kernels."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _check(fits: bool, what: str, *tensors: Tensor) -> None:
+    if not fits:
+        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+        raise RuntimeError(f"emssd::ragged_attention: {what} do not fit: {found}")
+
+
+def _in_log2(scale: float, softcap: float) -> tuple[float, float | None]:
+    """What to multiply dot products with, and the cap of the result, for scores whose power of 2 is the weight."""
+    if softcap > 0:
+        return scale / softcap, softcap * math.log2(math.e)
+    return scale * math.log2(math.e), None

@@ -1,0 +1,96 @@
+"""Verify the drafts that make tokens come faster, and no others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emssd_compile.step.drafting import TensorSpec
+from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking
+
+PRIOR = 0.6  # acceptance of a draft nothing is known about
+ROW_PRIOR_WEIGHT, GRADE_PRIOR_WEIGHT = 4.0, 2.0  # in observations
+ROW_DECAY, GRADE_DECAY = 0.8, 0.97  # per step: what is left of older observations
+
+
+class Throughput(LengthPolicy):
+    """Draft lengths that maximise the expected tokens per second of the next step, from 0 to K in each row.
+
+    A step of n drafts emits, in expectation, one token for each of its A rows and one for each draft that survives. The
+    j-th draft of a row survives if it and all before it are accepted, so with conditional acceptance rates c its
+    survival is s_j = c_1 ... c_j, and by linearity E[tokens] = A + (sum of s over the drafts verified). The step's time
+    depends on how many tokens it feeds only: t(A + n), measured. Among all choices of n drafts, the n with the largest
+    s emit most; since s does not increase along a row, these are prefixes of the rows' drafts. So the best choice is
+    found by sorting all drafts by s and taking the first
+
+        n* = argmax over n >= 0 of (A + s_(1) + ... + s_(n)) / t(A + n).
+
+    n = 0 is plain decoding: where verification costs more than it brings, as with many rows, nothing is drafted.
+
+    The rate of a draft is the geometric mean of two running averages, each with a prior: of drafts of the same grade
+    and position in all rows, and of the row itself, whose evidence fades within some steps so that a row that was
+    silenced is tried again. The constants fit prompt lookup on the demo model; they decide how fast rates follow, not
+    whether the rule holds.
+    """
+
+    def row_spec(self, rows: int, num_draft_tokens: int) -> dict[str, TensorSpec]:
+        """Evidence of each row, and the grades of the drafts that the next step verifies."""
+        evidence = TensorSpec((rows,), torch.float32)
+        grades = TensorSpec((rows, num_draft_tokens), torch.int64)
+        return {"policy_row_accepted": evidence, "policy_row_tried": evidence, "policy_grades": grades}
+
+    def memory_spec(self, num_draft_tokens: int, num_grades: int) -> dict[str, TensorSpec]:
+        """Evidence of each grade and position."""
+        evidence = TensorSpec((num_grades, num_draft_tokens), torch.float32)
+        return {"policy_grade_accepted": evidence, "policy_grade_tried": evidence}
+
+    def forward(self, context: PolicyContext) -> Ranking:
+        """See the class."""
+        state = {**_learn(context), "policy_grades": context.grades}
+        row = _rate(state["policy_row_accepted"], state["policy_row_tried"], ROW_PRIOR_WEIGHT)
+        grade = _rate(state["policy_grade_accepted"], state["policy_grade_tried"], GRADE_PRIOR_WEIGHT)
+        rows, limit = context.grades.shape
+        position = torch.arange(limit, device=grade.device)
+        survival = (row[:, None] * grade[context.grades, position]).sqrt().cumprod(1)
+        survival = torch.where(position < context.proposed[:, None], survival, 0.0)
+        # By position first: of equal survivals, which rounding can make, the earlier draft comes first.
+        best = survival.T.reshape(rows * limit).sort(descending=True, stable=True)
+        places = torch.empty_like(best.indices)
+        places = places.scatter(0, best.indices, torch.arange(rows * limit, device=grade.device))
+        return Ranking(places.view(limit, rows).T, _best_count(best.values, context), state)
+
+
+def _rate(accepted: Tensor, tried: Tensor, prior_weight: float) -> Tensor:
+    return (accepted + PRIOR * prior_weight) / (tried + prior_weight)
+
+
+def _learn(context: PolicyContext) -> dict[str, Tensor]:
+    """Take in what this step verified: a draft was tried if all before it were accepted."""
+    state, drafted, accepted = context.state, context.drafted[:, None], context.accepted[:, None]
+    position = torch.arange(context.grades.shape[1], device=drafted.device)
+    tried = ((position < drafted) & (position <= accepted)).float()
+    kept = ((position < drafted) & (position < accepted)).float()
+    grades = torch.arange(state["policy_grade_tried"].shape[0], device=drafted.device)
+    is_grade = (state["policy_grades"] == grades[:, None, None]).float()  # [G, B, K]
+    return {
+        "policy_row_accepted": ROW_DECAY * state["policy_row_accepted"] + kept.sum(1),
+        "policy_row_tried": ROW_DECAY * state["policy_row_tried"] + tried.sum(1),
+        "policy_grade_accepted": GRADE_DECAY * state["policy_grade_accepted"] + (is_grade * kept).sum(1),
+        "policy_grade_tried": GRADE_DECAY * state["policy_grade_tried"] + (is_grade * tried).sum(1),
+    }
+
+
+def _best_count(survival: Tensor, context: PolicyContext) -> Tensor:
+    """The n* of the class's docstring, int64 `[]`, for the survivals of all drafts, best first."""
+    gain = context.num_emitting + torch.nn.functional.pad(survival.cumsum(0), (1, 0))
+    count = torch.arange(gain.shape[0], device=gain.device)
+    speed = gain / _time(context.seconds, context.num_tokens + count)
+    return torch.where(count <= context.proposed.sum(), speed, 0.0).argmax()
+
+
+def _time(seconds: Tensor, tokens: Tensor) -> Tensor:
+    """Times of steps of so many tokens; past the end of the table they grow as in its second half."""
+    last = seconds.shape[0] - 1
+    middle = last // 2
+    slope = (seconds[last] - seconds[middle]) / max(last - middle, 1)
+    return seconds[tokens.clamp(max=last)] + slope * (tokens - last).clamp(min=0)

@@ -1,0 +1,83 @@
+"""What a step costs, by the number of its packed tokens: measured before decoding, corrected while it goes on."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+DECAY = 0.97  # what is left of an observation after the next one
+PRIOR = 0.1  # weight of the measured curve's slope, as a share of the square of its mean
+TRUSTED = 4  # observations after which the line can tell that a step was disturbed
+WORTH_PADDING = 0.97  # a larger step must take less than this share of the time of the exact one
+
+
+class StepTimes:
+    """The time t(n) of a step of n packed tokens, for n up to `most`.
+
+    The shape of the curve is measured once (`calibrate`) with empty rows, which leaves out what attention adds as texts
+    grow. So while decoding goes on, a straight line from measured to observed times, t = a + b * measured, is fitted by
+    least squares, old observations fading; b is drawn towards 1 as long as the sizes observed do not tell.
+
+    Args:
+        most: largest number of tokens of interest.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._sizes: list[int] = []
+        self._measured = [1.0] * (most + 1)
+        self._sums = [0.0] * 5  # of 1, x, y, x * x, x * y over observations; x measured and y observed
+
+    def calibrate(self, seconds: Mapping[int, float]) -> None:
+        """Take the measured seconds of some sizes; sizes between them are interpolated."""
+        self._sizes = sorted(seconds)
+        self._measured = [_interpolate(n, self._sizes, seconds) for n in range(self.most + 1)]
+        self._sums = [0.0] * 5
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Take in that a step of `tokens` took `seconds`; one that took more than twice as long was disturbed."""
+        if not self._sizes or tokens > self.most:
+            return
+        x, y = self._measured[tokens], seconds
+        if self._sums[0] > TRUSTED:
+            offset, slope = self._line()
+            y = min(y, 2 * (offset + slope * x))
+        self._sums = [DECAY * held + new for held, new in zip(self._sums, (1.0, x, y, x * x, x * y), strict=True)]
+
+    def table(self) -> Tensor:
+        """float32 `[most + 1]`, seconds of a step of n tokens."""
+        offset, slope = self._line()
+        return torch.tensor([offset + slope * measured for measured in self._measured])
+
+    def cheapest(self, tokens: int) -> int:
+        """The number of tokens, at least `tokens`, whose step takes the least time.
+
+        It is a larger one only if that was measured to be clearly faster, as uniform sizes are on some machines.
+        """
+        larger = self._sizes[bisect_left(self._sizes, tokens) :]
+        best = min(larger, key=self._measured.__getitem__, default=tokens)
+        return best if best > tokens and self._measured[best] < WORTH_PADDING * self._measured[tokens] else tokens
+
+    def _line(self) -> tuple[float, float]:
+        """The a and b of the class's docstring."""
+        count, *sums = self._sums
+        if count == 0:
+            return 0.0, 1.0
+        x, y, xx, xy = (total / count for total in sums)
+        prior = PRIOR * x * x
+        slope = max((xy - x * y + prior) / (xx - x * x + prior), 0.0)
+        offset = y - slope * x
+        return (offset, slope) if offset >= 0 else (0.0, y / x)
+
+
+def _interpolate(tokens: int, sizes: list[int], seconds: Mapping[int, float]) -> float:
+    """Piecewise linear through (size, seconds); before the first and behind the last size it is level."""
+    right = bisect_left(sizes, tokens)
+    if right == 0 or right == len(sizes):
+        return seconds[sizes[min(right, len(sizes) - 1)]]
+    low, high = sizes[right - 1], sizes[right]
+    share = (tokens - low) / (high - low)
+    return seconds[low] + share * (seconds[high] - seconds[low])
