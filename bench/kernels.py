@@ -12,6 +12,7 @@ graph where the form allows it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import math
 import statistics
@@ -168,18 +169,19 @@ def forms(device: torch.device) -> dict[str, Attention | str]:
     if device.type == "cpu":
         found["C++"] = torch.ops.emssd.ragged_attention.default if load_cpu_kernels() else cpu_kernel_status()
         return found
-    for name, function in {"Triton": "ragged_attention_triton", "varlen_attn": "ragged_attention_varlen"}.items():
-        found[name] = _triton_form(function)
-    return found
+    modules = {
+        "Triton": ("ragged_attention", "ragged_attention_triton"),
+        "varlen_attn": ("varlen", "ragged_attention_varlen"),
+    }
+    return found | {name: _triton_form(*place) for name, place in modules.items()}
 
 
-def _triton_form(function: str) -> Attention | str:
+def _triton_form(module: str, function: str) -> Attention | str:
     try:
-        from emssd_compile.ops import triton  # type: ignore[attr-defined]  # needs the triton package
-
-        return getattr(triton, function)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
+        form: Attention = getattr(importlib.import_module(f"emssd_compile.ops.triton.{module}"), function)
+    except ImportError as error:  # no Triton, or a torch that lacks something
         return f"{type(error).__name__}: {error}"
+    return form
 
 
 def measure(
