@@ -110,6 +110,7 @@ def default_profiles(console: Console, options: argparse.Namespace) -> dict[str,
             max_batch=len(prompts),
             max_length=max(map(len, prompts)) + LOOKUP_NEW_TOKENS,
             backend="eager",
+            layout="packed",
         )
         fast.generate(prompts, max_new_tokens=LOOKUP_NEW_TOKENS, eos_token_id=None)
     measured = profiles.measured_profile(fast.stats.acceptance_histogram, fast.stats.num_row_steps)

@@ -17,7 +17,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def fast(model):
-    return emssd_compile.optimize(model, max_batch=3, max_length=60, backend="eager")
+    return emssd_compile.optimize(model, max_batch=3, max_length=60, backend="eager", layout="packed")
 
 
 def test_resuming_gives_the_tokens_of_the_prompts_just_read_again_and_again(model, fast):
@@ -44,7 +44,9 @@ def test_nothing_is_read_when_resuming(fast):
 def test_a_steady_step_is_the_difference_of_two_runs_over_the_difference_of_their_steps(monkeypatch):
     model = shapes.build("tiny-llama")
     plant_continuation(model)
-    fast = emssd_compile.optimize(model, FullWidthDrafter(K), max_batch=2, max_length=60, backend="eager")
+    fast = emssd_compile.optimize(
+        model, FullWidthDrafter(K), max_batch=2, max_length=60, backend="eager", layout="packed"
+    )
     runs = []
     resume = measure.resume
 

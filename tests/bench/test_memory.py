@@ -8,7 +8,9 @@ from bench.memory import Memory, kv_bytes, peak_memory
 
 @pytest.fixture(scope="module")
 def fast():
-    return emssd_compile.optimize(shapes.build("tiny-llama"), "none", max_batch=2, max_length=50, backend="eager")
+    return emssd_compile.optimize(
+        shapes.build("tiny-llama"), "none", max_batch=2, max_length=50, backend="eager", layout="packed"
+    )
 
 
 def test_the_share_by_hand():

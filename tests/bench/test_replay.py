@@ -35,7 +35,7 @@ def replay():
 
 @pytest.fixture(scope="module")
 def fast(model, replay):
-    return emssd_compile.optimize(model, replay, max_batch=ROWS, max_length=80, backend="eager")
+    return emssd_compile.optimize(model, replay, max_batch=ROWS, max_length=80, backend="eager", layout="packed")
 
 
 def decode(fast, replay, prompts, continuations, acceptance):
@@ -93,7 +93,9 @@ def test_the_acceptance_asked_for_is_reached():
 
 
 def test_a_full_width_step_feeds_every_draft_and_accepts_none(model, prompts):
-    fast = emssd_compile.optimize(model, FullWidthDrafter(K), max_batch=ROWS, max_length=80, backend="eager")
+    fast = emssd_compile.optimize(
+        model, FullWidthDrafter(K), max_batch=ROWS, max_length=80, backend="eager", layout="packed"
+    )
     fast.generate(prompts, max_new_tokens=NEW, eos_token_id=None)
     assert fast.stats.num_accepted_draft_tokens == 0
     # No draft is made that would run past the last token.
