@@ -57,15 +57,15 @@ def smoke(device: str) -> list[Part]:
     speedup = f"{toy} --shape tiny-llama --batches 1 2 --tokens 8 --candidates hf_generate vanilla_padded ours_packed"
     scaling = f"{toy} --shapes tiny-llama {places} --at-batch 3 --at-context 20 --at-drafts 2"
     return [
-        _bench("exactness", 60, "gpu_suite.exactness", device, "--smoke"),
-        _bench("synchronisations", 60, "gpu_suite.syncs", device, "--smoke"),
-        _bench("attention kernels", 60, "kernels", device, kernels),
-        _bench("EMS-SD table", 60, "ems_table", device, ems),
-        _bench("roofline", 60, "roofline", device, f"{toy} --shape tiny-llama {places}"),
-        _bench("speed-up", 60, "speedup", device, speedup),
-        _bench("scaling", 60, "scaling", device, scaling),
-        _tests("tests", 90, "tests/ops", "tests/runtime"),
-        _bench("engines", 60, "gpu_suite.engines", device),
+        _bench("exactness", 150, "gpu_suite.exactness", device, "--smoke"),
+        _bench("synchronisations", 150, "gpu_suite.syncs", device, "--smoke"),
+        _bench("attention kernels", 150, "kernels", device, kernels),
+        _bench("EMS-SD table", 150, "ems_table", device, ems),
+        _bench("roofline", 150, "roofline", device, f"{toy} --shape tiny-llama {places}"),
+        _bench("speed-up", 150, "speedup", device, speedup),
+        _bench("scaling", 150, "scaling", device, scaling),
+        _tests("tests", 150, "tests/ops", "tests/runtime"),
+        _bench("engines", 150, "gpu_suite.engines", device),
     ]
 
 
