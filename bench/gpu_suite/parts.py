@@ -75,7 +75,16 @@ def _bench(name: str, limit: float, module: str, device: str, arguments: str = "
 
 def _tests(name: str, limit: float, *folders: str) -> Part:
     """Tests that say they need a GPU. Exit code 5 is pytest's for "none found"."""
-    pytest = ("pytest", *(folders or ("tests",)), "--ignore", "tests/bench", "-k", "cuda or gpu", "-q", "--no-header")
+    pytest = (
+        "pytest",
+        *(folders or ("tests",)),
+        "--ignore",
+        "tests/bench",
+        "-k",
+        "cuda or gpu or triton_forms",
+        "-q",
+        "--no-header",
+    )
     return Part(name, (*pytest, "-p", "no:cacheprovider"), limit, writes_json=False, skipping=(5,))
 
 
