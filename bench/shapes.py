@@ -65,7 +65,13 @@ CONFIGS = {
 NAMES = (*SHIPPED, *CONFIGS)
 
 
-def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    positions: int | None = None,
+) -> PreTrainedModel:
     """The model of that name, in eval mode and with SDPA attention.
 
     Random weights are drawn on `device`, the same every time there. Their standard deviation is 1/sqrt(hidden size),
@@ -76,21 +82,28 @@ def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
         name: one of `NAMES`.
         device: where the weights shall be.
         dtype: their type.
+        positions: longest text, where the published one is too short.
 
     Raises:
-        OptionError: there is no model of that name.
+        OptionError: there is no model of that name, or it has trained weights and cannot be given more positions.
     """
     if name in SHIPPED:
-        return _shipped(SHIPPED[name], device, dtype)
+        model = _shipped(SHIPPED[name], device, dtype)
+        if positions is not None and positions > model.config.max_position_embeddings:
+            raise OptionError(
+                f"{name} is trained for {model.config.max_position_embeddings} positions, not {positions}"
+            )
+        return model
     if name not in CONFIGS:
         raise OptionError(f"unknown model {name!r}; choose one of {', '.join(NAMES)}")
+    config = CONFIGS[name]()
+    if positions is not None:
+        config.max_position_embeddings = max(positions, config.max_position_embeddings)
     device = torch.device(device)
     generators = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(generators), device:
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            CONFIGS[name](), dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval()
 
 

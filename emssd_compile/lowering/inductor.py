@@ -58,7 +58,10 @@ class InductorStep:
         graph.output(tuple(results.values()))
         graph_module = fx.GraphModule(self.graph_module, graph, class_name="Step")
         fake_mode = FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
-        inputs = [_fake(node, fake_mode) for node in graph.nodes if node.op == "placeholder"]
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = [_fake(node, fake_mode) for node in placeholders]
+        for node, value in zip(placeholders, inputs, strict=True):
+            node.meta["val"] = value  # with a C++ wrapper, Inductor takes its inputs from here
         # Inductor's cache on disk does not look into custom ops: it would serve a graph compiled for an older form of
         # ours.
         tag = torch.compiler.config.patch(cache_key_tag=f"emssd-{source_hash()}")  # type: ignore[attr-defined]

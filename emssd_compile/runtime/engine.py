@@ -33,6 +33,7 @@ class Request:
         prompt: int64 `[S]`, on the CPU.
         max_new_tokens: it ends after so many.
         min_new_tokens: EOS is barred before so many.
+        num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
         output: tokens emitted so far.
         finished: whether it has ended.
     """
@@ -41,6 +42,7 @@ class Request:
     prompt: Tensor
     max_new_tokens: int
     min_new_tokens: int = 0
+    num_read: int = 0
     output: list[int] = field(default_factory=list)
     finished: bool = False
 
@@ -183,7 +185,7 @@ class Engine:
         values = {
             "history": history,
             "known": lengths,
-            "lengths": torch.zeros_like(lengths),
+            "lengths": torch.tensor([r.num_read for r in started]),
             "draft_lengths": torch.zeros_like(lengths),
             "active": torch.ones_like(lengths, dtype=torch.bool),
             "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
@@ -195,7 +197,7 @@ class Engine:
         for name in self._row_state:
             self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
         for b, request in zip(free, started, strict=True):
-            self._rows[b] = _Row(request, pending=len(request.prompt))
+            self._rows[b] = _Row(request, pending=len(request.prompt) - request.num_read)
 
     def _launch(self, launched: Collection[_Launch]) -> _Launch:
         sizes = self._plan(launched)

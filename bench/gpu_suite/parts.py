@@ -1,0 +1,92 @@
+"""What the suite consists of: commands, each with its time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command that runs in a process of its own.
+
+    Attributes:
+        name: for the record.
+        command: what follows `python -m`.
+        limit_seconds: it is killed after so long.
+        writes_json: whether it takes `--json PATH`.
+        passing: exit codes that mean that all is well.
+        skipping: exit codes that mean that there was nothing to do.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_seconds: float
+    writes_json: bool = True
+    passing: tuple[int, ...] = (0,)
+    skipping: tuple[int, ...] = ()
+
+
+def full(device: str) -> list[Part]:
+    """What is run on a large GPU, the most telling parts first. Time limits add up to more than the suite's own."""
+    heads = "32/8/128 32/32/128 32/32/80"  # Llama-3-8B, OPT-6.7b, OPT-2.7b
+    kernels = f"--dtype bfloat16 --rows 1 8 32 --contexts 512 4096 --heads {heads}"
+    ems = "--shape opt-6.7b --batches 1 8 24 --repeats 2"
+    roofline = "--shape llama-3-8b --dtype bfloat16 --batches 1 8 32 --contexts 512 4096 --steps 32"
+    speedup = "--shape opt-2.7b --batches 1 8 24 --tokens 64 --repeats 2 --time-limit 20"
+    scaling = "--shapes opt-2.7b --batches 1 4 16 64 --contexts 256 1024 1900 --drafts 3 7 --steps 32"
+    return [
+        _bench("exactness", 150, "gpu_suite.exactness", device),
+        _bench("synchronisations", 60, "gpu_suite.syncs", device),
+        _bench("attention kernels", 60, "kernels", device, kernels),
+        _bench("EMS-SD table, opt-6.7b", 240, "ems_table", device, ems),
+        _bench("roofline, llama-3-8b", 120, "roofline", device, roofline),
+        _bench("speed-up, opt-2.7b", 120, "speedup", device, speedup),
+        _bench("scaling, opt-2.7b", 150, "scaling", device, scaling),
+        _tests("tests", 120),
+        _bench("engines", 60, "gpu_suite.engines", device),
+    ]
+
+
+def smoke(device: str) -> list[Part]:
+    """The same parts on toy sizes, for a CPU: shows that they run, and nothing of speed."""
+    toy = "--backend eager --repeats 1"
+    places = "--batches 1 3 --contexts 20 --drafts 2 --steps 4"
+    kernels = "--rows 2 --contexts 20 --tokens 1 4 --repeats 1"
+    ems = f"{toy} --shape tiny-llama --batches 1 3 --prompt-tokens 20 --new-tokens 12 --profile .9 .5"
+    speedup = f"{toy} --shape tiny-llama --batches 1 2 --tokens 8 --candidates hf_generate vanilla_padded ours_packed"
+    scaling = f"{toy} --shapes tiny-llama {places} --at-batch 3 --at-context 20 --at-drafts 2"
+    return [
+        _bench("exactness", 150, "gpu_suite.exactness", device, "--smoke"),
+        _bench("synchronisations", 150, "gpu_suite.syncs", device, "--smoke"),
+        _bench("attention kernels", 150, "kernels", device, kernels),
+        _bench("EMS-SD table", 150, "ems_table", device, ems),
+        _bench("roofline", 150, "roofline", device, f"{toy} --shape tiny-llama {places}"),
+        _bench("speed-up", 150, "speedup", device, speedup),
+        _bench("scaling", 150, "scaling", device, scaling),
+        _tests("tests", 150, "tests/ops", "tests/runtime"),
+        _bench("engines", 150, "gpu_suite.engines", device),
+    ]
+
+
+def _bench(name: str, limit: float, module: str, device: str, arguments: str = "") -> Part:
+    return Part(name, (f"bench.{module}", "--device", device, *arguments.split()), limit)
+
+
+def _tests(name: str, limit: float, *folders: str) -> Part:
+    """Tests that say they need a GPU. Exit code 5 is pytest's for "none found"."""
+    pytest = (
+        "pytest",
+        *(folders or ("tests",)),
+        "--ignore",
+        "tests/bench",
+        "-k",
+        "cuda or gpu or triton_forms",
+        "-q",
+        "--no-header",
+    )
+    return Part(name, (*pytest, "-p", "no:cacheprovider"), limit, writes_json=False, skipping=(5,))
+
+
+PARTS: dict[bool, Callable[[str], list[Part]]] = {False: full, True: smoke}
+"""By whether it is the smoke run."""

@@ -1,0 +1,68 @@
+"""How much memory decoding takes beyond the weights and the KV cache."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emssd_compile import OptimizedModel
+
+_PROCESS = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Attributes are in bytes.
+
+    Attributes:
+        weights: of the model.
+        kv: of the KV caches.
+        peak: the most that was held at once.
+    """
+
+    weights: int
+    kv: int
+    peak: int
+
+    @property
+    def over_needed(self) -> float:
+        """Peak over weights and KV caches; 1 is the best there is."""
+        return self.peak / (self.weights + self.kv)
+
+
+def kv_bytes(fast: OptimizedModel) -> int:
+    """Bytes of the KV caches of all layers."""
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in fast._compiled.cache_shapes.values())
+
+
+def peak_memory(fast: OptimizedModel, work: Callable[[], object]) -> Memory | None:
+    """Memory while `work` decodes with `fast`, which should be the only thing on its GPU; `work` runs once before.
+
+    On CUDA the peak is what torch had allocated, CUDA graphs included. On a CPU, where a process holds much else, it is
+    weights and KV cache and what the resident set grew by; `None` where the system does not tell (Linux does).
+    """
+    weights = sum(p.numel() * p.element_size() for p in fast.model.parameters())
+    kv = kv_bytes(fast)
+    work()
+    if fast.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(fast.device)
+        work()
+        return Memory(weights, kv, torch.cuda.max_memory_allocated(fast.device))
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the first run gave back would else not be counted again
+        (_PROCESS / "clear_refs").write_text("5")  # the peak starts anew: proc(5)
+        before = _resident("VmRSS")
+        work()
+        return Memory(weights, kv, weights + kv + max(_resident("VmHWM") - before, 0))
+    except (OSError, AttributeError):  # no procfs, no glibc
+        return None
+
+
+def _resident(field: str) -> int:
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
