@@ -14,10 +14,9 @@ from emssd_compile.ops import source_hash
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
 
-# Inductor's checks of its own output cost 7 % of a step of 8 rows of a small model on a CPU. A wrapper in C++ would
-# save another 10 %, but with torch 2.13 it takes the sizes of the inputs, which may be any, for equal.
+# Inductor's checks of its own output cost 7 % of a step of 8 rows of a small model on a CPU; a wrapper in Python, where
+# it can be C++, another 10 %.
 _OPTIONS = {
-    "cpp_wrapper": False,
     "size_asserts": False,
     "alignment_asserts": False,
     "triton.cudagraphs": False,  # the runtime captures whole steps itself
@@ -66,7 +65,8 @@ class InductorStep:
         # ours.
         tag = torch.compiler.config.patch(cache_key_tag=f"emssd-{source_hash()}")  # type: ignore[attr-defined]
         with tag, torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-            self._run = cast("Callable[..., Any]", compile_fx(graph_module, inputs, config_patches=_OPTIONS))
+            options = {**_OPTIONS, "cpp_wrapper": inputs[0].device.type == "cpu"}
+            self._run = cast("Callable[..., Any]", compile_fx(graph_module, inputs, config_patches=options))
 
 
 def passes(device: torch.device) -> tuple[Pass, ...]:
