@@ -20,6 +20,7 @@ from torch import nn
 import emssd_compile
 from emssd_compile.drafters import DRAFTERS, DraftModel, PromptLookup
 from emssd_compile.errors import EmssdError, InvalidInputError, OptionError
+from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.stats import Stats
 
@@ -94,6 +95,9 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument(
         "--backend", choices=BACKENDS, default="inductor", help="eager starts at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="auto", help="auto drafts only where that is faster (default: %(default)s)"
     )
 
 
@@ -191,6 +195,7 @@ def _optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.
         max_batch=arguments.max_batch,
         max_length=arguments.max_length,
         backend=arguments.backend,
+        layout=arguments.layout,
     )
 
 
