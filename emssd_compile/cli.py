@@ -105,7 +105,7 @@ def _add_explain(commands: Any) -> None:
     parser = _add_command(commands, "explain", "show what the compiler does with a model", _EXPLAIN_EXAMPLES)
     parser.add_argument("--dump", metavar="DIR", type=Path, help="write every stage of the graph there")
     # The passes do the same whatever the sizes are; these are small so that a large model's KV cache is.
-    parser.set_defaults(max_batch=1, max_length=64, backend="eager")
+    parser.set_defaults(max_batch=1, max_length=64, backend="eager", layout="auto")
 
 
 def _add_command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

@@ -153,6 +153,7 @@ class OptimizedModel:
         return Engine(
             launcher,
             tuple(row_state),
+            tuple(memory),
             layout,
             prefill_chunk=self.options.prefill_chunk,
             lag=0 if device.type == "cpu" else 1,

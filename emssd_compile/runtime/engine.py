@@ -7,7 +7,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from emssd_compile.errors import CapacityError
 from emssd_compile.layouts import Packed
 from emssd_compile.runtime.buckets import Sizes, smallest_cover
 from emssd_compile.runtime.launch import Launcher, Report
+from emssd_compile.runtime.rehearsal import Rehearsal, rehearse
 from emssd_compile.runtime.step_times import StepTimes
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.drafting import TensorSpec
-from emssd_compile.step.state import COUNTERS
+from emssd_compile.step.state import COUNTERS, StepState
 
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
 
@@ -76,6 +78,7 @@ class Engine:
     Args:
         launcher: runs steps and owns their tensors.
         row_state: names of the row tensors of drafter and policy (zeroed when a request starts).
+        memory: names of the policy's other tensors.
         layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
@@ -85,6 +88,7 @@ class Engine:
         self,
         launcher: Launcher,
         row_state: Collection[str],
+        memory: Collection[str],
         layout: Packed,
         *,
         prefill_chunk: int,
@@ -99,6 +103,7 @@ class Engine:
         self.sizes_used: set[Sizes] = set()
         self.times = StepTimes(self.num_rows * (self.num_draft_tokens + 1))
         self._row_state = tuple(row_state)
+        self._kept = (*(f.name for f in fields(StepState)), *row_state, *memory)
         self._room = self._wanted = self.num_rows * self.num_draft_tokens
         self._last_read = 0.0
         self._num_observed = 0
@@ -128,36 +133,30 @@ class Engine:
         return self.launcher.tensors
 
     def warmup(self) -> None:
-        """Compile: run the step once with nothing in it."""
-        self._run_step(Sizes(2, 2, 2)).read()
+        """Compile: run the step once."""
+        with self._rehearsal() as rehearsal:
+            rehearsal.step(Sizes(2, 2, 2))
 
     def capture(self) -> Iterator[Sizes]:
-        """Run every bucket of sizes once with nothing in it, so that none is captured later; yields each when done."""
-        for sizes in self.launcher.buckets:
-            self._run_step(sizes).read()
-            yield sizes
+        """Run every bucket of sizes once, so that none is captured later; yields each when done."""
+        with self._rehearsal() as rehearsal:
+            for sizes in self.launcher.buckets:
+                rehearsal.step(sizes)
+                yield sizes
 
     def calibrate(self) -> None:
-        """Measure steps of some sizes with nothing in them, if the layout asks for times."""
+        """Measure steps of some sizes, if the layout asks for times."""
         if not self.layout.is_measured:
             return
-        limit = self.num_draft_tokens + 1
-        sizes = [bucket.token_slots for bucket in self.launcher.buckets] or [
-            min(self.num_rows * n, self.times.most) for n in {1, 2, 4, limit}
-        ]
-        seconds = {size: self._measure(size) for size in {1, *sizes}}
+        by_rows = [self.num_rows * n for n in (1, 2, 4, self.num_draft_tokens + 1)]
+        sizes = [bucket.token_slots for bucket in self.launcher.buckets] or by_rows
+        with self._rehearsal() as rehearsal:
+            seconds = {size: rehearsal.seconds(size) for size in {1, *sizes} if size <= self.times.most}
         self.times.calibrate(seconds)
         self._publish_times()
 
-    def _measure(self, tokens: int) -> float:
-        """Seconds of a step of so many tokens: the median of three, behind one that is not counted."""
-        sizes = Sizes(tokens, tokens, 2 * min(tokens, self.num_rows))
-        seconds = []
-        for _ in range(4):
-            started = time.perf_counter()
-            self._run_step(sizes).read()
-            seconds.append(time.perf_counter() - started)
-        return sorted(seconds[1:])[1]
+    def _rehearsal(self) -> AbstractContextManager[Rehearsal]:
+        return rehearse(self.launcher, self._kept, self.num_draft_tokens)
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
         """The counters and the acceptance histogram, read from the device, and reset there."""
