@@ -145,13 +145,13 @@ class Engine:
                 yield sizes
 
     def calibrate(self) -> None:
-        """Measure steps of some sizes, if the layout asks for times."""
+        """Measure steps of some sizes with nothing in them, if the layout asks for times."""
         if not self.layout.is_measured:
             return
         by_rows = [self.num_rows * n for n in (1, 2, 4, self.num_draft_tokens + 1)]
         sizes = [bucket.token_slots for bucket in self.launcher.buckets] or by_rows
         with self._rehearsal() as rehearsal:
-            seconds = {size: rehearsal.seconds(size) for size in {1, *sizes} if size <= self.times.most}
+            seconds = {size: rehearsal.idle_seconds(size) for size in {1, *sizes} if size <= self.times.most}
         self.times.calibrate(seconds)
         self._publish_times()
 

@@ -17,7 +17,7 @@ RUNS = 3
 
 
 class Rehearsal:
-    """Runs steps in which every row decodes, half full, so that they cost what they will cost.
+    """Runs steps in which every row decodes, half full, or none does.
 
     Args:
         launcher: its tensors are given back as they were, all but the KV caches.
@@ -45,16 +45,19 @@ class Rehearsal:
             self._launcher.assign(name, value)
         self._launcher.launch(sizes).read()
 
-    def seconds(self, tokens: int) -> float:
-        """Seconds of a step of so many tokens: the median of some runs, behind one that is not counted."""
-        rows = len(self._state["known"])
-        sizes = Sizes(tokens, tokens, 2 * min(tokens, rows))
-        self.step(sizes)
-        return statistics.median(self._timed(sizes) for _ in range(RUNS))
+    def idle_seconds(self, tokens: int) -> float:
+        """Seconds of a step of so many tokens that belong to no row: the median of some runs, the first left out.
+
+        No context is read, so what is measured depends on the number of tokens alone.
+        """
+        active = self._launcher.tensors["active"]
+        self._launcher.assign("active", torch.zeros_like(active))
+        sizes = Sizes(tokens, tokens, 2 * min(tokens, len(active)))
+        return statistics.median([self._timed(sizes) for _ in range(RUNS + 1)][1:])
 
     def _timed(self, sizes: Sizes) -> float:
         started = time.perf_counter()
-        self.step(sizes)
+        self._launcher.launch(sizes).read()
         return time.perf_counter() - started
 
 

@@ -17,10 +17,9 @@ WORTH_PADDING = 0.97  # a larger step must take less than this share of the time
 class StepTimes:
     """The time t(n) of a step of n packed tokens, for n up to `most`.
 
-    The shape of the curve is measured once (`calibrate`), at one length of context. What attention adds as texts grow
-    and what else the machine does may change: so while decoding goes on, a straight line from measured to observed
-    times, t = a + b * measured, is fitted by least squares, old observations fading; b is drawn towards 1 as long as
-    the sizes observed do not tell.
+    The shape of the curve is measured once (`calibrate`) with empty rows, which leaves out what attention adds as texts
+    grow. So while decoding goes on, a straight line from measured to observed times, t = a + b * measured, is fitted by
+    least squares, old observations fading; b is drawn towards 1 as long as the sizes observed do not tell.
 
     Args:
         most: largest number of tokens of interest.
