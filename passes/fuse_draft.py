@@ -88,7 +88,7 @@ class FuseDraft:
                 state={name: given[name] for name in own},
             )
         )
-        self._check(draft.tokens.shape, known.shape[0], set(draft.state))
+        self._check(draft, known.shape[0])
         valid = (draft.tokens >= 0) & (draft.tokens < given["is_eos"].shape[0])
         proposed = torch.minimum(draft.lengths, valid.to(known.dtype).cumprod(1).sum(1))
         proposed = torch.minimum(proposed, max_drafts).clamp(min=0)
@@ -107,12 +107,13 @@ class FuseDraft:
     def _choose_lengths(self, draft: Draft, proposed: Tensor, given: Tensors) -> tuple[Tensor, Tensor, Tensors]:
         """Lengths of the drafts `[B]`, what the policy wanted in all `[]`, and its new state."""
         rows, limit = draft.tokens.shape
+        grades = torch.zeros_like(draft.tokens) if draft.grades is None else draft.grades
         pending = torch.where(given["active"], given["known"] - given["lengths"], 0)
         own = [*self.policy.row_spec(rows, limit), *self.policy.memory_spec(limit, self.drafter.num_grades)]
         ranking = self.policy(
             PolicyContext(
                 proposed=proposed,
-                grades=torch.zeros_like(draft.tokens) if draft.grades is None else draft.grades,
+                grades=grades.clamp(0, self.drafter.num_grades - 1),
                 drafted=given["drafted"],
                 accepted=given["accepted"],
                 num_tokens=pending.sum(),
@@ -124,12 +125,14 @@ class FuseDraft:
         room = torch.minimum(ranking.wanted, given["draft_budget"])
         return fit(ranking, proposed, room), ranking.wanted, ranking.state
 
-    def _check(self, size: torch.Size, rows: int, returned: set[str]) -> None:
+    def _check(self, draft: Draft, rows: int) -> None:
         expected = (rows, self.drafter.num_draft_tokens)
         name = type(self.drafter).__name__
-        if tuple(size) != expected:
-            raise DrafterError(f"{name} returned tokens of shape {tuple(size)}; expected [B, K] = {list(expected)}")
-        if returned != set(self.drafter.state_spec()):
+        for what, value in (("tokens", draft.tokens), ("grades", draft.grades)):
+            if value is not None and tuple(value.shape) != expected:
+                shape = tuple(value.shape)
+                raise DrafterError(f"{name} returned {what} of shape {shape}; expected [B, K] = {list(expected)}")
+        if set(draft.state) != set(self.drafter.state_spec()):
             raise DrafterError(
-                f"{name} returned state {sorted(returned)}; state_spec declares {sorted(self.drafter.state_spec())}"
+                f"{name} returned state {sorted(draft.state)}; state_spec declares {sorted(self.drafter.state_spec())}"
             )

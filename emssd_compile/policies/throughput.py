@@ -89,8 +89,8 @@ def _best_count(survival: Tensor, context: PolicyContext) -> Tensor:
 
 
 def _time(seconds: Tensor, tokens: Tensor) -> Tensor:
-    """Times of steps of so many tokens; past the end of the table they grow as in its second half."""
+    """Times of steps of so many tokens; past the end of the table they grow as in its second half, or not at all."""
     last = seconds.shape[0] - 1
     middle = last // 2
-    slope = (seconds[last] - seconds[middle]) / max(last - middle, 1)
+    slope = ((seconds[last] - seconds[middle]) / max(last - middle, 1)).clamp(min=0)
     return seconds[tokens.clamp(max=last)] + slope * (tokens - last).clamp(min=0)

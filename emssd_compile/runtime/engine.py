@@ -104,7 +104,8 @@ class Engine:
         self.times = StepTimes(self.num_rows * (self.num_draft_tokens + 1))
         self._row_state = tuple(row_state)
         self._kept = (*(f.name for f in fields(StepState)), *row_state, *memory)
-        self._room = self._wanted = self.num_rows * self.num_draft_tokens
+        self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
+        self._wanted = (self.num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
         self._last_read = 0.0
         self._num_observed = 0
         self._rows: list[_Row | None] = [None] * self.num_rows
@@ -152,7 +153,7 @@ class Engine:
         sizes = [bucket.token_slots for bucket in self.launcher.buckets] or by_rows
         with self._rehearsal() as rehearsal:
             seconds = {size: rehearsal.idle_seconds(size) for size in {1, *sizes} if size <= self.times.most}
-        self.times.calibrate(seconds)
+        self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
         self._publish_times()
 
     def _rehearsal(self) -> AbstractContextManager[Rehearsal]:
@@ -211,37 +212,46 @@ class Engine:
         Exact with `lag` = 0. With reports outstanding it is what the step has room for (`_make_room`).
         """
         pending = self._foresee(launched)
-        rows = [row for row in self._rows if row]
-        wanted = self._room if self.lag else sum(row.draft_length for row in rows)
-        drafts = self.layout.room(len(rows), self.num_draft_tokens, wanted)
+        wanted = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
+        drafts = self.layout.room(len(pending), self.num_draft_tokens, wanted)
         needed = min(sum(pending) + drafts, self.chunk)
         # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
         # last draft was never fed to it), else what this step feeds.
         reading = sum(2 if count == 1 else count + 1 for count in pending)
         return Sizes(
             token_slots=self.layout.tokens(needed, self.times),
-            logit_slots=min(len(rows) + drafts, needed),
+            logit_slots=min(len(pending) + drafts, needed),
             draft_slots=min(reading, self.chunk + self.num_rows),
         )
 
     def _foresee(self, launched: Collection[_Launch]) -> list[int]:
-        """What each row knows but will not have read when the next step starts; with steps under way, at most."""
-        pending = [row.pending for row in self._rows if row]
+        """What each busy row knows but will not have read when the next step starts; with steps under way, at most."""
+        share = self.num_draft_tokens + 1
+        pending = [row.pending if row else 0 for row in self._rows]
+        drafts = [row.draft_length if row else 0 for row in self._rows]
         for launch in launched:
-            # As `pack` does: a share for each row, then the rest in order; here as if all rows had all drafts.
-            wanted = [count + self.num_draft_tokens for count in pending]
-            shares = _grant([min(count, self.num_draft_tokens + 1) for count in wanted], launch.sizes.token_slots)
-            left = launch.sizes.token_slots - sum(shares)
-            rest = _grant([a - b for a, b in zip(wanted, shares, strict=True)], left)
-            pending = [max(count - a - b, 1) for count, a, b in zip(pending, shares, rest, strict=True)]
-        return pending
+            # A request that came since the launch took no part in it; the one it followed decoded, or had ended.
+            stays = [row is not None and row.request is it for row, it in zip(self._rows, launch.requests, strict=True)]
+            wanted = [
+                pending[b] + drafts[b] if stays[b] else share if request else 0
+                for b, request in enumerate(launch.requests)
+            ]
+            # As `pack` does: a share for each row, then the rest in order.
+            first = _grant([min(count, share) for count in wanted], launch.sizes.token_slots)
+            left = launch.sizes.token_slots - sum(first)
+            rest = _grant([a - b for a, b in zip(wanted, first, strict=True)], left)
+            fed = [(a + b) * stay for a, b, stay in zip(first, rest, stays, strict=True)]
+            pending = [max(a - b, min(a, 1)) for a, b in zip(pending, fed, strict=True)]
+            drafts = [self.num_draft_tokens] * self.num_rows  # what the step drafts is not known yet
+        return [count for count, row in zip(pending, self._rows, strict=True) if row]
 
     def _make_room(self) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
         if not self.lag:
             return
         num_rows = sum(row is not None for row in self._rows)
-        room = self.layout.room(num_rows, self.num_draft_tokens, self._wanted)
+        drafts, drafting = self._wanted
+        room = self.layout.room(num_rows, self.num_draft_tokens, -(-drafts * num_rows // drafting))
         tokens = num_rows + room
         bucket = smallest_cover(self.launcher.buckets, Sizes(tokens, tokens, 0))
         room = min(bucket.token_slots if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
@@ -271,11 +281,12 @@ class Engine:
         columns = len(REPORT_FIELDS)
         lines = launch.report.read()
         self._observe(launch)
+        self._hear_wish(launch, lines)
         for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request:
                 continue  # the row was empty then, or has ended since
-            count, active, row.pending, row.draft_length, self._wanted = line[:columns]
+            count, active, row.pending, row.draft_length, _ = line[:columns]
             if count:
                 request.output.extend(line[columns : columns + count])
             request.finished = not active
@@ -283,6 +294,13 @@ class Engine:
                 yield request
             if request.finished:
                 self._release(b, active=bool(active))
+
+    def _hear_wish(self, launch: _Launch, lines: list[list[int]]) -> None:
+        """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
+        counts, active, _, _, wanted = list(zip(*lines, strict=True))[: len(REPORT_FIELDS)]
+        drafting = [(r, n) for r, n, alive in zip(launch.requests, counts, active, strict=True) if r and n and alive]
+        if any(r.max_new_tokens - len(r.output) - n > self.num_draft_tokens for r, n in drafting):
+            self._wanted = (wanted[0], len(drafting))
 
     def _release(self, b: int, *, active: bool) -> None:
         self._rows[b] = None

@@ -24,7 +24,7 @@ class Report:
     """What a step tells the host, perhaps still on its way.
 
     Attributes:
-        values: int64 `[B, 4 + K + 1]` on the CPU, `REPORT_FIELDS` and the emitted tokens.
+        values: int64 `[B, 5 + K + 1]` on the CPU, `REPORT_FIELDS` and the emitted tokens.
         wait: returns when `values` are there.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 DECAY = 0.97  # what is left of an observation after the next one
 PRIOR = 0.1  # weight of the measured curve's slope, as a share of the square of its mean
-TRUSTED = 4  # observations after which the line can tell that a step was disturbed
+DISTURBED = 2  # a step that took so many times as long as expected counts as this many times
 WORTH_PADDING = 0.97  # a larger step must take less than this share of the time of the exact one
 
 
@@ -31,20 +31,23 @@ class StepTimes:
         self._measured = [1.0] * (most + 1)
         self._sums = [0.0] * 5  # of 1, x, y, x * x, x * y over observations; x measured and y observed
 
-    def calibrate(self, seconds: Mapping[int, float]) -> None:
-        """Take the measured seconds of some sizes; sizes between them are interpolated."""
+    def calibrate(self, seconds: Mapping[int, float], *, is_stepped: bool = False) -> None:
+        """Take the measured seconds of some sizes.
+
+        Sizes between them are interpolated; or, if `is_stepped`, no others are run: a step takes the next larger one.
+        """
         self._sizes = sorted(seconds)
-        self._measured = [_interpolate(n, self._sizes, seconds) for n in range(self.most + 1)]
+        between = _next_larger if is_stepped else _interpolate
+        self._measured = [between(n, self._sizes, seconds) for n in range(self.most + 1)]
         self._sums = [0.0] * 5
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Take in that a step of `tokens` took `seconds`; one that took more than twice as long was disturbed."""
+        """Take in that a step of `tokens` took `seconds`; one that took much longer than expected was disturbed."""
         if not self._sizes or tokens > self.most:
             return
-        x, y = self._measured[tokens], seconds
-        if self._sums[0] > TRUSTED:
-            offset, slope = self._line()
-            y = min(y, 2 * (offset + slope * x))
+        offset, slope = self._line()
+        x = self._measured[tokens]
+        y = min(seconds, DISTURBED * (offset + slope * x))
         self._sums = [DECAY * held + new for held, new in zip(self._sums, (1.0, x, y, x * x, x * y), strict=True)]
 
     def table(self) -> Tensor:
@@ -81,3 +84,8 @@ def _interpolate(tokens: int, sizes: list[int], seconds: Mapping[int, float]) ->
     low, high = sizes[right - 1], sizes[right]
     share = (tokens - low) / (high - low)
     return seconds[low] + share * (seconds[high] - seconds[low])
+
+
+def _next_larger(tokens: int, sizes: list[int], seconds: Mapping[int, float]) -> float:
+    """The seconds of the smallest size that holds `tokens`; behind the last size it is level."""
+    return seconds[sizes[min(bisect_left(sizes, tokens), len(sizes) - 1)]]

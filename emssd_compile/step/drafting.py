@@ -47,7 +47,8 @@ class Draft:
         lengths: int64 `[B]`, how many of them to verify; what exceeds `max_drafts` is cut.
         state: new values of the tensors in `state_spec`.
         grades: int64 `[B, K]`, 0 to `num_grades - 1`: how sure the drafter is of each draft, in whatever way it knows.
-            A policy learns what each grade is worth, so it need not be calibrated. None grades all alike.
+            A policy learns what each grade is worth, so it need not be calibrated. None grades all alike; grades
+            out of range count as the nearest.
     """
 
     tokens: Tensor

@@ -1,11 +1,16 @@
-"""Engines of one compiled model that launch in different ways."""
+"""Engines of one compiled model that launch in different ways, and what their steps did."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from emssd_compile.optimize import OptimizedModel
-from emssd_compile.runtime.buckets import decode_buckets
+from emssd_compile.runtime.buckets import Sizes, decode_buckets
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import GraphLauncher
+from emssd_compile.step.state import COUNTERS
 from tests.exactness.compiled import rechunked
 from tests.runtime.tape import TapeDevice
 
@@ -18,3 +23,47 @@ def graph_engine(fast: OptimizedModel, prefill_chunk: int, device: TapeDevice) -
     engine.launcher = GraphLauncher(direct.step, direct.input_names, direct.tensors, device, buckets)
     engine.lag = 1
     return engine
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch.
+
+    Attributes:
+        sizes: what the host asked for.
+        active: rows that took part.
+        pending: their tokens that they knew and had not read.
+        drafts: drafts that the device had chosen for them.
+        verified: drafts that were verified.
+        idle: rows that took part and read nothing.
+    """
+
+    sizes: Sizes
+    active: int
+    pending: int
+    drafts: int
+    verified: int
+    idle: int
+
+
+def watch(engine: Engine) -> list[Step]:
+    """The steps that the engine launches from now on, as they come."""
+    steps: list[Step] = []
+    launch, tensors = engine.launcher.launch, engine.tensors
+    counter = COUNTERS.index("num_draft_tokens")
+
+    def masked(name: str, active: Tensor) -> Tensor:
+        return tensors[name].clone() * active
+
+    def watched(sizes: Sizes):
+        active = tensors["active"].clone()
+        lengths, known = masked("lengths", active), masked("known", active)
+        drafts, before = int(masked("draft_lengths", active).sum()), int(tensors["counters"][counter])
+        report = launch(sizes)
+        verified = int(tensors["counters"][counter]) - before
+        idle = int(((tensors["lengths"] == lengths) & active).sum())
+        steps.append(Step(sizes, int(active.sum()), int((known - lengths).sum()), drafts, verified, idle))
+        return report
+
+    engine.launcher.launch = watched  # type: ignore[method-assign]
+    return steps

@@ -1,12 +1,17 @@
-"""The loop around the step: rows start, overlap, end and make room."""
+"""The loop around the step: rows start, overlap, end and make room; steps hold what their rows want."""
+
+import functools
+import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emssd_compile.runtime.engine import Engine, Request
-from tests.exactness.compiled import K, rechunked, target
+from tests.exactness.compiled import LENGTHS, K, rechunked, target
 from tests.exactness.models import prompt
-from tests.runtime.engines import graph_engine
+from tests.runtime.engines import Step, graph_engine, watch
 from tests.runtime.tape import TapeDevice
 
 ROWS, NEW = 2, 9
@@ -60,11 +65,11 @@ def test_the_host_reads_a_step_after_it_launched_as_many_as_it_lags(engine):
 def test_every_token_is_handed_out_once_and_in_order(engine):
     (request,) = _requests(33)
     seen: list[int] = []
-    for given in engine.run([request]):
-        assert given is request
-        assert len(seen) < len(given.output) <= len(seen) + K + 1
-        assert given.output[: len(seen)] == seen
-        seen = list(given.output)
+    for handed in engine.run([request]):
+        assert handed is request
+        assert len(seen) < len(handed.output) <= len(seen) + K + 1
+        assert handed.output[: len(seen)] == seen
+        seen = list(handed.output)
     assert [seen] == _expected(33)
 
 
@@ -117,3 +122,89 @@ def test_counters_are_reset_when_they_are_read(engine):
 def test_nothing_to_do_launches_nothing(engine):
     engine.launcher.launch = lambda sizes: pytest.fail("launched a step")
     assert list(engine.run([])) == []
+
+
+BATCH = 3
+
+
+@functools.cache
+def _case(layout: str, kind: str, chunk: int, drafter: str = "sometimes-wrong") -> tuple[Engine, list[Step]]:
+    """One engine for many runs, and the steps that it launches."""
+    fast = _compiled(layout, drafter)
+    if kind == "graphs":
+        engine = graph_engine(fast, chunk, TapeDevice())
+    else:
+        engine = rechunked(fast, chunk)._engine
+        engine.lag = int(kind == "lag=1")
+    return engine, watch(engine)
+
+
+@functools.cache
+def _compiled(layout: str, drafter: str):
+    compiled = target("llama", BATCH)
+    return compiled.optimize(compiled.drafter(drafter), layout=layout)
+
+
+@pytest.mark.parametrize("kind", ["lag=0", "lag=1", "graphs"])
+@pytest.mark.parametrize("layout", ["packed", "padded", "auto"])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_every_step_holds_what_its_rows_want(layout, kind, data):
+    """Requests come in the middle, prompts are read in chunks, rows are ended by EOS, by the caller and by limits."""
+    engine, steps = _case(layout, kind, data.draw(st.sampled_from([1, 24, 512]), label="prefill_chunk"))
+    orders = st.tuples(st.sampled_from(LENGTHS), st.integers(1, NEW), st.integers(1, 2 * NEW))
+    drawn = data.draw(st.lists(orders, min_size=1, max_size=2 * BATCH + 1), label="length, most, patience")
+    eos = data.draw(st.sampled_from([[], target("llama", BATCH).reference(prompt(17), NEW)[3:5]]), label="eos")
+    requests = [Request(index, torch.tensor(prompt(n)), most) for index, (n, most, _) in enumerate(drawn)]
+    device = getattr(engine.launcher, "_device", None)
+    if isinstance(device, TapeDevice):
+        device.reports = 0
+    steps.clear()
+
+    for request in engine.run(requests, eos):
+        if len(request.output) >= drawn[request.index][2]:
+            request.finished = True
+
+    for step in steps:
+        assert step.verified == step.drafts, "no draft that was chosen is cut"
+        assert step.idle == 0, "every row reads on"
+        assert step.sizes.token_slots >= min(step.pending + step.drafts, engine.chunk)
+        assert step.sizes.logit_slots >= min(step.active + step.drafts, step.sizes.token_slots)
+    prefill = sum(-(-n // engine.chunk) for n, _, _ in drawn)
+    assert len(steps) <= prefill + sum(min(most, patience) for _, most, patience in drawn) + 2 * len(drawn)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_step_is_as_large_as_its_layout_says_where_the_host_is_in_step(layout):
+    engine, steps = _case(layout, "lag=0", 512)
+    steps.clear()
+    engine.counters()
+    list(engine.run(_requests(40, 5, 17, 2)))
+    counts, _ = engine.counters()
+    for step in steps:
+        drafts = step.drafts if layout == "packed" else step.active * K
+        assert step.sizes.token_slots == step.pending + drafts
+    assert counts["num_padding_tokens"] == sum(s.sizes.token_slots - s.pending - s.drafts for s in steps)
+    assert (counts["num_padding_tokens"] == 0) == (layout == "packed")
+
+
+@pytest.mark.parametrize("kind", ["lag=1", "graphs"])
+def test_with_steps_under_way_there_is_room_for_all_drafts_that_keep_coming(kind):
+    """Also in the first steps of a run: that rows which ended drafted nothing must not be taken for a wish."""
+    exact, exact_steps = _case("packed", "lag=0", 24, "always-right")
+    engine, steps = _case("packed", kind, 24, "always-right")
+    for lengths in ((5, 7, 3), (33, 5, 17), (40, 33, 23, 2)):
+        for each, seen in ((exact, exact_steps), (engine, steps)):
+            seen.clear()
+            list(each.run(_requests(*lengths, most=16)))
+        assert sum(step.drafts for step in steps) == sum(step.drafts for step in exact_steps)
+
+
+@pytest.mark.parametrize("kind", ["lag=1", "graphs"])
+def test_a_prompt_that_was_read_makes_no_later_step_larger(kind):
+    engine, steps = _case("packed", kind, 512)
+    steps.clear()
+    list(engine.run(_requests(5, 33, 17, 70, 2)))
+    for before, step in itertools.pairwise(steps):
+        if step.pending == step.active and before.active == BATCH:
+            assert step.sizes.token_slots <= BATCH * (K + 1)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emssd_compile.runtime.buckets import Sizes
 from emssd_compile.runtime.engine import Engine, Request
-from emssd_compile.runtime.launch import DirectLauncher, GraphLauncher, Launcher, make_launcher
+from emssd_compile.runtime.launch import DirectLauncher, GraphLauncher, Launcher, Report, make_launcher
+from emssd_compile.step.commit import REPORT_FIELDS
 from tests.exactness.compiled import LENGTHS, NEW_TOKENS, target
 from tests.exactness.models import prompt
 from tests.runtime.engines import graph_engine
@@ -97,9 +98,21 @@ def test_a_bucket_is_captured_when_it_is_first_needed():
 
 def test_chunks_of_prompts_are_not_captured():
     case = _case(chunk=512)
+    largest = case.engine.launcher.buckets[-1].token_slots
+    captures = []
+    launch = case.engine.launcher.launch
+
+    def counted(sizes: Sizes) -> Report:
+        before = case.device.captures
+        report = launch(sizes)
+        captures.append((sizes.token_slots, case.device.captures - before))
+        return report
+
+    case.engine.launcher.launch = counted  # type: ignore[method-assign]
     for n in (70, 64, 61):
         assert case.run(n, most=1) == _expected(n, most=1)
-    assert case.device.captures == 0
+    assert [count for tokens, count in captures if tokens > largest] == [0, 0, 0]
+    assert sum(count for _, count in captures) == case.device.captures > 0
 
 
 def test_no_tensor_ever_moves():
@@ -130,7 +143,7 @@ def _toy_step(history: Tensor, histogram: Tensor, a: Tensor, b: Tensor, *slots: 
     """Swaps two tensors without copying them and counts in a third; reports the count and the sizes."""
     history = history + 1
     sizes = history.new_tensor([len(slot) for slot in slots])
-    report = torch.cat([history.flatten()[:1], sizes, a]).view(1, 5)
+    report = torch.cat([history.flatten()[:1], sizes, a, a]).view(1, len(REPORT_FIELDS) + 1)
     return {"history": history, "a": b, "b": a[:], "report": report}
 
 
