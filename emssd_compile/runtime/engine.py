@@ -152,7 +152,7 @@ class Engine:
         by_rows = [self.num_rows * n for n in (1, 2, 4, self.num_draft_tokens + 1)]
         sizes = [bucket.token_slots for bucket in self.launcher.buckets] or by_rows
         with self._rehearsal() as rehearsal:
-            seconds = {size: rehearsal.idle_seconds(size) for size in {1, *sizes} if size <= self.times.most}
+            seconds = rehearsal.idle_seconds({size for size in {1, *sizes} if size <= self.times.most})
         self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
         self._publish_times()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from emssd_compile.runtime.buckets import Sizes
 from emssd_compile.runtime.launch import Launcher
 
 CONTEXT = 1024  # tokens that each row holds, if it has room for twice as many
-RUNS = 3
+ROUNDS = 4
 
 
 class Rehearsal:
@@ -45,15 +44,17 @@ class Rehearsal:
             self._launcher.assign(name, value)
         self._launcher.launch(sizes).read()
 
-    def idle_seconds(self, tokens: int) -> float:
-        """Seconds of a step of so many tokens that belong to no row: the median of some runs, the first left out.
+    def idle_seconds(self, tokens: Collection[int]) -> dict[int, float]:
+        """Seconds of steps of so many tokens that belong to no row, by the number of tokens.
 
-        No context is read, so what is measured depends on the number of tokens alone.
+        No context is read, so they depend on the number of tokens alone. Sizes take turns and the least time counts:
+        what disturbs a step only makes it longer. The first round is left out.
         """
         active = self._launcher.tensors["active"]
         self._launcher.assign("active", torch.zeros_like(active))
-        sizes = Sizes(tokens, tokens, 2 * min(tokens, len(active)))
-        return statistics.median([self._timed(sizes) for _ in range(RUNS + 1)][1:])
+        sizes = {count: Sizes(count, count, 2 * min(count, len(active))) for count in tokens}
+        rounds = [{count: self._timed(size) for count, size in sizes.items()} for _ in range(ROUNDS + 1)][1:]
+        return {count: min(seconds[count] for seconds in rounds) for count in sizes}
 
     def _timed(self, sizes: Sizes) -> float:
         started = time.perf_counter()

@@ -11,7 +11,7 @@ from torch import Tensor
 DECAY = 0.97  # what is left of an observation after the next one
 PRIOR = 0.1  # weight of the measured curve's slope, as a share of the square of its mean
 DISTURBED = 2  # a step that took so many times as long as expected counts as this many times
-WORTH_PADDING = 0.97  # a larger step must take less than this share of the time of the exact one
+WORTH_PADDING = 0.9  # a larger step must take less than this share of the time of the exact one
 
 
 class StepTimes:
