@@ -18,9 +18,10 @@ from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.consumer import Consumer, progress_bar, working
-from emssd_compile.runtime.engine import Engine, Request, allocate
+from emssd_compile.runtime.engine import Engine, Request
 from emssd_compile.runtime.inputs import Sequences, parse_prompts
 from emssd_compile.runtime.launch import make_launcher
+from emssd_compile.runtime.memory import allocate
 from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
 from emssd_compile.stats import Stats
 from emssd_compile.step.acceptance import Rule

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from emssd_compile.capture import PlainForward
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.runtime.engine import allocate
+from emssd_compile.runtime.memory import allocate
 from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.pack import pack
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -13,14 +11,12 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from emssd_compile.errors import CapacityError
 from emssd_compile.layouts import Packed
 from emssd_compile.runtime.buckets import Sizes, smallest_cover
 from emssd_compile.runtime.launch import Launcher, Report
 from emssd_compile.runtime.rehearsal import Rehearsal, rehearse
 from emssd_compile.runtime.step_times import StepTimes
 from emssd_compile.step.commit import REPORT_FIELDS
-from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.state import COUNTERS, StepState
 
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
@@ -321,18 +317,3 @@ def _grant(wanted: Sequence[int], budget: int) -> list[int]:
         granted.append(min(count, budget))
         budget -= granted[-1]
     return granted
-
-
-def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
-    """Zeroed tensors for `specs`. Raises CapacityError, before it allocates, if they cannot fit into memory."""
-    needed = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
-    if device.type == "cuda":
-        held = torch.cuda.mem_get_info(device)[0]
-    else:
-        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > held:
-        raise CapacityError(
-            f"the KV caches need {needed / 2**30:.1f} GiB and {device} has {held / 2**30:.1f} GiB; compile with a "
-            "smaller max_length or max_batch"
-        )
-    return {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
