@@ -165,6 +165,9 @@ def test_every_step_holds_what_its_rows_want(layout, kind, data):
         if len(request.output) >= drawn[request.index][2]:
             request.finished = True
 
+    for request, (length, most, _) in zip(requests, drawn, strict=True):
+        expected = target("llama", BATCH).reference(prompt(length), most, eos)
+        assert request.output == expected[: len(request.output)]
     for step in steps:
         assert step.verified == step.drafts, "no draft that was chosen is cut"
         assert step.idle == 0, "every row reads on"
