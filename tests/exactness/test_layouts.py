@@ -58,4 +58,6 @@ def test_auto_drafts_where_drafts_pay(kind, drafter, price, least, most):
     engine.times.observe = lambda tokens, seconds: None  # type: ignore[method-assign]
     engine._publish_times()
     counts = _decode(engine)
+    if not most:
+        assert counts["num_padding_tokens"] <= counts["num_steps"], "no room is kept for drafts that do not come"
     assert least <= counts["num_draft_tokens"] / counts["num_row_steps"] <= most
