@@ -1,10 +1,12 @@
 """`DraftModel`: a second causal LM drafts greedily, from its own cache, for every row at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import emssd_compile
-from emssd_compile.drafters import DraftModel
+from emssd_compile.drafters import Draft, DraftContext, DraftModel
 from emssd_compile.errors import DrafterError, OptionError
 from tests.passes.graphs import TinyModel, causal, model_with_attention
 
@@ -38,6 +40,31 @@ def test_another_vocabulary_is_refused():
     other.embed, other.lm_head = torch.nn.Embedding(40, 16), torch.nn.Linear(16, 40)
     with pytest.raises(DrafterError, match="predicts 40 tokens and the target 32"):
         _fast(model_with_attention(), other)
+
+
+class _Graded(DraftModel):
+    """Drafts only what it gives one grade."""
+
+    def __init__(self, model, wanted: int) -> None:
+        super().__init__(model, num_draft_tokens=3)
+        self.wanted = wanted
+
+    def forward(self, context: DraftContext) -> Draft:
+        draft = super().forward(context)
+        assert draft.grades is not None
+        return replace(draft, lengths=draft.lengths * (draft.grades == self.wanted).all(1))
+
+
+def test_the_grade_is_the_probability_in_eighths():
+    """The same probability for every token is grade 0 of a vocabulary of 32; all on one token is the last grade."""
+    flat, sure = model_with_attention(), model_with_attention()
+    with torch.no_grad():
+        flat.lm_head.weight.zero_()
+        sure.lm_head.weight.mul_(1e4)
+    for model, grade in ((flat, 0), (sure, 7)):
+        fast = _fast(model, _Graded(model, grade))
+        fast.generate(PROMPTS, max_new_tokens=8)
+        assert fast.stats.num_draft_tokens > 0
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5])

@@ -54,6 +54,15 @@ def test_agrees_with_the_loop_whatever_lies_behind_the_known_text(texts, num_dra
     assert _drafts(drafter, texts, filler) == [_look_up(text, num_draft_tokens, max_ngram) for text in texts]
 
 
+def test_the_grade_is_the_number_of_tokens_that_matched():
+    drafter = PromptLookup(2, 3)
+    texts = [[7, 1, 2, 3, 9, 1, 2, 3], [4, 8, 1, 5, 8, 1], [6, 2, 6], [1, 2, 3]]
+    grades = drafter(context(texts, 2)).grades
+    assert grades is not None
+    assert grades.tolist() == [[3, 3], [2, 2], [1, 1], [0, 0]]
+    assert drafter.num_grades == 4
+
+
 @pytest.mark.parametrize("option", ["num_draft_tokens", "max_ngram"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "3"])
 def test_refuses_sizes_that_make_no_sense(option, value):

@@ -80,6 +80,12 @@ class _WrongShape(Scripted):
         return Draft(torch.zeros(3, 7, dtype=torch.int64), context.known)
 
 
+class _WrongGrades(Scripted):
+    def forward(self, context: DraftContext) -> Draft:
+        draft = super().forward(context)
+        return Draft(draft.tokens, draft.lengths, grades=context.known)
+
+
 class _UndeclaredState(Scripted):
     def forward(self, context: DraftContext) -> Draft:
         draft = super().forward(context)
@@ -91,6 +97,7 @@ BROKEN = {
     "raises": (_Raises(), "_Raises failed while it was traced: RuntimeError: no idea"),
     "reads a value to the host": (_ReadsToTheHost(), "_ReadsToTheHost failed while it was traced"),
     "wrong shape": (_WrongShape([1, 2]), r"tokens of shape \(3, 7\); expected \[B, K\] = \[3, 2\]"),
+    "wrong shape of grades": (_WrongGrades([1, 2]), r"grades of shape \(3,\); expected \[B, K\] = \[3, 2\]"),
     "undeclared state": (_UndeclaredState([1, 2]), r"returned state \['memory'\]; state_spec declares \[\]"),
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections import deque
 
 import pytest
 import torch
@@ -165,6 +166,9 @@ def test_every_step_holds_what_its_rows_want(layout, kind, data):
         if len(request.output) >= drawn[request.index][2]:
             request.finished = True
 
+    for request, (length, most, _) in zip(requests, drawn, strict=True):
+        expected = target("llama", BATCH).reference(prompt(length), most, eos)
+        assert request.output == expected[: len(request.output)]
     for step in steps:
         assert step.verified == step.drafts, "no draft that was chosen is cut"
         assert step.idle == 0, "every row reads on"
@@ -196,8 +200,18 @@ def test_with_steps_under_way_there_is_room_for_all_drafts_that_keep_coming(kind
     for lengths in ((5, 7, 3), (33, 5, 17), (40, 33, 23, 2)):
         for each, seen in ((exact, exact_steps), (engine, steps)):
             seen.clear()
-            list(each.run(_requests(*lengths, most=16)))
+            list(each.run(_requests(*lengths, most=17)))  # one token is left, and none to draft, at the end
         assert sum(step.drafts for step in steps) == sum(step.drafts for step in exact_steps)
+
+
+def test_a_request_inherits_nothing_that_was_learnt_of_the_one_before_it():
+    engine, _ = _case("auto", "lag=0", 512)
+    list(engine.run(_requests(5, 33, 17)))
+    names = ("policy_row_tried", "policy_row_accepted")
+    assert all(engine.tensors[name].any() for name in names)
+    engine._admit(deque(_requests(5, 2)))
+    assert all(not engine.tensors[name][:2].any() and engine.tensors[name][2:].any() for name in names)
+    engine._clear()
 
 
 @pytest.mark.parametrize("kind", ["lag=1", "graphs"])
