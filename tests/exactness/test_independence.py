@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emssd_compile.compiler import BatchShape, CompiledModel, compile_model
-from emssd_compile.runtime.engine import allocate
+from emssd_compile.runtime.memory import allocate
 from emssd_compile.step.pack import Packed, pack
 from tests.exactness.models import build
 from tests.zoo import VOCABULARY
