@@ -76,12 +76,14 @@ class Run:
         seconds: from prompts in to tokens out.
         num_steps: launches of the step.
         num_row_steps: decoding steps of all rows together.
+        num_tokens: tokens that went through the model, padding included.
     """
 
     tokens: list[list[int]]
     seconds: float
     num_steps: int
     num_row_steps: int
+    num_tokens: int
 
 
 def resume(fast: OptimizedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
@@ -97,5 +99,11 @@ def resume(fast: OptimizedModel, prompts: Sequence[Sequence[int]], max_new_token
         for row, prompt in enumerate(prompts)
     ]
     _, seconds = timed(lambda: deque(engine.run(requests), maxlen=0), fast.device)
-    counters = engine.counters()[0]
-    return Run([r.output for r in requests], seconds, counters["num_steps"], counters["num_row_steps"])
+    counts = engine.counters()[0]
+    return Run(
+        [request.output for request in requests],
+        seconds,
+        num_steps=counts["num_steps"],
+        num_row_steps=counts["num_row_steps"],
+        num_tokens=counts["num_fed_tokens"] + counts["num_padding_tokens"],
+    )

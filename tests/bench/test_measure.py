@@ -53,11 +53,12 @@ def test_a_steady_step_is_the_difference_of_two_runs_over_the_difference_of_thei
     def slow_start(*arguments):
         run = resume(*arguments)
         runs.append(run)
-        return measure.Run(run.tokens, 100 + 0.5 * run.num_steps, run.num_steps, run.num_row_steps)
+        return measure.Run(run.tokens, 100 + 0.5 * run.num_steps, run.num_steps, run.num_row_steps, run.num_tokens)
 
     monkeypatch.setattr(measure, "resume", slow_start)
     assert measure.steady_step_seconds(fast, 2, 20, 10) == pytest.approx(0.5)
     assert runs[1].num_steps - runs[0].num_steps == 10  # one token a step: every draft was wrong
+    assert runs[1].num_tokens - runs[0].num_tokens == 10 * 2 * (K + 1)  # at full width
 
 
 def test_bandwidth_and_call_times_are_positive_and_plausible():
