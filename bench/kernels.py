@@ -3,8 +3,8 @@
     python -m bench.kernels
     python -m bench.kernels --device cuda --dtype bfloat16 --rows 1 8 32 --contexts 2048 8192 --json kernels.json
 
-Bytes are what no kernel can avoid: keys and values of every row once, queries and output. The bandwidth is measured, of
-one large copy; a case that fits into the device's cache can beat it. The error is the largest difference from the
+Bytes are what no kernel can avoid: keys and values of every row once, queries and output. The bandwidth is measured; a
+case that fits into the device's cache can beat it. The error is the largest difference from the
 reference in float32, over the largest value. Forms take turns; figures are medians. On CUDA, calls are replayed as one
 graph where the form allows it.
 """
@@ -36,7 +36,7 @@ from bench.command import (
     save,
     versions,
 )
-from bench.measure import call_seconds, copy_bandwidth
+from bench.measure import call_seconds, memory_bandwidth
 from bench.timing import alternate
 from emssd_compile.ops import cpu_kernel_status, load_cpu_kernels
 from emssd_compile.ops._ragged_attention import reference
@@ -85,7 +85,7 @@ class Figures:
     Attributes:
         seconds: of one call, the median over the repeats.
         bytes_per_second: `Case.num_bytes` over `seconds`.
-        bandwidth_share: of the measured copy.
+        bandwidth_share: of the measured one.
         error: largest difference from the reference in float32, over its largest value.
     """
 
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, save."""
     options = parse_arguments(arguments)
     console = make_console()
-    bandwidth = copy_bandwidth(options.device, options.repeats)
+    bandwidth = memory_bandwidth(options.device, options.repeats)
     cases = [
         Case(rows, context, tokens, *heads)
         for heads, context, rows, tokens in itertools.product(
@@ -198,7 +198,7 @@ def measure(
         case: what to compute.
         device: where.
         dtype: of queries, keys and values.
-        bandwidth: bytes a second, of `copy_bandwidth`.
+        bandwidth: bytes a second, of `memory_bandwidth`.
         repeats: of each form.
         named: the forms, as `forms` gives them.
     """
@@ -297,7 +297,7 @@ def record(found: Iterable[Measurement], bandwidth: float) -> dict[str, Any]:
 def table(found: Iterable[Measurement], bandwidth: float, dtype: str) -> Table:
     """For `rich`."""
     shown = Table(
-        title=f"attention over packed rows, {dtype}; measured copy bandwidth {bandwidth / 1e9:.1f} GB/s",
+        title=f"attention over packed rows, {dtype}; measured bandwidth {bandwidth / 1e9:.1f} GB/s",
         caption=f"{describe(hardware())}\n{describe(versions())}",
     )
     shown.add_column("Hq/Hkv/D")
