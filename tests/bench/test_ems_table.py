@@ -1,5 +1,6 @@
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_padded_inputs_are_those_that_feed_most(rows):
 
 def test_prompts_are_read_once_and_again_after_others(monkeypatch):
     read = []
-    fast = SimpleNamespace(generate=lambda prompts, **_: read.append(prompts))
+    fast: Any = SimpleNamespace(generate=lambda prompts, **_: read.append(prompts))
     compiled = ems_ways.Compiled(fast)
     for prompts in ([[1]], [[1]], [[2]], [[1]]):
         compiled.read(prompts)
