@@ -43,7 +43,8 @@ from bench.command import (
     save,
     versions,
 )
-from bench.ems_ways import Row, Subjects, measure
+from bench.ems_subjects import Subjects
+from bench.ems_ways import Row, measure
 from bench.profiles import Profile
 from bench.replay import draw, foretell, gap_lengths
 

@@ -4,9 +4,9 @@
     python -m bench.kernels --device cuda --dtype bfloat16 --rows 1 8 32 --contexts 2048 8192 --json kernels.json
 
 Bytes are what no kernel can avoid: keys and values of every row once, queries and output. The bandwidth is measured; a
-case that fits into the device's cache can beat it. The error is the largest difference from the
-reference in float32, over the largest value. Forms take turns; figures are medians. On CUDA, calls are replayed as one
-graph where the form allows it.
+case that fits into the device's cache can beat it. The error is the largest difference from the reference in float32,
+over the largest value. Forms take turns; figures are medians. On CUDA, calls are replayed as one graph where the form
+allows it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from bench.command import (
     save,
     versions,
 )
+from bench.kernel_cases import Case, expected_output, make_inputs
 from bench.measure import call_seconds, memory_bandwidth
 from bench.timing import alternate
 from emssd_compile.ops import cpu_kernel_status, load_cpu_kernels
@@ -44,38 +45,6 @@ from emssd_compile.ops._ragged_attention import reference
 Attention = Callable[..., Tensor]
 _LARGEST_GATHER = 4 * 2**30
 """The reference copies a row's keys and values for every token, in float32: bytes past which it is not timed."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A step's attention in one layer.
-
-    Attributes:
-        rows: B.
-        context: committed tokens of each row.
-        tokens: tokens of each row in the step, K + 1; T = rows × tokens.
-        heads: Hq.
-        kv_heads: Hkv.
-        head_size: D.
-    """
-
-    rows: int
-    context: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_size: int
-
-    def num_bytes(self, itemsize: int) -> int:
-        """Bytes that have to be moved: K and V of context and step once, queries in, output out."""
-        kv = 2 * self.rows * (self.context + self.tokens) * self.kv_heads * self.head_size
-        queries = 2 * self.rows * self.tokens * self.heads * self.head_size
-        return (kv + queries) * itemsize
-
-    @property
-    def reference_bytes(self) -> int:
-        """Bytes of the reference's copies of keys and values."""
-        return 2 * 4 * self.rows * self.tokens * (self.context + self.tokens) * self.kv_heads * self.head_size
 
 
 @dataclass(frozen=True)
@@ -236,46 +205,6 @@ def measure(
 
 def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}"
-
-
-def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors of `emssd::ragged_attention` for a chain of `case.tokens` in every row, filled at random."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    capacity = case.context + case.tokens
-    step = torch.arange(case.tokens, device=device)
-    return (
-        random(case.rows * case.tokens, case.heads, case.head_size),
-        random(case.rows, capacity, case.kv_heads, case.head_size),
-        random(case.rows, capacity, case.kv_heads, case.head_size),
-        torch.arange(case.rows + 1, device=device) * case.tokens,
-        torch.full((case.rows,), case.context, device=device),
-        (case.context + step).repeat(case.rows),
-    )
-
-
-def expected_output(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
-    """The reference in float32, row by row, which bounds its memory."""
-    q, k_cache, v_cache, offsets, lengths, positions = inputs
-    bounds = offsets.tolist()
-    rows = []
-    for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        own = slice(row, row + 1)
-        rows.append(
-            reference(
-                q[begin:end].float(),
-                k_cache[own].float(),
-                v_cache[own].float(),
-                torch.tensor([0, end - begin], device=q.device),
-                lengths[own],
-                positions[begin:end],
-                scale=scale,
-            )
-        )
-    return torch.cat(rows)
 
 
 def record(found: Iterable[Measurement], bandwidth: float) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from bench.command import (
     save,
     versions,
 )
+from bench.kernel_cases import Case
 from bench.measure import memory_bandwidth, steady_step
 from bench.replay import FullWidthDrafter, plant_continuation
 from bench.timing import alternate
@@ -185,7 +186,7 @@ def show_attention(
     found: list[kernels.Measurement] = []
     heads = (fast.config.num_attention_heads, *next(iter(fast._compiled.cache_shapes.values())).shape[2:])
     for (context, batch), drafts in itertools.product(places, (0, options.drafts)):
-        case = kernels.Case(batch, context, drafts + 1, *heads)
+        case = Case(batch, context, drafts + 1, *heads)
         with console.status("timing attention alone"):
             found += kernels.measure(case, options.device, options.dtype, bandwidth, options.repeats)
         keep("attention kernels", kernels.record(found, bandwidth)["rows"])

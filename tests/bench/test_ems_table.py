@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bench import ems_table, ems_ways, profiles, shapes
+from bench import ems_subjects, ems_table, profiles, shapes
 from bench.command import make_console
 from bench.replay import draw, foretell, gap_lengths
 
@@ -77,7 +77,7 @@ def test_padded_inputs_are_those_that_feed_most(rows):
 def test_prompts_are_read_once_and_again_after_others(monkeypatch):
     read = []
     fast: Any = SimpleNamespace(generate=lambda prompts, **_: read.append(prompts))
-    compiled = ems_ways.Compiled(fast)
+    compiled = ems_subjects.Compiled(fast)
     for prompts in ([[1]], [[1]], [[2]], [[1]]):
         compiled.read(prompts)
     assert read == [[[1]], [[2]], [[1]]]
