@@ -54,7 +54,7 @@ def _hf_generate(task: Task) -> Run:
 
 
 def _hf_generate_static(task: Task) -> Run:
-    return StaticGenerate(task.model, task.max_length).run
+    return StaticGenerate(task.model).run
 
 
 def _hf_assisted(task: Task) -> Run:

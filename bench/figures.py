@@ -16,6 +16,7 @@ RATIOS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "best of ours / hf_generate": (OURS, ("hf_generate",)),
     "best of ours / hf_assisted": (OURS, ("hf_assisted",)),
     "ours_packed / vanilla_padded": (("ours_packed",), ("vanilla_padded",)),
+    "ours_packed / ours_padded": (("ours_packed",), ("ours_padded",)),
     "ours_auto / best of ours_none, ours_packed, ours_padded": (("ours_auto",), CHOICES_OF_AUTO),
 }
 """The ratios that matter: the best of some candidates over the best of others."""

@@ -3,10 +3,10 @@
     python -m bench.kernels
     python -m bench.kernels --device cuda --dtype bfloat16 --rows 1 8 32 --contexts 2048 8192 --json kernels.json
 
-Bytes are what no kernel can avoid: keys and values of every row once, queries and output. The bandwidth is measured, of
-one large copy; a case that fits into the device's cache can beat it. The error is the largest difference from the
-reference in float32, over the largest value. Forms take turns; figures are medians. On CUDA, calls are replayed as one
-graph where the form allows it.
+Bytes are what no kernel can avoid: keys and values of every row once, queries and output. The bandwidth is measured; a
+case that fits into the device's cache can beat it. The error is the largest difference from the reference in float32,
+over the largest value. Forms take turns; figures are medians. On CUDA, calls are replayed as one graph where the form
+allows it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from bench.command import (
     save,
     versions,
 )
-from bench.measure import call_seconds, copy_bandwidth
+from bench.kernel_cases import Case, expected_output, make_inputs
+from bench.measure import call_seconds, memory_bandwidth
 from bench.timing import alternate
 from emssd_compile.ops import cpu_kernel_status, load_cpu_kernels
 from emssd_compile.ops._ragged_attention import reference
@@ -47,45 +48,13 @@ _LARGEST_GATHER = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class Case:
-    """A step's attention in one layer.
-
-    Attributes:
-        rows: B.
-        context: committed tokens of each row.
-        tokens: tokens of each row in the step, K + 1; T = rows × tokens.
-        heads: Hq.
-        kv_heads: Hkv.
-        head_size: D.
-    """
-
-    rows: int
-    context: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_size: int
-
-    def num_bytes(self, itemsize: int) -> int:
-        """Bytes that have to be moved: K and V of context and step once, queries in, output out."""
-        kv = 2 * self.rows * (self.context + self.tokens) * self.kv_heads * self.head_size
-        queries = 2 * self.rows * self.tokens * self.heads * self.head_size
-        return (kv + queries) * itemsize
-
-    @property
-    def reference_bytes(self) -> int:
-        """Bytes of the reference's copies of keys and values."""
-        return 2 * 4 * self.rows * self.tokens * (self.context + self.tokens) * self.kv_heads * self.head_size
-
-
-@dataclass(frozen=True)
 class Figures:
     """What a form took.
 
     Attributes:
         seconds: of one call, the median over the repeats.
         bytes_per_second: `Case.num_bytes` over `seconds`.
-        bandwidth_share: of the measured copy.
+        bandwidth_share: of the measured one.
         error: largest difference from the reference in float32, over its largest value.
     """
 
@@ -116,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, save."""
     options = parse_arguments(arguments)
     console = make_console()
-    bandwidth = copy_bandwidth(options.device, options.repeats)
+    bandwidth = memory_bandwidth(options.device, options.repeats)
     cases = [
         Case(rows, context, tokens, *heads)
         for heads, context, rows, tokens in itertools.product(
@@ -198,7 +167,7 @@ def measure(
         case: what to compute.
         device: where.
         dtype: of queries, keys and values.
-        bandwidth: bytes a second, of `copy_bandwidth`.
+        bandwidth: bytes a second, of `memory_bandwidth`.
         repeats: of each form.
         named: the forms, as `forms` gives them.
     """
@@ -238,46 +207,6 @@ def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}"
 
 
-def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors of `emssd::ragged_attention` for a chain of `case.tokens` in every row, filled at random."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    capacity = case.context + case.tokens
-    step = torch.arange(case.tokens, device=device)
-    return (
-        random(case.rows * case.tokens, case.heads, case.head_size),
-        random(case.rows, capacity, case.kv_heads, case.head_size),
-        random(case.rows, capacity, case.kv_heads, case.head_size),
-        torch.arange(case.rows + 1, device=device) * case.tokens,
-        torch.full((case.rows,), case.context, device=device),
-        (case.context + step).repeat(case.rows),
-    )
-
-
-def expected_output(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
-    """The reference in float32, row by row, which bounds its memory."""
-    q, k_cache, v_cache, offsets, lengths, positions = inputs
-    bounds = offsets.tolist()
-    rows = []
-    for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        own = slice(row, row + 1)
-        rows.append(
-            reference(
-                q[begin:end].float(),
-                k_cache[own].float(),
-                v_cache[own].float(),
-                torch.tensor([0, end - begin], device=q.device),
-                lengths[own],
-                positions[begin:end],
-                scale=scale,
-            )
-        )
-    return torch.cat(rows)
-
-
 def record(found: Iterable[Measurement], bandwidth: float) -> dict[str, Any]:
     """The table as JSON values."""
     return {
@@ -297,7 +226,7 @@ def record(found: Iterable[Measurement], bandwidth: float) -> dict[str, Any]:
 def table(found: Iterable[Measurement], bandwidth: float, dtype: str) -> Table:
     """For `rich`."""
     shown = Table(
-        title=f"attention over packed rows, {dtype}; measured copy bandwidth {bandwidth / 1e9:.1f} GB/s",
+        title=f"attention over packed rows, {dtype}; measured bandwidth {bandwidth / 1e9:.1f} GB/s",
         caption=f"{describe(hardware())}\n{describe(versions())}",
     )
     shown.add_column("Hq/Hkv/D")

@@ -13,16 +13,21 @@ from bench.command import timed
 from emssd_compile import OptimizedModel
 from emssd_compile.runtime.engine import Request
 
-_COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
+_MOVED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Large against any cache."""
 
 
-def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
-    """Bytes a second that `device` reads and writes in copying a large tensor: the median of `repeats` copies."""
-    source = torch.ones(_COPIED_BYTES[device.type] // 4, device=device)
+def memory_bandwidth(device: torch.device, repeats: int = 5) -> float:
+    """Bytes a second that `device` moves at best: the faster of reading a large tensor and copying one, each a median.
+
+    Which is faster depends: a GPU may lose time when it turns from reading to writing, and summing on a few CPU cores
+    may not keep the memory busy.
+    """
+    size = _MOVED_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    seconds = [timed(lambda: target.copy_(source), device)[1] for _ in range(repeats + 1)][1:]
-    return 2 * _COPIED_BYTES[device.type] / statistics.median(seconds)
+    ways: list[tuple[int, Callable[[], object]]] = [(size, source.sum), (2 * size, lambda: target.copy_(source))]
+    return max(moved / statistics.median(call_seconds(work, device) for _ in range(repeats)) for moved, work in ways)
 
 
 def call_seconds(work: Callable[[], object], device: torch.device, least_seconds: float = 0.02) -> float:
@@ -54,8 +59,21 @@ def _captured(loop: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def steady_step_seconds(fast: OptimizedModel, batch: int, context: int, steps: int) -> float:
-    """Seconds of one decoding step of `batch` rows that hold `context` tokens, and more after each step.
+@dataclass(frozen=True)
+class SteadyStep:
+    """What `steady_step` measured.
+
+    Attributes:
+        seconds: of one step.
+        context: tokens of each row whose keys and values the step reads, in the mean; without its drafts.
+    """
+
+    seconds: float
+    context: float
+
+
+def steady_step(fast: OptimizedModel, batch: int, context: int, steps: int) -> SteadyStep:
+    """One decoding step of `batch` rows that begin with `context` tokens and emit one each a step.
 
     No prompt is read: the rows go on over whatever finite numbers the KV cache holds. Two runs that differ by `steps`
     new tokens are timed and subtracted, so what a run costs besides its steps is out, as are the last steps of a row,
@@ -64,7 +82,9 @@ def steady_step_seconds(fast: OptimizedModel, batch: int, context: int, steps: i
     prompts = [[0] * context] * batch
     least = fast.drafter.num_draft_tokens + 2
     short, long = (resume(fast, prompts, most) for most in (least, least + steps))
-    return (long.seconds - short.seconds) / (long.num_steps - short.num_steps)
+    seconds = (long.seconds - short.seconds) / (long.num_steps - short.num_steps)
+    # The step that emits a row's i-th token, counted from 0, reads context + i; the long run has i = least, ... more.
+    return SteadyStep(seconds, context + least + (steps - 1) / 2)
 
 
 @dataclass(frozen=True)
@@ -76,12 +96,14 @@ class Run:
         seconds: from prompts in to tokens out.
         num_steps: launches of the step.
         num_row_steps: decoding steps of all rows together.
+        num_tokens: tokens that went through the model, padding included.
     """
 
     tokens: list[list[int]]
     seconds: float
     num_steps: int
     num_row_steps: int
+    num_tokens: int
 
 
 def resume(fast: OptimizedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
@@ -97,5 +119,11 @@ def resume(fast: OptimizedModel, prompts: Sequence[Sequence[int]], max_new_token
         for row, prompt in enumerate(prompts)
     ]
     _, seconds = timed(lambda: deque(engine.run(requests), maxlen=0), fast.device)
-    counters = engine.counters()[0]
-    return Run([r.output for r in requests], seconds, counters["num_steps"], counters["num_row_steps"])
+    counts = engine.counters()[0]
+    return Run(
+        [request.output for request in requests],
+        seconds,
+        num_steps=counts["num_steps"],
+        num_row_steps=counts["num_row_steps"],
+        num_tokens=counts["num_fed_tokens"] + counts["num_padding_tokens"],
+    )

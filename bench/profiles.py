@@ -1,12 +1,12 @@
-"""How often drafts are right: acceptance profiles, measured and published.
-
-A profile is K probabilities: that draft i is right, given that the drafts before it in the step were.
-"""
+"""How often drafts are there, and how often they are right: profiles, measured and published."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.baselines.prompt_lookup import PromptLookup
 
 PAPER_TOKENS_PER_SECOND: dict[str, dict[int, int]] = {
     "greedy": {1: 79, 2: 137, 4: 257, 8: 469, 16: 775, 24: 936},
@@ -22,27 +22,63 @@ def paper_speedup(way: str, batch: int) -> float | None:
     return None if greedy is None else PAPER_TOKENS_PER_SECOND[way][batch] / greedy
 
 
-def expected_emitted(profile: Sequence[float]) -> float:
-    """Tokens a row emits in a step, in the mean: 1 + p1 + p1 p2 + ..."""
-    return 1 + sum(itertools.accumulate(profile, lambda a, b: a * b))
+@dataclass(frozen=True)
+class Profile:
+    """What a drafter's steps are like.
 
-
-def measured_profile(histogram: Sequence[int], num_row_steps: int) -> list[float]:
-    """The profile of what `OptimizedModel.stats` counted.
-
-    A step in which a row had no draft, or fewer than K, counts as one whose next draft was wrong: replaying the profile
-    emits as many tokens a step as were measured.
-
-    Args:
-        histogram: `acceptance_histogram`, how many verifications accepted 0, 1, ..., K drafts.
-        num_row_steps: decoding steps of all rows, those without a draft included.
+    Attributes:
+        right: K probabilities, of draft i being there and right, given that the drafts before it in the step were.
+        drafted: K probabilities, of draft i being there at all, given that the drafts before it are, right or not.
     """
-    at_least = [num_row_steps, *(sum(histogram[i:]) for i in range(1, len(histogram)))]
-    return [after / before if before else 0.0 for before, after in itertools.pairwise(at_least)]
+
+    right: tuple[float, ...]
+    drafted: tuple[float, ...]
+
+    @classmethod
+    def measured(cls, steps: Iterable[tuple[int, int]], num_draft_tokens: int) -> Profile:
+        """The profile of steps of one row, (drafts, drafts accepted) each, those without a draft included."""
+        counts = list(zip(*steps, strict=True))
+        drafts, accepted = ([sum(n >= i for n in column) for i in range(num_draft_tokens + 1)] for column in counts)
+        return cls(_survival(accepted), _survival(drafts))
+
+    @property
+    def expected_emitted(self) -> float:
+        """Tokens a row emits in a step, in the mean: 1 + p1 + p1 p2 + ..."""
+        return 1 + sum(itertools.accumulate(self.right, lambda a, b: a * b))
+
+    @property
+    def expected_drafts(self) -> float:
+        """Drafts of a row in a step, in the mean, as `replay.ReplayDrafter` makes them: what is right is there."""
+        there = map(max, self.right, self.drafted)
+        return sum(itertools.accumulate(there, lambda a, b: a * b))
 
 
-def constant_profile(emitted: float, num_draft_tokens: int) -> list[float]:
-    """The profile of equal probabilities that emits `emitted` tokens a row and step, by bisection.
+def _survival(at_least: Sequence[int]) -> tuple[float, ...]:
+    """How often one more was reached, from how often at least 0, 1, ..., K were."""
+    return tuple(after / before if before else 0.0 for before, after in itertools.pairwise(at_least))
+
+
+def lookup_steps(
+    prompt: Sequence[int], continuation: Sequence[int], num_draft_tokens: int, max_ngram: int
+) -> list[tuple[int, int]]:
+    """Drafts and accepted drafts of each step in which prompt lookup decodes `continuation`.
+
+    The last steps, whose drafts would run past its end, are left out.
+    """
+    drafter = PromptLookup([*prompt, *continuation[:1]], max_ngram=max_ngram)
+    place, steps = 1, []
+    while place + num_draft_tokens < len(continuation):
+        drafts = drafter.draft(num_draft_tokens)
+        agrees = [a == b for a, b in zip(drafts, continuation[place:], strict=False)]
+        accepted = [*agrees, False].index(False)
+        steps.append((len(drafts), accepted))
+        drafter.extend(continuation[place : place + accepted + 1])
+        place += accepted + 1
+    return steps
+
+
+def constant_acceptance(emitted: float, num_draft_tokens: int) -> tuple[float, ...]:
+    """K equal probabilities of a draft being right with which a step emits `emitted` tokens, by bisection.
 
     Raises:
         ValueError: `emitted` is not between 1 and K + 1.
@@ -52,13 +88,14 @@ def constant_profile(emitted: float, num_draft_tokens: int) -> list[float]:
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if expected_emitted([middle] * num_draft_tokens) < emitted else (low, middle)
-    return [high] * num_draft_tokens
+        found = Profile((middle,) * num_draft_tokens, ()).expected_emitted
+        low, high = (middle, high) if found < emitted else (low, middle)
+    return (high,) * num_draft_tokens
 
 
-def paper_profile(num_draft_tokens: int) -> list[float]:
+def paper_acceptance(num_draft_tokens: int) -> tuple[float, ...]:
     """What the paper's batch 1 implies: each step emits at least as many tokens as it is faster than greedy decoding.
 
     A step that verifies costs no less than one that does not, so the paper's true acceptance was this or better.
     """
-    return constant_profile(paper_speedup("unpadded", 1) or 1.0, num_draft_tokens)
+    return constant_acceptance(paper_speedup("unpadded", 1) or 1.0, num_draft_tokens)

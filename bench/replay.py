@@ -1,8 +1,9 @@
 """Drafts of a wanted quality, for measuring speed where a model's weights, and so its own drafts, mean nothing.
 
 A model with random weights says nothing that prompt lookup could copy. `ReplayDrafter` knows what the model is about to
-say and spoils draft i of a step with a given probability, so that a step costs what it costs and accepts what real text
-would have let it accept. Verification stays real: a spoilt draft is rejected because the model disagrees with it.
+say and leaves out or spoils draft i of a step with given probabilities, so that a step costs what it costs and accepts
+what real text would have let it accept. Verification stays real: a spoilt draft is rejected because the model disagrees
+with it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.profiles import Profile
 from emssd_compile.drafters import Draft, DraftContext, Drafter
 from emssd_compile.errors import DrafterError, OptionError
 
@@ -21,10 +23,11 @@ _EMBEDDING_STD = 32.0
 
 
 class ReplayDrafter(Drafter):
-    """Drafts a known continuation, of which draft i is right with the probability `acceptance[i]`, given those before.
+    """Drafts a known continuation: as many tokens, and as many of them right, as a `Profile` says.
 
-    What is spoilt depends on (row, position in the continuation) alone, drawn once from `seed`: the same drafts are
-    spoilt whatever the layout, the batch or the order of the steps. A spoilt draft is the right token plus one.
+    A number drawn once from `seed` for each (row, position in the continuation) decides: below `right[i]`, draft i is
+    right; else, below `drafted[i]`, it is the right token plus one; else the draft ends there. So the same drafts are
+    made whatever the layout, the batch or the order of the steps.
 
     One compiled step serves many texts: `load` copies into tensors that keep their place. Row b must decode the b-th
     loaded prompt, which it does if `generate` gets at most `rows` prompts, in the order they were loaded.
@@ -52,11 +55,13 @@ class ReplayDrafter(Drafter):
         # -1 is no token: a draft ends there.
         self.register_buffer("continuations", torch.full((rows, max_new_tokens), -1, device=device))
         self.register_buffer("prompt_lengths", torch.zeros(rows, dtype=torch.int64, device=device))
-        self.register_buffer("acceptance", torch.zeros(num_draft_tokens, device=device))
+        self.register_buffer("right", torch.zeros(num_draft_tokens, device=device))
+        self.register_buffer("drafted", torch.zeros(num_draft_tokens, device=device))
         self.register_buffer("draws", draw(rows, max_new_tokens, seed).to(device))
         self.continuations: Tensor
         self.prompt_lengths: Tensor
-        self.acceptance: Tensor
+        self.right: Tensor
+        self.drafted: Tensor
         self.draws: Tensor
 
     def prepare(self, compile_model: object, rows: int, capacity: int, vocabulary: int) -> None:
@@ -65,15 +70,13 @@ class ReplayDrafter(Drafter):
             raise DrafterError(f"ReplayDrafter was made for {len(self.prompt_lengths)} rows; max_batch is {rows}")
         self.vocabulary = vocabulary
 
-    def load(
-        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], acceptance: Sequence[float]
-    ) -> None:
+    def load(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], profile: Profile) -> None:
         """What to draft from now on.
 
         Args:
             prompts: of rows 0, 1, ...
             continuations: what the model makes of each.
-            acceptance: K probabilities, of draft i being right given that those before it were.
+            profile: of K drafts.
 
         Raises:
             OptionError: there are more texts than rows, a continuation is too long, or K differs.
@@ -81,9 +84,9 @@ class ReplayDrafter(Drafter):
         rows, longest = self.continuations.shape
         if len(prompts) > rows or len(prompts) != len(continuations):
             raise OptionError(f"{len(prompts)} prompts and {len(continuations)} continuations for {rows} rows")
-        if max(map(len, continuations)) > longest or len(acceptance) != self.num_draft_tokens:
+        if max(map(len, continuations)) > longest or len(profile.right) != self.num_draft_tokens:
             raise OptionError(
-                f"continuations of up to {max(map(len, continuations))} tokens and {len(acceptance)} probabilities; "
+                f"continuations of up to {max(map(len, continuations))} tokens and {len(profile.right)} probabilities; "
                 f"the drafter was made for {longest} tokens and K={self.num_draft_tokens}"
             )
         padded = torch.full((rows, longest), -1)
@@ -92,7 +95,8 @@ class ReplayDrafter(Drafter):
         lengths = [len(prompt) for prompt in prompts]
         self.continuations.copy_(padded)
         self.prompt_lengths[: len(lengths)] = torch.tensor(lengths, device=self.prompt_lengths.device)
-        self.acceptance.copy_(torch.tensor(acceptance))
+        self.right.copy_(torch.tensor(profile.right))
+        self.drafted.copy_(torch.tensor([*map(max, profile.right, profile.drafted)]))
 
     def forward(self, context: DraftContext) -> Draft:
         """See the class."""
@@ -100,10 +104,10 @@ class ReplayDrafter(Drafter):
         draft = torch.arange(self.num_draft_tokens, device=known.device)
         place = (known - self.prompt_lengths)[:, None] + draft
         within = place.clamp(0, self.continuations.shape[1] - 1)
-        right = self.continuations.gather(1, within)
-        spoilt = (self.draws.gather(1, within) >= self.acceptance) & (right >= 0)
-        tokens = torch.where(spoilt, (right + 1) % self.vocabulary, right)
-        return Draft(tokens, torch.full_like(known, self.num_draft_tokens))
+        expected, drawn = self.continuations.gather(1, within), self.draws.gather(1, within)
+        tokens = torch.where(drawn < self.right, expected, (expected + 1) % self.vocabulary)
+        there = (drawn < self.drafted) & (expected >= 0)
+        return Draft(torch.where(there, tokens, -1), torch.full_like(known, self.num_draft_tokens))
 
 
 class FullWidthDrafter(Drafter):
@@ -126,23 +130,23 @@ class FullWidthDrafter(Drafter):
 
 
 def draw(rows: int, max_new_tokens: int, seed: int = 0) -> Tensor:
-    """What decides over drafts: float32 `[rows, L]` in [0, 1); a number below `acceptance[i]` lets draft i be right."""
+    """What decides over drafts: float32 `[rows, L]` in [0, 1); see `ReplayDrafter`."""
     return torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed))
 
 
-def foretell(draws: Tensor, acceptance: Sequence[float], num_new_tokens: int) -> list[int]:
+def foretell(draws: Tensor, profile: Profile, num_new_tokens: int) -> list[int]:
     """Tokens that each decoding step of a row will emit: drafting and verification on paper.
 
     Args:
         draws: the row's, `[L]`.
-        acceptance: K probabilities.
+        profile: of the drafts; how many there are beyond the right ones does not matter.
         num_new_tokens: of the row; the first comes from reading the prompt and is in no step.
     """
-    right = (draws[:, None] < torch.tensor(acceptance)).tolist()
+    right = (draws[:, None] < torch.tensor(profile.right)).tolist()
     counts: list[int] = []
     place = 1
     while place < num_new_tokens:
-        room = min(len(acceptance), num_new_tokens - place - 1)
+        room = min(len(profile.right), num_new_tokens - place - 1)
         agreeing = itertools.takewhile(bool, (right[place + i][i] for i in range(room)))
         counts.append(sum(1 for _ in agreeing) + 1)
         place += counts[-1]

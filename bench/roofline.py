@@ -5,9 +5,9 @@
 
 Two steps are measured: plain decoding, T = B tokens, and verification at full width, T = B (K + 1), whose drafts are
 all wrong, so that a step costs what a step can cost. No prompt is read: rows start at their context. The floor counts
-every weight but rows of embeddings that nobody asks for, and keys and values of every token of the context; it is the
-same for both steps, since both read the same. Steps take turns; figures are medians. Below, attention alone, at the
-model's heads: see `bench.kernels`.
+every weight but rows of embeddings that nobody asks for, and keys and values of every token of the context, in the
+mean over the steps that were timed; drafts add nothing. A model that fits into a cache can beat it. Steps take turns;
+figures are medians. Below, attention alone, at the model's heads: see `bench.kernels`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from bench.command import (
     save,
     versions,
 )
-from bench.measure import copy_bandwidth, steady_step_seconds
+from bench.kernel_cases import Case
+from bench.measure import memory_bandwidth, steady_step
 from bench.replay import FullWidthDrafter, plant_continuation
 from bench.timing import alternate
 from emssd_compile import OptimizedModel
@@ -51,7 +52,7 @@ class Step:
     Attributes:
         drafts: K; 0 is plain decoding.
         batch: B.
-        context: tokens of each row.
+        context: tokens of each row to begin with.
         seconds: of one step, the median.
         floor_seconds: `floor_seconds`.
     """
@@ -73,7 +74,7 @@ class Step:
         return self.seconds / self.floor_seconds
 
 
-def floor_seconds(weight_bytes: int, kv_token_bytes: int, num_tokens: int, bandwidth: float) -> float:
+def floor_seconds(weight_bytes: int, kv_token_bytes: int, num_tokens: float, bandwidth: float) -> float:
     """Least time of a step.
 
     Args:
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, measure, print, save."""
     options = parse_arguments(arguments)
     console = make_console()
-    bandwidth = copy_bandwidth(options.device, options.repeats)
+    bandwidth = memory_bandwidth(options.device, options.repeats)
     with console.status(f"compiling {options.shape}"):
         compiled = compile_steps(options)
     tables: list[dict[str, Any]] = []
@@ -112,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables[:] = [table for table in tables if table["title"] != title]
         tables.append({"title": title, "bandwidth_bytes_per_second": bandwidth, "rows": rows})
         if options.json:
-            save(options.json, "bench.roofline", tables, shape=options.shape, dtype=str(options.dtype))
+            context = {"shape": options.shape, "layers": options.layers, "dtype": str(options.dtype)}
+            save(options.json, "bench.roofline", tables, **context)
 
     steps: list[Step] = []
     places = list(itertools.product(options.contexts, options.batches))
@@ -120,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for context, batch in progress.track(places, description="timing steps"):
             steps += measure(compiled, batch, context, options.steps, options.repeats, bandwidth)
             keep("steps", [{**asdict(s), "tokens": s.tokens, "times_floor": s.times_floor} for s in steps])
-    console.print(table(steps, options.shape, str(options.dtype), bandwidth))
+    shape = f"{options.layers} layers of {options.shape}" if options.layers else options.shape
+    console.print(table(steps, shape, str(options.dtype), bandwidth))
     show_attention(console, compiled[0], places, options, bandwidth, keep)
 
 
@@ -128,6 +131,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--shape", choices=shapes.NAMES, default="demo", help="model (default: %(default)s)")
+    parser.add_argument("--layers", type=at_least(1), help="of it; fewer compile sooner (default: all)")
     parser.add_argument("--batches", type=at_least(1), nargs="+", default=[1, 8], help="rows (default: %(default)s)")
     parser.add_argument("--contexts", type=at_least(1), nargs="+", default=[128, 900], help="(default: %(default)s)")
     parser.add_argument("--drafts", type=at_least(1), default=7, help="K of verification (default: %(default)s)")
@@ -139,7 +143,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def compile_steps(options: argparse.Namespace) -> dict[int, OptimizedModel]:
     """The model compiled for plain decoding and for verification, by K."""
     length = max(options.contexts) + options.drafts + 2 + options.steps
-    model = shapes.build(options.shape, options.device, options.dtype, positions=length)
+    model = shapes.build(options.shape, options.device, options.dtype, positions=length, layers=options.layers)
     if options.shape not in shapes.SHIPPED:
         plant_continuation(model)
     drafters: dict[int, str | nn.Module] = {0: "none", options.drafts: FullWidthDrafter(options.drafts)}
@@ -156,17 +160,15 @@ def measure(
     compiled: dict[int, OptimizedModel], batch: int, context: int, num_steps: int, repeats: int, bandwidth: float
 ) -> list[Step]:
     """Every compiled step at one place, alternating."""
-    runs = {drafts: partial(steady_step_seconds, fast, batch, context, num_steps) for drafts, fast in compiled.items()}
-    times = alternate(runs, repeats)
-    # Each step adds a token to every row: half of them are there in the mean.
-    num_tokens = batch * (context + num_steps // 2)
+    runs = {drafts: partial(steady_step, fast, batch, context, num_steps) for drafts, fast in compiled.items()}
+    found = {drafts: timed for drafts, (_, *timed) in alternate(runs, repeats).items()}
     return [
         Step(
             drafts,
             batch,
             context,
-            statistics.median(times[drafts][1:]),
-            floor_seconds(weight_bytes(fast.model), kv_token_bytes(fast), num_tokens, bandwidth),
+            statistics.median(step.seconds for step in found[drafts]),
+            floor_seconds(weight_bytes(fast.model), kv_token_bytes(fast), batch * found[drafts][0].context, bandwidth),
         )
         for drafts, fast in compiled.items()
     ]
@@ -184,7 +186,7 @@ def show_attention(
     found: list[kernels.Measurement] = []
     heads = (fast.config.num_attention_heads, *next(iter(fast._compiled.cache_shapes.values())).shape[2:])
     for (context, batch), drafts in itertools.product(places, (0, options.drafts)):
-        case = kernels.Case(batch, context, drafts + 1, *heads)
+        case = Case(batch, context, drafts + 1, *heads)
         with console.status("timing attention alone"):
             found += kernels.measure(case, options.device, options.dtype, bandwidth, options.repeats)
         keep("attention kernels", kernels.record(found, bandwidth)["rows"])
@@ -194,7 +196,7 @@ def show_attention(
 def table(steps: Iterable[Step], shape: str, dtype: str, bandwidth: float) -> Table:
     """For `rich`."""
     shown = Table(
-        title=f"a decoding step of {shape}, {dtype}; measured copy bandwidth {bandwidth / 1e9:.1f} GB/s",
+        title=f"a decoding step of {shape}, {dtype}; measured bandwidth {bandwidth / 1e9:.1f} GB/s",
         caption=f"{describe(hardware())}\n{describe(versions())}",
     )
     for heading in ("batch", "context", "K", "T", "step ms", "floor ms", "× floor"):

@@ -28,7 +28,7 @@ from torch import nn
 import emssd_compile
 from bench import roofline, shapes
 from bench.command import argument_parser, at_least, describe, hardware, make_console, parse, save, versions
-from bench.measure import copy_bandwidth
+from bench.measure import memory_bandwidth
 from bench.memory import Memory, peak_memory
 from bench.replay import FullWidthDrafter, plant_continuation
 from bench.roofline import Step
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, save, draw."""
     options = parse_arguments(arguments)
     console = make_console()
-    bandwidth = copy_bandwidth(options.device, options.repeats)
+    bandwidth = memory_bandwidth(options.device, options.repeats)
     models: list[Model] = []
     for shape in options.shapes:
         models.append(measure(console, shape, options, bandwidth))

@@ -71,6 +71,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     *,
     positions: int | None = None,
+    layers: int | None = None,
 ) -> PreTrainedModel:
     """The model of that name, in eval mode and with SDPA attention.
 
@@ -83,11 +84,15 @@ def build(
         device: where the weights shall be.
         dtype: their type.
         positions: longest text, where the published one is too short.
+        layers: how many, if not as many as were published.
 
     Raises:
-        OptionError: there is no model of that name, or it has trained weights and cannot be given more positions.
+        OptionError: there is no model of that name, or it has trained weights and cannot be given more positions or
+            other layers.
     """
     if name in SHIPPED:
+        if layers is not None:
+            raise OptionError(f"{name} is trained: it keeps its layers")
         model = _shipped(SHIPPED[name], device, dtype)
         if positions is not None and positions > model.config.max_position_embeddings:
             raise OptionError(
@@ -99,6 +104,8 @@ def build(
     config = CONFIGS[name]()
     if positions is not None:
         config.max_position_embeddings = max(positions, config.max_position_embeddings)
+    if layers is not None:
+        config.num_hidden_layers = layers
     device = torch.device(device)
     generators = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(generators), device:

@@ -20,22 +20,27 @@ RECOMPILE_LIMIT = 64
 
 @dataclass
 class StaticGenerate:
-    """Decodes batches with one static cache, which is kept while the batch size stays: a CUDA graph holds its address.
+    """Decodes batches with a static cache that has room for what the batch needs: attention reads all of it.
+
+    It is kept while the batch's sizes stay and it is long enough, since a CUDA graph holds its address: ask for the
+    most new tokens first.
 
     Args:
         model: the target, in `eval` mode.
+
+    Attributes:
         cache_length: tokens that a row of the cache can hold, left padding included.
     """
 
     model: PreTrainedModel
-    cache_length: int
+    cache_length: int = field(init=False, default=0)
     _cache: StaticCache = field(init=False, repr=False)
-    _num_rows: int = field(init=False, default=0)
+    _sizes: tuple[int, int] = field(init=False, default=(0, 0))
 
     def run(self, prompts: list[list[int]], *, max_new_tokens: int) -> BaselineResult:
         """Greedy continuations of all prompts as one padded batch, without end of sequence.
 
-        The first call with a batch size compiles, which takes a minute or so.
+        The first call with a batch's sizes compiles, which takes a minute or so.
 
         Args:
             prompts: token ids of each row, not padded.
@@ -52,16 +57,21 @@ class StaticGenerate:
         limits = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
         with limits:
             tokens, seconds = timed(
-                lambda: generate(self.model, prompts, config, past_key_values=self._empty_cache(len(prompts))),
+                lambda: generate(
+                    self.model, prompts, config, past_key_values=self._empty_cache(prompts, max_new_tokens)
+                ),
                 self.model.device,
             )
         return BaselineResult(tokens, seconds, stats={"num_padding_tokens": padding_tokens(prompts, tokens)})
 
-    def _empty_cache(self, num_rows: int) -> StaticCache:
-        if num_rows == self._num_rows:
+    def _empty_cache(self, prompts: list[list[int]], max_new_tokens: int) -> StaticCache:
+        sizes = (len(prompts), max(map(len, prompts)))
+        needed = sizes[1] + max_new_tokens
+        if sizes == self._sizes and needed <= self.cache_length:
             self._cache.reset()
         else:
-            self._cache, self._num_rows = StaticCache(self.model.config, max_cache_len=self.cache_length), num_rows
+            self._cache, self._sizes = StaticCache(self.model.config, max_cache_len=needed), sizes
+            self.cache_length = needed
         return self._cache
 
 

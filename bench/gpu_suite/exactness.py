@@ -30,6 +30,11 @@ _LENGTHS = (1, 61, 5, 33, 2, 48, 17, 70)
 _TOY_TOKENS, _DEMO_TOKENS = 24, 48
 _TOYS = ("llama", "opt", "gpt2", "mistral", "gemma", "bloom", "qwen3", "gpt_neox")
 _HALF = (torch.bfloat16, torch.float16)
+_TOYS_IN = {
+    torch.float32: _TOYS,
+    torch.bfloat16: ("llama", "mistral", "gemma", "bloom"),
+    torch.float16: ("llama", "opt"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def cases(*, smoke: bool) -> Iterator[Case]:
     """Toy models op by op, for the breadth of architectures; the demo model compiled."""
-    for dtype in (torch.float32, *_HALF):
-        for toy in _TOYS[:2] if smoke else _TOYS:
+    for dtype, toys in _TOYS_IN.items():
+        for toy in toys[:2] if smoke else toys:
             yield Case(toy, dtype, "prompt-lookup", "eager")
-        if not smoke:
-            yield Case("demo", dtype, "prompt-lookup", "inductor")
     if not smoke:
-        yield Case("demo", torch.float32, "none", "inductor")
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Case("demo", dtype, "prompt-lookup", "inductor")
+        yield Case("demo", torch.float32, "none", "eager")
         for layout in ("padded", "auto"):
             yield Case("demo", torch.float32, "prompt-lookup", "eager", layout)
 

@@ -115,10 +115,11 @@ def test_batched_lookup_is_greedy_decoding_of_each_prompt(model, expected, run):
 def test_a_static_cache_gives_greedy_decoding_again_and_again_and_counts_padding(llama):
     prompts = ragged_prompts()
     expected = [greedy(llama, prompt, 6) for prompt in prompts]
-    static = StaticGenerate(llama, cache_length=60)
+    static = StaticGenerate(llama)
     widest = max(map(len, prompts))
-    for rows, num_new in [(slice(5), 6), (slice(5), 1), (slice(5), 6), (slice(1, 3), 1)]:
+    for rows, num_new, room in [(slice(5), 6, 6), (slice(5), 1, 6), (slice(5), 6, 6), (slice(1, 3), 1, 1)]:
         result = static.run(prompts[rows], max_new_tokens=num_new)
+        assert static.cache_length == widest + room  # kept for fewer tokens, new for another batch
         assert result.tokens == [tokens[:num_new] for tokens in expected[rows]]
         assert result.stats["num_padding_tokens"] == sum(widest - len(prompt) for prompt in prompts[rows])
 

@@ -65,6 +65,7 @@ def test_ratios_compare_the_best_of_ours_with_each_baseline():
             "best of ours / hf_generate": 12 / 3,
             "best of ours / hf_assisted": 6 / 3,
             "ours_packed / vanilla_padded": 8 / 4,
+            "ours_packed / ours_padded": 3 / 4,
             "ours_auto / best of ours_none, ours_packed, ours_padded": 3 / 5,
         }
     )

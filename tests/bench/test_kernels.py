@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import kernels
-from bench.kernels import Case
+from bench.kernel_cases import Case
 from emssd_compile.ops._ragged_attention import reference
 
 CPU = torch.device("cpu")

@@ -53,15 +53,19 @@ def test_a_steady_step_is_the_difference_of_two_runs_over_the_difference_of_thei
     def slow_start(*arguments):
         run = resume(*arguments)
         runs.append(run)
-        return measure.Run(run.tokens, 100 + 0.5 * run.num_steps, run.num_steps, run.num_row_steps)
+        return measure.Run(run.tokens, 100 + 0.5 * run.num_steps, run.num_steps, run.num_row_steps, run.num_tokens)
 
     monkeypatch.setattr(measure, "resume", slow_start)
-    assert measure.steady_step_seconds(fast, 2, 20, 10) == pytest.approx(0.5)
+    step = measure.steady_step(fast, 2, 20, 10)
+    assert step.seconds == pytest.approx(0.5)
+    # The short run emits K + 2 tokens, over contexts of 20, 21, ...; the long one goes on over 10 more.
+    assert step.context == sum(range(20 + K + 2, 20 + K + 2 + 10)) / 10
     assert runs[1].num_steps - runs[0].num_steps == 10  # one token a step: every draft was wrong
+    assert runs[1].num_tokens - runs[0].num_tokens == 10 * 2 * (K + 1)  # at full width
 
 
 def test_bandwidth_and_call_times_are_positive_and_plausible():
     device = torch.device("cpu")
-    assert 1e8 < measure.copy_bandwidth(device, 1) < 1e13
+    assert 1e8 < measure.memory_bandwidth(device, 1) < 1e13
     small, large = torch.ones(16), torch.ones(2**20)
     assert measure.call_seconds(small.sin, device, 1e-3) < measure.call_seconds(large.sin, device, 1e-3)

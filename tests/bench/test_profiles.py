@@ -1,6 +1,7 @@
 import pytest
 
 from bench import profiles
+from bench.profiles import Profile
 
 
 def test_the_papers_speedups_follow_from_its_tokens_per_second():
@@ -11,21 +12,31 @@ def test_the_papers_speedups_follow_from_its_tokens_per_second():
 
 
 def test_a_measured_profile_by_hand():
-    # 10 row steps: 2 had no draft, 3 drafts were rejected at once, 4 accepted one draft, 1 accepted both.
-    profile = profiles.measured_profile([3, 4, 1], 10)
-    assert profile == [5 / 10, 1 / 5]
-    assert profiles.expected_emitted(profile) == pytest.approx(1 + (4 * 1 + 1 * 2) / 10)
-    assert profiles.measured_profile([4, 0, 0], 4) == [0, 0]
+    # 10 steps: 2 had no draft, 3 had two that were wrong at once, 4 accepted the first of two, 1 accepted its only one.
+    steps = [(0, 0)] * 2 + [(2, 0)] * 3 + [(2, 1)] * 4 + [(1, 1)]
+    profile = Profile.measured(steps, 2)
+    assert profile == Profile(right=(5 / 10, 0 / 5), drafted=(8 / 10, 7 / 8))
+    assert profile.expected_emitted == pytest.approx(1 + 5 / 10)
+    assert profile.expected_drafts == pytest.approx((7 * 2 + 1) / 10)
+    assert Profile.measured([(0, 0)], 2) == Profile((0, 0), (0, 0))
 
 
-def test_a_constant_profile_emits_what_it_is_asked_for():
+def test_lookup_steps_by_hand():
+    # After "1 2 3 1" and the first new token 2, lookup knows what followed "1 2": 3 1 2. The text goes on 3 1 9 ...
+    steps = profiles.lookup_steps([1, 2, 3, 1], [2, 3, 1, 9, 8, 3, 1, 9, 8, 3], num_draft_tokens=3, max_ngram=2)
+    # Neither 9 nor 8 was there before; then 3 was last followed by 1 9 8, which is right.
+    assert steps == [(3, 2), (0, 0), (0, 0), (3, 3)]
+
+
+def test_a_constant_acceptance_emits_what_it_is_asked_for():
     for emitted in (1.0, 2.5, 3.96, 8.0):
-        profile = profiles.constant_profile(emitted, 7)
-        assert len(set(profile)) == 1
-        assert profiles.expected_emitted(profile) == pytest.approx(emitted)
+        right = profiles.constant_acceptance(emitted, 7)
+        assert len(set(right)) == 1
+        assert Profile(right, right).expected_emitted == pytest.approx(emitted)
     with pytest.raises(ValueError, match=r"9\.0 tokens"):
-        profiles.constant_profile(9.0, 7)
+        profiles.constant_acceptance(9.0, 7)
 
 
-def test_the_papers_profile_emits_its_speedup_at_batch_1():
-    assert profiles.expected_emitted(profiles.paper_profile(7)) == pytest.approx(313 / 79)
+def test_the_papers_acceptance_emits_its_speedup_at_batch_1():
+    right = profiles.paper_acceptance(7)
+    assert Profile(right, right).expected_emitted == pytest.approx(313 / 79)

@@ -41,8 +41,10 @@ def test_the_command_measures_both_steps_everywhere(tmp_path, capsys):
     assert [(row["batch"], row["tokens"]) for row in steps["rows"]] == [(1, 1), (1, 3), (3, 3), (3, 9)]
     for row in steps["rows"]:
         assert row["times_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
-    # Of a token: 2 layers, K and V, 2 heads of 16, float32. Four steps add two tokens to a context in the mean.
+    # Of a token: 2 layers, K and V, 2 heads of 16, float32. Four steps are timed, behind K + 2 others.
     read = [row["floor_seconds"] * steps["bandwidth_bytes_per_second"] for row in steps["rows"]]
-    assert read[2] - read[0] == pytest.approx(2 * 22 * (2 * 2 * 2 * 16 * 4))
+    for drafts, begin in enumerate((22, 24)):
+        context = sum(range(begin, begin + 4)) / 4
+        assert read[2 + drafts] - read[drafts] == pytest.approx(2 * context * (2 * 2 * 2 * 16 * 4))
     assert {(row["heads"], row["kv_heads"], row["head_size"]) for row in attention["rows"]} == {(4, 2, 16)}
     assert "× floor" in capsys.readouterr().out

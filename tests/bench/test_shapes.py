@@ -57,6 +57,13 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         shapes.build("opt-7b")
 
 
+def test_a_model_can_have_fewer_layers_unless_it_is_trained():
+    assert shapes.build("tiny-opt", layers=1).config.num_hidden_layers == 1
+    assert shapes.build("tiny-opt").config.num_hidden_layers == 2
+    with pytest.raises(OptionError, match="demo is trained"):
+        shapes.build("demo", layers=1)
+
+
 def test_prompts_are_in_every_vocabulary():
     prompts = shapes.demo_prompts()
     assert len(prompts) == 32

@@ -28,11 +28,11 @@ def test_both_runs_have_the_same_parts_and_the_full_one_is_on_the_gpu():
     assert devices == {"cuda"}
 
 
-def test_a_few_parts_of_the_smoke_run_from_end_to_end(tmp_path):
+def test_two_parts_of_the_smoke_run_from_end_to_end(tmp_path):
     path = tmp_path / "suite.json"
-    assert suite.main(["--smoke", "--parts", "kernels", "synchron", "engines", "--json", str(path)]) == 0
+    assert suite.main(["--smoke", "--parts", "kernels", "synchron", "--json", str(path)]) == 0
     found = {part["name"]: part for part in json.loads(path.read_text())["parts"]}
-    assert list(found) == ["synchronisations", "attention kernels", "engines"]
+    assert list(found) == ["synchronisations", "attention kernels"]
     assert found["attention kernels"]["status"] == "passed"
     assert found["attention kernels"]["record"]["tables"][0]["rows"]
     if not torch.cuda.is_available():
