@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, statically_known_true
 
@@ -237,9 +238,16 @@ def scalar(value: Any) -> float | None:
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call at the graph's insertion point and compute its fake value at once."""
     node = graph.call_function(target, args, kwargs)
-    values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*values[0], **values[1])
+    node.meta["val"] = fake_result(node)
     return node
+
+
+def fake_result(node: fx.Node) -> Any:
+    """What a call gives for the fake values of its arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    with enable_python_dispatcher():  # as export does: the C++ `matmul` of torch 2.11 asks for concrete sizes, fixing T
+        return node.target(*args, **kwargs)
 
 
 def fresh_index(fake_mode: FakeTensorMode, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from emssd_compile.errors import EmssdError, UnsupportedModelError
+from emssd_compile.passes.graph import fake_result
 
 
 class Pass(Protocol):
@@ -147,8 +148,7 @@ def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
             if node.op == "get_attr":
                 node.meta["val"] = fake_mode.from_tensor(getattr(graph_module, node.target), static_shapes=True)
             elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+                node.meta["val"] = fake_result(node)
             node.meta["val_basis"] = basis
 
 

@@ -28,11 +28,16 @@ class CudaDevice:
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         """Run `work` once, then record it without running it; returns what replays the record.
 
-        The first run compiles, tunes kernels and makes the libraries' handles, which a capture cannot. What `work`
-        allocates stays in the pool, to be overwritten by the next replay of any graph: results have to be copied into
-        tensors that existed before.
+        The first run compiles, tunes kernels and makes the libraries' handles, which a capture cannot. It is on the
+        capturing stream, because cuBLAS has a workspace for each stream: the capture would take it from the pool for
+        good. What `work` allocates in the capture stays in the pool, to be overwritten by the next replay of any graph:
+        results have to be copied into tensors that existed before.
         """
-        work()
+        current = torch.cuda.current_stream(self.device)
+        self._captures.wait_stream(current)
+        with torch.cuda.stream(self._captures):
+            work()
+        current.wait_stream(self._captures)
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self.device),
