@@ -53,11 +53,19 @@ class Throughput(LengthPolicy):
         position = torch.arange(limit, device=grade.device)
         survival = (row[:, None] * grade[context.grades, position]).sqrt().cumprod(1)
         survival = torch.where(position < context.proposed[:, None], survival, 0.0)
-        # By position first: of equal survivals, which rounding can make, the earlier draft comes first.
-        best = survival.T.reshape(rows * limit).sort(descending=True, stable=True)
-        places = torch.empty_like(best.indices)
-        places = places.scatter(0, best.indices, torch.arange(rows * limit, device=grade.device))
-        return Ranking(places.view(limit, rows).T, _best_count(best.values, context), state)
+        places = _rank(survival.T.reshape(rows * limit))
+        best = _best_count(survival.T.reshape(rows * limit), places, context)
+        return Ranking(places.view(limit, rows).T, best, state)
+
+
+def _rank(merit: Tensor) -> Tensor:
+    """The place of each element in descending order, int64; of equal ones the first goes first.
+
+    By comparison of all pairs: they are few, and unlike a sort this fuses with what is around it.
+    """
+    index = torch.arange(len(merit), device=merit.device)
+    before = (merit > merit[:, None]) | ((merit == merit[:, None]) & (index < index[:, None]))
+    return before.sum(1)
 
 
 def _rate(accepted: Tensor, tried: Tensor, prior_weight: float) -> Tensor:
@@ -80,10 +88,10 @@ def _learn(context: PolicyContext) -> dict[str, Tensor]:
     }
 
 
-def _best_count(survival: Tensor, context: PolicyContext) -> Tensor:
-    """The n* of the class's docstring, int64 `[]`, for the survivals of all drafts, best first."""
-    gain = context.num_emitting + torch.cat([survival.new_zeros(1), survival.cumsum(0)])
-    count = torch.arange(gain.shape[0], device=gain.device)
+def _best_count(survival: Tensor, places: Tensor, context: PolicyContext) -> Tensor:
+    """The n* of the class's docstring, int64 `[]`, for the survivals of all drafts and their places."""
+    count = torch.arange(len(survival) + 1, device=survival.device)
+    gain = context.num_emitting + torch.where(places < count[:, None], survival, 0.0).sum(1)
     speed = gain / _time(context.seconds, context.num_tokens + count)
     return torch.where(count <= context.proposed.sum(), speed, 0.0).argmax()
 
