@@ -49,7 +49,8 @@ def ragged_attention(
     }
     if applies(q, k_cache, v_cache, softcap=softcap, alibi_slopes=alibi_slopes, ancestors=ancestors):
         forms["varlen_attn"] = functools.partial(ragged_attention_varlen, *tensors, scale=scale, window=window)
-    return attention_selection.run(_call_class(q, k_cache, window), forms)
+    with torch.cuda.device_of(q):  # events, and the question whether a graph is captured, are of the current device
+        return attention_selection.run(_call_class(q, k_cache, window), forms)
 
 
 def _call_class(q: Tensor, k_cache: Tensor, window: int) -> Hashable:
