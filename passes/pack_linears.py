@@ -13,8 +13,6 @@ from emssd_compile.ops import packed_linear
 from emssd_compile.passes.graph import aten, attribute
 from emssd_compile.passes.manager import Refusal
 
-_DTYPES = (torch.float32, torch.bfloat16)
-
 
 class PackLinears:
     """Have oneDNN multiply with each weight in the blocked layout that suits the machine.
@@ -48,13 +46,18 @@ class PackLinears:
         if not isinstance(source, fx.Node) or source.op != "get_attr":
             return self._refuse(node, "its weight is computed")
         weight = attribute(graph_module, source)
-        if weight.dtype not in _DTYPES or weight.dim() != 2:
+        if weight.dtype not in _packable_dtypes() or weight.dim() != 2:
             return self._refuse(node, f"a weight of {weight.dtype} {list(weight.shape)} is not packed")
         return True
 
     def _refuse(self, node: fx.Node, reason: str) -> bool:
         self.refusals.append(Refusal(node.name, reason))
         return False
+
+
+def _packable_dtypes() -> tuple[torch.dtype, ...]:
+    """What oneDNN multiplies on this machine."""
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 def _bytes(weights: Iterable[Tensor]) -> int:

@@ -15,7 +15,8 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``.
 
     The C++ form keeps a packed copy of every weight it has seen for as long as the weight lives, and packs anew when
-    the weight was changed in place.
+    the weight was changed in place, as far as its version counter tells: changes of `weight.data` and of inference
+    tensors escape it.
 
     Args:
         x: ``[..., in]``.
