@@ -31,8 +31,9 @@ def full(device: str) -> list[Part]:
     """What is run on a large GPU, the most important parts first.
 
     Compiling is what takes time: some 60 s a step of 32 layers, 20 s one of 8. Expected are, in order, 110, 35, 35, 60,
-    190, 60 and 45 s, so that all tables fit into the suite's own limit; a part's limit is what it may take at the cost
-    of those behind it. Commands without these arguments measure more.
+    190, 60 and 45 s: the tables fill the suite's own limit, and what is behind them may have to be asked for with
+    `--parts`. A part's limit is what it may take at the cost of those behind it. Commands without these arguments
+    measure more.
     """
     heads = "32/8/128 32/32/128"  # Llama-3-8B, OPT-6.7b
     kernels = f"--dtype bfloat16 --rows 1 8 32 --contexts 512 4096 --heads {heads} --repeats 3"
