@@ -1,7 +1,5 @@
 """`emssd::packed_linear`: the C++ form against the plain product."""
 
-import gc
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +44,6 @@ def test_a_weight_that_takes_the_place_of_a_dead_one_is_packed_anew():
         weight = torch.randn(64, 64)
         torch.testing.assert_close(packed_linear(x, weight), x @ weight.T)
         del weight
-        gc.collect()
 
 
 def test_works_under_inference_mode():
