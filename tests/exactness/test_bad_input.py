@@ -68,7 +68,6 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "drafter": ({"drafter": "medusa?"}, OptionError, "unknown drafter 'medusa\\?'; choose one of"),
     "backend": ({"backend": "tvm"}, OptionError, "unknown backend 'tvm'; choose one of"),
     "layout": ({"layout": "sparse"}, OptionError, "unknown layout 'sparse'; choose one of"),
-    "unknown layout": ({"layout": "jagged"}, OptionError, "layout"),
     "acceptance": ({"acceptance": "typical?"}, OptionError, "unknown acceptance rule 'typical\\?'; choose one of"),
     "max_batch": ({"max_batch": 0}, OptionError, "max_batch=0 must be an integer of at least 1"),
     "max_batch type": ({"max_batch": 2.0}, OptionError, "max_batch=2.0 must be an integer"),
