@@ -7,7 +7,11 @@ from emssd_compile.runtime.step_times import StepTimes
 
 
 class Packed:
-    """Every row verifies what its drafter proposes, and a step holds those tokens and no others."""
+    """Every row verifies what its drafter proposes, and a step holds those tokens and no others.
+
+    Where the host is a step behind, room is made for as many drafts as it last heard of: what suddenly exceeds that is
+    cut evenly, and the step is rounded up to a captured size.
+    """
 
     is_measured = False  # whether steps are timed, for `policy` and `tokens`
 

@@ -87,10 +87,13 @@ def optimize(
         return draft
 
     proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     policy = LAYOUTS[layout].policy()
-    graph_module = compile_step(compiled, batch, rule, proposer, policy, BACKENDS[backend].passes(device))
+    graph_module = compile_step(compiled, batch, rule, proposer, policy, BACKENDS[backend].passes(_device(model)))
     return OptimizedModel(model, compiled, graph_module, proposer, options)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _resolve_length(model: nn.Module, max_length: int | None) -> int:
@@ -173,7 +176,7 @@ class OptimizedModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return _device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

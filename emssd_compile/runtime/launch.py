@@ -11,12 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from emssd_compile.lowering import Step
 from emssd_compile.runtime.buckets import Sizes, smallest_cover
 from emssd_compile.runtime.cuda import CudaDevice
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import CONSTANT_FIELDS
-
-Step = Callable[..., dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
