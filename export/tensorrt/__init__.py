@@ -1,0 +1,49 @@
+"""TensorRT: the step as one engine, for TensorRT and TensorRT-RTX alike.
+
+What TensorRT's parser understands of ONNX is all of the step but its cache updates and its attention. So the step is
+cut there (`cut`); what is left goes through torch's ONNX exporter and the parser (`network`); then TensorRT's own layers
+are put in the gaps: `IKVCacheUpdateLayer` takes packed tokens and writes in place, `IAttention` takes each row's length.
+(The parser does take ONNX's `TensorScatter` and `Attention`, but not packed updates, and it drops the rows' lengths.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from emssd_compile.export.target import Target
+from emssd_compile.export.tensorrt.build import write
+from emssd_compile.export.tensorrt.library import load_runtime
+from emssd_compile.export.tensorrt.options import MOST_TOKENS
+from emssd_compile.export.tensorrt.runner import open_step
+from emssd_compile.passes.manager import Pass
+from emssd_compile.passes.tile_attention import TileAttention
+
+
+def passes() -> tuple[Pass, ...]:
+    """Attention over tiles, and caches with room for the longest inert tail: see `cut`."""
+    return (TileAttention(spare_slots=MOST_TOKENS),)
+
+
+def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:
+    """The runtime and its version, and the compute capability: the list built for, if the device is in it.
+
+    Raises:
+        ArtifactError: the runtime is not installed.
+    """
+    runtime, built_for = details["runtime"], details["compute_capabilities"]
+    found = {"runtime": runtime, "compute capability": ", ".join(built_for)}
+    options = details["options"]
+    if not options["version_compatible"]:
+        found[f"{runtime} version"] = load_runtime(runtime).__version__
+    if device.type == "cuda" and torch.cuda.is_available() and options["hardware_compatibility"] == "none":
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        if capability not in built_for:
+            found["compute capability"] = capability
+    return found
+
+
+TARGET = Target("tensorrt", passes, write, open_step, environment, devices=("cuda",))
+
+__all__ = ["TARGET"]
