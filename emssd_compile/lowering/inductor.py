@@ -21,7 +21,7 @@ _OPTIONS = {
     "alignment_asserts": False,
     "triton.cudagraphs": False,  # the runtime captures whole steps itself
 }
-_SLOTS = ("token_slots", "logit_slots", "draft_slots")
+_SLOTS = ("token_slots", "logit_slots", "draft_slots", "row_slots")
 
 
 class InductorStep:
