@@ -22,7 +22,8 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int = 0) -> Tensor:
         stream: tells apart several numbers for one position.
     """
     value = seeds % _MODULUS
-    for word, factor in zip((positions, stream, 1), _FACTORS, strict=True):
+    words: tuple[Tensor | int, ...] = (positions, stream, 1)
+    for word, factor in zip(words, _FACTORS, strict=True):
         for _ in range(_ROUNDS):
             value = _fifth_power((value + word * factor + factor) % _MODULUS)
     return ((value.float() + 0.5) / _MODULUS).clamp(max=1 - 2**-24)
