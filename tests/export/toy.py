@@ -46,4 +46,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make it one of the targets."""
     target = Target("toy", tuple, write, open_, environment, devices=("cpu",))
     monkeypatch.setattr(targets, "TARGETS", (*targets.TARGETS, "toy"))
-    monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))
