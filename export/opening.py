@@ -32,9 +32,8 @@ def open_artifact(folder: Path, device: torch.device | None = None) -> tuple[Man
     target = targets.find_target(manifest.target)
     where = torch.device(manifest.device) if device is None else device
     if where.type not in target.devices:
-        raise OptionError(
-            f"{folder} is for {target.name}, which runs on {' or '.join(target.devices)}, not {where.type}"
-        )
+        known = " or ".join(target.devices)
+        raise OptionError(f"{folder} is for {target.name}, which runs on {known}, not on {where.type}")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ArtifactError(f"{folder} is to run on a CUDA device, and torch finds none here")
     _compare(folder, "meaning of the report", manifest.report_fields, list(REPORT_FIELDS))

@@ -19,12 +19,12 @@ STARTS = """
 import json, sys, time
 import torch
 from torch._dynamo.utils import counters
-from emssd_compile.lowering import inductor
+from emssd_compile.lowering import inductor, unbacked
 from tests.passes.graphs import step_of
 from emssd_compile.drafters import PromptLookup
 
 if sys.argv[1] != "as it is":
-    inductor.source_hash = lambda: sys.argv[1]
+    unbacked.source_hash = lambda: sys.argv[1]
 step = step_of(PromptLookup(3))
 run = inductor.lower(step)
 inputs = []
