@@ -1,8 +1,8 @@
 """TensorRT: the step as one engine, for TensorRT and TensorRT-RTX alike.
 
 What TensorRT's parser understands of ONNX is all of the step but its cache updates and its attention. So the step is
-cut there (`cut`); what is left goes through torch's ONNX exporter and the parser (`network`); then TensorRT's own layers
-are put in the gaps: `IKVCacheUpdateLayer` takes packed tokens and writes in place, `IAttention` takes each row's length.
+cut there (`cut`); what is left goes through torch's ONNX exporter and the parser, and TensorRT's own layers are put in
+the gaps (`network`): the cache update takes packed tokens and writes in place, attention takes the length of each row.
 (The parser does take ONNX's `TensorScatter` and `Attention`, but not packed updates, and it drops the rows' lengths.)
 """
 
@@ -15,15 +15,13 @@ import torch
 from emssd_compile.export.target import Target
 from emssd_compile.export.tensorrt.build import write
 from emssd_compile.export.tensorrt.library import load_runtime
-from emssd_compile.export.tensorrt.options import MOST_TOKENS
 from emssd_compile.export.tensorrt.runner import open_step
 from emssd_compile.passes.manager import Pass
-from emssd_compile.passes.tile_attention import TileAttention
 
 
 def passes() -> tuple[Pass, ...]:
-    """Attention over tiles, and caches with room for the longest inert tail: see `cut`."""
-    return (TileAttention(spare_slots=MOST_TOKENS),)
+    """None yet: the form of the caches depends on the largest step, which `write` knows."""
+    return ()
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:

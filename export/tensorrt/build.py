@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,25 @@ from emssd_compile.export.tensorrt.cut import Cut, cut
 from emssd_compile.export.tensorrt.decompose import DecomposeAttention
 from emssd_compile.export.tensorrt.library import find_runtime, load_runtime, make_log
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
-from emssd_compile.export.tensorrt.options import MOST_TOKENS, BuildOptions
+from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
 from emssd_compile.ops import tiled_attention
 from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.manager import tidy
+from emssd_compile.passes.tile_attention import TileAttention
+from emssd_compile.runtime.buckets import Sizes
 
 ENGINE = "step.engine"
+_KEPT = ("attention", "weights", "version_compatible", "hardware_compatibility", "profile_per_bucket")
 
 
-def write(
-    graph_module: fx.GraphModule,
-    folder: Path,
-    *,
-    most: Mapping[str, int],
-    buckets: Sequence[Mapping[str, int]] = (),
-    **options: Any,
-) -> dict[str, Any]:
+def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **options: Any) -> dict[str, Any]:
     """Build an engine and write it to `folder`.
 
     Args:
-        graph_module: the step in the form that `passes` gives it; changed where options ask for it.
+        graph_module: the step, or a model on packed rows; it is given the form that TensorRT needs.
         folder: where `step.engine` goes.
-        most: the largest sizes of a step: lengths of inputs by name.
-        buckets: sizes that are captured as CUDA graphs.
+        sizes: of the steps that will be captured, ascending, and last of the largest step.
         **options: the attributes of `BuildOptions`.
 
     Raises:
@@ -49,20 +43,13 @@ def write(
         ArtifactError: no runtime is installed, or it fails to build; says what it said.
     """
     chosen = _options(options)
-    if max(most.values()) > MOST_TOKENS:
-        raise OptionError(
-            f"an engine takes up to {MOST_TOKENS} tokens a step: pass prefill_chunk={MOST_TOKENS} or less"
-        )
     runtime = find_runtime(chosen.runtime)
     chosen.check(runtime)
     trt = load_runtime(runtime)
     known = _known_capabilities(trt, runtime)
     capabilities = chosen.capabilities(known)
-    profiles = make_profiles(graph_module.graph, most, buckets, per_bucket=chosen.profile_per_bucket)
-    if chosen.attention == "decomposed" and DecomposeAttention().run(graph_module):
-        tidy(graph_module, inputs(graph_module.graph)[0].meta["val"].fake_mode)
-    elif chosen.attention == "fused":
-        _check_dtypes(graph_module.graph)
+    _suit(graph_module, chosen, sizes[-1].token_slots)
+    profiles = make_profiles(graph_module.graph, sizes, per_bucket=chosen.profile_per_bucket)
     parts = cut(graph_module)
     network, builder, log = define(trt, parts)
     config = _configure(trt, builder, chosen, capabilities, known, profiles)
@@ -76,15 +63,27 @@ def write(
         "runtime": runtime,
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")} | {runtime: trt.__version__},
         "compute_capabilities": list(capabilities),
-        "options": {
-            k: v for k, v in asdict(chosen).items() if k not in ("runtime", "compute_capabilities", "timing_cache")
-        },
+        "options": {name: getattr(chosen, name) for name in _KEPT},
         "profiles": profiles,
-        "buckets": [dict(bucket) for bucket in buckets],
+        "buckets": [size._asdict() for size in sizes[:-1]],
         "results": parts.results,
         "caches": {site.result: site.operands["cache"] for site in parts.sites if "cache" in site.operands},
         "bindings": _bindings(network),
     }
+
+
+def _suit(graph_module: fx.GraphModule, options: BuildOptions, most_tokens: int) -> None:
+    """Tile attention, and decompose it if asked to.
+
+    TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.
+    """
+    fake_mode = inputs(graph_module.graph)[0].meta["val"].fake_mode
+    TileAttention(spare_slots=most_tokens).run(graph_module)
+    tidy(graph_module, fake_mode)
+    if options.attention == "decomposed":
+        DecomposeAttention().run(graph_module)
+        tidy(graph_module, fake_mode)
+    _check_dtypes(graph_module.graph)
 
 
 def define(trt: Any, parts: Cut) -> tuple[Any, Any, Any]:

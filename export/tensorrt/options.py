@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
 import torch
 
 from emssd_compile.errors import OptionError
-
-MOST_TOKENS = 512
-"""Most packed tokens of a step. TensorRT's cache layer writes all that it is given, so each row of a cache has as many
-slots to spare, for the inert tail that comes behind the last row's own tokens."""
 
 _CHOICES = {
     "attention": ("fused", "decomposed"),

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from emssd_compile.errors import OptionError
 from emssd_compile.passes.graph import inputs, shape
+from emssd_compile.runtime.buckets import Sizes
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Least, usual and largest shape of an input."""
@@ -16,23 +16,18 @@ Profile = dict[str, Range]
 """The range of each input whose shape may differ from call to call, by name."""
 
 
-def make_profiles(
-    graph: fx.Graph, most: Mapping[str, int], buckets: Sequence[Mapping[str, int]], *, per_bucket: bool
-) -> list[Profile]:
-    """Optimisation profiles: of the buckets, and of all other steps up to the largest.
+def make_profiles(graph: fx.Graph, sizes: Sequence[Sizes], *, per_bucket: bool) -> list[Profile]:
+    """Optimisation profiles: of the sizes that are captured, and last of all steps up to the largest.
 
     Args:
-        graph: the step; sizes that may differ are symbolic in its inputs.
-        most: the largest sizes of a step: the length of an input by its name. One input of each symbol will do.
-        buckets: sizes that are run often.
-        per_bucket: a profile for each bucket, rather than one that spans them all.
-
-    Raises:
-        OptionError: a size is not given, is no positive integer, or belongs to no input.
+        graph: the step; sizes that may differ are symbolic in its inputs. Those that no input of a name in `Sizes` has
+            may be as large as the largest T.
+        sizes: of the steps that are captured, and last of the largest step.
+        per_bucket: a profile for each captured size, rather than one that spans them all.
     """
+    *buckets, most = (size._asdict() for size in sizes)
     spans = [(bucket, bucket) for bucket in buckets] if per_bucket else _span(buckets)
-    least = dict.fromkeys(most, 1)
-    return [_profile(graph, low, high) for low, high in [*spans, (least, most)]]
+    return [_profile(graph, low, high, sizes[-1].token_slots) for low, high in [*spans, (dict.fromkeys(most, 1), most)]]
 
 
 def choose(profiles: Sequence[Profile], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -47,37 +42,30 @@ def choose(profiles: Sequence[Profile], shapes: Mapping[str, tuple[int, ...]]) -
     return None
 
 
-def _span(buckets: Sequence[Mapping[str, int]]) -> list[tuple[Mapping[str, int], Mapping[str, int]]]:
+def _span(buckets: Sequence[dict[str, int]]) -> list[tuple[Mapping[str, int], Mapping[str, int]]]:
     if not buckets:
         return []
     low = {name: min(bucket[name] for bucket in buckets) for name in buckets[0]}
     return [(low, {name: max(bucket[name] for bucket in buckets) for name in low})]
 
 
-def _profile(graph: fx.Graph, low: Mapping[str, int], high: Mapping[str, int]) -> Profile:
+def _profile(graph: fx.Graph, low: Mapping[str, int], high: Mapping[str, int], longest: int) -> Profile:
     """The profile from `low` to `high`; steps are expected to be large rather than small."""
-    sizes = [_symbols(graph, given) for given in (low, high, high)]
+    values = [_values(graph, low, 1), _values(graph, high, longest), _values(graph, high, longest)]
     return {
-        str(node.target): tuple(tuple(_size(s, values, node) for s in shape(node) or ()) for values in sizes)  # type: ignore[misc]
+        str(node.target): tuple(tuple(given.get(str(size), size) for size in shape(node) or ()) for given in values)  # type: ignore[misc]
         for node in inputs(graph)
         if any(isinstance(size, torch.SymInt) for size in shape(node) or ())
     }
 
 
-def _symbols(graph: fx.Graph, given: Mapping[str, int]) -> dict[str, int]:
-    """The value of each symbol, from the lengths of inputs."""
-    lengths = {str(node.target): (shape(node) or (0,))[0] for node in inputs(graph)}
-    for name, size in given.items():
-        if not isinstance(lengths.get(name), torch.SymInt):
-            raise OptionError(f"{name!r} is no input whose length may differ")
-        if not isinstance(size, int) or size < 1:
-            raise OptionError(f"the length {size!r} of {name} must be a positive integer")
-    return {str(lengths[name]): size for name, size in given.items()}
-
-
-def _size(size: int | torch.SymInt, values: Mapping[str, int], node: fx.Node) -> int:
-    if isinstance(size, int):
-        return size
-    if str(size) not in values:
-        raise OptionError(f"no length is given for the input {node.target}")
-    return values[str(size)]
+def _values(graph: fx.Graph, lengths: Mapping[str, int], other: int) -> dict[str, int]:
+    """The value of each symbol: the length of the input that has it, or `other`."""
+    values: dict[str, int] = {}
+    for node in inputs(graph):
+        for size in shape(node) or ():
+            if isinstance(size, torch.SymInt):
+                values.setdefault(str(size), other)
+                if str(node.target) in lengths:
+                    values[str(size)] = lengths[str(node.target)]
+    return values
