@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +70,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
         "results": parts.results,
         "caches": {site.result: site.operands["cache"] for site in parts.sites if "cache" in site.operands},
         "bindings": _bindings(network),
+        "layers": _count_layers(network),
     }
 
 
@@ -95,7 +97,7 @@ def define(trt: Any, parts: Cut) -> tuple[Any, Any, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "step.onnx"
         write_onnx(parts.graph_module, path)
-        parse(trt, log, network, path, parts.graph_module.graph)
+        parse(trt, log, network, path)
     splice(trt, log, network, parts)
     return network, builder, log
 
@@ -171,3 +173,9 @@ def _bindings(network: Any) -> list[dict[str, Any]]:
         {"name": t.name, "direction": direction, "dtype": t.dtype.name.lower(), "shape": list(t.shape)}
         for direction, t in ends
     ]
+
+
+def _count_layers(network: Any) -> dict[str, int]:
+    """How many layers of each kind a network has."""
+    kinds = Counter(network.get_layer(index).type.name.lower() for index in range(network.num_layers))
+    return dict(sorted(kinds.items()))

@@ -5,55 +5,74 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import fx
+from torch.onnx.errors import OnnxExporterError
 
 from emssd_compile.errors import ArtifactError, UnsupportedModelError
 from emssd_compile.export.program import exported_program
 from emssd_compile.export.tensorrt.cut import Cut, Site
 from emssd_compile.export.tensorrt.translate import TABLE
 from emssd_compile.ops import update_kv
-from emssd_compile.passes.graph import inputs, origin, output
+from emssd_compile.passes.graph import inputs, output
 
 _OPSET = 20
+_REMEDY = "export to another target"
 
 
 def write_onnx(graph_module: fx.GraphModule, path: Path) -> None:
-    """Write a graph of ATen ops to an ONNX file, its weights beside it; inputs and results keep their names."""
+    """Write a graph of ATen ops to an ONNX file, its weights beside it; inputs and results keep their names.
+
+    Raises:
+        UnsupportedModelError: torch's exporter does not know an op; says which.
+    """
     names = [str(node.target) for node in inputs(graph_module.graph)]
     results = list(dict(output(graph_module.graph).args[0]))  # type: ignore[arg-type]
-    program = torch.onnx.export(
-        exported_program(graph_module),
-        dynamo=True,
-        custom_translation_table=TABLE,
-        opset_version=_OPSET,
-        input_names=names,
-        output_names=results,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            exported_program(graph_module),
+            dynamo=True,
+            custom_translation_table=TABLE,
+            opset_version=_OPSET,
+            input_names=names,
+            output_names=results,
+            verbose=False,
+        )
+    except OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"torch cannot write the step as ONNX: {reason}", remedy=_REMEDY) from error
     assert program is not None
     program.save(path, external_data=True)
 
 
-def parse(trt: Any, log: Any, network: Any, path: Path, graph: fx.Graph) -> None:
+def parse(trt: Any, log: Any, network: Any, path: Path) -> None:
     """Parse an ONNX file into an empty network.
 
     Raises:
-        UnsupportedModelError: the parser refuses an op; names the node and, where `graph` knows it, its module.
+        UnsupportedModelError: the parser refuses an op; names the node, the op, and the module it came from.
     """
     parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(str(path)):
         return
+    if not parser.num_errors:
+        raise ArtifactError(f"TensorRT's parser fails: {log.explain()}")
     error = parser.get_error(0)
-    name = error.node_name()
-    node = next((n for n in graph.nodes if n.name == name.removeprefix("node_")), None)
     raise UnsupportedModelError(
         f"TensorRT's parser refuses the op: {error.desc()}",
-        node=name or None,
+        node=error.node_name() or None,
         op=error.node_operator() or None,
-        module=origin(node) if node is not None else None,
-        remedy="export to another target: onnx, aot",
+        module=_module(path, error.node_name()),
+        remedy=_REMEDY,
     )
+
+
+def _module(path: Path, node_name: str) -> str | None:
+    """The module that a node of an ONNX file came from: the exporter notes it as `path: Class/.../node: op`."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    notes = {note.key: note.value for node in nodes if node.name == node_name for note in node.metadata_props}
+    scopes = notes.get("namespace", "").split("/")[:-1]
+    return scopes[-1] if scopes else None
 
 
 def splice(trt: Any, log: Any, network: Any, cut: Cut) -> None:

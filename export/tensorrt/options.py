@@ -78,14 +78,16 @@ class BuildOptions:
         Raises:
             OptionError: one is unknown, or there is no GPU to take the default from.
         """
-        if self.compute_capabilities is None:
+        wanted = self.compute_capabilities
+        if wanted is None:
             if not torch.cuda.is_available():
                 remedy = (
                     f"pass compute_capabilities, of {sorted(known)}" if known else "export on a machine that has one"
                 )
                 raise OptionError(f"there is no CUDA device here to build an engine for: {remedy}")
-            return ("{}.{}".format(*torch.cuda.get_device_capability()),)
-        unknown = [name for name in self.compute_capabilities if name not in known]
-        if unknown or not self.compute_capabilities:
-            raise OptionError(f"compute_capabilities={list(self.compute_capabilities)} must be of {sorted(known)}")
-        return tuple(self.compute_capabilities)
+            wanted = ("{}.{}".format(*torch.cuda.get_device_capability()),)
+        if known and (not wanted or set(wanted) - set(known)):
+            raise OptionError(
+                f"compute_capabilities={list(wanted)} must be of {sorted(known)}, which the runtime knows"
+            )
+        return tuple(wanted)

@@ -73,7 +73,8 @@ class EngineStep:
         self._trt, self._engine, self._log, self._device = trt, engine, log, device
         self._names = tuple(input_names)
         self._profiles = details["profiles"]
-        self._captured = {tuple(sorted(bucket.items())) for bucket in details["buckets"]}
+        named = self._profiles[0].keys()
+        self._captured = {tuple(sorted((n, s) for n, s in b.items() if n in named)) for b in details["buckets"]}
         self._caches: dict[str, str] = details["caches"]
         self._results: dict[str, str] = {
             name: tensor for name, tensor in details["results"].items() if tensor not in self._caches
