@@ -183,6 +183,25 @@ class OptimizedModel(Decoder):
         """
         self._export("aot", folder, verify_only, progress)
 
+    def export_tensorrt(
+        self, folder: str | Path, *, verify_only: bool = False, progress: bool = False, **options: Any
+    ) -> None:
+        """Build a TensorRT engine of the step, with all that `emssd_compile.load` needs.
+
+        Args:
+            folder: the artifact; must not exist, or be empty.
+            verify_only: as in `export_onnx`.
+            progress: show a progress bar.
+            **options: the attributes of `emssd_compile.export.tensorrt.BuildOptions`: `compute_capabilities` (GPUs to
+                build for, as in `["8.9"]`; default: the one that is here), `attention`, `weights`, ...
+
+        Raises:
+            OptionError: an option is unknown or out of range, or the runtime cannot do it.
+            UnsupportedModelError: TensorRT has nothing that does what an op does; says which, and where it comes from.
+            ArtifactError: no TensorRT is installed, or it fails to build; says what it said. Nothing is left behind.
+        """
+        self._export("tensorrt", folder, verify_only, progress, **options)
+
     def _export(self, target: str, folder: str | Path, verify_only: bool, progress: bool, **options: Any) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
 

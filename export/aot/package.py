@@ -118,4 +118,6 @@ def open_package(
     try:
         return PackageStep(folder / PACKAGE, details["results"], device)
     except RuntimeError as error:
-        raise ArtifactError(f"{folder / PACKAGE} cannot be loaded: {str(error).splitlines()[0]}; export again") from error
+        raise ArtifactError(
+            f"{folder / PACKAGE} cannot be loaded: {str(error).splitlines()[0]}; export again"
+        ) from error
