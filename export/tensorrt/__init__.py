@@ -15,6 +15,7 @@ import torch
 from emssd_compile.export.target import Target
 from emssd_compile.export.tensorrt.build import write
 from emssd_compile.export.tensorrt.library import load_runtime
+from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.runner import open_step
 from emssd_compile.passes.manager import Pass
 
@@ -44,4 +45,4 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
 
 TARGET = Target("tensorrt", passes, write, open_step, environment, devices=("cuda",))
 
-__all__ = ["TARGET"]
+__all__ = ["TARGET", "BuildOptions"]
