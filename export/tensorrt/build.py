@@ -15,7 +15,7 @@ from torch import fx
 from emssd_compile.errors import ArtifactError, OptionError
 from emssd_compile.export.tensorrt.cut import Cut, cut
 from emssd_compile.export.tensorrt.decompose import DecomposeAttention
-from emssd_compile.export.tensorrt.library import find_runtime, load_runtime, make_log
+from emssd_compile.export.tensorrt.library import check_exporter, find_runtime, load_runtime, make_log
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
@@ -46,6 +46,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     chosen = _options(options)
     runtime = find_runtime(chosen.runtime)
     chosen.check(runtime)
+    check_exporter(runtime)
     trt = load_runtime(runtime)
     known = _known_capabilities(trt, runtime)
     capabilities = chosen.capabilities(known)

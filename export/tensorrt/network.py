@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import fx
-from torch.onnx.errors import OnnxExporterError
 
 from emssd_compile.errors import ArtifactError, UnsupportedModelError
 from emssd_compile.export.program import exported_program
 from emssd_compile.export.tensorrt.cut import Cut, Site
-from emssd_compile.export.tensorrt.translate import TABLE
 from emssd_compile.ops import update_kv
 from emssd_compile.passes.graph import inputs, output
 
@@ -27,6 +24,8 @@ def write_onnx(graph_module: fx.GraphModule, path: Path) -> None:
     Raises:
         UnsupportedModelError: torch's exporter does not know an op; says which.
     """
+    from emssd_compile.export.tensorrt.translate import TABLE
+
     names = [str(node.target) for node in inputs(graph_module.graph)]
     results = list(dict(output(graph_module.graph).args[0]))  # type: ignore[arg-type]
     try:
@@ -39,7 +38,7 @@ def write_onnx(graph_module: fx.GraphModule, path: Path) -> None:
             output_names=results,
             verbose=False,
         )
-    except OnnxExporterError as error:
+    except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UnsupportedModelError(f"torch cannot write the step as ONNX: {reason}", remedy=_REMEDY) from error
     assert program is not None
@@ -69,6 +68,8 @@ def parse(trt: Any, log: Any, network: Any, path: Path) -> None:
 
 def _module(path: Path, node_name: str) -> str | None:
     """The module that a node of an ONNX file came from: the exporter notes it as `path: Class/.../node: op`."""
+    import onnx
+
     nodes = onnx.load(path, load_external_data=False).graph.node
     notes = {note.key: note.value for node in nodes if node.name == node_name for note in node.metadata_props}
     scopes = notes.get("namespace", "").split("/")[:-1]

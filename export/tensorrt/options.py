@@ -22,8 +22,8 @@ class BuildOptions:
 
     Attributes:
         runtime: `"tensorrt"`, `"tensorrt-rtx"`, or `"auto"`: the first of these that is installed.
-        compute_capabilities: of the GPUs to build for, as in `("8.0", "8.9")`; TensorRT-RTX only, which then needs no
-            GPU. Default: that of the GPU that is here.
+        compute_capabilities: of the GPUs to build for, as in `("8.0", "8.9")`. Default: that of the GPU that is here.
+            TensorRT-RTX needs none; TensorRT can build for no other.
         attention: `"fused"`: one kernel, in float16 or bfloat16. `"decomposed"`: matrix products and a softmax, in any
             dtype; also for models that cap scores.
         weights: `"in-engine"`; `"streamed"`: on the GPU only as far as its memory goes, else fetched when needed.
@@ -63,11 +63,6 @@ class BuildOptions:
         refused = [name for name, is_set in only_full.items() if is_set and is_rtx]
         if refused:
             raise OptionError(f"TensorRT-RTX has no {', '.join(refused)}: leave it out, or pass runtime='tensorrt'")
-        if self.compute_capabilities is not None and not is_rtx:
-            raise OptionError(
-                "TensorRT builds for the GPU that is here: leave compute_capabilities out, widen it by "
-                "hardware_compatibility, or pass runtime='tensorrt-rtx'"
-            )
 
     def capabilities(self, known: Collection[str]) -> tuple[str, ...]:
         """Compute capabilities to build for, by default that of the GPU that is here.
@@ -76,18 +71,15 @@ class BuildOptions:
             known: those that the runtime can build for; empty if it builds for the GPU that is here only.
 
         Raises:
-            OptionError: one is unknown, or there is no GPU to take the default from.
+            OptionError: one is unknown, or there is no GPU to build for.
         """
-        wanted = self.compute_capabilities
-        if wanted is None:
-            if not torch.cuda.is_available():
-                remedy = (
-                    f"pass compute_capabilities, of {sorted(known)}" if known else "export on a machine that has one"
-                )
-                raise OptionError(f"there is no CUDA device here to build an engine for: {remedy}")
-            wanted = ("{}.{}".format(*torch.cuda.get_device_capability()),)
-        if known and (not wanted or set(wanted) - set(known)):
-            raise OptionError(
-                f"compute_capabilities={list(wanted)} must be of {sorted(known)}, which the runtime knows"
-            )
-        return tuple(wanted)
+        here = ["{}.{}".format(*torch.cuda.get_device_capability())] if torch.cuda.is_available() else []
+        wanted = here if self.compute_capabilities is None else list(self.compute_capabilities)
+        if wanted and set(wanted) <= set(known or here):
+            return tuple(wanted)
+        if known:
+            raise OptionError(f"compute_capabilities must be of {sorted(known)} for TensorRT-RTX, and not {wanted}")
+        raise OptionError(
+            f"TensorRT builds engines for the GPU that is here, which is {here or 'none'}, not for {wanted}: export on "
+            "a machine that has one and widen it by hardware_compatibility, or pass runtime='tensorrt-rtx'"
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -45,18 +48,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor, mask: Tensor 
     return (weights @ v.float().repeat_interleave(repeats, 1)).to(q.dtype)
 
 
-LAYERS = {"emssd.update_kv.default": kv_cache_update, "emssd.tiled_attention.default": attention}
+LAYERS: dict[str, Callable[..., Tensor]] = {
+    "emssd.update_kv.default": kv_cache_update,
+    "emssd.tiled_attention.default": attention,
+}
 
 
 def spliced(cut: Cut) -> fx.GraphModule:
     """The step again, with the layers above at its sites, as `network.splice` puts TensorRT's."""
     graph_module = cut.graph_module
     graph = graph_module.graph
-    tensors = {str(node.target): node for node in inputs(graph)} | dict(output(graph).args[0])
+    results: Any = output(graph).args[0]
+    tensors: dict[str, fx.Node] = {str(node.target): node for node in inputs(graph)} | results
     for site in cut.sites:
         stand_in = tensors[site.result]
         with graph.inserting_before(stand_in):
-            operands = {role: tensors[name] for role, name in site.operands.items()}
+            operands: Any = {role: tensors[name] for role, name in site.operands.items()}
             layer = graph.call_function(LAYERS[site.op], kwargs=operands)
         stand_in.replace_all_uses_with(layer)
         tensors[site.result] = layer

@@ -25,29 +25,35 @@ def test_what_tensorrt_rtx_lacks_is_refused(name, value):
         options.check("tensorrt-rtx")
 
 
-def test_tensorrt_builds_for_the_gpu_that_is_here():
-    options = BuildOptions(compute_capabilities=["8.0"])
-    options.check("tensorrt-rtx")
-    with pytest.raises(OptionError, match="leave compute_capabilities out"):
-        options.check("tensorrt")
+def _on(monkeypatch, *capability: int) -> None:
+    """A GPU of a compute capability, or none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capability))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 
 
 @pytest.mark.parametrize("wanted", [["8.0", "9.0"], ["80"], []])
 def test_unknown_capabilities_are_refused(wanted):
-    with pytest.raises(OptionError, match=r"compute_capabilities=.* must be of \['12.0', '8.0', '8.9'\]"):
+    with pytest.raises(OptionError, match=r"must be of \['12.0', '8.0', '8.9'\] for TensorRT-RTX, and not \["):
         BuildOptions(compute_capabilities=wanted).capabilities(KNOWN)
 
 
 def test_the_default_capability_is_that_of_the_gpu_here(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(OptionError, match=r"no CUDA device here .*: pass compute_capabilities, of \['12.0',"):
-        BuildOptions().capabilities(KNOWN)
-    with pytest.raises(OptionError, match="export on a machine that has one"):
-        BuildOptions().capabilities(())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    assert BuildOptions().capabilities(KNOWN) == ("8.9",)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    _on(monkeypatch, 8, 9)
+    assert BuildOptions().capabilities(KNOWN) == BuildOptions().capabilities(()) == ("8.9",)
+    _on(monkeypatch, 9, 0)
     assert BuildOptions().capabilities(()) == ("9.0",)
-    with pytest.raises(OptionError, match=r"compute_capabilities=\['9.0'\] must be of"):
+    with pytest.raises(OptionError, match=r"for TensorRT-RTX, and not \['9.0'\]"):
         BuildOptions().capabilities(KNOWN)
+    _on(monkeypatch)
+    with pytest.raises(OptionError, match=r"must be of \['12.0', .* and not \[\]"):
+        BuildOptions().capabilities(KNOWN)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_here(monkeypatch):
+    options = BuildOptions(compute_capabilities=["8.0"])
+    for here in ((), (9, 0)):
+        _on(monkeypatch, *here)
+        with pytest.raises(OptionError, match=r"which is .*, not for \['8.0'\]: export on a machine"):
+            options.capabilities(())
+    _on(monkeypatch, 8, 0)
+    assert options.capabilities(()) == ("8.0",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from emssd_compile.export.tensorrt.runner import EngineStep, open_step
 CPU = torch.device("cpu")
 
 
-def _binding(name: str, direction: str, dtype: str, *shape: int) -> dict[str, object]:
+def _binding(name: str, direction: str, dtype: str, *shape: int) -> dict[str, Any]:
     return {"name": name, "direction": direction, "dtype": dtype, "shape": list(shape)}
 
 
-DETAILS = {
+DETAILS: dict[str, Any] = {
     "runtime": "tensorrt-rtx",
     "compute_capabilities": ["8.0", "8.9"],
     "options": {"weights": "in-engine", "version_compatible": False, "hardware_compatibility": "none"},
@@ -42,7 +43,10 @@ class Context:
     """Writes down what it is told, and what it held when it ran."""
 
     def __init__(self, config: SimpleNamespace) -> None:
-        self.config, self.addresses, self.shapes, self.runs = config, {}, {}, []
+        self.config = config
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.runs: list[tuple[dict[str, int], dict[str, tuple[int, ...]], int]] = []
 
     def set_device_memory(self, address: int, size: int) -> None:
         self.memory = (address, size)
