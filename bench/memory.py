@@ -37,7 +37,7 @@ class Memory:
 
 def kv_bytes(fast: OptimizedModel) -> int:
     """Bytes of the KV caches of all layers."""
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in fast._compiled.cache_shapes.values())
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in fast._step.compiled.cache_shapes.values())
 
 
 def peak_memory(fast: OptimizedModel, work: Callable[[], object]) -> Memory | None:

@@ -38,7 +38,7 @@ from bench.command import (
     synchronize,
     versions,
 )
-from emssd_compile import OptimizedModel
+from emssd_compile import LoadedModel, OptimizedModel
 
 _START = """
 import json, sys, time
@@ -110,7 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parse(parser, arguments)
 
 
-def decode(fast: OptimizedModel, prompts: list[list[int]], tokens: int) -> Decoding:
+def decode(fast: OptimizedModel | LoadedModel, prompts: list[list[int]], tokens: int) -> Decoding:
     """Decode `tokens` of each prompt without EOS; steps that read prompts are left out."""
     launcher = fast._engine.launcher
     step, calls = launcher.step, list[tuple[float, float]]()

@@ -96,7 +96,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def kv_token_bytes(fast: OptimizedModel) -> int:
     """Bytes that one token takes in the KV caches of all layers."""
-    specs = fast._compiled.cache_shapes.values()
+    specs = fast._step.compiled.cache_shapes.values()
     return sum(math.prod(spec.shape[2:]) * spec.dtype.itemsize for spec in specs)
 
 
@@ -184,7 +184,7 @@ def show_attention(
 ) -> None:
     """Time attention alone at the heads of the model's first layer, and print it."""
     found: list[kernels.Measurement] = []
-    heads = (fast.config.num_attention_heads, *next(iter(fast._compiled.cache_shapes.values())).shape[2:])
+    heads = (fast.config.num_attention_heads, *next(iter(fast._step.compiled.cache_shapes.values())).shape[2:])
     for (context, batch), drafts in itertools.product(places, (0, options.drafts)):
         case = Case(batch, context, drafts + 1, *heads)
         with console.status("timing attention alone"):

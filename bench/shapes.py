@@ -14,6 +14,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -59,6 +60,7 @@ CONFIGS = {
     "opt-2.7b": lambda: _opt(2560, 32, 32),
     "opt-6.7b": lambda: _opt(4096, 32, 32),
     "llama-3-8b": lambda: _llama(4096, 32, 32, 8, 14336),
+    "tiny-gpt2": lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=4096, initializer_range=64**-0.5),
     "tiny-opt": lambda: _opt(64, 2, 4, vocab_size=4096),
     "tiny-llama": lambda: _llama(64, 2, 4, 2, 128, vocab_size=4096, max_position_embeddings=2048),
 }

@@ -6,9 +6,10 @@ out = fast.generate(inputs, max_new_tokens=128)
 
 from emssd_compile import drafters, errors
 from emssd_compile.dumping import dump
+from emssd_compile.loading import LoadedModel, load
 from emssd_compile.optimize import OptimizedModel, optimize
 from emssd_compile.stats import Stats
 
 __version__ = "0.1.0"
 
-__all__ = ["OptimizedModel", "Stats", "drafters", "dump", "errors", "optimize"]
+__all__ = ["LoadedModel", "OptimizedModel", "Stats", "drafters", "dump", "errors", "load", "optimize"]

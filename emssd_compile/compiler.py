@@ -14,12 +14,13 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_kernels
 from emssd_compile.passes import BatchShape, PassManager, PassRecord
-from emssd_compile.passes.graph import caches, placeholder, results
+from emssd_compile.passes.graph import caches, output, placeholder, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter, TensorSpec
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.policy import LengthPolicy
+from emssd_compile.step.signature import step_roles
 
 
 @dataclass
@@ -39,6 +40,14 @@ class CompiledModel:
     vocabulary: int
     cache_shapes: dict[str, TensorSpec]
     records: list[PassRecord] = field(default_factory=list)
+
+    def named(self) -> fx.GraphModule:
+        """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""
+        graph_module = _copy(self.graph_module, "Verify")
+        result = output(graph_module.graph)
+        result.args = (dict(zip(("hidden", "logits"), results(graph_module.graph), strict=True)),)
+        graph_module.recompile()
+        return graph_module
 
     def __call__(
         self, packed: Packed, lengths: Tensor, logit_index: Tensor, caches: dict[str, Tensor]
@@ -86,29 +95,63 @@ def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
         )
 
 
-def compile_step(
-    compiled: CompiledModel,
-    batch: BatchShape,
-    rule: Rule,
-    drafter: Drafter,
-    policy: LengthPolicy,
-    target: tuple[Pass, ...] = (),
-) -> fx.GraphModule:
-    """Level L3: the whole decoding step of a compiled model as one graph, in the form that the target's passes give it.
+@dataclass(frozen=True)
+class CompiledStep:
+    """Level L3: the whole decoding step of a compiled model as one graph with named inputs and results.
 
-    Its inputs are named.
+    Attributes:
+        graph_module: the step.
+        compiled: the model that it decodes with.
+        rule: what accepts drafts.
+        drafter: what proposes them.
+        policy: what chooses how many are verified.
     """
-    graph_module = fx.GraphModule(compiled.graph_module, _copy(compiled.graph_module.graph), class_name="Step")
+
+    graph_module: fx.GraphModule
+    compiled: CompiledModel
+    rule: Rule
+    drafter: Drafter
+    policy: LengthPolicy
+
+    def suited(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
+        """A copy of the step in the form that a target's passes give it; what they did is added to `records`."""
+        return suit(self.graph_module, self.compiled, target, records)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Roles of the step's inputs (`signature.ROLES`)."""
+        rows, drafts = len(placeholder(self.graph_module.graph, "known").meta["val"]), self.drafter.num_draft_tokens
+        return step_roles(
+            row={**self.drafter.state_spec(), **self.policy.row_spec(rows, drafts)},
+            memory=self.policy.memory_spec(drafts, self.drafter.num_grades),
+            caches={**self.compiled.cache_shapes, **self.drafter.cache_spec()},
+        )
+
+
+def compile_step(
+    compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy
+) -> CompiledStep:
+    """Fuse packing, the model, acceptance and the next draft into one step."""
+    graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), compiled.records)
-    levels = (passes.step(batch, rule, drafter, policy, compiled.fake_mode), passes.targeted(target))
-    return manager.apply(graph_module, levels)
+    manager.apply(graph_module, (passes.step(batch, rule, drafter, policy, compiled.fake_mode),))
+    return CompiledStep(graph_module, compiled, rule, drafter, policy)
 
 
-def _copy(source: fx.Graph) -> fx.Graph:
+def suit(
+    graph_module: fx.GraphModule, compiled: CompiledModel, target: tuple[Pass, ...], records: list[PassRecord]
+) -> fx.GraphModule:
+    """A copy of a graph of `compiled` in the form that a target's passes give it; what they did goes to `records`."""
+    suited = _copy(graph_module, graph_module._get_name())
+    manager = PassManager(compiled.fake_mode, active_observers(), records)
+    return manager.apply(suited, (passes.targeted(target),))
+
+
+def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
+    """The same graph anew; weights are shared."""
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(source, values))
-    return graph
+    graph.output(graph.graph_copy(source.graph, {}))
+    return fx.GraphModule(source, graph, class_name=name)
 
 
-__all__ = ["BatchShape", "CompiledModel", "compile_model", "compile_step"]
+__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "compile_model", "compile_step", "suit"]

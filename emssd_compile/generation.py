@@ -15,7 +15,7 @@ import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -138,6 +138,13 @@ class GenerateOptions:
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     streamer: Streamer | None = None
     return_dict_in_generate: bool = False
+
+
+def saved_options(config: object) -> dict[str, Any]:
+    """The options that a stored `generation_config` sets, as what JSON knows; the rest of it is not asked for here."""
+    values = {name: getattr(config, name, None) for name in _KNOWN}
+    plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str, list))}
 
 
 def resolve_options(

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from emssd_compile.acceptance import make_rule
 from emssd_compile.capture import check_model
+from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
 from emssd_compile.errors import OptionError
-from emssd_compile.generation import resolve_options
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
+from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import decode_buckets
-from emssd_compile.runtime.consumer import Consumer, progress_bar, working
-from emssd_compile.runtime.engine import Engine, Request
-from emssd_compile.runtime.inputs import Sequences, parse_prompts
-from emssd_compile.runtime.launch import make_launcher
-from emssd_compile.runtime.memory import allocate
-from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
-from emssd_compile.stats import Stats
+from emssd_compile.runtime.consumer import progress_bar
 from emssd_compile.step.acceptance import Rule
-from emssd_compile.step.drafting import Drafter
-from emssd_compile.step.state import StepState
+from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
-    from emssd_compile.compiler import CompiledModel
+    from emssd_compile.compiler import CompiledModel, CompiledStep
 
 _LENGTH_ATTRIBUTES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "block_size")
 
@@ -87,9 +82,8 @@ def optimize(
         return draft
 
     proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    policy = LAYOUTS[layout].policy()
-    graph_module = compile_step(compiled, batch, rule, proposer, policy, BACKENDS[backend].passes(_device(model)))
-    return OptimizedModel(model, compiled, graph_module, proposer, options)
+    step = compile_step(compiled, batch, rule, proposer, LAYOUTS[layout].policy())
+    return OptimizedModel(model, step, options)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -109,7 +103,7 @@ def _resolve_length(model: nn.Module, max_length: int | None) -> int:
     return max_length
 
 
-class OptimizedModel:
+class OptimizedModel(Decoder):
     """A compiled model. Made by `optimize`.
 
     Attributes:
@@ -117,50 +111,27 @@ class OptimizedModel:
         drafter: what proposes tokens.
         options: sizes and choices.
         stats: what decoding did since `stats.reset()`.
+        graph_module: the step graph in the form that the backend runs.
         config, generation_config, device, dtype: those of the model.
     """
 
-    input_modalities, output_modalities = "text", ("text",)  # read by `repr` of a `transformers.pipeline`
-
-    def __init__(
-        self,
-        model: nn.Module,
-        compiled: CompiledModel,
-        graph_module: fx.GraphModule,
-        drafter: Drafter,
-        options: CompileOptions,
-    ) -> None:
+    def __init__(self, model: nn.Module, step: CompiledStep, options: CompileOptions) -> None:
         self.model = model
-        self.drafter = drafter
+        self.drafter = step.drafter
         self.options = options
-        self.stats = Stats()
-        self.graph_module = graph_module
-        self._compiled = compiled
-        self._engine = self._make_engine()
-        self._is_warm = False
-
-    def _make_engine(self) -> Engine:
-        device, drafter = self.device, self.drafter
-        caches = allocate({**self._compiled.cache_shapes, **drafter.cache_spec()}, device)  # first: they may not fit
-        rows, limit = self.options.max_batch, drafter.num_draft_tokens
-        state = StepState.empty(rows, self.options.max_length, self._compiled.vocabulary, limit, device)
-        layout = LAYOUTS[self.options.layout]
-        policy = layout.policy()
-        row_state = allocate({**drafter.state_spec(), **policy.row_spec(rows, limit)}, device)
-        memory = allocate(policy.memory_spec(limit, drafter.num_grades), device)
-        launcher = make_launcher(
-            BACKENDS[self.options.backend].lower(self.graph_module),
-            [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"],
-            {**state.tensors(), **row_state, **memory, **caches},
-            buckets=() if self.options.backend == "eager" else decode_buckets(rows, limit),
-        )
-        return Engine(
-            launcher,
-            tuple(row_state),
-            tuple(memory),
-            layout,
-            prefill_chunk=self.options.prefill_chunk,
-            lag=0 if device.type == "cpu" else 1,
+        self._step = step
+        backend, device, rows = BACKENDS[options.backend], _device(model), options.max_batch
+        self._records = [*step.compiled.records]
+        self.graph_module = step.suited(backend.passes(device), self._records)
+        super().__init__(
+            assemble(
+                backend.lower(self.graph_module),
+                Signature.of(self.graph_module.graph, step.roles),
+                device,
+                LAYOUTS[options.layout],
+                prefill_chunk=options.prefill_chunk,
+                buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
+            )
         )
 
     @property
@@ -174,97 +145,78 @@ class OptimizedModel:
         return getattr(self.model, "generation_config", None)
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return _device(self.model)
-
-    @property
     def dtype(self) -> torch.dtype:
         """Element type of the weights."""
         return next((p.dtype for p in self.model.parameters()), torch.float32)
 
-    def warmup(self, *, progress: bool = False) -> None:
-        """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
-        with working("compiling the step", shown=progress):
-            self._engine.warmup()
-        graphs = len(self._engine.launcher.buckets)
-        with progress_bar(progress and graphs > 0, graphs, "CUDA graphs") as advance:
-            for _ in self._engine.capture():
-                advance(1)
-        with working("measuring the step", shown=progress and self._engine.layout.is_measured):
-            self._engine.calibrate()
-        self._engine.counters()
-        self._is_warm = True
-
-    def generate(
-        self,
-        inputs: object = None,
-        generation_config: object | None = None,
-        *,
-        attention_mask: object = None,
-        input_ids: object = None,
-        token_type_ids: object = None,
-        progress: bool = False,
-        **options: Any,
-    ) -> Sequences | GenerateOutput:
-        """Continue each prompt greedily, with exactly the tokens the model would give it alone.
-
-        Args:
-            inputs: `LongTensor[B, S]` (with `attention_mask`, padding on either side), a list of token lists or of 1-D
-                tensors, or a jagged nested tensor. The same kind comes back, prompts included.
-            generation_config: defaults for `options`, as in Hugging Face.
-            attention_mask: `[B, S]`, 0 where a tensor is padded.
-            input_ids: Hugging Face's name for `inputs`.
-            token_type_ids: accepted if all zero.
-            progress: show a progress bar.
-            **options: Hugging Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
-                `pad_token_id`, `stopping_criteria`, `streamer`, `return_dict_in_generate`, ...
-
-        Raises:
-            InvalidInputError: the prompts are not what they must be; raised before any work, as all errors here.
-            CapacityError: a prompt does not fit a row.
-            OptionError: an option is unknown or out of range.
-            NotImplementedError: an option of Hugging Face that is not supported; says which.
-        """
-        vocabulary, capacity = self._compiled.vocabulary, self.options.max_length
-        chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)
-        prompts = parse_prompts(
-            inputs,
-            attention_mask,
-            vocab_size=vocabulary,
-            capacity=capacity,
-            pad_token_id=chosen.prompt_pad_token_id,
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-        )
-        limits = limit_rows(chosen, prompts, capacity)
-        requests = [
-            Request(i, prompts.values[start:stop], most, least)
-            for i, (start, stop, most, least) in enumerate(
-                zip(
-                    prompts.offsets[:-1],
-                    prompts.offsets[1:],
-                    limits.max_new_tokens,
-                    limits.min_new_tokens,
-                    strict=True,
-                )
-            )
-        ]
-        if not self._is_warm:
-            self.warmup()
-        consumer = Consumer(prompts, chosen.stopping_criteria, chosen.streamer)
-        with progress_bar(progress, sum(limits.max_new_tokens)) as advance:
-            for request in self._engine.run(requests, chosen.eos_token_ids):
-                advance(consumer.take(request))
-        consumer.end()
-        self.stats.add(*self._engine.counters())
-        sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)
-        return GenerateOutput(sequences) if chosen.return_dict_in_generate else sequences
-
     def explain(self) -> Explanation:
         """What each pass did and refused, and which ops the step holds; prints as tables."""
-        return Explanation.of(self._compiled.records, self.graph_module)
+        return Explanation.of(self._records, self.graph_module)
 
-    def can_generate(self) -> bool:
-        """True: `transformers.pipeline` asks."""
-        return True
+    def export_onnx(
+        self,
+        folder: str | Path,
+        *,
+        opset_version: int = 24,
+        verify_only: bool = False,
+        check: bool = True,
+        progress: bool = False,
+    ) -> None:
+        """Write the step as an ONNX model of standard operators, with all that `emssd_compile.load` needs.
+
+        Args:
+            folder: the artifact; must not exist, or be empty.
+            opset_version: of ONNX; 24 is the first with attention over a KV cache.
+            verify_only: the model on packed rows alone, for a loop of your own (`emssd_compile.export.open_graph`).
+            check: decode a few prompts with the artifact before it is finished, and compare; in float32 only.
+            progress: show a progress bar.
+
+        Raises:
+            OptionError: an option is out of range.
+            UnsupportedModelError: an op of the model cannot be expressed; says which, and where it comes from.
+            ArtifactError: onnx is not installed, the folder cannot be written, or the check fails. Nothing is left
+                behind.
+        """
+        self._export("onnx", folder, verify_only, check, progress, opset_version=opset_version)
+
+    def export_aot(
+        self, folder: str | Path, *, verify_only: bool = False, check: bool = True, progress: bool = False
+    ) -> None:
+        """Write the step as machine code (an AOTInductor package), with all that `emssd_compile.load` needs.
+
+        Args and errors are those of `export_onnx`.
+        """
+        self._export("aot", folder, verify_only, check, progress)
+
+    def export_tensorrt(
+        self,
+        folder: str | Path,
+        *,
+        verify_only: bool = False,
+        check: bool = True,
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        """Build a TensorRT engine of the step, with all that `emssd_compile.load` needs.
+
+        Args:
+            folder: the artifact; must not exist, or be empty.
+            verify_only, check, progress: as in `export_onnx`; the check needs a GPU.
+            **options: the attributes of `emssd_compile.export.tensorrt.BuildOptions`: `compute_capabilities` (GPUs to
+                build for, as in `["8.9"]`; default: the one that is here), `attention`, `weights`, ...
+
+        Raises:
+            OptionError: an option is unknown or out of range, or the runtime cannot do it.
+            UnsupportedModelError: TensorRT has nothing that does what an op does; says which, and where it comes from.
+            ArtifactError: no TensorRT is installed, or it fails to build; says what it said. Nothing is left behind.
+        """
+        self._export("tensorrt", folder, verify_only, check, progress, **options)
+
+    def _export(
+        self, target: str, folder: str | Path, verify_only: bool, check: bool, progress: bool, **options: Any
+    ) -> None:
+        from emssd_compile.exporting import STAGES, Exportable, export
+
+        what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
+        with progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
+            export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

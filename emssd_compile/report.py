@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -32,6 +32,21 @@ class Explanation:
         """Explain a compiled step."""
         ops = Counter(str(n.target) for n in graph_module.graph.nodes if n.op == "call_function")
         return cls(tuple(records), dict(ops.most_common()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As what JSON knows."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Explanation:
+        """Back from `to_dict`."""
+        from emssd_compile.passes.manager import PassRecord, Refusal  # brings sympy
+
+        records = tuple(
+            PassRecord(**{**r, "notes": tuple(r["notes"]), "refusals": tuple(Refusal(**x) for x in r["refusals"])})
+            for r in content["records"]
+        )
+        return cls(records, content["ops"], content["num_graphs"])
 
     @property
     def padding_ops(self) -> int:

@@ -52,7 +52,7 @@ def _packed_logits(compiled: CompiledModel, ids: Tensor, lengths: Tensor) -> lis
     for start, stop in ((torch.zeros_like(lengths), first), (first, lengths)):
         total = int((stop - start).sum())
         slots = torch.arange(total + 1, device=ids.device)  # one inert tail token
-        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, slots, share=total)
+        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, slots, slots, share=total)
         _, logits = compiled(packed, start, slots[:total], caches)
         for row, part in enumerate(logits.split((stop - start).tolist())):
             found[row].append(part)

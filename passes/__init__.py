@@ -13,7 +13,13 @@ from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.fuse_draft import FuseDraft
 from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.fuse_verify import FuseVerify
-from emssd_compile.passes.levels import verify_canonical, verify_captured, verify_step, verify_unpadded
+from emssd_compile.passes.levels import (
+    verify_canonical,
+    verify_captured,
+    verify_lowerable,
+    verify_step,
+    verify_unpadded,
+)
 from emssd_compile.passes.lift_positions import LiftPositions
 from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
@@ -88,5 +94,5 @@ def step(batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, 
 
 
 def targeted(own: tuple[Pass, ...]) -> Level:
-    """L3 still, with the ops that a target is fast at; each backend names its own passes (`lowering`)."""
-    return Level("target", own, verify_step)
+    """The same graph with the ops that a target is fast at; targets name their own passes (`lowering`, `export`)."""
+    return Level("target", own, verify_lowerable)

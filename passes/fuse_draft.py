@@ -44,6 +44,7 @@ class FuseDraft:
         done: dict[str, fx.Node] = dict(result.args[0])  # type: ignore[arg-type]
         device = placeholder(graph, "history").meta["val"].device
         given = {name: done[name] for name in (*_STATE, *_INTERNAL)}
+        given["row_slots"] = placeholder(graph, "row_slots")
         given["draft_slots"] = add_input(graph, "draft_slots", fresh_index(self.fake_mode, device))
         rows, limit = len(placeholder(graph, "known").meta["val"]), self.drafter.num_draft_tokens
         own = {**self.drafter.state_spec(), **self.drafter.cache_spec()}
@@ -85,6 +86,7 @@ class FuseDraft:
                 can_draft=can_draft,
                 max_drafts=max_drafts,
                 slots=given["draft_slots"],
+                row_slots=given["row_slots"],
                 state={name: given[name] for name in own},
             )
         )

@@ -16,6 +16,7 @@ from emssd_compile.step.commit import bar_eos, commit, draft_tokens
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
 from emssd_compile.step.state import StepState
 
+_SLOTS = ("token_slots", "logit_slots", "row_slots")
 _STATE = tuple(f.name for f in fields(StepState))
 _PACKED = tuple(f.name for f in fields(Packed))
 _ROWS = tuple(f.name for f in fields(LogitRows))
@@ -25,10 +26,10 @@ class FuseVerify:
     """Wrap the unpadded model into a step over the device-resident state: pack, run, accept, commit.
 
     What is fed, what is accepted and what is kept are tensor operations; traced around the model they make one graph
-    that needs nothing from the host but the sizes T and R (given by the lengths of two `arange`s).
+    that needs nothing from the host but sizes: T, R and the most tokens of a row, given by the lengths of `arange`s.
 
         before:  forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R], caches)
-        after:   forward(history[B,C], known[B], ..., token_slots[T], logit_slots[R], caches)
+        after:   forward(history[B,C], known[B], ..., token_slots[T], logit_slots[R], row_slots, caches)
                      -> {history, known, ..., tokens[B,K+1], counts[B], hidden[B,H]}
     """
 
@@ -52,7 +53,7 @@ class FuseVerify:
                 self.batch.rows, self.batch.capacity, vocabulary, self.num_draft_tokens, device
             ).tensors()
         inputs = {name: add_input(graph, name, value) for name, value in state.items()}
-        for name in ("token_slots", "logit_slots"):
+        for name in _SLOTS:
             inputs[name] = add_input(graph, name, fresh_index(self.fake_mode, device))
         for name, value in caches(model.graph).items():
             inputs[name] = add_input(graph, name, value)
@@ -61,7 +62,7 @@ class FuseVerify:
 
     def _step(self, into: fx.GraphModule, model: fx.GraphModule, inputs: dict[str, fx.Node]) -> dict[str, fx.Node]:
         state = {name: inputs[name] for name in _STATE}
-        slots = {name: inputs[name] for name in ("token_slots", "logit_slots")}
+        slots = {name: inputs[name] for name in _SLOTS}
         packed = inline_function(into, self._pack, {**state, **slots}, self.fake_mode)
         fed = {**{n: inputs[n] for n in inputs if "_cache_" in n}, **packed}
         fed.update(lengths=state["lengths"], logit_index=packed["rows_index"])
@@ -78,7 +79,9 @@ class FuseVerify:
 
     def _pack(self, given: Tensors) -> Tensors:
         state = {name: given[name] for name in ("history", "known", "lengths", "draft_lengths", "active")}
-        packed = pack(**state, slots=given["token_slots"], share=self.num_draft_tokens + 1)
+        packed = pack(
+            **state, slots=given["token_slots"], row_slots=given["row_slots"], share=self.num_draft_tokens + 1
+        )
         rows = logit_rows(packed, given["known"], given["logit_slots"])
         return {
             **{name: getattr(packed, name) for name in _PACKED},
@@ -91,7 +94,8 @@ class FuseVerify:
         rows = LogitRows(**{name: given[f"rows_{name}"] for name in _ROWS})
         drafts = draft_tokens(state.history, state.known, self.num_draft_tokens)
         logits = bar_eos(given["logits"], rows, state.min_known, state.is_eos)
-        verdict = self.rule(Verification(logits, rows.offsets, drafts, packed.drafted))
+        seeds = state.seeds[rows.row_ids]
+        verdict = self.rule(Verification(logits, rows.offsets, drafts, packed.drafted, seeds, rows.positions))
         new, emission = commit(state, packed, verdict.accept_lengths, verdict.next_tokens)
         last = packed.roots + torch.where(packed.ready, verdict.accept_lengths, 0)
         return {

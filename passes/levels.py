@@ -72,7 +72,17 @@ def verify_unpadded(graph_module: fx.GraphModule) -> None:
 
 
 def verify_step(graph_module: fx.GraphModule) -> None:
-    """L3: no host read, no shape that depends on data; the state that goes in comes out."""
+    """L3: it can be lowered, and the state that goes in comes out."""
+    verify_lowerable(graph_module)
+    results = output(graph_module.graph).args[0]
+    needed = {"history", "known", "lengths", "draft_lengths", "active", "counters", "histogram", "report"}
+    assert isinstance(results, dict)
+    if not needed <= set(results):
+        raise refuse(output(graph_module.graph), f"the step must return at least {sorted(needed)}")
+
+
+def verify_lowerable(graph_module: fx.GraphModule) -> None:
+    """What every target may rely on: no host read, no shape that depends on data, results by name."""
     graph = graph_module.graph
     _only_ops(graph)
     for node in graph.nodes:
@@ -81,10 +91,8 @@ def verify_step(graph_module: fx.GraphModule) -> None:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and any(_unbacked(s) for s in value.shape):
             raise refuse(node, "the step holds a shape that depends on data")
-    results = output(graph).args[0]
-    needed = {"history", "known", "lengths", "draft_lengths", "active", "counters", "histogram", "report"}
-    if not isinstance(results, dict) or not needed <= set(results):
-        raise refuse(output(graph), f"the step must return at least {sorted(needed)}")
+    if not isinstance(output(graph).args[0], dict):
+        raise refuse(output(graph), "the results have no names")
 
 
 def _unbacked(size: int | torch.SymInt) -> bool:

@@ -46,6 +46,8 @@ class PackLinears:
         if not isinstance(source, fx.Node) or source.op != "get_attr":
             return self._refuse(node, "its weight is computed")
         weight = attribute(graph_module, source)
+        if weight.device.type != "cpu":
+            return self._refuse(node, f"its weight is on {weight.device.type}")
         if weight.dtype not in _packable_dtypes() or weight.dim() != 2:
             return self._refuse(node, f"a weight of {weight.dtype} {list(weight.shape)} is not packed")
         return True

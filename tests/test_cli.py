@@ -13,7 +13,9 @@ pytest.importorskip("transformers", reason="the command line loads Hugging Face 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emssd_compile import cli
-from emssd_compile.cli import main, read_prompts
+from emssd_compile.cli import main
+from emssd_compile.cli.models import PROGRAM
+from emssd_compile.cli.prompts import read_prompts
 from emssd_compile.errors import InvalidInputError, OptionError
 from tests.zoo import toy_model
 
@@ -144,12 +146,12 @@ def test_bad_prompt_files(tmp_path, name, content, error, said):
         read_prompts([], [tmp_path / name])
 
 
-@pytest.mark.parametrize("epilog", [cli._GENERATE_EXAMPLES, cli._EXPLAIN_EXAMPLES])
+@pytest.mark.parametrize("epilog", [command.EXAMPLES for command in cli.COMMANDS.values()])
 def test_examples_in_the_help_parse(epilog):
-    lines = [line.strip() for line in epilog.splitlines() if line.startswith(f"  {cli._PROGRAM}")]
+    lines = [line.strip() for line in epilog.splitlines() if line.startswith(f"  {PROGRAM}")]
     assert len(lines) >= 2
     for line in lines:
-        cli.build_parser().parse_args(shlex.split(line.removeprefix(cli._PROGRAM)))
+        cli.build_parser().parse_args(shlex.split(line.removeprefix(PROGRAM)))
 
 
 def test_runs_as_a_module(capsys, monkeypatch):

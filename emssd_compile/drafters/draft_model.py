@@ -67,7 +67,16 @@ class DraftModel(Drafter):
         known = context.known
         # KV of drafts that were rejected is stale: it counts only up to the root token.
         lengths = torch.minimum(context.state["draft_model_lengths"], (known - 1).clamp(min=0))
-        packed = pack(context.history, known, lengths, torch.zeros_like(known), context.active, context.slots, share=2)
+        packed = pack(
+            history=context.history,
+            known=known,
+            lengths=lengths,
+            draft_lengths=torch.zeros_like(known),
+            active=context.active,
+            slots=context.slots,
+            row_slots=context.row_slots,
+            share=2,
+        )
         drafting = context.can_draft & packed.ready
         token, grade = self._predict(packed, lengths, packed.roots, context)
         tokens, grades = [token], [grade]

@@ -25,14 +25,16 @@ class Backend:
     Attributes:
         passes: the rewrites that suit this backend on a device, applied to the step graph.
         lower: from the rewritten graph to what runs it.
+        is_captured: whether decode steps become one launch each where the device can capture them (CUDA graphs).
     """
 
     passes: Callable[[torch.device], tuple[Pass, ...]]
     lower: Callable[[fx.GraphModule], Step]
+    is_captured: bool = True
 
 
 BACKENDS = {
-    "eager": Backend(eager.passes, eager.lower),
+    "eager": Backend(eager.passes, eager.lower, is_captured=False),
     "inductor": Backend(inductor.passes, inductor.lower),
 }
 

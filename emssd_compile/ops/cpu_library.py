@@ -3,6 +3,8 @@
 The library is compiled by the machine's own C++ compiler into a cache folder: ``$EMSSD_CACHE_DIR``, else
 ``$XDG_CACHE_HOME/emssd_compile``, else ``~/.cache/emssd_compile``. Where that is impossible, or ``EMSSD_CPU_KERNELS=0``
 is set, the ops keep their eager references and `cpu_kernel_status` says why.
+
+A process without Python has no definitions of the ops either: `standalone_library` has both.
 """
 
 import functools
@@ -29,7 +31,10 @@ _INSTRUCTION_SETS = {
 }
 
 
-class _CannotBuildError(Exception):
+_OPS = ("append_kv", "packed_linear", "ragged_attention")  # those that library.cpp implements
+
+
+class CannotBuildError(Exception):
     """Why there is no C++ form on this machine."""
 
 
@@ -49,6 +54,22 @@ def cpu_kernel_status() -> str:
     return _load()[1]
 
 
+def standalone_library() -> Path:
+    """A library with which a process without Python has the ops: it defines them, too. Not to be loaded here.
+
+    Raises:
+        CannotBuildError: there is no C++ compiler, or it fails.
+    """
+    return _build(definitions=_definitions())
+
+
+def _definitions() -> str:
+    """C++ that defines the ops as this process knows them."""
+    schemas = [str(getattr(torch.ops.emssd, name).default._schema).removeprefix("emssd::") for name in _OPS]
+    lines = [f'  m.def("{schema}");' for schema in schemas]
+    return "\n".join(["#include <torch/library.h>", "TORCH_LIBRARY(emssd, m) {", *lines, "}", ""])
+
+
 @functools.cache
 def _load() -> tuple[bool, str]:
     if os.environ.get("EMSSD_CPU_KERNELS") == "0":
@@ -56,26 +77,30 @@ def _load() -> tuple[bool, str]:
     try:
         library = _build()
         torch.ops.load_library(library)
-    except (_CannotBuildError, OSError) as error:
+    except (CannotBuildError, OSError) as error:
         _logger.warning("emssd CPU kernels are not available, the slow references are used: %s", error)
         return False, f"reference: {error}"
     return True, f"C++ ({torch.backends.cpu.get_cpu_capability()}): {library}"
 
 
-def _build() -> Path:
-    """Path of the library for this source, compiler, torch and processor; compiled unless the cache holds it."""
+def _build(definitions: str = "") -> Path:
+    """Path of the library for this source, compiler, torch and processor; compiled unless the cache holds it.
+
+    Args:
+        definitions: C++ source to build in.
+    """
     if sys.platform != "linux":
-        raise _CannotBuildError(f"the C++ kernels are built on Linux only, this is {sys.platform}")
+        raise CannotBuildError(f"the C++ kernels are built on Linux only, this is {sys.platform}")
     compiler = _compiler()
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*_COMPILE_FLAGS, *_INSTRUCTION_SETS.get(capability, ()), *_capability_macros(capability)]
-    library = _cache_folder() / f"emssd_{_key(compiler, flags)}.so"
+    library = _cache_folder() / f"emssd_{_key(compiler, flags, definitions)}.so"
     if not library.exists():
         _logger.info("building the emssd CPU kernels into %s", library)
         library.parent.mkdir(parents=True, exist_ok=True)
         # Built aside and renamed: another process sees all of the library or nothing.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _compile(compiler, flags, Path(folder)).replace(library)
+            _compile(compiler, flags, definitions, Path(folder)).replace(library)
     return library
 
 
@@ -85,7 +110,7 @@ def _compiler() -> list[str]:
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
             return command
-    raise _CannotBuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install g++ or set CXX")
+    raise CannotBuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install g++ or set CXX")
 
 
 def _capability_macros(capability: str) -> list[str]:
@@ -101,20 +126,21 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emssd_compile"
 
 
-def _key(compiler: list[str], flags: list[str]) -> str:
-    digest = hashlib.sha256(repr((compiler, flags, torch.__version__)).encode())
+def _key(compiler: list[str], flags: list[str], definitions: str) -> str:
+    digest = hashlib.sha256(repr((compiler, flags, torch.__version__, definitions)).encode())
     for path in sorted(_SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: list[str], flags: list[str], folder: Path) -> Path:
+def _compile(compiler: list[str], flags: list[str], definitions: str, folder: Path) -> Path:
     # torch.utils.cpp_extension imports setuptools; only a build pays for that.
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    obj, library = folder / "library.o", folder / "library.so"
-    includes = [f"-I{path}" for path in include_paths()]
-    _run([*compiler, *flags, *includes, "-c", str(_SOURCES / "library.cpp"), "-o", str(obj)])
+    source, obj, library = folder / "source.cpp", folder / "source.o", folder / "library.so"
+    source.write_text(f'#include "library.cpp"\n{definitions}')
+    includes = [f"-I{path}" for path in (_SOURCES, *include_paths())]
+    _run([*compiler, *flags, *includes, "-c", str(source), "-o", str(obj)])
     # Linked without -fopenmp: the OpenMP functions must come from the runtime torch brings, never from a second one.
     # -z now: should torch's runtime lack one of them, loading fails here instead of the first call.
     search = [f"-L{path}" for path in library_paths()]
@@ -126,4 +152,4 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise _CannotBuildError(f"{command[0]} failed: {errors[0] if errors else f'exit status {done.returncode}'}")
+        raise CannotBuildError(f"{command[0]} failed: {errors[0] if errors else f'exit status {done.returncode}'}")

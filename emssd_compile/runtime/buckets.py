@@ -13,11 +13,13 @@ class Sizes(NamedTuple):
         token_slots: T, packed tokens.
         logit_slots: R, packed tokens whose logits are read.
         draft_slots: S, packed tokens that a drafter with a model of its own reads.
+        row_slots: most packed tokens of one row.
     """
 
     token_slots: int
     logit_slots: int
     draft_slots: int
+    row_slots: int
 
     def covers(self, other: Sizes) -> bool:
         """Whether a step of these sizes can do the work of a step of the `other`."""
@@ -37,7 +39,7 @@ def decode_buckets(num_rows: int, num_draft_tokens: int) -> tuple[Sizes, ...]:
     most = num_rows * (num_draft_tokens + 1)
     steps = {factor << power for power in range(most.bit_length()) for factor in (1, 3)}
     tokens = sorted({most, *(size for size in steps if size < most)})
-    return tuple(Sizes(size, size, 2 * min(size, num_rows)) for size in tokens)
+    return tuple(Sizes(size, size, 2 * min(size, num_rows), num_draft_tokens + 1) for size in tokens)
 
 
 def smallest_cover(buckets: Sequence[Sizes], sizes: Sizes) -> Sizes | None:

@@ -31,6 +31,7 @@ class Request:
         prompt: int64 `[S]`, on the CPU.
         max_new_tokens: it ends after so many.
         min_new_tokens: EOS is barred before so many.
+        seed: of its random numbers, for acceptance rules that draw.
         num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
         output: tokens emitted so far.
         finished: whether it has ended.
@@ -40,6 +41,7 @@ class Request:
     prompt: Tensor
     max_new_tokens: int
     min_new_tokens: int = 0
+    seed: int = 0
     num_read: int = 0
     output: list[int] = field(default_factory=list)
     finished: bool = False
@@ -132,7 +134,7 @@ class Engine:
     def warmup(self) -> None:
         """Compile: run the step once."""
         with self._rehearsal() as rehearsal:
-            rehearsal.step(Sizes(2, 2, 2))
+            rehearsal.step(Sizes(2, 2, 2, 2))
 
     def capture(self) -> Iterator[Sizes]:
         """Run every bucket of sizes once, so that none is captured later; yields each when done."""
@@ -186,6 +188,7 @@ class Engine:
             "active": torch.ones_like(lengths, dtype=torch.bool),
             "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
             "min_known": lengths + torch.tensor([r.min_new_tokens for r in started]),
+            "seeds": torch.tensor([r.seed for r in started]),
         }
         rows = self.launcher.upload(torch.tensor(free))
         for name, value in values.items():
@@ -203,7 +206,7 @@ class Engine:
         return _Launch(report, sizes, tuple(row.request if row else None for row in self._rows), started)
 
     def _plan(self, launched: Collection[_Launch]) -> Sizes:
-        """Sizes (T, R, S) of the next step: enough for what its rows may want, within the chunk.
+        """Sizes of the next step: enough for what its rows may want, within the chunk.
 
         Exact with `lag` = 0. With reports outstanding it is what the step has room for (`_make_room`).
         """
@@ -218,6 +221,8 @@ class Engine:
             token_slots=self.layout.tokens(needed, self.times),
             logit_slots=min(len(pending) + drafts, needed),
             draft_slots=min(reading, self.chunk + self.num_rows),
+            # A row that still has to read more than one token has drafted nothing.
+            row_slots=min(max(self.num_draft_tokens + 1, *pending), self.chunk),
         )
 
     def _foresee(self, launched: Collection[_Launch]) -> list[int]:
@@ -229,7 +234,7 @@ class Engine:
             # A request that came since the launch took no part in it; the one it followed decoded, or had ended.
             stays = [row is not None and row.request is it for row, it in zip(self._rows, launch.requests, strict=True)]
             wanted = [
-                pending[b] + drafts[b] if stays[b] else share if request else 0
+                min(pending[b] + drafts[b], launch.sizes.row_slots) if stays[b] else share if request else 0
                 for b, request in enumerate(launch.requests)
             ]
             # As `pack` does: a share for each row, then the rest in order.
@@ -249,7 +254,7 @@ class Engine:
         drafts, drafting = self._wanted
         room = self.layout.room(num_rows, self.num_draft_tokens, -(-drafts * num_rows // drafting))
         tokens = num_rows + room
-        bucket = smallest_cover(self.launcher.buckets, Sizes(tokens, tokens, 0))
+        bucket = smallest_cover(self.launcher.buckets, Sizes(tokens, tokens, 0, 0))
         room = min(bucket.token_slots if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
         if room != self._room:
             self._room = room

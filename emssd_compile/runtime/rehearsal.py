@@ -25,6 +25,7 @@ class Rehearsal:
 
     def __init__(self, launcher: Launcher, num_draft_tokens: int) -> None:
         self._launcher = launcher
+        self._num_draft_tokens = num_draft_tokens
         rows, capacity = launcher.tensors["history"].shape
         context = min(CONTEXT, capacity // 2)
         self._state = {
@@ -52,7 +53,9 @@ class Rehearsal:
         """
         active = self._launcher.tensors["active"]
         self._launcher.assign("active", torch.zeros_like(active))
-        sizes = {count: Sizes(count, count, 2 * min(count, len(active))) for count in tokens}
+        sizes = {
+            count: Sizes(count, count, 2 * min(count, len(active)), self._num_draft_tokens + 1) for count in tokens
+        }
         rounds = [{count: self._timed(size) for count, size in sizes.items()} for _ in range(ROUNDS + 1)][1:]
         return {count: min(seconds[count] for seconds in rounds) for count in sizes}
 

@@ -17,12 +17,18 @@ class Verification:
             draft of row b (i = 0: what follows its newest known token). Rows that verify nothing are empty.
         draft_tokens: int64 `[B, K]`, rubbish from `draft_lengths` on.
         draft_lengths: int64 `[B]`.
+        seeds: int64 `[R]`, seed of the request that each entry belongs to.
+        positions: int64 `[R]`, position in its row of the token that each entry predicts. A rule that draws takes its
+            numbers from `randomness.uniforms(seeds, positions, ...)`: then a request gives the same tokens whatever it
+            is batched with.
     """
 
     logits: Tensor
     offsets: Tensor
     draft_tokens: Tensor
     draft_lengths: Tensor
+    seeds: Tensor
+    positions: Tensor
 
 
 @dataclass

@@ -73,6 +73,7 @@ def commit(state: StepState, packed: Packed, accept_lengths: Tensor, next_tokens
         active=state.active & ~finished,
         limits=state.limits,
         min_known=state.min_known,
+        seeds=state.seeds,
         is_eos=state.is_eos,
         draft_budget=state.draft_budget,
         step_seconds=state.step_seconds,

@@ -25,6 +25,7 @@ class DraftContext:
         max_drafts: int64 `[B]`, 0 to K: more would run past the row's limit.
         slots: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model of its
             own.
+        row_slots: int64, `arange` of the most of these that one row may take.
         state: the drafter's own tensors, as declared by `Drafter.state_spec` and `Drafter.cache_spec`.
     """
 
@@ -35,6 +36,7 @@ class DraftContext:
     can_draft: Tensor
     max_drafts: Tensor
     slots: Tensor
+    row_slots: Tensor
     state: dict[str, Tensor]
 
 

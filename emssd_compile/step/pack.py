@@ -34,7 +34,14 @@ class Packed:
 
 
 def pack(
-    history: Tensor, known: Tensor, lengths: Tensor, draft_lengths: Tensor, active: Tensor, slots: Tensor, share: int
+    history: Tensor,
+    known: Tensor,
+    lengths: Tensor,
+    draft_lengths: Tensor,
+    active: Tensor,
+    slots: Tensor,
+    row_slots: Tensor,
+    share: int,
 ) -> Packed:
     """Choose and lay out the tokens of a step.
 
@@ -50,6 +57,7 @@ def pack(
         draft_lengths: int64 `[B]`.
         active: bool `[B]`.
         slots: int64 `[T]`, `arange(T)`: its length is the budget.
+        row_slots: int64, `arange` of the most tokens that a row gets.
         share: tokens each row gets before any row gets more.
 
     Example:
@@ -58,7 +66,7 @@ def pack(
     """
     budget = slots.shape[0]
     pending = known - lengths
-    wanted = torch.where(active, pending + draft_lengths, 0)
+    wanted = torch.where(active, pending + draft_lengths, 0).clamp(max=row_slots.shape[0])
     first = _grant(wanted.clamp(max=share), budget)
     fed = first + _grant(wanted - first, budget - first.sum())
     ends = fed.cumsum(0)

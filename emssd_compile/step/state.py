@@ -40,6 +40,7 @@ class StepState:
         active: bool `[B]`, whether the row is being decoded.
         limits: int64 `[B]`, the row ends when `known` reaches this.
         min_known: int64 `[B]`, EOS is barred from positions before this.
+        seeds: int64 `[B]`, seed of each row's random numbers (`randomness.uniforms`).
         is_eos: bool `[V]`, which token ids end a row.
         counters: int64 `[len(COUNTERS)]`, sums since they were last reset.
         histogram: int64 `[K + 1]`, how often a verification accepted 0, 1, ..., K drafts.
@@ -54,6 +55,7 @@ class StepState:
     active: Tensor
     limits: Tensor
     min_known: Tensor
+    seeds: Tensor
     is_eos: Tensor
     counters: Tensor
     histogram: Tensor
@@ -75,6 +77,7 @@ class StepState:
             active=zeros(rows, dtype=torch.bool),
             limits=zeros(rows),
             min_known=zeros(rows),
+            seeds=zeros(rows),
             is_eos=zeros(vocabulary, dtype=torch.bool),
             counters=zeros(len(COUNTERS)),
             histogram=zeros(num_draft_tokens + 1),
@@ -87,5 +90,5 @@ class StepState:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-CONSTANT_FIELDS = frozenset({"limits", "min_known", "is_eos", "draft_budget", "step_seconds"})
+CONSTANT_FIELDS = frozenset({"limits", "min_known", "seeds", "is_eos", "draft_budget", "step_seconds"})
 """Fields that a step reads but does not return; only the host sets them."""

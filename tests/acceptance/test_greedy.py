@@ -22,7 +22,8 @@ def _verify(
         tokens[row, : len(draft)] = torch.tensor(draft, dtype=torch.int64)
     counts = torch.tensor([len(row) for row in choices])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    verdict = GreedyMatch()(Verification(logits, offsets, tokens, torch.tensor([len(d) for d in drafts])))
+    lengths, unused = torch.tensor([len(d) for d in drafts]), torch.zeros(len(logits), dtype=torch.int64)
+    verdict = GreedyMatch()(Verification(logits, offsets, tokens, lengths, seeds=unused, positions=unused))
     return verdict.accept_lengths.tolist(), verdict.next_tokens.tolist()
 
 

@@ -21,5 +21,6 @@ def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int 
         can_draft=rows,
         max_drafts=torch.full_like(known, limit),
         slots=torch.arange(8),
+        row_slots=torch.arange(8),
         state={},
     )

@@ -61,7 +61,7 @@ class Target:
         drafter.prepare(self._disturbed, self.batch.rows, self.batch.capacity, self.compiled.vocabulary)
         step = compile_step(self.compiled, self.batch, GreedyMatch(), drafter, LAYOUTS[layout].policy())
         options = CompileOptions(self.batch.rows, self.batch.capacity, "eager", layout, prefill_chunk)
-        return OptimizedModel(self.model, self.compiled, step, drafter, options)
+        return OptimizedModel(self.model, step, options)
 
     def _disturbed(self, model: nn.Module) -> CompiledModel:
         """The target with noise on its weights: a draft model that is right now and then."""
@@ -76,7 +76,7 @@ class Target:
 def rechunked(fast: OptimizedModel, prefill_chunk: int) -> OptimizedModel:
     """The same step with another size of prefill chunks."""
     options = replace(fast.options, prefill_chunk=prefill_chunk)
-    return OptimizedModel(fast.model, fast._compiled, fast.graph_module, fast.drafter, options)
+    return OptimizedModel(fast.model, fast._step, options)
 
 
 @functools.lru_cache(maxsize=2)

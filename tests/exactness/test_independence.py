@@ -24,8 +24,8 @@ def _compiled(architecture: str) -> CompiledModel:
 
 
 def _step(history: Tensor, known: Tensor, lengths: Tensor) -> Packed:
-    active = torch.ones(ROWS, dtype=torch.bool)
-    return pack(history, known, lengths, torch.zeros_like(known), active, torch.arange(SIZE), share=SIZE)
+    active, slots = torch.ones(ROWS, dtype=torch.bool), torch.arange(SIZE)
+    return pack(history, known, lengths, torch.zeros_like(known), active, slots, slots, share=SIZE)
 
 
 def _row_results(compiled: CompiledModel, packed: Packed, lengths: Tensor, caches: dict[str, Tensor]) -> list[Tensor]:

@@ -103,7 +103,7 @@ def _generate(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> object:
         patch.setattr(fuse_verify, "pack", mistake.pack)
         step = compile_step(model, compiled.batch, mistake.rule(), drafter, AllDrafts())
     options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=1)
-    return OptimizedModel(compiled.model, model, step, drafter, options).generate(PROMPTS, max_new_tokens=NEW_TOKENS)
+    return OptimizedModel(compiled.model, step, options).generate(PROMPTS, max_new_tokens=NEW_TOKENS)
 
 
 @pytest.fixture

@@ -19,12 +19,12 @@ STARTS = """
 import json, sys, time
 import torch
 from torch._dynamo.utils import counters
-from emssd_compile.lowering import inductor
+from emssd_compile.lowering import inductor, unbacked
 from tests.passes.graphs import step_of
 from emssd_compile.drafters import PromptLookup
 
 if sys.argv[1] != "as it is":
-    inductor.source_hash = lambda: sys.argv[1]
+    unbacked.source_hash = lambda: sys.argv[1]
 step = step_of(PromptLookup(3))
 run = inductor.lower(step)
 inputs = []
@@ -85,10 +85,10 @@ def _inputs(step: fx.GraphModule, sizes: dict[str, int]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [(40, 6, 9), (25, 25, 25), (5, 4, 1), (1, 1, 1), (2, 1, 7)])
+@pytest.mark.parametrize("sizes", [(40, 6, 9, 31), (25, 25, 25, 25), (5, 4, 1, 2), (1, 1, 1, 1), (2, 1, 7, 1)])
 def test_one_function_serves_sizes_that_differ_and_sizes_that_agree(sizes):
     step, compiled = _steps()
-    inputs = _inputs(step, dict(zip(("token_slots", "logit_slots", "draft_slots"), sizes, strict=True)))
+    inputs = _inputs(step, dict(zip(("token_slots", "logit_slots", "draft_slots", "row_slots"), sizes, strict=True)))
     expected = step(*(value.clone() for value in inputs))
     results = compiled(*inputs)
     assert results.keys() == expected.keys()

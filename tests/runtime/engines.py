@@ -34,6 +34,7 @@ class Step:
         active: rows that took part.
         pending: their tokens that they knew and had not read.
         drafts: drafts that the device had chosen for them.
+        longest: the most tokens and drafts of one row together.
         verified: drafts that were verified.
         idle: rows that took part and read nothing.
     """
@@ -42,6 +43,7 @@ class Step:
     active: int
     pending: int
     drafts: int
+    longest: int
     verified: int
     idle: int
 
@@ -58,11 +60,12 @@ def watch(engine: Engine) -> list[Step]:
     def watched(sizes: Sizes):
         active = tensors["active"].clone()
         lengths, known = masked("lengths", active), masked("known", active)
-        drafts, before = int(masked("draft_lengths", active).sum()), int(tensors["counters"][counter])
+        drafts, before = masked("draft_lengths", active), int(tensors["counters"][counter])
         report = launch(sizes)
         verified = int(tensors["counters"][counter]) - before
         idle = int(((tensors["lengths"] == lengths) & active).sum())
-        steps.append(Step(sizes, int(active.sum()), int((known - lengths).sum()), drafts, verified, idle))
+        pending, longest = int((known - lengths).sum()), int((known - lengths + drafts).max())
+        steps.append(Step(sizes, int(active.sum()), pending, int(drafts.sum()), longest, verified, idle))
         return report
 
     engine.launcher.launch = watched  # type: ignore[method-assign]

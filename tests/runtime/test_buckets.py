@@ -7,8 +7,8 @@ from emssd_compile.runtime.buckets import Sizes, decode_buckets, smallest_cover
 
 def test_the_buckets_of_three_rows_with_three_drafts():
     assert decode_buckets(3, 3) == (
-        *(Sizes(1, 1, 2), Sizes(2, 2, 4), Sizes(3, 3, 6), Sizes(4, 4, 6)),
-        *(Sizes(6, 6, 6), Sizes(8, 8, 6), Sizes(12, 12, 6)),
+        *(Sizes(1, 1, 2, 4), Sizes(2, 2, 4, 4), Sizes(3, 3, 6, 4), Sizes(4, 4, 6, 4)),
+        *(Sizes(6, 6, 6, 4), Sizes(8, 8, 6, 4), Sizes(12, 12, 6, 4)),
     )
 
 
@@ -17,7 +17,7 @@ def test_a_decode_step_takes_at_most_half_more_than_it_wants(rows, drafts):
     buckets = decode_buckets(rows, drafts)
     for active in range(1, rows + 1):
         for tokens in range(active, active * (drafts + 1) + 1):
-            bucket = smallest_cover(buckets, Sizes(tokens, tokens, 2 * active))
+            bucket = smallest_cover(buckets, Sizes(tokens, tokens, 2 * active, drafts + 1))
             assert bucket is not None
             assert bucket.token_slots <= max(1.5 * tokens, tokens + 1)
             assert bucket.logit_slots == bucket.token_slots
@@ -25,8 +25,8 @@ def test_a_decode_step_takes_at_most_half_more_than_it_wants(rows, drafts):
 
 @pytest.mark.parametrize(("rows", "drafts"), [(1, 0), (8, 4), (24, 7)])
 def test_a_full_batch_is_not_rounded(rows, drafts):
-    full = rows * (drafts + 1)
-    assert smallest_cover(decode_buckets(rows, drafts), Sizes(full, full, 2 * rows)) == (full, full, 2 * rows)
+    full = Sizes(rows * (drafts + 1), rows * (drafts + 1), 2 * rows, drafts + 1)
+    assert smallest_cover(decode_buckets(rows, drafts), full) == full
 
 
 def test_the_buckets_are_few():
@@ -35,6 +35,7 @@ def test_the_buckets_are_few():
 
 def test_a_chunk_of_a_prompt_is_covered_by_none():
     buckets = decode_buckets(2, 3)
-    assert smallest_cover(buckets, Sizes(9, 2, 2)) is None
-    assert smallest_cover(buckets, Sizes(8, 8, 5)) is None
-    assert smallest_cover((), Sizes(1, 1, 1)) is None
+    assert smallest_cover(buckets, Sizes(9, 2, 2, 4)) is None
+    assert smallest_cover(buckets, Sizes(8, 8, 5, 4)) is None
+    assert smallest_cover(buckets, Sizes(8, 2, 2, 5)) is None
+    assert smallest_cover((), Sizes(1, 1, 1, 1)) is None

@@ -98,7 +98,7 @@ def test_a_run_that_is_broken_off_leaves_no_row_behind(engine):
 def test_no_step_is_larger_than_the_chunk(engine):
     requests = _requests(70, 64, 1)
     list(engine.run(requests))
-    assert max(tokens for tokens, _, _ in engine.sizes_used) <= engine.chunk == 24
+    assert max(sizes.token_slots for sizes in engine.sizes_used) <= engine.chunk == 24
     assert [r.output for r in requests] == _expected(70, 64, 1)
 
 
@@ -173,6 +173,7 @@ def test_every_step_holds_what_its_rows_want(layout, kind, data):
         assert step.verified == step.drafts, "no draft that was chosen is cut"
         assert step.idle == 0, "every row reads on"
         assert step.sizes.token_slots >= min(step.pending + step.drafts, engine.chunk)
+        assert step.sizes.row_slots >= min(step.longest, step.sizes.token_slots)
         assert step.sizes.logit_slots >= min(step.active + step.drafts, step.sizes.token_slots)
     prefill = sum(-(-n // engine.chunk) for n, _, _ in drawn)
     assert len(steps) <= prefill + sum(min(most, patience) for _, most, patience in drawn) + 2 * len(drawn)

@@ -136,14 +136,14 @@ def test_the_counters_are_those_of_the_steps_that_ran():
     assert not any(case.engine.counters()[0].values())
 
 
-STEP_INPUTS = ("history", "histogram", "a", "b", "token_slots", "logit_slots", "draft_slots")
+STEP_INPUTS = ("history", "histogram", "a", "b", "token_slots", "logit_slots", "draft_slots", "row_slots")
 
 
 def _toy_step(history: Tensor, histogram: Tensor, a: Tensor, b: Tensor, *slots: Tensor) -> dict[str, Tensor]:
     """Swaps two tensors without copying them and counts in a third; reports the count and the sizes."""
     history = history + 1
     sizes = history.new_tensor([len(slot) for slot in slots])
-    report = torch.cat([history.flatten()[:1], sizes, a, a]).view(1, len(REPORT_FIELDS) + 1)
+    report = torch.cat([history.flatten()[:1], sizes, a]).view(1, len(REPORT_FIELDS) + 1)
     return {"history": history, "a": b, "b": a[:], "report": report}
 
 
@@ -159,31 +159,31 @@ def _toy_tensors() -> dict[str, Tensor]:
 def _toy_launchers() -> tuple[Launcher, Launcher]:
     return (
         DirectLauncher(_toy_step, STEP_INPUTS, _toy_tensors()),
-        GraphLauncher(_toy_step, STEP_INPUTS, _toy_tensors(), TapeDevice(), (Sizes(2, 2, 2),)),
+        GraphLauncher(_toy_step, STEP_INPUTS, _toy_tensors(), TapeDevice(), (Sizes(2, 2, 2, 2),)),
     )
 
 
 @pytest.mark.parametrize("launcher", _toy_launchers(), ids=["direct", "graph"])
 def test_a_result_may_be_another_input(launcher):
     for count in range(1, 6):
-        (line,) = launcher.launch(Sizes(2, 2, 2)).read()
+        (line,) = launcher.launch(Sizes(2, 2, 2, 2)).read()
         assert line[0] == count
-        assert line[4] == (10 if count % 2 else 20)
+        assert line[5] == (10 if count % 2 else 20)
         assert (int(launcher.tensors["a"]), int(launcher.tensors["b"])) == ((20, 10) if count % 2 else (10, 20))
 
 
 @pytest.mark.parametrize("launcher", _toy_launchers(), ids=["direct", "graph"])
 def test_a_report_is_that_of_its_own_step_however_late_it_is_read(launcher):
-    reports = [launcher.launch(Sizes(2, 2, 2)) for _ in range(5)]
+    reports = [launcher.launch(Sizes(2, 2, 2, 2)) for _ in range(5)]
     assert [report.read()[0][0] for report in reports] == [1, 2, 3, 4, 5]
 
 
 def test_sizes_are_rounded_up_only_where_they_are_captured():
     direct, graph = _toy_launchers()
-    assert direct.launch(Sizes(1, 1, 2)).read()[0][1:4] == [1, 1, 2]
-    assert graph.launch(Sizes(1, 1, 2)).read()[0][1:4] == [2, 2, 2]
-    assert graph.launch(Sizes(3, 1, 2)).read()[0][1:4] == [3, 1, 2]
+    assert direct.launch(Sizes(1, 1, 2, 1)).read()[0][1:5] == [1, 1, 2, 1]
+    assert graph.launch(Sizes(1, 1, 2, 1)).read()[0][1:5] == [2, 2, 2, 2]
+    assert graph.launch(Sizes(3, 1, 2, 1)).read()[0][1:5] == [3, 1, 2, 1]
 
 
 def test_on_the_cpu_steps_are_called():
-    assert isinstance(make_launcher(_toy_step, STEP_INPUTS, _toy_tensors(), (Sizes(2, 2, 2),)), DirectLauncher)
+    assert isinstance(make_launcher(_toy_step, STEP_INPUTS, _toy_tensors(), (Sizes(2, 2, 2, 2),)), DirectLauncher)

@@ -33,9 +33,8 @@ def _state(known: list[int], drafts: list[list[int]], lengths: list[int] | None 
 
 
 def _pack(state: StepState, tokens: int = 16) -> Packed:
-    return pack(
-        state.history, state.known, state.lengths, state.draft_lengths, state.active, torch.arange(tokens), share=K + 1
-    )
+    slots = torch.arange(tokens)
+    return pack(state.history, state.known, state.lengths, state.draft_lengths, state.active, slots, slots, share=K + 1)
 
 
 def _commit(state: StepState, accepted: list[int], following: list[int], tokens: int = 16):

@@ -17,12 +17,14 @@ def _pack(
     tokens: int,
     share: int,
     active: list[bool] | None = None,
+    row_tokens: int = CAPACITY,
 ) -> Packed:
     """Pack rows whose token `t` is `100 * row + t`."""
     history = torch.arange(CAPACITY) + 100 * torch.arange(len(known))[:, None]
     flags = torch.tensor([True] * len(known) if active is None else active)
+    slots, row_slots = torch.arange(tokens), torch.arange(row_tokens)
     return pack(
-        history, torch.tensor(known), torch.tensor(lengths), torch.tensor(drafts), flags, torch.arange(tokens), share
+        history, torch.tensor(known), torch.tensor(lengths), torch.tensor(drafts), flags, slots, row_slots, share
     )
 
 
@@ -70,6 +72,13 @@ def test_drafts_that_do_not_fit_are_left_out():
     assert packed.drafted.tolist() == [3, 3]
 
 
+def test_a_row_takes_no_more_than_one_row_may():
+    packed = _pack(known=[30, 6], lengths=[0, 5], drafts=[0, 3], tokens=20, share=4, row_tokens=3)
+    assert packed.fed.tolist() == [3, 3]
+    assert packed.ready.tolist() == [False, True]
+    assert packed.drafted.tolist() == [0, 2]
+
+
 def test_an_inactive_row_feeds_nothing():
     packed = _pack(known=[6, 6], lengths=[5, 5], drafts=[2, 2], tokens=6, share=3, active=[False, True])
     assert packed.offsets.tolist() == [0, 0, 3]
@@ -101,6 +110,7 @@ def _batches(draw: st.DrawFn) -> dict[str, object]:
         "drafts": drafts,
         "tokens": draw(st.integers(rows, 40)),
         "share": draw(st.integers(1, 6)),
+        "row_tokens": draw(st.integers(1, 24)),
         "active": active,
     }
 
@@ -115,7 +125,7 @@ def test_properties(batch):
     packed = _pack(**batch)
     rows = len(batch["known"])
     wanted = [
-        (known - length + drafts) * active
+        min(known - length + drafts, batch["row_tokens"]) * active
         for known, length, drafts, active in zip(
             batch["known"], batch["lengths"], batch["drafts"], batch["active"], strict=True
         )
@@ -143,6 +153,6 @@ def test_every_row_gets_its_share_before_any_gets_more(batch):
     packed = _pack(**batch)
     share = batch["share"]
     wanted = torch.tensor(batch["known"]) - torch.tensor(batch["lengths"]) + torch.tensor(batch["drafts"])
-    wanted = torch.where(torch.tensor(batch["active"]), wanted, 0)
+    wanted = torch.where(torch.tensor(batch["active"]), wanted, 0).clamp(max=batch["row_tokens"])
     if bool((packed.fed > share).any()):
         assert torch.equal(packed.fed.clamp(max=share), wanted.clamp(max=share))

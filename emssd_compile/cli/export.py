@@ -1,0 +1,60 @@
+"""`export`: write a saved model as an artifact that decodes without it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from emssd_compile.cli.models import PROGRAM, add_command, add_model, add_sizes, load_model, optimize
+from emssd_compile.errors import OptionError
+from emssd_compile.export import TARGETS
+
+EXAMPLES = f"""
+examples:
+  {PROGRAM} export --model llama/ --to onnx --out llama.onnx/
+      the whole draft-and-verify step as an ONNX model of standard operators
+  {PROGRAM} export --model llama/ --to aot --max-batch 4 --max-length 1024 --out llama.aot/
+      machine code for this kind of machine, for four rows of 1024 tokens
+  {PROGRAM} export --model llama/ --to tensorrt --dtype float16 --compute-capability 8.9 --out llama.trt/
+      an engine for a GPU that need not be here
+  {PROGRAM} export --model llama/ --to onnx --verify-only --out llama.verify/
+      the model on packed rows alone, for a loop of your own
+
+In Python, emssd_compile.load("llama.onnx/") gives back an object with the same generate.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "export", "write an artifact that decodes without the model's code", EXAMPLES)
+    add_model(parser)
+    add_sizes(parser, max_length="the model's limit")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the target")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the artifact: a new or empty folder")
+    parser.add_argument("--verify-only", action="store_true", help="without drafting, acceptance and state")
+    parser.add_argument(
+        "--compute-capability",
+        metavar="X.Y",
+        action="append",
+        default=[],
+        help="GPU to build an engine for, as in 8.9; may be repeated (default: the one that is here)",
+    )
+    parser.set_defaults(backend="eager")  # it is never run
+
+
+def run(arguments: argparse.Namespace, notes: Console) -> None:
+    """Run the command."""
+    options = {}
+    if arguments.compute_capability:
+        if arguments.to != "tensorrt":
+            raise OptionError(f"--compute-capability is for --to tensorrt, not for --to {arguments.to}")
+        options["compute_capabilities"] = arguments.compute_capability
+    model = load_model(arguments.model, arguments.dtype, "--model")
+    with notes.status("capturing the model"):
+        fast = optimize(model, arguments)
+    export = getattr(fast, f"export_{arguments.to}")
+    export(arguments.out, verify_only=arguments.verify_only, progress=True, **options)
+    notes.print(f"{arguments.out} is written; `{PROGRAM} inspect {arguments.out}` shows what is in it")

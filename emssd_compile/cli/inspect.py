@@ -1,0 +1,92 @@
+"""`inspect`: what an artifact holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from emssd_compile.cli.models import PROGRAM, add_command
+from emssd_compile.export.folder import check_files, read_manifest
+from emssd_compile.export.manifest import Manifest
+from emssd_compile.step.signature import Binding
+
+EXAMPLES = f"""
+examples:
+  {PROGRAM} inspect llama.onnx/
+      what it was made from and for, its bindings, its buckets of sizes, and its files
+
+Every file is compared with its hash; a damaged artifact is an error.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "inspect", "show what an artifact holds", EXAMPLES)
+    parser.add_argument("artifact", metavar="DIR", type=Path, help="a folder that export wrote")
+
+
+def run(arguments: argparse.Namespace, notes: Console) -> None:
+    """Run the command."""
+    manifest = read_manifest(arguments.artifact)
+    check_files(arguments.artifact, manifest)
+    # Not the terminal's width: its tables keep their columns when the output is a file or a narrow terminal.
+    console = Console(file=sys.stdout, width=120)
+    for table in describe(manifest):
+        console.print(table)
+
+
+def describe(manifest: Manifest) -> list[Table]:
+    """Tables of all that a manifest says."""
+    return [
+        _facts(manifest),
+        _bindings("inputs", manifest),
+        _bindings("results", manifest),
+        *_sizes(manifest),
+        _files(manifest),
+    ]
+
+
+def _facts(manifest: Manifest) -> Table:
+    table = Table(title=f"{manifest.target}: {manifest.kind}", show_header=False)
+    names = ("emssd_compile", "format", "device", "dtype", "layout", "drafter", "acceptance", "chunk")
+    values = {name: getattr(manifest, name) for name in names} | manifest.environment | manifest.details
+    for name, value in values.items():
+        if value not in ("", {}, [], None):
+            table.add_row(name, _plain(value))
+    return table
+
+
+def _bindings(which: str, manifest: Manifest) -> Table:
+    table = Table("name", "shape", "dtype", "role", title=which)
+    bindings: tuple[Binding, ...] = getattr(manifest.signature, which)
+    for binding in bindings:
+        shape = ", ".join(str(size) for size in binding.shape)
+        table.add_row(binding.name, f"\\[{shape}]", str(binding.dtype).removeprefix("torch."), binding.role)
+    return table
+
+
+def _sizes(manifest: Manifest) -> list[Table]:
+    if not manifest.buckets:
+        return []
+    table = Table("tokens", "logits", "drafter's tokens", "tokens of a row", title="buckets")
+    for bucket in manifest.buckets:
+        table.add_row(*map(str, bucket))
+    return [table]
+
+
+def _files(manifest: Manifest) -> Table:
+    table = Table("file", "bytes", "sha256", title="files, as they were written")
+    for name, entry in manifest.files.items():
+        table.add_row(name, f"{entry['bytes']:,}", f"{entry['sha256'][:16]}...")
+    return table
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    return str(value)

@@ -1,0 +1,132 @@
+"""Models, drafters and sizes given on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import emssd_compile
+from emssd_compile.drafters import DRAFTERS, DraftModel, PromptLookup
+from emssd_compile.errors import OptionError
+from emssd_compile.layouts import LAYOUTS
+
+PROGRAM = "python -m emssd_compile"
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+positive.__name__ = "positive integer"  # what argparse calls it in "invalid positive integer value: 'x'"
+
+
+def add_command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """A parser for a command, with examples under its help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model and who drafts for it."""
+    parser.add_argument(
+        "--model", metavar="DIR", type=Path, required=True, help="folder of a Hugging Face causal LM (save_pretrained)"
+    )
+    parser.add_argument(
+        "--drafter",
+        metavar="WHO",
+        default="prompt-lookup",
+        help=f"{', '.join(DRAFTERS)}, or the folder of a smaller causal LM (default: %(default)s)",
+    )
+    parser.add_argument("--num-draft-tokens", metavar="K", type=positive, help="tokens drafted a row and step")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights; exactness is promised for float32 (default: %(default)s)",
+    )
+
+
+def add_sizes(parser: argparse.ArgumentParser, *, max_length: str) -> None:
+    """Rows, tokens of a row, and the layout; `max_length` says what its default is."""
+    parser.add_argument(
+        "--max-batch",
+        metavar="B",
+        type=positive,
+        default=8,
+        help="prompts at a time; others wait (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-length", metavar="C", type=positive, help=f"tokens a row can hold (default: {max_length})"
+    )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="auto", help="auto drafts only where that is faster (default: %(default)s)"
+    )
+
+
+def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.OptimizedModel:
+    """Compile with the options of the command line."""
+    return emssd_compile.optimize(
+        model,
+        _make_drafter(arguments),
+        max_batch=arguments.max_batch,
+        max_length=arguments.max_length,
+        backend=arguments.backend,
+        layout=arguments.layout,
+    )
+
+
+def _make_drafter(arguments: argparse.Namespace) -> str | nn.Module:
+    choice, count = arguments.drafter, arguments.num_draft_tokens
+    options = {} if count is None else {"num_draft_tokens": count}
+    if choice == "prompt-lookup":
+        return PromptLookup(**options)
+    if choice == "none":
+        if options:
+            raise OptionError("--num-draft-tokens with --drafter none: nobody drafts; leave one of them out")
+        return "none"
+    if not Path(choice).is_dir():
+        raise OptionError(f"--drafter {choice} is neither a folder nor one of {', '.join(DRAFTERS)}")
+    return DraftModel(load_model(Path(choice), arguments.dtype, "--drafter"), **options)
+
+
+def load_model(folder: Path, dtype: str, option: str) -> nn.Module:
+    """A causal LM from a folder, in eval mode."""
+    model: nn.Module = _load("AutoModelForCausalLM", folder, option, dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a model."""
+    return _load("AutoTokenizer", folder, "--model")
+
+
+def _load(auto_class: str, folder: Path, option: str, **options: Any) -> Any:
+    """What one of transformers' auto classes makes of `folder`, and nothing but that folder: no download."""
+    if not (folder / "config.json").is_file():
+        raise OptionError(
+            f"{option} {folder}: there is no config.json; pass a folder that save_pretrained wrote"
+            if folder.is_dir()
+            else f"{option} {folder}: there is no such folder"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise OptionError('the command line needs transformers: pip install "emssd_compile[hf]"') from error
+    try:
+        return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{option} {folder}: {auto_class} cannot load it: {error}") from error

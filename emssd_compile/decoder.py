@@ -1,0 +1,133 @@
+"""Decoding with the names and conventions of Hugging Face, around an engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from emssd_compile.generation import resolve_options
+from emssd_compile.report import Explanation
+from emssd_compile.runtime.consumer import Consumer, progress_bar, working
+from emssd_compile.runtime.engine import Engine, Request
+from emssd_compile.runtime.inputs import Sequences, parse_prompts
+from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
+from emssd_compile.stats import Stats
+
+
+class Decoder(ABC):
+    """What decodes: `generate`, `stats` and `explain`, whatever runs the steps.
+
+    Attributes:
+        stats: what decoding did since `stats.reset()`.
+    """
+
+    input_modalities, output_modalities = "text", ("text",)  # read by `repr` of a `transformers.pipeline`
+
+    def __init__(self, engine: Engine) -> None:
+        self.stats = Stats()
+        self._engine = engine
+        self._vocabulary = len(engine.tensors["is_eos"])
+        self._is_warm = False
+
+    @property
+    @abstractmethod
+    def generation_config(self) -> Any:
+        """Defaults of the options of `generate`, if there are any."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Element type of the weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the steps run."""
+        return self._engine.tensors["history"].device
+
+    @abstractmethod
+    def explain(self) -> Explanation:
+        """What each pass did and refused, and which ops the step holds; prints as tables."""
+
+    def warmup(self, *, progress: bool = False) -> None:
+        """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
+        with working("compiling the step", shown=progress):
+            self._engine.warmup()
+        graphs = len(self._engine.launcher.buckets)
+        with progress_bar(progress and graphs > 0, graphs, "CUDA graphs") as advance:
+            for _ in self._engine.capture():
+                advance(1)
+        with working("measuring the step", shown=progress and self._engine.layout.is_measured):
+            self._engine.calibrate()
+        self._engine.counters()
+        self._is_warm = True
+
+    def generate(
+        self,
+        inputs: object = None,
+        generation_config: object | None = None,
+        *,
+        attention_mask: object = None,
+        input_ids: object = None,
+        token_type_ids: object = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Sequences | GenerateOutput:
+        """Continue each prompt greedily, with exactly the tokens the model would give it alone.
+
+        Args:
+            inputs: `LongTensor[B, S]` (with `attention_mask`, padding on either side), a list of token lists or of 1-D
+                tensors, or a jagged nested tensor. The same kind comes back, prompts included.
+            generation_config: defaults for `options`, as in Hugging Face.
+            attention_mask: `[B, S]`, 0 where a tensor is padded.
+            input_ids: Hugging Face's name for `inputs`.
+            token_type_ids: accepted if all zero.
+            progress: show a progress bar.
+            **options: Hugging Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
+                `pad_token_id`, `stopping_criteria`, `streamer`, `return_dict_in_generate`, ...
+
+        Raises:
+            InvalidInputError: the prompts are not what they must be; raised before any work, as all errors here.
+            CapacityError: a prompt does not fit a row.
+            OptionError: an option is unknown or out of range.
+            NotImplementedError: an option of Hugging Face that is not supported; says which.
+        """
+        vocabulary, capacity = self._vocabulary, self._engine.capacity
+        chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)
+        prompts = parse_prompts(
+            inputs,
+            attention_mask,
+            vocab_size=vocabulary,
+            capacity=capacity,
+            pad_token_id=chosen.prompt_pad_token_id,
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+        )
+        limits = limit_rows(chosen, prompts, capacity)
+        requests = [
+            Request(i, prompts.values[start:stop], most, least)
+            for i, (start, stop, most, least) in enumerate(
+                zip(
+                    prompts.offsets[:-1],
+                    prompts.offsets[1:],
+                    limits.max_new_tokens,
+                    limits.min_new_tokens,
+                    strict=True,
+                )
+            )
+        ]
+        if not self._is_warm:
+            self.warmup()
+        consumer = Consumer(prompts, chosen.stopping_criteria, chosen.streamer)
+        with progress_bar(progress, sum(limits.max_new_tokens)) as advance:
+            for request in self._engine.run(requests, chosen.eos_token_ids):
+                advance(consumer.take(request))
+        consumer.end()
+        self.stats.add(*self._engine.counters())
+        sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)
+        return GenerateOutput(sequences) if chosen.return_dict_in_generate else sequences
+
+    def can_generate(self) -> bool:
+        """True: `transformers.pipeline` asks."""
+        return True

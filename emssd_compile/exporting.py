@@ -1,0 +1,167 @@
+"""From a compiled step to an artifact: the order in which it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import emssd_compile
+from emssd_compile.compiler import CompiledModel, CompiledStep, suit
+from emssd_compile.errors import ArtifactError
+from emssd_compile.export import Target, find_target
+from emssd_compile.export.folder import new_folder, seal
+from emssd_compile.export.manifest import Manifest
+from emssd_compile.generation import saved_options
+from emssd_compile.layouts import LAYOUTS
+from emssd_compile.lowering import Step
+from emssd_compile.options import CompileOptions
+from emssd_compile.report import Explanation
+from emssd_compile.runtime.assembly import assemble
+from emssd_compile.runtime.buckets import Sizes, decode_buckets
+from emssd_compile.runtime.engine import Request
+from emssd_compile.step.signature import SIZE_NAMES, Signature
+
+STAGES = ("rewriting", "building", "checking", "hashing")
+
+_PROMPT_LENGTHS, _NEW_TOKENS = (1, 6, 19), 8
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """What an artifact is made from.
+
+    Attributes:
+        step: the compiled step.
+        options: sizes and choices.
+        chunk: most packed tokens of a step.
+        device: where the weights are.
+        dtype: their element type.
+        generation_config: the model's defaults for the options of `generate`.
+    """
+
+    step: CompiledStep
+    options: CompileOptions
+    chunk: int
+    device: torch.device
+    dtype: torch.dtype
+    generation_config: object
+
+    @property
+    def sizes(self) -> tuple[Sizes, ...]:
+        """Sizes of the steps that will run: those of decoding, ascending, and last a chunk of prompts."""
+        rows, drafts = self.options.max_batch, self.step.drafter.num_draft_tokens
+        chunk = Sizes(self.chunk, min(self.chunk, rows * (drafts + 1)), self.chunk + rows, self.chunk)
+        return (*decode_buckets(rows, drafts), chunk)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the step was put together from."""
+        return {
+            "layout": self.options.layout,
+            "drafter": type(self.step.drafter).__name__,
+            "acceptance": type(self.step.rule).__name__,
+        }
+
+
+def export(
+    what: Exportable,
+    target_name: str,
+    folder: Path,
+    *,
+    verify_only: bool,
+    check: bool,
+    advance: Callable[[int], None],
+    **options: Any,
+) -> None:
+    """Write an artifact.
+
+    Args:
+        what: what to export.
+        target_name: which target.
+        folder: the artifact; must not exist, or be empty.
+        verify_only: the model on packed rows alone, for a loop of one's own.
+        check: decode a few random prompts with the artifact, if it runs here, and compare; in float32, where tokens
+            cannot differ by rounding.
+        advance: called with 1 after each of `STAGES`.
+        **options: the target's own.
+
+    Raises:
+        OptionError: an option is out of range.
+        UnsupportedModelError: the target cannot express an op of the step; says which, and where it comes from.
+        ArtifactError: what builds it is not installed, the folder cannot be written, or the artifact decodes other
+            tokens. Nothing is left behind.
+    """
+    target = find_target(target_name)
+    compiled = what.step.compiled
+    with new_folder(folder) as draft:
+        records = [*compiled.records]
+        source = compiled.named() if verify_only else what.step.graph_module
+        graph_module = suit(source, compiled, target.passes(), records)
+        advance(1)
+        details = target.write(graph_module, draft, what.sizes, **options)
+        advance(1)
+        signature = Signature.of(graph_module.graph, _verify_roles(compiled) if verify_only else what.step.roles)
+        if check and not verify_only and what.dtype == torch.float32 and what.device.type in target.devices:
+            names = [binding.name for binding in signature.inputs]
+            _compare(what, signature, graph_module, target.open(draft, details, names, what.device))
+        advance(1)
+        explanation = Explanation.of(records, graph_module)
+        unsealed = _manifest(what, target, verify_only, details, explanation).with_signature(signature)
+        seal(draft, lambda files: replace(unsealed, files=files))
+        advance(1)
+
+
+def _compare(what: Exportable, signature: Signature, expected: Step, actual: Step) -> None:
+    """Decode random prompts with both. Raises ArtifactError if the tokens differ."""
+    vocabulary, capacity = what.step.compiled.vocabulary, what.options.max_length
+    count = min(_NEW_TOKENS, capacity - 1)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocabulary, (min(n, capacity - count),), generator=generator) for n in _PROMPT_LENGTHS]
+    tokens = []
+    for step in (expected, actual):
+        engine = assemble(step, signature, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
+        requests = [Request(i, p, count) for i, p in enumerate(prompts)]
+        for _ in engine.run(requests):
+            pass
+        tokens.append([request.output for request in requests])
+    if tokens[0] != tokens[1]:
+        raise ArtifactError(
+            f"the artifact decodes other tokens than the step that it was made of: {tokens[1]} instead of {tokens[0]}; "
+            "report this model, and use another target until then"
+        )
+
+
+def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
+    """Roles of the inputs of a verify-only graph."""
+    names = [str(n.target) for n in compiled.graph_module.graph.nodes if n.op == "placeholder"]
+    return (
+        dict.fromkeys(names, "input")
+        | dict.fromkeys(SIZE_NAMES, "size")
+        | dict.fromkeys(compiled.cache_shapes, "cache")
+    )
+
+
+def _manifest(
+    what: Exportable, target: Target, verify_only: bool, details: dict[str, Any], explanation: Explanation
+) -> Manifest:
+    of_step = {} if verify_only else what.names
+    return Manifest(
+        target=target.name,
+        kind="verify" if verify_only else "step",
+        emssd_compile=emssd_compile.__version__,
+        device=what.device.type if what.device.type in target.devices else target.devices[0],
+        dtype=str(what.dtype).removeprefix("torch."),
+        environment=target.environment(details, what.device),
+        layout=of_step.get("layout", ""),
+        drafter=of_step.get("drafter", ""),
+        acceptance=of_step.get("acceptance", ""),
+        chunk=what.chunk,
+        buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],
+        generation_config=saved_options(what.generation_config),
+        explanation=explanation.to_dict(),
+        details=details,
+    )

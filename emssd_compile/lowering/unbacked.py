@@ -1,0 +1,86 @@
+"""A graph in the form that Inductor compiles once for all sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from emssd_compile.ops import source_hash
+
+# Inductor's checks of its own output cost 7 % of a step of 8 rows of a small model on a CPU.
+OPTIONS: dict[str, Any] = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "triton.cudagraphs": False,  # the runtime captures whole steps itself
+}
+"""Options of Inductor that hold however the compiled step is kept."""
+
+
+@dataclass(frozen=True)
+class UnbackedGraph:
+    """A graph whose sizes are unbacked symbols: the compiler may assume nothing about them.
+
+    So a length of 1, or two lengths that happen to be equal, needs no other code; and an op that would decide something
+    by a size cannot be compiled wrongly, only not at all.
+
+    Attributes:
+        graph_module: the graph; it returns a tuple.
+        inputs: a fake value for each of its inputs.
+        result_names: what the items of the tuple are.
+        fake_mode: of the inputs.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[Tensor, ...]
+    result_names: tuple[str, ...]
+    fake_mode: FakeTensorMode
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """What Inductor has to run in."""
+        # Inductor's cache on disk does not look into custom ops: it would serve a graph compiled for an older form of
+        # ours.
+        tag = torch.compiler.config.patch(cache_key_tag=f"emssd-{source_hash()}")  # type: ignore[attr-defined]
+        with tag, torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(self.fake_mode)):
+            yield
+
+
+def unbacked(graph_module: fx.GraphModule) -> UnbackedGraph:
+    """Copy a graph that returns a dict; sizes that are symbols in its inputs' fake values become unbacked ones."""
+    graph = fx.Graph()
+    results = graph.graph_copy(graph_module.graph, {})
+    assert isinstance(results, dict)
+    graph.output(tuple(results.values()))
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    sizes: dict[sympy.Expr, torch.SymInt] = {}
+    inputs = []
+    for node in graph.find_nodes(op="placeholder"):
+        shape = [_size(size, sizes, fake_mode) for size in node.meta["val"].shape]
+        with fake_mode:
+            value = torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+        node.meta["val"] = value  # with a C++ wrapper, Inductor takes its inputs from here
+        inputs.append(value)
+    copy = fx.GraphModule(graph_module, graph, class_name=graph_module._get_name())
+    return UnbackedGraph(copy, tuple(inputs), tuple(results), fake_mode)
+
+
+def _size(
+    size: int | torch.SymInt, known: dict[sympy.Expr, torch.SymInt], fake_mode: FakeTensorMode
+) -> int | torch.SymInt:
+    if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
+        return int(size)
+    if size.node.expr not in known:
+        shape_env = fake_mode.shape_env
+        assert shape_env is not None
+        with shape_env.ignore_fresh_unbacked_symbols():
+            known[size.node.expr] = shape_env.create_unbacked_symint()
+        torch._check(known[size.node.expr] >= 0)
+    return known[size.node.expr]

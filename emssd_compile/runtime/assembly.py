@@ -1,0 +1,48 @@
+"""Put an engine together from a lowered step and what its signature says."""
+
+from __future__ import annotations
+
+import torch
+
+from emssd_compile.layouts import Packed
+from emssd_compile.lowering import Step
+from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.launch import make_launcher
+from emssd_compile.runtime.memory import allocate
+from emssd_compile.step.signature import Signature
+from emssd_compile.step.state import StepState
+
+
+def assemble(
+    step: Step,
+    signature: Signature,
+    device: torch.device,
+    layout: Packed,
+    *,
+    prefill_chunk: int,
+    buckets: tuple[Sizes, ...] = (),
+) -> Engine:
+    """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
+
+    Args:
+        step: runs a step.
+        signature: its bindings.
+        device: where it runs.
+        layout: how much room a step gives to drafts.
+        prefill_chunk: most packed tokens of a step.
+        buckets: sizes that are captured, where the device captures any.
+
+    Raises:
+        CapacityError: the KV caches do not fit into memory.
+    """
+    caches, row, memory = (signature.with_role(role) for role in ("cache", "row", "memory"))
+    own = {name: binding.spec for name, binding in {**caches, **row, **memory}.items()}
+    tensors = allocate(own, device)  # first: the caches may not fit
+    shapes = {name: binding.spec.shape for name, binding in signature.with_role("state", "setting").items()}
+    (rows, capacity), (vocabulary,), (nodes,) = shapes["history"], shapes["is_eos"], shapes["histogram"]
+    state = StepState.empty(rows, capacity, vocabulary, nodes - 1, device)
+    names = [binding.name for binding in signature.inputs]
+    launcher = make_launcher(step, names, {**state.tensors(), **tensors}, buckets)
+    lag = 0 if device.type == "cpu" else 1
+    return Engine(launcher, tuple(row), tuple(memory), layout, prefill_chunk=prefill_chunk, lag=lag)

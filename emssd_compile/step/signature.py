@@ -1,0 +1,96 @@
+"""What goes into a step and what comes out: names, shapes, dtypes and who owns each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import fx
+
+from emssd_compile.step.drafting import TensorSpec
+from emssd_compile.step.state import CONSTANT_FIELDS, StepState
+
+SIZE_NAMES = ("token_slots", "logit_slots", "draft_slots", "row_slots")
+"""Inputs whose length alone matters: the sizes of a step."""
+
+ROLES = {
+    "size": "an arange; its length is a size of the step, chosen by the host at each call",
+    "setting": "set by the host; the step reads it",
+    "state": "state of the rows: the result of the same name replaces it",
+    "row": "state of drafter or policy, a line a row, zeroed by the host when a request starts in it: the result of "
+    "the same name replaces it",
+    "memory": "what the policy has learned, zeros at first: the result of the same name replaces it",
+    "cache": "keys and values; the step writes them where they lie",
+    "input": "given anew at each call",
+    "result": "for the host to read",
+}
+"""Roles of bindings, and what each means for whoever drives a step."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An input or a result of a step.
+
+    Attributes:
+        name: of the tensor.
+        shape: sizes; a string stands for a size that may differ from call to call, equal strings for equal sizes.
+        dtype: element type.
+        role: a key of `ROLES`.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    role: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Shape and dtype of a tensor of fixed size."""
+        return TensorSpec(tuple(int(size) for size in self.shape), self.dtype)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All bindings of a step, in order.
+
+    Attributes:
+        inputs: as they are passed.
+        results: what comes back, by name; caches that are written in place are not among them.
+    """
+
+    inputs: tuple[Binding, ...]
+    results: tuple[Binding, ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, roles: Mapping[str, str]) -> Signature:
+        """Read off a graph with named inputs and a dict of results; `roles` holds those of the inputs."""
+        symbols: dict[str, str] = {}
+
+        def bind(name: str, node: fx.Node, role: str) -> Binding:
+            value = node.meta["val"]
+            return Binding(name, tuple(_size(size, name, symbols) for size in value.shape), value.dtype, role)
+
+        placeholders = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+        (results,) = next(node for node in graph.nodes if node.op == "output").args
+        kept = {name: node for name, node in results.items() if roles.get(name) != "cache"}
+        return cls(
+            tuple(bind(name, node, roles[name]) for name, node in placeholders.items()),
+            tuple(bind(name, node, roles.get(name, "result")) for name, node in kept.items()),
+        )
+
+    def with_role(self, *roles: str) -> dict[str, Binding]:
+        """The inputs that have one of these roles, by name."""
+        return {binding.name: binding for binding in self.inputs if binding.role in roles}
+
+
+def step_roles(row: Iterable[str], memory: Iterable[str], caches: Iterable[str]) -> dict[str, str]:
+    """Roles of the inputs of a step, given the names of those that drafter, policy and models bring along."""
+    own = {f.name: "setting" if f.name in CONSTANT_FIELDS else "state" for f in fields(StepState)}
+    others = {"size": SIZE_NAMES, "row": row, "memory": memory, "cache": caches}
+    return own | {name: role for role, names in others.items() for name in names}
+
+
+def _size(size: int | torch.SymInt, name: str, symbols: dict[str, str]) -> int | str:
+    """A size, or the name of the first binding that has this symbolic one."""
+    return size if isinstance(size, int) else symbols.setdefault(str(size), name)

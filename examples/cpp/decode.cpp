@@ -1,0 +1,60 @@
+// Decodes one prompt with an exported step, without Python:  decode ARTIFACT NEW_TOKENS TOKEN_ID...
+// Prints the token ids, prompt included. The other rows of the batch stay idle.
+#include <ATen/ATen.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <sstream>
+
+int main(int argc, char** argv) {
+  if (argc < 4) return std::cerr << "usage: decode ARTIFACT NEW_TOKENS TOKEN_ID...\n", 2;
+  const std::string folder = argv[1];
+  const std::vector<int64_t> prompt = [&] {
+    std::vector<int64_t> ids;
+    for (int i = 3; i < argc; ++i) ids.push_back(std::stoll(argv[i]));
+    return ids;
+  }();
+  // The ops of emssd_compile, which Python registers elsewhere.
+  if (!dlopen((folder + "/libemssd_ops.so").c_str(), RTLD_NOW)) return std::cerr << dlerror() << "\n", 1;
+  torch::inductor::AOTIModelPackageLoader step(folder + "/step.pt2");
+
+  // All state is in tensors: zeros at first, caches included, and what a step returns replaces what it was given.
+  const std::map<std::string, at::ScalarType> dtypes = {{"int64", at::kLong}, {"bool", at::kBool},
+      {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"float16", at::kHalf}};
+  std::map<std::string, at::Tensor> tensors;
+  std::vector<std::string> inputs, outputs;
+  std::ifstream bindings(folder + "/bindings.txt");
+  for (std::string line, kind, name, dtype, size; std::getline(bindings, line);) {
+    std::istringstream words(line);
+    words >> kind >> name >> dtype;
+    (kind == "input" ? inputs : outputs).push_back(name);
+    std::vector<int64_t> shape;
+    while (words >> size) shape.push_back(size == "*" ? 0 : std::stoll(size));
+    if (kind == "input") tensors[name] = at::zeros(shape, dtypes.at(dtype));
+  }
+  const int64_t most = tensors["histogram"].size(0) - 1, length = prompt.size();
+  tensors["history"][0].narrow(0, 0, length).copy_(at::tensor(prompt));
+  tensors["known"][0] = length;
+  tensors["limits"][0] = length + std::stoll(argv[2]);
+  tensors["active"][0] = true;
+  tensors["draft_budget"].fill_(most);
+  tensors["step_seconds"].fill_(1);  // no times are known
+
+  const auto read = [&](const char* name) { return tensors[name][0].item<int64_t>(); };
+  while (read("active")) {
+    const int64_t pending = read("known") - read("lengths"), drafts = read("draft_lengths");
+    tensors["token_slots"] = at::arange(pending + drafts);  // the sizes of a step are lengths of inputs
+    tensors["logit_slots"] = at::arange(1 + drafts);
+    tensors["draft_slots"] = at::arange(pending + 1);
+    tensors["row_slots"] = at::arange(pending + drafts);
+    std::vector<at::Tensor> values;
+    for (const auto& name : inputs) values.push_back(tensors[name]);
+    const auto results = step.run(values);
+    for (size_t i = 0; i < outputs.size(); ++i) tensors[outputs[i]] = results[i];
+  }
+  for (int64_t i = 0; i < read("known"); ++i) std::cout << tensors["history"][0][i].item<int64_t>() << " ";
+  std::cout << std::endl;
+}

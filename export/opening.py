@@ -1,0 +1,105 @@
+"""From an artifact to something that runs, after everything was compared that has to agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import emssd_compile.export as targets
+from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
+from emssd_compile.export.folder import check_files, read_manifest
+from emssd_compile.export.manifest import Manifest
+from emssd_compile.lowering import Step
+from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.signature import Binding
+from emssd_compile.step.state import COUNTERS
+
+
+def open_artifact(folder: Path, device: torch.device | None = None) -> tuple[Manifest, torch.device, Step]:
+    """Check an artifact against its manifest and this machine, and open it.
+
+    Args:
+        folder: the artifact.
+        device: where it is to run; default: the kind of device that it was made for.
+
+    Raises:
+        ArtifactError: it is damaged, or was made for something else than what is here; says what differs.
+        OptionError: it does not run on such a device.
+    """
+    manifest = read_manifest(folder)
+    target = targets.find_target(manifest.target)
+    where = torch.device(manifest.device) if device is None else device
+    if where.type not in target.devices:
+        known = " or ".join(target.devices)
+        raise OptionError(f"{folder} is for {target.name}, which runs on {known}, not on {where.type}")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ArtifactError(f"{folder} is to run on a CUDA device, and torch finds none here")
+    _compare(folder, "meaning of the report", manifest.report_fields, list(REPORT_FIELDS))
+    _compare(folder, "meaning of the counters", manifest.counters, list(COUNTERS))
+    here = target.environment(manifest.details, where)
+    for name in sorted({*manifest.environment, *here}):
+        _compare(folder, name, manifest.environment.get(name), here.get(name))
+    check_files(folder, manifest)
+    names = [binding.name for binding in manifest.signature.inputs]
+    return manifest, where, target.open(folder, manifest.details, names, where)
+
+
+def _compare(folder: Path, what: str, made_for: object, here: object) -> None:
+    if made_for != here:
+        raise ArtifactError(f"{folder} was made for {what} {made_for}, here it is {here}; export again on this machine")
+
+
+class LoadedGraph:
+    """An artifact as a function of tensors, for a loop of one's own.
+
+    Attributes:
+        manifest: what is known of it.
+        device: where it runs.
+    """
+
+    def __init__(self, manifest: Manifest, device: torch.device, step: Step) -> None:
+        self.manifest = manifest
+        self.device = device
+        self._inputs = manifest.signature.inputs
+        self._step = step
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Results by name, for all inputs by name; KV caches are written in place.
+
+        Raises:
+            InvalidInputError: an input is missing, unknown, or of another shape, dtype or device than it must be.
+        """
+        expected = {binding.name for binding in self._inputs}
+        if tensors.keys() != expected:
+            differing = ", ".join(sorted(tensors.keys() ^ expected))
+            raise InvalidInputError(f"the inputs are {sorted(expected)}; missing or unknown: {differing}")
+        sizes: dict[str, int] = {}
+        for binding in self._inputs:
+            self._check(binding, tensors[binding.name], sizes)
+        return self._step(*(tensors[binding.name] for binding in self._inputs))
+
+    def empty(self, role: str) -> dict[str, Tensor]:
+        """Zeros for every input of a role (`"cache"`, `"state"`, ...)."""
+        bindings = self.manifest.signature.with_role(role).values()
+        return {b.name: torch.zeros(b.spec.shape, dtype=b.dtype, device=self.device) for b in bindings}
+
+    def _check(self, binding: Binding, value: Tensor, sizes: dict[str, int]) -> None:
+        shape = list(value.shape)
+        fits = len(shape) == len(binding.shape) and all(
+            have == (want if isinstance(want, int) else sizes.setdefault(want, have))
+            for have, want in zip(shape, binding.shape, strict=True)
+        )
+        if not fits:
+            raise InvalidInputError(f"{binding.name} has shape {shape}, expected {list(binding.shape)} with {sizes}")
+        if value.dtype != binding.dtype or value.device.type != self.device.type:
+            found, wanted = (value.dtype, value.device), (binding.dtype, self.device)
+            raise InvalidInputError(f"{binding.name} is {found[0]} on {found[1]}, expected {wanted[0]} on {wanted[1]}")
+        if not value.is_contiguous():
+            raise InvalidInputError(f"{binding.name} is not contiguous")
+
+
+def open_graph(folder: str | Path, device: str | torch.device | None = None) -> LoadedGraph:
+    """Open any artifact as a function of tensors. Raises as `emssd_compile.load`."""
+    return LoadedGraph(*open_artifact(Path(folder), None if device is None else torch.device(device)))

@@ -1,0 +1,53 @@
+"""A target that costs nothing: its file is a label, and what it opens runs the graph that it was given."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import emssd_compile.export as targets
+from emssd_compile.export import Target
+from emssd_compile.lowering import Step
+
+ENVIRONMENT = {"weather": "fine"}
+_graphs: list[fx.GraphModule] = []
+
+
+def distort(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a test replaces."""
+    return results
+
+
+def write(graph_module: fx.GraphModule, folder: Path, sizes: object, *, label: str = "toy") -> dict[str, Any]:
+    _graphs.append(graph_module)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "step.txt").write_text(f"{label} {len(_graphs) - 1}")
+    (folder / "empty").write_bytes(b"")
+    return {"graph": len(_graphs) - 1}
+
+
+def open_(folder: Path, details: dict[str, Any], input_names: list[str], device: torch.device) -> Step:
+    graph_module = _graphs[details["graph"]]
+    assert input_names == [n.target for n in graph_module.graph.nodes if n.op == "placeholder"]
+
+    def step(*inputs: Tensor) -> dict[str, Tensor]:
+        return distort(graph_module(*inputs))
+
+    return step
+
+
+def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:
+    return dict(ENVIRONMENT)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it one of the targets."""
+    target = Target("toy", tuple, write, open_, environment, devices=("cpu",))
+    monkeypatch.setattr(targets, "TARGETS", (*targets.TARGETS, "toy"))
+    monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))
