@@ -107,7 +107,7 @@ def export(
         signature = Signature.of(graph_module.graph, _verify_roles(compiled) if verify_only else what.step.roles)
         if check and not verify_only and what.dtype == torch.float32 and what.device.type in target.devices:
             names = [binding.name for binding in signature.inputs]
-            _compare(what, signature, graph_module, target.open(draft, details, names, what.device))
+            _compare(what, signature, target.open(draft, details, names, what.device))
         advance(1)
         explanation = Explanation.of(records, graph_module)
         unsealed = _manifest(what, target, verify_only, details, explanation).with_signature(signature)
@@ -115,15 +115,19 @@ def export(
         advance(1)
 
 
-def _compare(what: Exportable, signature: Signature, expected: Step, actual: Step) -> None:
-    """Decode random prompts with both. Raises ArtifactError if the tokens differ."""
+def _compare(what: Exportable, signature: Signature, step: Step) -> None:
+    """Decode random prompts with `step` and with the graph before any target's passes.
+
+    Raises ArtifactError if the tokens differ.
+    """
+    own = what.step.graph_module
     vocabulary, capacity = what.step.compiled.vocabulary, what.options.max_length
     count = min(_NEW_TOKENS, capacity - 1)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (min(n, capacity - count),), generator=generator) for n in _PROMPT_LENGTHS]
     tokens = []
-    for step in (expected, actual):
-        engine = assemble(step, signature, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
+    for run, bindings in ((own, Signature.of(own.graph, what.step.roles)), (step, signature)):
+        engine = assemble(run, bindings, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
         requests = [Request(i, p, count) for i, p in enumerate(prompts)]
         for _ in engine.run(requests):
             pass
