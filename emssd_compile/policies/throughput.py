@@ -32,9 +32,7 @@ class Throughput(LengthPolicy):
     Why the largest, and not the maximum of v? Around its maximum v is flat: many n are as good as the best, as exactly
     as t is known, and noise would choose among them. What v leaves out speaks for more: drafts that are tried teach
     what they are worth, and steps are saved. The price is in the definition: a step's expected speed is at most the
-    share TIE below the best, and so at most that below plain decoding or verifying all. On paper (the texts of
-    `bench.speedup`, several curves t) the best of no drafts, all drafts and padding took 0.98 to 1.18 of the time of
-    this rule, and with few rows never less than it; without TIE, 0.97 at 2 rows, where a draft costs next to nothing.
+    share TIE below the best, and so at most that below plain decoding or verifying all.
 
     The rate of a draft is the geometric mean of two running averages, each with a prior: of drafts of the same grade
     and position in all rows, and of the row itself, whose evidence fades within some steps so that a row that was
