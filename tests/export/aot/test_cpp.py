@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.aot.artifacts import artifact, eager, prompt
+from tests.export.subjects import artifact, optimized, prompt
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "cpp"
 
@@ -29,10 +29,10 @@ def program(tmp_path_factory):
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_decodes_the_same_tokens(program, length):
     ids, new_tokens = prompt(length), 30
-    command = [program, artifact("draft-model"), str(new_tokens), *map(str, ids)]
+    command = [program, artifact("aot", "draft-model"), str(new_tokens), *map(str, ids)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [list(map(int, done.stdout.split()))] == eager("draft-model").generate([ids], max_new_tokens=new_tokens)
+    assert [list(map(int, done.stdout.split()))] == optimized("draft-model").generate([ids], max_new_tokens=new_tokens)
 
 
 def test_the_example_is_short():

@@ -1,4 +1,4 @@
-"""A small model, and its step with each kind of drafter as an artifact. Compiling is what takes time: once for each."""
+"""A small model, decoded by each backend and target with each kind of drafter. Compiling takes time: once for each."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def drafter(name: str) -> str | nn.Module:
 
 
 @functools.cache
-def eager(name: str) -> OptimizedModel:
-    """The model with a drafter, run op by op."""
+def optimized(name: str, backend: str = "eager") -> OptimizedModel:
+    """The model with a drafter of `DRAFTERS`."""
     return emssd_compile.optimize(
-        Small(), drafter(name), max_batch=ROWS, max_length=CAPACITY, backend="eager", layout="packed", prefill_chunk=24
+        Small(), drafter(name), max_batch=ROWS, max_length=CAPACITY, backend=backend, layout="packed", prefill_chunk=24
     )
 
 
@@ -84,11 +84,11 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def artifact(name: str) -> Path:
-    """The exported step."""
-    folder = Path(_folder().name) / name
+def artifact(target: str, name: str) -> Path:
+    """The step with a drafter, exported to a target."""
+    folder = Path(_folder().name) / target / name
     with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
-        eager(name).export_aot(folder)
+        getattr(optimized(name), f"export_{target}")(folder)
     return folder
 
 
