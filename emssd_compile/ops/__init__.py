@@ -11,6 +11,8 @@ from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
 from emssd_compile.ops._packed_linear import packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
+from emssd_compile.ops._tiled_attention import tiled_attention
+from emssd_compile.ops._update_kv import update_kv
 from emssd_compile.ops.cpu_library import cpu_kernel_status, load_cpu_kernels
 from emssd_compile.ops.cuda_library import cuda_kernel_status, load_cuda_kernels
 
@@ -26,6 +28,8 @@ __all__ = [
     "packed_linear",
     "ragged_attention",
     "source_hash",
+    "tiled_attention",
+    "update_kv",
 ]
 
 

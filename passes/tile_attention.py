@@ -1,0 +1,222 @@
+"""Give attention the rectangular, functional form that graph runtimes have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from emssd_compile.ops import append_kv, ragged_attention, tiled_attention, update_kv
+from emssd_compile.passes.graph import argument, aten, attribute, call, fresh_index, inputs, output, refuse
+from emssd_compile.passes.splice import Tensors, add_input, inline_function
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Where the packed tokens of one pass over the text lie in a tile `[B, S]` of right-aligned rows, as nodes.
+
+    Attributes:
+        tokens: int64 `[B * S]`, the packed token of each tile slot; any token where the row has fewer than S.
+        places: int64 `[T]`, the tile slot of each packed token; the last slot for inert tail tokens.
+        kv_lengths: int64 `[B]`, slots of each row's cache that its last token sees; at least 1.
+        masks: the masks made so far, by window and ALiBi slopes.
+    """
+
+    tokens: fx.Node
+    places: fx.Node
+    kv_lengths: fx.Node
+    masks: dict[tuple[int, bytes], fx.Node] = field(default_factory=dict)
+
+
+class TileAttention:
+    """Turn each append-then-attend over packed tokens into a cache update and an attention over a tile of queries.
+
+    ONNX and TensorRT know no packed queries, and their graphs hold values, not memory. So around attention, and only
+    there, the tokens of each row are put into a row of a tile of S queries; the caches go in and come out, to be bound
+    to the same memory. S is the length of the input `row_slots`, the most tokens of a row; a graph that has none yet (a
+    model without the step around it) gets it. Rows are right-aligned, since then causal order needs no mask: the last
+    query sees all of the row's slots, the one before it one less, and so on. Where the tokens lie is computed once a
+    step and shared by all layers.
+
+    No result of a tile slot without a token is ever read. Inert tail tokens read the last slot of the last row, which
+    is finite, because `kv_lengths` is at least 1 and caches hold finite values.
+
+        before:  emssd.append_kv(%k_cache_0[B,C,Hkv,D], %v_cache_0, %k[T,Hkv,D], %v, %row_ids, %slots)
+                 %o[T,Hq,D] = emssd.ragged_attention(%q[T,Hq,D], %k_cache_0, %v_cache_0, %offsets, %lengths, ...)
+                 return {...}
+        after:   %k_1 = emssd.update_kv(%k_cache_0[B,Hkv,C+1,D], %k, %row_ids, %slots, %offsets, %lengths)
+                 %v_1 = emssd.update_kv(%v_cache_0, %v, ...)
+                 %t[B,Hq,S,D] = emssd.tiled_attention(%q[tokens], %k_1, %v_1, %kv_lengths, mask, ...)
+                 %o[T,Hq,D] = %t[places]
+                 return {..., k_cache_0: %k_1, v_cache_0: %v_1}
+    """
+
+    name = "tile_attention"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """See the class. Raises UnsupportedModelError for draft trees and if the graph returns no dict."""
+        graph = graph_module.graph
+        sites = [node for node in graph.nodes if node.target == ragged_attention]
+        if not sites:
+            return 0
+        results = output(graph).args[0]
+        if not isinstance(results, dict):
+            raise refuse(output(graph), "the graph must return its results by name, to return the KV caches with them")
+        fake_mode: FakeTensorMode = inputs(graph)[0].meta["val"].fake_mode
+        rewrite = _Rewrite(graph_module, fake_mode, _row_slots(graph, fake_mode))
+        for site in sites:
+            rewrite.attention(site)
+        output(graph).args = ({**results, **{str(cache.target): now for cache, now in rewrite.caches.items()}},)
+        return len(sites)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Nothing writes memory: each cache goes in and comes out."""
+        for node in graph_module.graph.nodes:
+            if node.target in (append_kv, ragged_attention):
+                raise refuse(node, "a KV cache is written or read in the packed form")
+
+
+def _row_slots(graph: fx.Graph, fake_mode: FakeTensorMode) -> fx.Node:
+    """The input that says how wide a tile is: a step has it, a model alone gets it."""
+    found = [node for node in inputs(graph) if node.target == "row_slots"]
+    return (
+        found[0]
+        if found
+        else add_input(graph, "row_slots", fresh_index(fake_mode, inputs(graph)[0].meta["val"].device))
+    )
+
+
+class _Rewrite:
+    """The state of one run of the pass: the tiles made so far, and the newest value of each cache."""
+
+    def __init__(self, graph_module: fx.GraphModule, fake_mode: FakeTensorMode, row_slots: fx.Node) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self.fake_mode = fake_mode
+        self.row_slots = row_slots
+        self.caches: dict[fx.Node, fx.Node] = {}
+        self.tiles: dict[tuple[fx.Node, ...], _Tile] = {}
+
+    def attention(self, site: fx.Node) -> None:
+        """Rewrite one `ragged_attention` and the `append_kv` before it."""
+        if site.kwargs.get("ancestors") is not None:
+            raise refuse(site, "draft trees are not exported")
+        append = self._append(site)
+        query, k_cache, v_cache, offsets, lengths = (argument(site, index) for index in range(5))
+        row_ids, slots = argument(append, 4), argument(append, 5)
+        with self.graph.inserting_before(site):
+            caches = [
+                self._update(cache, argument(append, 2 + index), row_ids, slots, offsets, lengths)
+                for index, cache in enumerate((k_cache, v_cache))
+            ]
+            self.graph.erase_node(append)
+            result = self._attend(site, query, caches, self._tile(offsets, lengths, row_ids))
+        result.meta = {**site.meta, **result.meta}
+        site.replace_all_uses_with(result)
+        self.graph.erase_node(site)
+
+    def _append(self, site: fx.Node) -> fx.Node:
+        """The `append_kv` whose tokens `site` attends with: the last one before it of the same caches."""
+        node = site.prev
+        while node.op != "root":
+            if node.target == append_kv and node.args[:2] == site.args[1:3]:
+                return node
+            node = node.prev
+        raise refuse(site, "an attention reads a KV cache before this step's tokens are written to it")
+
+    def _update(self, cache: fx.Node, *arguments: fx.Node) -> fx.Node:
+        if cache not in self.caches:
+            rows, capacity, heads, size = cache.meta["val"].shape
+            with self.fake_mode:
+                cache.meta["val"] = cache.meta["val"].new_empty((rows, heads, capacity + 1, size))
+        self.caches[cache] = call(self.graph, update_kv, self.caches.get(cache, cache), *arguments)
+        return self.caches[cache]
+
+    def _tile(self, offsets: fx.Node, lengths: fx.Node, row_ids: fx.Node) -> _Tile:
+        key = (offsets, lengths, row_ids)
+        if key not in self.tiles:
+            given = {"offsets": offsets, "lengths": lengths, "row_ids": row_ids, "row_slots": self.row_slots}
+            found = inline_function(self.graph_module, _lay_out, given, self.fake_mode)
+            self.tiles[key] = _Tile(found["tokens"], found["places"], found["kv_lengths"])
+        return self.tiles[key]
+
+    def _attend(self, site: fx.Node, query: fx.Node, caches: list[fx.Node], tile: _Tile) -> fx.Node:
+        _, heads, size = query.meta["val"].shape
+        rows = len(tile.kv_lengths.meta["val"])
+        tiled = call(self.graph, aten.index_select.default, query, 0, tile.tokens)
+        tiled = call(self.graph, aten.reshape.default, tiled, [rows, -1, heads, size])
+        tiled = call(self.graph, aten.transpose.int, tiled, 1, 2)
+        mask = self._mask(site, caches[0], tile)
+        result = call(
+            self.graph,
+            tiled_attention,
+            tiled,
+            *caches,
+            tile.kv_lengths,
+            mask,
+            scale=site.kwargs["scale"],
+            softcap=site.kwargs.get("softcap", 0.0),
+            is_causal=mask is None,
+        )
+        result = call(self.graph, aten.transpose.int, result, 1, 2)
+        result = call(self.graph, aten.reshape.default, result, [-1, heads, result.meta["val"].shape[-1]])
+        return call(self.graph, aten.index_select.default, result, 0, tile.places)
+
+    def _mask(self, site: fx.Node, k_cache: fx.Node, tile: _Tile) -> fx.Node | None:
+        """The mask that `site` needs, causal order included; None if that is all there is to it."""
+        window, slopes = site.kwargs.get("window", 0), site.kwargs.get("alibi_slopes")
+        assert isinstance(window, int)
+        if window == 0 and slopes is None:
+            return None
+        given = {"kv_lengths": tile.kv_lengths, "row_slots": self.row_slots}
+        key = b""
+        if isinstance(slopes, fx.Node):  # each layer has a copy of its own
+            given["slopes"] = slopes
+            key = attribute(self.graph_module, slopes).double().cpu().numpy().tobytes()
+        capacity, dtype = k_cache.meta["val"].shape[2], k_cache.meta["val"].dtype
+
+        def make(values: Tensors) -> Tensors:
+            distance = _distance(values["kv_lengths"], values["row_slots"], capacity)
+            return {"mask": _seen(distance, window, values.get("slopes"), dtype)}
+
+        if (window, key) not in tile.masks:
+            tile.masks[window, key] = inline_function(self.graph_module, make, given, self.fake_mode)["mask"]
+        return tile.masks[window, key]
+
+
+def _lay_out(given: Tensors) -> Tensors:
+    """The fields of `_Tile`. Row b's tokens end at tile slot S - 1, so slot i holds token `offsets[b + 1] - S + i`."""
+    offsets, row_ids, row_slots = given["offsets"], given["row_ids"], given["row_slots"]
+    rows, width = given["lengths"].shape[0], row_slots.shape[0]
+    ends = offsets[1:]
+    tokens = (ends[:, None] - width + row_slots).clamp(min=0)
+    row = row_ids.clamp(max=rows - 1)
+    packed = torch.arange(row_ids.shape[0], device=row_ids.device)
+    places = (row + 1) * width - torch.where(row_ids < rows, ends[row] - packed, 1)
+    kv_lengths = (given["lengths"] + ends - offsets[:-1]).clamp(min=1)
+    return {"tokens": tokens.reshape(-1), "places": places, "kv_lengths": kv_lengths}
+
+
+def _distance(kv_lengths: Tensor, row_slots: Tensor, capacity: int) -> Tensor:
+    """`[B, S, C + 1]`: the position of the token in each cache slot minus that of the query in each tile slot.
+
+    In a chain of drafts both are slots: the last query's is `kv_lengths - 1`. A tile slot without a token counts as one
+    at position 0.
+    """
+    slots = torch.arange(capacity, device=kv_lengths.device)
+    own = (kv_lengths[:, None] - row_slots.shape[0] + row_slots).clamp(min=0)
+    return slots - own[:, :, None]
+
+
+def _seen(distance: Tensor, window: int, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Bool `[B, 1, S, C + 1]`, or with ALiBi `slopes[Hq]` what is added to the scores, `[B, Hq, S, C + 1]`."""
+    visible = distance <= 0
+    if window > 0:
+        visible = visible & (distance > -window)
+    if slopes is None:
+        return visible[:, None]
+    bias = slopes.to(torch.float32)[:, None, None] * distance[:, None]
+    # Half of the lowest number: with a score added to it, it is still finite.
+    return torch.where(visible[:, None], bias.to(dtype), torch.finfo(dtype).min / 2)

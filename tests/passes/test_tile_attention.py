@@ -1,0 +1,137 @@
+"""`tile_attention`: the same tokens from a tile of queries, with caches that go in and come out."""
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.ops import append_kv, ragged_attention, tiled_attention, update_kv
+from emssd_compile.passes.graph import inputs, output, placeholder, results
+from emssd_compile.passes.manager import PassManager
+from emssd_compile.passes.tile_attention import TileAttention
+from tests.exactness.compiled import assert_exact, rechunked, target
+from tests.exactness.models import prompt
+from tests.passes.graphs import (
+    BATCH,
+    COMMITTED,
+    HEADS,
+    HIDDEN,
+    ROWS,
+    TinyModel,
+    alone,
+    model_with_attention,
+    ops,
+    returned,
+    unpadded,
+)
+from tests.passes.tiled import EagerStep, run_with, tile_step
+
+# Grouped heads and learned positions, a window, capped scores in every other layer's window, and ALiBi.
+CASES = {
+    "llama": "draft-model",
+    "gpt2": "prompt-lookup",
+    "opt": "none",
+    "mistral": "sometimes-wrong",
+    "gemma2": "sometimes-wrong",
+    "bloom": "sometimes-wrong",
+}
+
+
+@pytest.mark.parametrize(("architecture", "drafter"), CASES.items())
+def test_the_tokens_are_the_models_own(architecture, drafter):
+    compiled = target(architecture, 3)
+    fast = compiled.optimize(compiled.drafter(drafter))
+    tiled = tile_step(fast)
+    run_with(fast, tiled, EagerStep(tiled))
+    assert_exact(fast, compiled.reference, [prompt(n) for n in (61, 1, 17, 5)], 10)
+
+
+def test_a_long_prompt_beside_short_ones_may_be_read_in_one_step():
+    compiled = target("llama", 3)
+    fast = rechunked(compiled.optimize(compiled.drafter("prompt-lookup")), 512)
+    tiled = tile_step(fast)
+    run_with(fast, tiled, EagerStep(tiled))
+    assert_exact(fast, compiled.reference, [prompt(n) for n in (70, 1, 33)], 10)
+
+
+def test_where_the_tokens_lie_is_computed_once_and_masks_are_made_where_needed():
+    """Two layers of bloom have the same slopes: one mask. Llama needs none."""
+    for architecture, masks in (("bloom", 1), ("llama", 0)):
+        compiled = target(architecture, 3)
+        tiled = tile_step(compiled.optimize(compiled.drafter("none")))
+        sites = [node for node in tiled.graph.nodes if node.target == tiled_attention]
+        assert len(sites) == 2
+        assert len({node.args[3] for node in sites}) == 1, "kv_lengths"
+        assert len({node.args[4] for node in sites} - {None}) == masks
+        assert {node.kwargs["is_causal"] for node in sites} == {masks == 0}
+
+
+def _verify_only(model: TinyModel) -> tuple[fx.GraphModule, PassManager]:
+    """The unpadded model as a graph that returns its results by name."""
+    graph_module, manager = unpadded(model)
+    output(graph_module.graph).args = (dict(zip(("hidden", "logits"), results(graph_module.graph), strict=True)),)
+    return graph_module, manager
+
+
+def _run_tiled(graph_module: fx.GraphModule, tail: int, width: int) -> dict[str, Tensor]:
+    """What the tiled unpadded model gives for `ROWS` behind `COMMITTED`, with `tail` inert tokens."""
+    held = {str(n.target): torch.zeros(list(n.meta["val"].shape)) for n in inputs(graph_module.graph)[6:-1]}
+    lengths = torch.zeros(BATCH.rows, dtype=torch.int64)
+    for fed in (COMMITTED, ROWS):
+        counts = torch.tensor([len(row) for row in fed])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        live = torch.arange(BATCH.rows).repeat_interleave(counts)
+        row_ids = torch.cat([live, torch.full((tail,), BATCH.rows)])
+        positions = torch.cat([torch.arange(len(live)) - offsets[live] + lengths[live], torch.zeros(tail).long()])
+        ids = torch.cat([*fed, torch.full((tail,), 3)])
+        with torch.no_grad():
+            found = graph_module(
+                ids, positions, row_ids, offsets, lengths, torch.arange(len(live)), *held.values(), torch.arange(width)
+            )
+        held = {name: found.pop(name) for name in held}
+        lengths = lengths + counts
+    return found
+
+
+@pytest.mark.parametrize(("tail", "width"), [(0, 5), (0, 9), (4, 5), (4, 9)])
+def test_a_model_without_the_step_around_it(tail, width):
+    """Rows without a token, inert tail tokens, more tile slots than tokens."""
+    model = model_with_attention()
+    graph_module, manager = _verify_only(model)
+    manager._run(TileAttention(), "tiled", graph_module)
+    assert [str(n.target) for n in inputs(graph_module.graph)][-1] == "row_slots"
+    found = _run_tiled(graph_module, tail, width)
+    torch.testing.assert_close(found["logits"], alone(model), rtol=1e-5, atol=1e-5)
+
+
+def test_what_it_leaves_behind():
+    graph_module, manager = _verify_only(model_with_attention())
+    manager._run(TileAttention(), "tiled", graph_module)
+    assert manager.records[-1].changed == 1
+    counts = ops(graph_module)
+    assert counts["update_kv"] == 2
+    assert counts["tiled_attention"] == 1
+    assert not {append_kv, ragged_attention} & {node.target for node in graph_module.graph.nodes}
+    assert set(returned(graph_module)) == {"hidden", "logits", "k_cache_0", "v_cache_0"}
+    cache = placeholder(graph_module.graph, "k_cache_0").meta["val"]
+    assert tuple(cache.shape) == (BATCH.rows, 2, BATCH.capacity + 1, HIDDEN // HEADS)
+    assert {user.target for user in placeholder(graph_module.graph, "k_cache_0").users} == {update_kv}
+
+    manager._run(TileAttention(), "tiled", graph_module)
+    assert manager.records[-1].changed == 0, "there is nothing left to do"
+
+
+def test_refuses_a_graph_whose_results_have_no_names():
+    graph_module, manager = unpadded(model_with_attention())
+    with pytest.raises(UnsupportedModelError, match="must return its results by name"):
+        manager._run(TileAttention(), "tiled", graph_module)
+
+
+def test_refuses_draft_trees():
+    graph_module, manager = _verify_only(model_with_attention())
+    site = next(node for node in graph_module.graph.nodes if node.target == ragged_attention)
+    site.kwargs = {**site.kwargs, "ancestors": site.args[5]}
+    with pytest.raises(
+        UnsupportedModelError, match=r"draft trees are not exported \(at node 'ragged_attention_default'"
+    ):
+        manager._run(TileAttention(), "tiled", graph_module)
