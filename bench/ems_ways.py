@@ -146,7 +146,7 @@ def _hugging_face(model: PreTrainedModel, prompts: Prompts, new_tokens: int) -> 
 
 def _replay(compiled: Compiled, prompts: Prompts, new_tokens: int, layout: str, load: Callable[[], None]) -> Decoding:
     """`_decode` in `layout`. One compiled step serves all layouts, which differ in the sizes they ask of it."""
-    compiled.fast._engine.layout = LAYOUTS[layout]
+    compiled.fast._engine.planner.layout = LAYOUTS[layout]
     load()
     return _decode(compiled, prompts, new_tokens)
 

@@ -58,7 +58,7 @@ class Decoder(ABC):
         with progress_bar(progress and graphs > 0, graphs, "CUDA graphs") as advance:
             for _ in self._engine.capture():
                 advance(1)
-        with working("measuring the step", shown=progress and self._engine.layout.is_measured):
+        with working("measuring the step", shown=progress and self._engine.is_measured):
             self._engine.calibrate()
         self._engine.counters()
         self._is_warm = True

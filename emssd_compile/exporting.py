@@ -11,16 +11,23 @@ import torch
 
 import emssd_compile
 from emssd_compile.compiler import CompiledModel, CompiledStep, suit
+from emssd_compile.errors import ArtifactError
 from emssd_compile.export import Target, find_target
 from emssd_compile.export.folder import new_folder, seal
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.generation import saved_options
+from emssd_compile.layouts import LAYOUTS
+from emssd_compile.lowering import Step
 from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
+from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import Sizes, decode_buckets
+from emssd_compile.runtime.engine import Request
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 
-STAGES = ("rewriting", "building", "hashing")
+STAGES = ("rewriting", "building", "checking", "hashing")
+
+_PROMPT_LENGTHS, _NEW_TOKENS = (1, 6, 19), 8
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ def export(
     folder: Path,
     *,
     verify_only: bool,
+    check: bool,
     advance: Callable[[int], None],
     **options: Any,
 ) -> None:
@@ -76,13 +84,16 @@ def export(
         target_name: which target.
         folder: the artifact; must not exist, or be empty.
         verify_only: the model on packed rows alone, for a loop of one's own.
+        check: decode a few random prompts with the artifact, if it runs here, and compare; in float32, where tokens
+            cannot differ by rounding.
         advance: called with 1 after each of `STAGES`.
         **options: the target's own.
 
     Raises:
         OptionError: an option is out of range.
         UnsupportedModelError: the target cannot express an op of the step; says which, and where it comes from.
-        ArtifactError: what builds it is not installed, or the folder cannot be written. Nothing is left behind.
+        ArtifactError: what builds it is not installed, the folder cannot be written, or the artifact decodes other
+            tokens. Nothing is left behind.
     """
     target = find_target(target_name)
     compiled = what.step.compiled
@@ -94,10 +105,38 @@ def export(
         details = target.write(graph_module, draft, what.sizes, **options)
         advance(1)
         signature = Signature.of(graph_module.graph, _verify_roles(compiled) if verify_only else what.step.roles)
+        if check and not verify_only and what.dtype == torch.float32 and what.device.type in target.devices:
+            names = [binding.name for binding in signature.inputs]
+            _compare(what, signature, target.open(draft, details, names, what.device))
+        advance(1)
         explanation = Explanation.of(records, graph_module)
         unsealed = _manifest(what, target, verify_only, details, explanation).with_signature(signature)
         seal(draft, lambda files: replace(unsealed, files=files))
         advance(1)
+
+
+def _compare(what: Exportable, signature: Signature, step: Step) -> None:
+    """Decode random prompts with `step` and with the graph before any target's passes.
+
+    Raises ArtifactError if the tokens differ.
+    """
+    own = what.step.graph_module
+    vocabulary, capacity = what.step.compiled.vocabulary, what.options.max_length
+    count = min(_NEW_TOKENS, capacity - 1)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocabulary, (min(n, capacity - count),), generator=generator) for n in _PROMPT_LENGTHS]
+    tokens = []
+    for run, bindings in ((own, Signature.of(own.graph, what.step.roles)), (step, signature)):
+        engine = assemble(run, bindings, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
+        requests = [Request(i, p, count) for i, p in enumerate(prompts)]
+        for _ in engine.run(requests):
+            pass
+        tokens.append([request.output for request in requests])
+    if tokens[0] != tokens[1]:
+        raise ArtifactError(
+            f"the artifact decodes other tokens than the step that it was made of: {tokens[1]} instead of {tokens[0]}; "
+            "report this model, and use another target until then"
+        )
 
 
 def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
@@ -118,7 +157,7 @@ def _manifest(
         target=target.name,
         kind="verify" if verify_only else "step",
         emssd_compile=emssd_compile.__version__,
-        device=what.device.type,
+        device=what.device.type if what.device.type in target.devices else target.devices[0],
         dtype=str(what.dtype).removeprefix("torch."),
         environment=target.environment(details, what.device),
         layout=of_step.get("layout", ""),

@@ -159,6 +159,7 @@ class OptimizedModel(Decoder):
         *,
         opset_version: int = 24,
         verify_only: bool = False,
+        check: bool = True,
         progress: bool = False,
     ) -> None:
         """Write the step as an ONNX model of standard operators, with all that `emssd_compile.load` needs.
@@ -167,31 +168,40 @@ class OptimizedModel(Decoder):
             folder: the artifact; must not exist, or be empty.
             opset_version: of ONNX; 24 is the first with attention over a KV cache.
             verify_only: the model on packed rows alone, for a loop of your own (`emssd_compile.export.open_graph`).
+            check: decode a few prompts with the artifact before it is finished, and compare; in float32 only.
             progress: show a progress bar.
 
         Raises:
             OptionError: an option is out of range.
             UnsupportedModelError: an op of the model cannot be expressed; says which, and where it comes from.
-            ArtifactError: onnx is not installed, or the folder cannot be written. Nothing is left behind.
+            ArtifactError: onnx is not installed, the folder cannot be written, or the check fails. Nothing is left
+                behind.
         """
-        self._export("onnx", folder, verify_only, progress, opset_version=opset_version)
+        self._export("onnx", folder, verify_only, check, progress, opset_version=opset_version)
 
-    def export_aot(self, folder: str | Path, *, verify_only: bool = False, progress: bool = False) -> None:
+    def export_aot(
+        self, folder: str | Path, *, verify_only: bool = False, check: bool = True, progress: bool = False
+    ) -> None:
         """Write the step as machine code (an AOTInductor package), with all that `emssd_compile.load` needs.
 
         Args and errors are those of `export_onnx`.
         """
-        self._export("aot", folder, verify_only, progress)
+        self._export("aot", folder, verify_only, check, progress)
 
     def export_tensorrt(
-        self, folder: str | Path, *, verify_only: bool = False, progress: bool = False, **options: Any
+        self,
+        folder: str | Path,
+        *,
+        verify_only: bool = False,
+        check: bool = True,
+        progress: bool = False,
+        **options: Any,
     ) -> None:
         """Build a TensorRT engine of the step, with all that `emssd_compile.load` needs.
 
         Args:
             folder: the artifact; must not exist, or be empty.
-            verify_only: as in `export_onnx`.
-            progress: show a progress bar.
+            verify_only, check, progress: as in `export_onnx`; the check needs a GPU.
             **options: the attributes of `emssd_compile.export.tensorrt.BuildOptions`: `compute_capabilities` (GPUs to
                 build for, as in `["8.9"]`; default: the one that is here), `attention`, `weights`, ...
 
@@ -200,11 +210,13 @@ class OptimizedModel(Decoder):
             UnsupportedModelError: TensorRT has nothing that does what an op does; says which, and where it comes from.
             ArtifactError: no TensorRT is installed, or it fails to build; says what it said. Nothing is left behind.
         """
-        self._export("tensorrt", folder, verify_only, progress, **options)
+        self._export("tensorrt", folder, verify_only, check, progress, **options)
 
-    def _export(self, target: str, folder: str | Path, verify_only: bool, progress: bool, **options: Any) -> None:
+    def _export(
+        self, target: str, folder: str | Path, verify_only: bool, check: bool, progress: bool, **options: Any
+    ) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
 
         what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
-            export(what, target, Path(folder), verify_only=verify_only, advance=advance, **options)
+            export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

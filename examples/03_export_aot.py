@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emssd_compile
@@ -17,7 +18,7 @@ PROMPTS = ["import os\nimport sys\n", "def read_lines(path):\n    ", "class Stac
 
 def main() -> None:
     """Export, load, decode, compare."""
-    model = AutoModelForCausalLM.from_pretrained(TARGET).eval()
+    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 

@@ -51,9 +51,15 @@ class TileAttention:
                  %t[B,Hq,S,D] = emssd.tiled_attention(%q[tokens], %k_1, %v_1, %kv_lengths, mask, ...)
                  %o[T,Hq,D] = %t[places]
                  return {..., k_cache_0: %k_1, v_cache_0: %v_1}
+
+    Args:
+        spare_slots: slots of a cache behind the C of each row, for what inert tail tokens write.
     """
 
     name = "tile_attention"
+
+    def __init__(self, spare_slots: int = 1) -> None:
+        self.spare_slots = spare_slots
 
     def run(self, graph_module: fx.GraphModule) -> int:
         """See the class. Raises UnsupportedModelError for draft trees and if the graph returns no dict."""
@@ -65,7 +71,7 @@ class TileAttention:
         if not isinstance(results, dict):
             raise refuse(output(graph), "the graph must return its results by name, to return the KV caches with them")
         fake_mode: FakeTensorMode = inputs(graph)[0].meta["val"].fake_mode
-        rewrite = _Rewrite(graph_module, fake_mode, _row_slots(graph, fake_mode))
+        rewrite = _Rewrite(graph_module, fake_mode, _row_slots(graph, fake_mode), self.spare_slots)
         for site in sites:
             rewrite.attention(site)
         output(graph).args = ({**results, **{str(cache.target): now for cache, now in rewrite.caches.items()}},)
@@ -91,11 +97,14 @@ def _row_slots(graph: fx.Graph, fake_mode: FakeTensorMode) -> fx.Node:
 class _Rewrite:
     """The state of one run of the pass: the tiles made so far, and the newest value of each cache."""
 
-    def __init__(self, graph_module: fx.GraphModule, fake_mode: FakeTensorMode, row_slots: fx.Node) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, fake_mode: FakeTensorMode, row_slots: fx.Node, spare_slots: int
+    ) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.fake_mode = fake_mode
         self.row_slots = row_slots
+        self.spare_slots = spare_slots
         self.caches: dict[fx.Node, fx.Node] = {}
         self.tiles: dict[tuple[fx.Node, ...], _Tile] = {}
 
@@ -130,7 +139,7 @@ class _Rewrite:
         if cache not in self.caches:
             rows, capacity, heads, size = cache.meta["val"].shape
             with self.fake_mode:
-                cache.meta["val"] = cache.meta["val"].new_empty((rows, heads, capacity + 1, size))
+                cache.meta["val"] = cache.meta["val"].new_empty((rows, heads, capacity + self.spare_slots, size))
         self.caches[cache] = call(self.graph, update_kv, self.caches.get(cache, cache), *arguments)
         return self.caches[cache]
 

@@ -7,6 +7,7 @@ device. `load_kernels` adds the fast forms for a kind of device.
 import hashlib
 from pathlib import Path
 
+from emssd_compile.ops._ancestors import pack_ancestors
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
 from emssd_compile.ops._packed_linear import packed_linear
@@ -25,6 +26,7 @@ __all__ = [
     "load_cpu_kernels",
     "load_cuda_kernels",
     "load_kernels",
+    "pack_ancestors",
     "packed_linear",
     "ragged_attention",
     "source_hash",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from emssd_compile.ops._ancestors import unpack_ancestors
 from emssd_compile.ops._scores import accumulation_dtype, attention_weights
 
 torch.library.define(
@@ -45,8 +46,9 @@ def reference(
         window: if positive, a key is seen only if ``query position - window < key position``.
         softcap: if positive, caps the scaled scores with ``softcap * tanh(score / softcap)``.
         alibi_slopes: ``[Hq]``, adds ``slope * (key position - query position)`` after the softcap, or None.
-        ancestors: bool ``[T, N]``: whether token ``t`` sees the ``j``-th token of its row in this step (itself
-            included). None is a chain: every token sees itself and those before it.
+        ancestors: int32 ``[T, W]``, made by `pack_ancestors`: bit ``j % 32`` of word ``j // 32`` says whether token
+            ``t`` sees the ``j``-th token of its row in this step (itself included); tokens from ``32 * W`` on are not
+            seen. None is a chain: every token sees itself and those before it.
 
     Returns:
         ``[T, Hq, Dv]`` contiguous, in the dtype of ``q``; zeros for tail tokens. Scores, softmax and sums are float32
@@ -93,8 +95,9 @@ def _sight(
     if ancestors is None:
         seen = step_index <= (tokens - begin)[:, None]
     else:
-        last = ancestors.shape[1] - 1
-        seen = ancestors.gather(1, step_index.clamp(0, last)) & (step_index <= last)
+        mask = unpack_ancestors(ancestors)
+        last = mask.shape[1] - 1
+        seen = mask.gather(1, step_index.clamp(0, last)) & (step_index <= last)
     visible = (committed | (in_step & seen)) & ~in_tail[:, None]
 
     step_token = (begin[:, None] + step_index).clamp(0, positions.shape[0] - 1)

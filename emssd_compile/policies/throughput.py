@@ -11,6 +11,7 @@ from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking
 PRIOR = 0.6  # acceptance of a draft nothing is known about
 ROW_PRIOR_WEIGHT, GRADE_PRIOR_WEIGHT = 4.0, 2.0  # in observations
 ROW_DECAY, GRADE_DECAY = 0.8, 0.97  # per step: what is left of older observations
+TIE = 0.02  # expected speeds that differ by no more than this share count as equal
 
 
 class Throughput(LengthPolicy):
@@ -21,11 +22,17 @@ class Throughput(LengthPolicy):
     survival is s_j = c_1 ... c_j, and by linearity E[tokens] = A + (sum of s over the drafts verified). The step's time
     depends on how many tokens it feeds only: t(A + n), measured. Among all choices of n drafts, the n with the largest
     s emit most; since s does not increase along a row, these are prefixes of the rows' drafts. So the best choice is
-    found by sorting all drafts by s and taking the first
+    found by sorting all drafts by s and taking the first n. Their expected speed is
 
-        n* = argmax over n >= 0 of (A + s_(1) + ... + s_(n)) / t(A + n).
+        v(n) = (A + s_(1) + ... + s_(n)) / t(A + n),
 
-    n = 0 is plain decoding: where verification costs more than it brings, as with many rows, nothing is drafted.
+    and n* is the largest n with v(n) >= (1 - TIE) max v. v(0) is plain decoding: where verification costs more than it
+    brings, as with many rows, nothing is drafted.
+
+    Why the largest, and not the maximum of v? Around its maximum v is flat: many n are as good as the best, as exactly
+    as t is known, and noise would choose among them. What v leaves out speaks for more: drafts that are tried teach
+    what they are worth, and steps are saved. The price is in the definition: a step's expected speed is at most the
+    share TIE below the best, and so at most that below plain decoding or verifying all.
 
     The rate of a draft is the geometric mean of two running averages, each with a prior: of drafts of the same grade
     and position in all rows, and of the row itself, whose evidence fades within some steps so that a row that was
@@ -49,13 +56,12 @@ class Throughput(LengthPolicy):
         state = {**_learn(context), "policy_grades": context.grades}
         row = _rate(state["policy_row_accepted"], state["policy_row_tried"], ROW_PRIOR_WEIGHT)
         grade = _rate(state["policy_grade_accepted"], state["policy_grade_tried"], GRADE_PRIOR_WEIGHT)
-        rows, limit = context.grades.shape
-        position = torch.arange(limit, device=grade.device)
-        survival = (row[:, None] * grade[context.grades, position]).sqrt().cumprod(1)
-        survival = torch.where(position < context.proposed[:, None], survival, 0.0)
-        places = _rank(survival.T.reshape(rows * limit))
-        best = _best_count(survival.T.reshape(rows * limit), places, context)
-        return Ranking(places.view(limit, rows).T, best, state)
+        position = torch.arange(context.grades.shape[1], device=grade.device)
+        rate = (row[:, None] * grade[context.grades, position]).sqrt()
+        # The products are in memory, in the order in which `_rank` reads them: else each comparison computes its index.
+        survival = torch.where(position < context.proposed[:, None], rate, 0.0).cumprod(1).view(-1)
+        places = _rank(survival)
+        return Ranking(places.view_as(context.grades), _best_count(survival, places, context), state)
 
 
 def _rank(merit: Tensor) -> Tensor:
@@ -91,9 +97,10 @@ def _learn(context: PolicyContext) -> dict[str, Tensor]:
 def _best_count(survival: Tensor, places: Tensor, context: PolicyContext) -> Tensor:
     """The n* of the class's docstring, int64 `[]`, for the survivals of all drafts and their places."""
     count = torch.arange(len(survival) + 1, device=survival.device)
-    gain = context.num_emitting + torch.where(places < count[:, None], survival, 0.0).sum(1)
-    speed = gain / _time(context.seconds, context.num_tokens + count)
-    return torch.where(count <= context.proposed.sum(), speed, 0.0).argmax()
+    ordered = survival.new_zeros(len(count)).scatter(0, places + 1, survival)
+    speed = (context.num_emitting + ordered.cumsum(0)) / _time(context.seconds, context.num_tokens + count)
+    speed = torch.where(count <= context.proposed.sum(), speed, 0.0)
+    return torch.where(speed >= (1 - TIE) * speed.max(), count, 0).max()
 
 
 def _time(seconds: Tensor, tokens: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from emssd_compile.layouts import Packed
-from emssd_compile.runtime.buckets import Sizes, smallest_cover
+from emssd_compile.runtime.buckets import Sizes
 from emssd_compile.runtime.launch import Launcher, Report
+from emssd_compile.runtime.planning import Launch, Planner, Row
 from emssd_compile.runtime.rehearsal import Rehearsal, rehearse
-from emssd_compile.runtime.step_times import StepTimes
+from emssd_compile.runtime.step_times import StepTimes, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import COUNTERS, StepState
 
@@ -45,25 +46,6 @@ class Request:
     num_read: int = 0
     output: list[int] = field(default_factory=list)
     finished: bool = False
-
-
-@dataclass
-class _Row:
-    """What the host knows of a row; up to `Engine.lag` steps old."""
-
-    request: Request
-    pending: int
-    draft_length: int = 0
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A step under way: its report, its sizes, and which request each row held when it was launched."""
-
-    report: Report
-    sizes: Sizes
-    requests: tuple[Request | None, ...]
-    started: float
 
 
 class Engine:
@@ -96,17 +78,16 @@ class Engine:
         self.num_rows, self.capacity = launcher.tensors["history"].shape
         self.num_draft_tokens = launcher.tensors["histogram"].shape[0] - 1
         self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1))
-        self.layout = layout
         self.lag = lag
         self.sizes_used: set[Sizes] = set()
         self.times = StepTimes(self.num_rows * (self.num_draft_tokens + 1))
+        self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
         self._row_state = tuple(row_state)
         self._kept = (*(f.name for f in fields(StepState)), *row_state, *memory)
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
-        self._wanted = (self.num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
         self._last_read = 0.0
         self._num_observed = 0
-        self._rows: list[_Row | None] = [None] * self.num_rows
+        self._rows: list[Row | None] = [None] * self.num_rows
 
     def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Iterator[Request]:
         """Decode `requests`, as many at a time as there are rows; yields a request whenever it has new tokens.
@@ -115,7 +96,7 @@ class Engine:
         """
         self._set_eos(eos_token_ids)
         waiting = deque(requests)
-        launched: deque[_Launch] = deque()
+        launched: deque[Launch] = deque()
         try:
             while waiting or launched or any(self._rows):
                 self._admit(waiting)
@@ -131,6 +112,11 @@ class Engine:
         """State, the drafter's state and caches by name; to change one, assign to it through the launcher."""
         return self.launcher.tensors
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether steps are timed, since the layout asks for it."""
+        return self.planner.layout.is_measured
+
     def warmup(self) -> None:
         """Compile: run the step once."""
         with self._rehearsal() as rehearsal:
@@ -145,12 +131,11 @@ class Engine:
 
     def calibrate(self) -> None:
         """Measure steps of some sizes with nothing in them, if the layout asks for times."""
-        if not self.layout.is_measured:
+        if not self.is_measured:
             return
-        by_rows = [self.num_rows * n for n in (1, 2, 4, self.num_draft_tokens + 1)]
-        sizes = [bucket.token_slots for bucket in self.launcher.buckets] or by_rows
+        captured = [bucket.token_slots for bucket in self.launcher.buckets]
         with self._rehearsal() as rehearsal:
-            seconds = rehearsal.idle_seconds({size for size in {1, *sizes} if size <= self.times.most})
+            seconds = rehearsal.idle_seconds(captured or sizes_to_measure(self.times.most))
         self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
         self._publish_times()
 
@@ -196,66 +181,20 @@ class Engine:
         for name in self._row_state:
             self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
         for b, request in zip(free, started, strict=True):
-            self._rows[b] = _Row(request, pending=len(request.prompt) - request.num_read)
+            self._rows[b] = Row(request, pending=len(request.prompt) - request.num_read)
 
-    def _launch(self, launched: Collection[_Launch]) -> _Launch:
-        sizes = self._plan(launched)
-        self._make_room()
+    def _launch(self, launched: Collection[Launch]) -> Launch:
+        drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
+        sizes = self.planner.sizes(self._rows, launched, drafts)
+        if self.lag:
+            self._make_room()
         started = time.perf_counter()
         report = self._run_step(sizes)
-        return _Launch(report, sizes, tuple(row.request if row else None for row in self._rows), started)
-
-    def _plan(self, launched: Collection[_Launch]) -> Sizes:
-        """Sizes of the next step: enough for what its rows may want, within the chunk.
-
-        Exact with `lag` = 0. With reports outstanding it is what the step has room for (`_make_room`).
-        """
-        pending = self._foresee(launched)
-        wanted = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
-        drafts = self.layout.room(len(pending), self.num_draft_tokens, wanted)
-        needed = min(sum(pending) + drafts, self.chunk)
-        # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
-        # last draft was never fed to it), else what this step feeds.
-        reading = sum(2 if count == 1 else count + 1 for count in pending)
-        return Sizes(
-            token_slots=self.layout.tokens(needed, self.times),
-            logit_slots=min(len(pending) + drafts, needed),
-            draft_slots=min(reading, self.chunk + self.num_rows),
-            # A row that still has to read more than one token has drafted nothing.
-            row_slots=min(max(self.num_draft_tokens + 1, *pending), self.chunk),
-        )
-
-    def _foresee(self, launched: Collection[_Launch]) -> list[int]:
-        """What each busy row knows but will not have read when the next step starts; with steps under way, at most."""
-        share = self.num_draft_tokens + 1
-        pending = [row.pending if row else 0 for row in self._rows]
-        drafts = [row.draft_length if row else 0 for row in self._rows]
-        for launch in launched:
-            # A request that came since the launch took no part in it; the one it followed decoded, or had ended.
-            stays = [row is not None and row.request is it for row, it in zip(self._rows, launch.requests, strict=True)]
-            wanted = [
-                min(pending[b] + drafts[b], launch.sizes.row_slots) if stays[b] else share if request else 0
-                for b, request in enumerate(launch.requests)
-            ]
-            # As `pack` does: a share for each row, then the rest in order.
-            first = _grant([min(count, share) for count in wanted], launch.sizes.token_slots)
-            left = launch.sizes.token_slots - sum(first)
-            rest = _grant([a - b for a, b in zip(wanted, first, strict=True)], left)
-            fed = [(a + b) * stay for a, b, stay in zip(first, rest, stays, strict=True)]
-            pending = [max(a - b, min(a, 1)) for a, b in zip(pending, fed, strict=True)]
-            drafts = [self.num_draft_tokens] * self.num_rows  # what the step drafts is not known yet
-        return [count for count, row in zip(pending, self._rows, strict=True) if row]
+        return Launch(report, sizes, tuple(row.request if row else None for row in self._rows), started)
 
     def _make_room(self) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
-        if not self.lag:
-            return
-        num_rows = sum(row is not None for row in self._rows)
-        drafts, drafting = self._wanted
-        room = self.layout.room(num_rows, self.num_draft_tokens, -(-drafts * num_rows // drafting))
-        tokens = num_rows + room
-        bucket = smallest_cover(self.launcher.buckets, Sizes(tokens, tokens, 0, 0))
-        room = min(bucket.token_slots if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
+        room = self.planner.room(sum(row is not None for row in self._rows), self.launcher.buckets)
         if room != self._room:
             self._room = room
             self.launcher.assign("draft_budget", self.launcher.upload(torch.tensor(room)))
@@ -264,10 +203,10 @@ class Engine:
         self.sizes_used.add(sizes)
         return self.launcher.launch(sizes)
 
-    def _observe(self, launch: _Launch) -> None:
+    def _observe(self, launch: Launch) -> None:
         """Learn what a step took: with steps under way all the time, from the last report to this one."""
         now = time.perf_counter()
-        if self.layout.is_measured:
+        if self.is_measured:
             self.times.observe(launch.sizes.token_slots, now - max(self._last_read, launch.started))
             self._num_observed += 1
             if self._num_observed % PUBLISH_EVERY == 0:
@@ -277,7 +216,7 @@ class Engine:
     def _publish_times(self) -> None:
         self.launcher.assign("step_seconds", self.launcher.upload(self.times.table()))
 
-    def _collect(self, launch: _Launch) -> Iterator[Request]:
+    def _collect(self, launch: Launch) -> Iterator[Request]:
         """Read one report: hand out tokens, free the rows that ended."""
         columns = len(REPORT_FIELDS)
         lines = launch.report.read()
@@ -296,12 +235,12 @@ class Engine:
             if request.finished:
                 self._release(b, active=bool(active))
 
-    def _hear_wish(self, launch: _Launch, lines: list[list[int]]) -> None:
+    def _hear_wish(self, launch: Launch, lines: list[list[int]]) -> None:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
         counts, active, _, _, wanted = list(zip(*lines, strict=True))[: len(REPORT_FIELDS)]
         drafting = [(r, n) for r, n, alive in zip(launch.requests, counts, active, strict=True) if r and n and alive]
         if any(r.max_new_tokens - len(r.output) - n > self.num_draft_tokens for r, n in drafting):
-            self._wanted = (wanted[0], len(drafting))
+            self.planner.hear(wanted[0], len(drafting))
 
     def _release(self, b: int, *, active: bool) -> None:
         self._rows[b] = None
@@ -313,12 +252,3 @@ class Engine:
         """Leave no active row behind, also when the consumer stops early."""
         self._rows = [None] * self.num_rows
         self.launcher.assign("active", torch.zeros_like(self.tensors["active"]))
-
-
-def _grant(wanted: Sequence[int], budget: int) -> list[int]:
-    """Serve rows in order until the budget is spent."""
-    granted = []
-    for count in wanted:
-        granted.append(min(count, budget))
-        budget -= granted[-1]
-    return granted

@@ -76,6 +76,15 @@ class StepTimes:
         return (offset, slope) if offset >= 0 else (0.0, y / x)
 
 
+def sizes_to_measure(most: int) -> list[int]:
+    """Numbers of tokens, ascending, between which times may be interpolated: 1, 2, 4, ... and `most`.
+
+    The engine may have room for many rows and serve few: so they must be close at the lower end, where the curve bends
+    (one token is a matrix-vector product), and not only at multiples of the rows.
+    """
+    return [*(1 << power for power in range((most - 1).bit_length())), most]
+
+
 def _interpolate(tokens: int, sizes: list[int], seconds: Mapping[int, float]) -> float:
     """Piecewise linear through (size, seconds); before the first and behind the last size it is level."""
     right = bisect_left(sizes, tokens)

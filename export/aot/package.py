@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +15,7 @@ from emssd_compile.errors import ArtifactError
 from emssd_compile.lowering.unbacked import OPTIONS, unbacked
 from emssd_compile.ops import load_kernels
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
-from emssd_compile.passes.graph import inputs
+from emssd_compile.passes.graph import inputs, output
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.pack_linears import PackLinears
 from emssd_compile.runtime.buckets import Sizes
@@ -41,28 +41,30 @@ def write_package(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Si
         sizes: of the steps that will run; not needed, since one function serves them all.
 
     Raises:
-        ArtifactError: there is no C++ compiler.
+        ArtifactError: there is no C++ compiler, or it fails.
     """
     from torch._inductor import aot_compile
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-    from torch._inductor.package import package_aoti
+    from torch._inductor.exc import InductorError
+    from torch._inductor.package.package import package_aoti
 
     graph = unbacked(graph_module)
     try:
+        if graph.inputs[0].device.type == "cpu":  # first: if there is no compiler, it says so at once
+            shutil.copyfile(standalone_library(), folder / OPS_LIBRARY)
         # Inductor would leave all it builds, weights included, in its cache.
         with tempfile.TemporaryDirectory(dir=folder) as work, graph.compiling():
             options = {**OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": work}
-            package_aoti(str(folder / PACKAGE), aot_compile(graph.graph_module, graph.inputs, options=options))
-        if graph.inputs[0].device.type == "cpu":
-            shutil.copyfile(standalone_library(), folder / OPS_LIBRARY)
-    except (CannotBuildError, CppCompileError, InvalidCxxCompiler) as error:
-        raise ArtifactError(f"the step cannot be compiled: {error}") from error
+            files = cast("list[Any]", aot_compile(graph.graph_module, graph.inputs, options=options))
+            package_aoti(str(folder / PACKAGE), files)
+    except (CannotBuildError, InductorError) as error:
+        raise ArtifactError(f"the graph cannot be compiled to a package: {error}") from error
     (folder / BINDINGS).write_text(_bindings(graph_module))
     return {"results": list(graph.result_names), "versions": {"torch": str(torch.__version__)}}
 
 
 def _bindings(graph_module: fx.GraphModule) -> str:
-    (results,) = graph_module.graph.output_node().args
+    results = output(graph_module.graph).args[0]
+    assert isinstance(results, dict)
     named = [("input", str(node.target), node) for node in inputs(graph_module.graph)]
     named += [("output", name, node) for name, node in results.items()]
     return "".join(f"{kind} {name} {_layout(node.meta['val'])}\n" for kind, name, node in named)
@@ -100,9 +102,9 @@ class PackageStep:
 
     def __init__(self, path: Path, result_names: Sequence[str], device: torch.device) -> None:
         index = -1 if device.index is None else device.index
-        # One thread calls a step at a time, and the locks for more would be captured into CUDA graphs.
+        # One thread calls a step at a time; what would keep several apart gets in the way of CUDA graphs.
         package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
-        self._run = package.loader.boxed_run  # type: ignore[attr-defined]  # its own call sorts arguments by name
+        self._run = package.loader.boxed_run  # its own call flattens arguments and results by name
         self._names = tuple(result_names)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:

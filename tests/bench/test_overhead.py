@@ -22,13 +22,14 @@ def test_time_outside_the_step_is_the_hosts_and_time_inside_is_not(fast, monkeyp
     assert plain.num_steps == 11  # the first of 12 tokens comes with the prompts
     assert 0 < plain.host_share < 0.9
 
-    plan, pause = fast._engine._plan, plain.seconds / plain.num_steps
+    planner, pause = fast._engine.planner, plain.seconds / plain.num_steps
+    plan = planner.sizes
 
-    def slow_plan(launched):
+    def slow_plan(*seen):
         time.sleep(pause)
-        return plan(launched)
+        return plan(*seen)
 
-    monkeypatch.setattr(fast._engine, "_plan", slow_plan)
+    monkeypatch.setattr(planner, "sizes", slow_plan)
     assert overhead.decode(fast, prompts, 12).host_share > plain.host_share + 0.2
 
 

@@ -41,7 +41,7 @@ def _toy(monkeypatch):
 
 
 def export(fast: OptimizedModel, folder: Path, *, verify_only: bool = False) -> Path:
-    fast._export("toy", folder, verify_only, False)
+    fast._export("toy", folder, verify_only, True, False)
     return folder
 
 
@@ -236,3 +236,11 @@ def test_wrong_inputs_of_a_graph_are_named(fast, tmp_path, verify_inputs, change
     given = {name: value for name, value in {**verify_inputs, **change}.items() if value is not None}
     with pytest.raises(InvalidInputError, match=message):
         graph(**given, **graph.empty("cache"))
+
+
+def test_an_artifact_that_decodes_other_tokens_is_not_finished(fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "distort", lambda results: {**results, "history": results["history"].flip(0)})
+    with pytest.raises(ArtifactError, match="decodes other tokens"):
+        export(fast, tmp_path / "artifact")
+    assert not list(tmp_path.iterdir())
+    fast._export("toy", tmp_path / "artifact", False, False, False)

@@ -12,6 +12,7 @@ from emssd_compile.drafters import PromptLookup
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.export.program import exported_program
 from emssd_compile.passes.graph import inputs
+from emssd_compile.step.signature import SIZE_NAMES
 from tests.passes.graphs import BATCH, VOCABULARY, model_with_attention, step_of, unpadded
 
 STATE = {
@@ -47,10 +48,12 @@ def _values(graph_module: fx.GraphModule, given: dict[str, Tensor]) -> list[Tens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [(40, 6, 9), (25, 25, 25), (5, 4, 1), (1, 1, 1), (2, 1, 7), (64, 63, 61)])
+@pytest.mark.parametrize(
+    "sizes", [(40, 6, 9, 20), (25, 25, 25, 25), (5, 4, 1, 5), (1, 1, 1, 1), (2, 1, 7, 1), (64, 63, 61, 62)]
+)
 def test_a_step_of_any_sizes_is_the_graph_s(sizes):
     step, program = _step()
-    slots = dict(zip(("token_slots", "logit_slots", "draft_slots"), map(torch.arange, sizes), strict=True))
+    slots = dict(zip(SIZE_NAMES, map(torch.arange, sizes), strict=True))
     ours, theirs = _values(step, STATE | slots), _values(step, STATE | slots)
     expected, results = step(*ours), program.module()(*theirs)
     assert list(results) == list(expected)

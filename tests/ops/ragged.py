@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from emssd_compile import ops
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -85,7 +87,7 @@ def with_trees(batch: Batch, *, seed: int = 0) -> Batch:
             else:
                 positions[begin] = length
             ancestors[begin + i, i] = True
-    return replace(batch, positions=positions).with_options(ancestors=ancestors)
+    return replace(batch, positions=positions).with_options(ancestors=ops.pack_ancestors(ancestors))
 
 
 def oracle(batch: Batch) -> Tensor:
@@ -118,10 +120,16 @@ def _seen(batch: Batch, token: int, begin: int, end: int, length: int) -> list[t
     assert isinstance(window, int)
     positions = {slot: slot for slot in range(length)}
     for other in range(begin, end):
-        if other <= token if ancestors is None else bool(ancestors[token, other - begin]):  # type: ignore[index]
+        if other <= token if ancestors is None else _bit(ancestors[token], other - begin):  # type: ignore[index]
             positions[length + other - begin] = int(batch.positions[other])
     distances = {slot: position - int(batch.positions[token]) for slot, position in positions.items()}
     return [(slot, distance) for slot, distance in distances.items() if window == 0 or distance > -window]
+
+
+def _bit(words: Tensor, number: int) -> bool:
+    """A bit of int32 words: the lowest of the first is number 0; behind the last all are 0."""
+    place, bit = divmod(number, 32)
+    return place < len(words) and bool(int(words[place]) >> bit & 1)
 
 
 def _score(batch: Batch, head: int, dot: float, distance: int) -> float:

@@ -78,8 +78,9 @@ def test_matches_oracle_for_one_row_and_for_none(kernels: str, rows: list[tuple[
     assert_exact(attend(batch), oracle(batch))
 
 
-def test_trees_of_several_query_tiles(kernels: str) -> None:
-    batch = with_trees(make_batch([(40, 40), (3, 35)], Heads(2, 1, 16, 16)))
+@pytest.mark.parametrize("rows", [[(40, 40), (9, 0), (3, 35)], [(5, 33)], [(0, 0), (60, 70), (2, 1)]], ids=str)
+def test_trees_of_several_query_tiles_and_words(kernels: str, rows: list[tuple[int, int]]) -> None:
+    batch = with_trees(make_batch(rows, Heads(2, 1, 16, 16), tail=1))
     assert_exact(attend(batch), oracle(batch))
 
 
@@ -212,10 +213,12 @@ def test_large_scores_do_not_overflow(kernels: str) -> None:
 
 
 def test_ancestors_beyond_its_width_are_not_seen(kernels: str) -> None:
-    batch = make_batch([(10, 3)])
-    narrow = torch.tensor([[True], [True], [True]])
-    wide = torch.tensor([[True, False, False]] * 3)
-    assert torch.equal(attend(batch.with_options(ancestors=narrow)), attend(batch.with_options(ancestors=wide)))
+    batch = make_batch([(10, 40)])
+    words = torch.full((40, 1), -1, dtype=torch.int32)
+    wide = torch.cat([words, torch.zeros_like(words)], dim=1)
+    result = attend(batch.with_options(ancestors=words))
+    assert torch.equal(result, attend(batch.with_options(ancestors=wide)))
+    assert_exact(result, oracle(batch.with_options(ancestors=words)))
 
 
 def test_gradient_mode_is_no_obstacle(kernels: str) -> None:
@@ -246,7 +249,8 @@ def test_cpp_form_refuses_what_would_reach_outside(cpu_kernels: None, change: di
     ("option", "message"),
     [
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \[Hq\], got \[3\] for 4 heads"),
-        ({"ancestors": torch.ones(3, 2, dtype=torch.bool)}, r"ancestors must be \[T, N\], got \[3, 2\] for 4 tokens"),
+        ({"ancestors": torch.ones(3, 2, dtype=torch.int32)}, r"must be Int \[T, W\], got Int \[3, 2\] for 4 tokens"),
+        ({"ancestors": torch.ones(4, 2, dtype=torch.bool)}, r"must be Int \[T, W\], got Bool \[4, 2\] for 4 tokens"),
     ],
 )
 def test_cpp_form_refuses_options_of_another_shape(cpu_kernels: None, option: dict[str, object], message: str) -> None:

@@ -86,9 +86,13 @@ def test_matches_oracle_for_one_row_and_for_none(
     assert_exact(result, oracle(batch))
 
 
-def test_trees_of_several_query_tiles(triton: TritonProcess) -> None:
-    batch = with_trees(make_batch([(10, 40), (3, 70)], Heads(1, 1, 16, 16)))
-    assert_exact(triton.attend(batch, **SMALL), oracle(batch))
+@pytest.mark.parametrize("rows", [[(10, 40), (9, 0), (3, 70)], [(5, 33)], [(0, 0), (0, 64), (2, 1)]], ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_trees_of_several_query_tiles_and_words(
+    triton: TritonProcess, rows: list[tuple[int, int]], splits: int
+) -> None:
+    batch = with_trees(make_batch(rows, Heads(1, 1, 16, 16), tail=1))
+    assert_exact(triton.attend(batch, **SMALL, num_splits=splits), oracle(batch))
 
 
 @settings(max_examples=12)
@@ -174,10 +178,12 @@ def test_large_scores_do_not_overflow(triton: TritonProcess) -> None:
 
 
 def test_ancestors_beyond_its_width_are_not_seen(triton: TritonProcess) -> None:
-    batch = make_batch([(10, 3)], Heads(2, 1, 16, 16))
-    narrow, wide = torch.tensor([[True]] * 3), torch.tensor([[True, False, False]] * 3)
-    results = [triton.attend(batch.with_options(ancestors=ancestors), **SMALL) for ancestors in (narrow, wide)]
-    assert torch.equal(results[0], results[1])
+    batch = make_batch([(10, 40)], Heads(1, 1, 16, 16))
+    words = torch.full((40, 1), -1, dtype=torch.int32)
+    narrow, wide = (batch.with_options(ancestors=torch.cat([words, *more], dim=1)) for more in ([], [0 * words]))
+    result = triton.attend(narrow, **SMALL)
+    assert torch.equal(result, triton.attend(wide, **SMALL))
+    assert_exact(result, oracle(narrow))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,7 @@ def test_ancestors_beyond_its_width_are_not_seen(triton: TritonProcess) -> None:
         ({"positions": torch.zeros(3, dtype=torch.int64)}, r"positions \[T\] do not fit"),
         ({"q": torch.zeros(4, 4, 31)}, r"q \[T, Hq, Dk\].* do not fit"),
         ({"q": torch.zeros(4, 4, 32, dtype=torch.float16)}, "of one dtype among float32, bfloat16 and float16"),
+        ({"options": {"scale": 1.0, "ancestors": torch.ones(4, 4, dtype=torch.bool)}}, r"ancestors int32 \[T, W\]"),
     ],
 )
 def test_refuses_what_does_not_fit(triton: TritonProcess, change: dict[str, Tensor], message: str) -> None:

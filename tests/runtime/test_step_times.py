@@ -1,10 +1,12 @@
 """`StepTimes`: measured times between and beyond the sizes measured, and how what is observed corrects them."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emssd_compile.runtime.step_times import StepTimes
+from emssd_compile.runtime.step_times import StepTimes, sizes_to_measure
 
 MEASURED = {1: 1.0, 8: 1.7, 32: 6.5}
 
@@ -30,6 +32,14 @@ def test_sizes_between_those_measured_are_interpolated_and_level_outside():
     table = _table(_times())
     assert len(table) == 41
     assert [table[n] for n in (0, 1, 2, 8, 20, 32, 40)] == pytest.approx([1, 1, 1.1, 1.7, 4.1, 6.5, 6.5])
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 192])
+def test_no_size_is_more_than_twice_the_next_smaller_one_that_is_measured(most):
+    """So few rows of an engine for many are not judged by a line from one token to as many as there are rows."""
+    sizes = sizes_to_measure(most)
+    assert (sizes[0], sizes[-1]) == (1, most)
+    assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))
 
 
 def test_where_sizes_are_rounded_up_a_step_takes_the_time_of_the_next_size():

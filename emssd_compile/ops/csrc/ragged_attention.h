@@ -85,9 +85,10 @@ inline void check_options(const at::Tensor& q, const std::optional<at::Tensor>& 
   TORCH_CHECK(!alibi_slopes || alibi_slopes->numel() == q.size(1),
               "emssd::ragged_attention: alibi_slopes must be [Hq], got ", alibi_slopes->sizes(), " for ", q.size(1),
               " heads");
-  TORCH_CHECK(!ancestors || (ancestors->dim() == 2 && ancestors->size(0) == q.size(0)),
-              "emssd::ragged_attention: ancestors must be [T, N], got ", ancestors->sizes(), " for ", q.size(0),
-              " tokens");
+  TORCH_CHECK(!ancestors || (ancestors->dim() == 2 && ancestors->size(0) == q.size(0) &&
+                             ancestors->scalar_type() == at::kInt),
+              "emssd::ragged_attention: ancestors must be Int [T, W], got ", ancestors->scalar_type(), " ",
+              ancestors->sizes(), " for ", q.size(0), " tokens");
 }
 
 // Throws if the rows would reach outside the tokens or the cache.
@@ -147,8 +148,8 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
         .rule = {static_cast<T>(scale), static_cast<T>(softcap)},
         .window = window,
         .alibi_slopes = alibi_slopes ? slopes.const_data_ptr<T>() : nullptr,
-        .ancestors = ancestors ? tree.const_data_ptr<bool>() : nullptr,
-        .ancestors_size = ancestors ? tree.size(1) : 0,
+        .ancestors = ancestors ? tree.const_data_ptr<int32_t>() : nullptr,
+        .ancestor_words = ancestors ? tree.size(1) : 0,
         .out = out.mutable_data_ptr<scalar_t>()};
     run_plan(args, Plan<scalar_t, T>(args));
   };

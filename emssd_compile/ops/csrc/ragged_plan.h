@@ -19,6 +19,7 @@ constexpr int64_t kQueryTile = 32;   // queries that share a block of keys
 constexpr int64_t kKeyBlock = 64;    // keys whose scores are held at once
 constexpr int64_t kKeySpan = 1024;   // keys after which the running softmax starts anew, so that spans can run apart
 constexpr int64_t kTilesPerThread = 4;
+constexpr int64_t kWordBits = 32;  // of an ancestor mask
 
 // The op's arguments as raw pointers; strides in elements.
 template <typename scalar_t, typename T>
@@ -30,8 +31,8 @@ struct Arguments {
   ScoreRule<T> rule;
   int64_t window;         // 0: none
   const T* alibi_slopes;  // [num_heads] or null
-  const bool* ancestors;  // [T, ancestors_size] or null
-  int64_t ancestors_size;
+  const int32_t* ancestors;  // [T, ancestor_words] or null; bit j % 32 of word j / 32: sees the row's token j
+  int64_t ancestor_words;
   scalar_t* out;  // [T, num_heads, value_size]
 
   int64_t group() const { return num_heads / num_kv_heads; }

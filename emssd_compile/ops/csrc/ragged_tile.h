@@ -105,7 +105,9 @@ class TileAttention {
 
   bool is_ancestor(int64_t other, int64_t token) const {
     if (args_.ancestors == nullptr) return other <= token;
-    return other < args_.ancestors_size && args_.ancestors[(first_packed_ + token) * args_.ancestors_size + other];
+    const int64_t word = other / kWordBits;
+    if (word >= args_.ancestor_words) return false;
+    return args_.ancestors[(first_packed_ + token) * args_.ancestor_words + word] >> other % kWordBits & 1;
   }
 
   void load_queries() {

@@ -14,8 +14,11 @@ Scores are kept in units of log2, since a GPU has exp2 and no exp: the launcher 
 import triton
 import triton.language as tl
 
+from emssd_compile.ops._ancestors import WORD_BITS
+
+_WORD_BITS = tl.constexpr(WORD_BITS)
 # Sizes that differ from step to step: Triton would compile anew where one happens to be 1 or a multiple of 16.
-_UNSPECIALIZED = ["num_tokens", "num_rows", "num_splits", "capacity", "window", "ancestors_width"]
+_UNSPECIALIZED = ["num_tokens", "num_rows", "num_splits", "capacity", "window", "ancestor_words"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -29,7 +32,7 @@ def attend(
     lengths,
     positions,
     alibi_slopes,  # [Hq] in log2, or None
-    ancestors,  # uint8 [T, ancestors_width], or None for chains
+    ancestors,  # int32 [T, ancestor_words], or None for chains
     q_strides,
     k_strides,
     v_strides,
@@ -38,7 +41,7 @@ def attend(
     num_splits,
     capacity,
     window,  # or None
-    ancestors_width,
+    ancestor_words,
     score_scale,
     score_cap,  # or None
     GROUP: tl.constexpr,
@@ -77,7 +80,7 @@ def attend(
     if ancestors is None:
         stop_slot = length + (tl.minimum(first_query + BLOCK_QUERIES, num_queries) - 1) // GROUP + 1
     else:
-        stop_slot = length + tl.minimum(end - begin, ancestors_width)
+        stop_slot = length + tl.minimum(end - begin, ancestor_words * _WORD_BITS)
     stop_slot = tl.minimum(stop_slot, capacity)
     # From here to `seen_by_all_stop` every query of the tile sees every slot.
     seen_by_all = first_slot
@@ -113,7 +116,7 @@ def attend(
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + head, mask=valid, other=0.0)
     if ancestors is not None:
-        ancestors += token.to(tl.int64) * ancestors_width
+        ancestors += token.to(tl.int64) * ancestor_words
     keys = k_cache + row.to(tl.int64) * k_strides[0] + kv_head * k_strides[2]
     values = v_cache + row.to(tl.int64) * v_strides[0] + kv_head * v_strides[2]
 
@@ -125,7 +128,7 @@ def attend(
         if part > 0 or window is not None:
             acc, total, peak = _attend_slots(
                 acc, total, peak, bounds[part], bounds[part + 1], queries, keys, values, k_strides, v_strides,
-                step_index, position, slope, length, end - begin, positions + begin, ancestors, ancestors_width,
+                step_index, position, slope, length, end - begin, positions + begin, ancestors, ancestor_words,
                 window, score_scale, score_cap,
                 HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, MASKED=part != 1,
             )  # fmt: skip
@@ -163,7 +166,7 @@ def _find_tile(
 @triton.jit
 def _attend_slots(
     acc, total, peak, first_slot, stop_slot, queries, keys, values, k_strides, v_strides,
-    step_index, position, slope, length, num_step, step_positions, ancestors, ancestors_width,
+    step_index, position, slope, length, num_step, step_positions, ancestors, ancestor_words,
     window, score_scale, score_cap,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, MASKED: tl.constexpr,
@@ -193,7 +196,7 @@ def _attend_slots(
         if slope is not None:
             scores += slope[:, None] * (key_position[None, :] - position[:, None]).to(tl.float32)
         if MASKED:
-            visible = _visible(slots, step_index, length, num_step, ancestors, ancestors_width)
+            visible = _visible(slots, step_index, length, num_step, ancestors, ancestor_words)
             visible &= (slots < stop_slot)[None, :]
             if window is not None:
                 visible &= key_position[None, :] > position[:, None] - window
@@ -222,16 +225,18 @@ def _attend_slots(
 
 
 @triton.jit
-def _visible(slots, step_index, length, num_step, ancestors, ancestors_width):
+def _visible(slots, step_index, length, num_step, ancestors, ancestor_words):
     """Whether each query sees each slot, before any window and up to the row's last slot."""
     if ancestors is None:
         visible = slots[None, :] <= length + step_index[:, None]
     else:
         column = slots - length
-        in_step = (column >= 0) & (column < ancestors_width)
+        in_step = (column >= 0) & (column < ancestor_words * _WORD_BITS)
         valid = (step_index < num_step)[:, None]  # the last tile of a row reaches past its tokens
-        seen = tl.load(ancestors[:, None] + column[None, :], mask=valid & in_step[None, :], other=0)
-        visible = (slots < length)[None, :] | (seen != 0)
+        words = ancestors[:, None] + (column // _WORD_BITS)[None, :]
+        words = tl.load(words, mask=valid & in_step[None, :], other=0)
+        bit = (column & (_WORD_BITS - 1))[None, :]  # unlike a remainder, never negative: such a shift has no meaning
+        visible = (slots < length)[None, :] | ((words >> bit) & 1 != 0)
     return visible
 
 

@@ -62,7 +62,7 @@ def ragged_attention_triton(
             lengths.contiguous(),
             positions.contiguous(),
             None if alibi_slopes is None else alibi_slopes.float().contiguous() * math.log2(math.e),
-            None if ancestors is None else ancestors.contiguous().view(torch.uint8),
+            None if ancestors is None else ancestors.contiguous(),
             q.stride(),
             k_cache.stride(),
             v_cache.stride(),
@@ -124,8 +124,8 @@ def check_arguments(
     if alibi_slopes is not None:
         _check(alibi_slopes.shape == (num_heads,), "q [T, Hq, Dk] and alibi_slopes [Hq]", q, alibi_slopes)
     if ancestors is not None:
-        fits = ancestors.dim() == 2 and ancestors.shape[0] == num_tokens and ancestors.dtype == torch.bool
-        _check(fits, "q [T, Hq, Dk] and ancestors bool [T, N]", q, ancestors)
+        fits = ancestors.dim() == 2 and ancestors.shape[0] == num_tokens and ancestors.dtype == torch.int32
+        _check(fits, "q [T, Hq, Dk] and ancestors int32 [T, W]", q, ancestors)
     one_dtype = q.dtype == k_cache.dtype == v_cache.dtype and q.dtype in DTYPES
     _check(one_dtype, "q, k_cache and v_cache of one dtype among float32, bfloat16 and float16", q, k_cache, v_cache)
     return Sizes(num_tokens, num_rows, capacity, num_heads, num_kv_heads, head_size, value_size, q.dtype)

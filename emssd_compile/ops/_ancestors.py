@@ -1,0 +1,36 @@
+"""Ancestor masks in bits: which tokens of its row each token of a step sees, where rows hold trees of drafts."""
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32  # a GPU loads words of 32 bits, and shifts them in one instruction
+
+
+def pack_ancestors(mask: Tensor) -> Tensor:
+    """A mask in the form that ``emssd::ragged_attention`` takes.
+
+    Bit ``j % 32`` of word ``j // 32`` is ``mask[t, j]``; bit 31 is the sign. For three tokens, the root (bit 0) and two
+    drafts behind it that do not see one another::
+
+        [[1, 0, 0], [1, 1, 0], [1, 0, 1]]  ->  [[0b001], [0b011], [0b101]]
+
+    Args:
+        mask: bool ``[T, N]``, whether token ``t`` sees the ``j``-th token of its row in this step (itself included).
+
+    Returns:
+        int32 ``[T, ceil(N / 32)]``; bits from ``N`` on are 0.
+    """
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % WORD_BITS))
+    # Of different bits, so no sum of them leaves the range of int32, in whatever order they are added.
+    bits: Tensor = padded.unflatten(1, (-1, WORD_BITS)).to(torch.int32) << _bit_numbers(mask)
+    return bits.sum(-1, dtype=torch.int32)
+
+
+def unpack_ancestors(words: Tensor) -> Tensor:
+    """The inverse of `pack_ancestors`: bool ``[T, 32 * W]`` for int32 ``[T, W]``."""
+    bits = words[:, :, None] >> _bit_numbers(words) & 1
+    return bits.flatten(1).bool()
+
+
+def _bit_numbers(like: Tensor) -> Tensor:
+    return torch.arange(WORD_BITS, dtype=torch.int32, device=like.device)

@@ -1,0 +1,131 @@
+"""How large the next step must be, as far as the host can know: with reports outstanding, at most how large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emssd_compile.layouts import Packed
+from emssd_compile.runtime.buckets import Sizes, smallest_cover
+from emssd_compile.runtime.launch import Report
+from emssd_compile.runtime.step_times import StepTimes
+
+if TYPE_CHECKING:
+    from emssd_compile.runtime.engine import Request
+
+
+@dataclass
+class Row:
+    """What the host knows of a row; as old as the last report that was read.
+
+    Attributes:
+        request: what it decodes.
+        pending: tokens that it knows and has not read.
+        draft_length: drafts that it verifies behind them.
+    """
+
+    request: Request
+    pending: int
+    draft_length: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A step under way.
+
+    Attributes:
+        report: what it tells the host, perhaps not there yet.
+        sizes: of the step.
+        requests: which request each row held when it was launched.
+        started: when that was, seconds of `time.perf_counter`.
+    """
+
+    report: Report
+    sizes: Sizes
+    requests: tuple[Request | None, ...]
+    started: float
+
+
+class Planner:
+    """Chooses the sizes of steps, and how many drafts the device may choose to verify where the host is behind.
+
+    Args:
+        num_rows: B.
+        num_draft_tokens: K.
+        chunk: most packed tokens of a step.
+        layout: how much room a step gives to drafts.
+        times: what steps take, for the layout.
+    """
+
+    def __init__(self, num_rows: int, num_draft_tokens: int, chunk: int, layout: Packed, times: StepTimes) -> None:
+        self.num_rows = num_rows
+        self.num_draft_tokens = num_draft_tokens
+        self.chunk = chunk
+        self.layout = layout
+        self.times = times
+        self._wanted = (num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
+
+    def hear(self, num_drafts: int, num_rows: int) -> None:
+        """Take what so many drafting rows (at least one) last wanted together."""
+        self._wanted = (num_drafts, num_rows)
+
+    def sizes(self, rows: Sequence[Row | None], launched: Iterable[Launch], drafts: int) -> Sizes:
+        """Sizes of the next step: enough for what its rows may want, within the chunk.
+
+        Args:
+            rows: at least one of them busy.
+            launched: steps whose reports have not been read, oldest first; without any, the sizes are exact.
+            drafts: how many the step verifies, or may verify.
+        """
+        pending = self._foresee(rows, launched)
+        drafts = self.layout.room(len(pending), self.num_draft_tokens, drafts)
+        needed = min(sum(pending) + drafts, self.chunk)
+        # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
+        # last draft was never fed to it), else what this step feeds.
+        reading = sum(2 if count == 1 else count + 1 for count in pending)
+        return Sizes(
+            token_slots=self.layout.tokens(needed, self.times),
+            logit_slots=min(len(pending) + drafts, needed),
+            draft_slots=min(reading, self.chunk + self.num_rows),
+            # A row that still has to read more than one token has drafted nothing.
+            row_slots=min(max(self.num_draft_tokens + 1, *pending), self.chunk),
+        )
+
+    def room(self, num_rows: int, buckets: Sequence[Sizes]) -> int:
+        """How many drafts a step of so many busy rows may verify: what they last wanted, and what a bucket has left."""
+        drafts, drafting = self._wanted
+        room = self.layout.room(num_rows, self.num_draft_tokens, -(-drafts * num_rows // drafting))
+        tokens = num_rows + room
+        bucket = smallest_cover(buckets, Sizes(tokens, tokens, 0, 0))
+        return min(bucket.token_slots if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
+
+    def _foresee(self, rows: Sequence[Row | None], launched: Iterable[Launch]) -> list[int]:
+        """What each busy row knows but will not have read when the next step starts; with steps under way, at most."""
+        share = self.num_draft_tokens + 1
+        pending = [row.pending if row else 0 for row in rows]
+        drafts = [row.draft_length if row else 0 for row in rows]
+        for launch in launched:
+            # A request that came since the launch took no part in it; the one it followed decoded, or had ended.
+            stays = [row is not None and row.request is it for row, it in zip(rows, launch.requests, strict=True)]
+            wanted = [
+                min(pending[b] + drafts[b], launch.sizes.row_slots) if stays[b] else share if request else 0
+                for b, request in enumerate(launch.requests)
+            ]
+            # As `pack` does: a share for each row, then the rest in order.
+            first = _grant([min(count, share) for count in wanted], launch.sizes.token_slots)
+            left = launch.sizes.token_slots - sum(first)
+            rest = _grant([a - b for a, b in zip(wanted, first, strict=True)], left)
+            fed = [(a + b) * stay for a, b, stay in zip(first, rest, stays, strict=True)]
+            pending = [max(a - b, min(a, 1)) for a, b in zip(pending, fed, strict=True)]
+            drafts = [self.num_draft_tokens] * self.num_rows  # what the step drafts is not known yet
+        return [count for count, row in zip(pending, rows, strict=True) if row]
+
+
+def _grant(wanted: Sequence[int], budget: int) -> list[int]:
+    """Serve rows in order until the budget is spent."""
+    granted = []
+    for count in wanted:
+        granted.append(min(count, budget))
+        budget -= granted[-1]
+    return granted

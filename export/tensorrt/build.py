@@ -1,0 +1,182 @@
+"""From the step graph to an engine on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from emssd_compile.errors import ArtifactError, OptionError
+from emssd_compile.export.tensorrt.cut import Cut, cut
+from emssd_compile.export.tensorrt.decompose import DecomposeAttention
+from emssd_compile.export.tensorrt.library import check_exporter, find_runtime, load_runtime, make_log
+from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
+from emssd_compile.export.tensorrt.options import BuildOptions
+from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
+from emssd_compile.ops import tiled_attention
+from emssd_compile.passes.graph import inputs
+from emssd_compile.passes.manager import tidy
+from emssd_compile.passes.tile_attention import TileAttention
+from emssd_compile.runtime.buckets import Sizes
+
+ENGINE = "step.engine"
+_KEPT = ("attention", "weights", "version_compatible", "hardware_compatibility", "profile_per_bucket")
+
+
+def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **options: Any) -> dict[str, Any]:
+    """Build an engine and write it to `folder`.
+
+    Args:
+        graph_module: the step, or a model on packed rows; it is given the form that TensorRT needs.
+        folder: where `step.engine` goes.
+        sizes: of the steps that will be captured, ascending, and last of the largest step.
+        **options: the attributes of `BuildOptions`.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or the runtime cannot do it.
+        UnsupportedModelError: TensorRT has nothing that does what an op does; says which, and where it comes from.
+        ArtifactError: no runtime is installed, or it fails to build; says what it said.
+    """
+    chosen = _options(options)
+    runtime = find_runtime(chosen.runtime)
+    chosen.check(runtime)
+    check_exporter(runtime)
+    trt = load_runtime(runtime)
+    known = _known_capabilities(trt, runtime)
+    capabilities = chosen.capabilities(known)
+    _suit(graph_module, chosen, sizes[-1].token_slots)
+    profiles = make_profiles(graph_module.graph, sizes, per_bucket=chosen.profile_per_bucket)
+    parts = cut(graph_module)
+    network, builder, log = define(trt, parts)
+    config = _configure(trt, builder, chosen, capabilities, known, profiles)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ArtifactError(f"{runtime} cannot build the engine: {log.explain()}")
+    (folder / ENGINE).write_bytes(memoryview(plan))
+    if chosen.timing_cache is not None:
+        Path(chosen.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return {
+        "runtime": runtime,
+        "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")} | {runtime: trt.__version__},
+        "compute_capabilities": list(capabilities),
+        "options": {name: getattr(chosen, name) for name in _KEPT},
+        "profiles": profiles,
+        "buckets": [size._asdict() for size in sizes[:-1]],
+        "results": parts.results,
+        "caches": {site.result: site.operands["cache"] for site in parts.sites if "cache" in site.operands},
+        "bindings": _bindings(network),
+        "layers": _count_layers(network),
+    }
+
+
+def _suit(graph_module: fx.GraphModule, options: BuildOptions, most_tokens: int) -> None:
+    """Tile attention, and decompose it if asked to.
+
+    TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.
+    """
+    fake_mode = inputs(graph_module.graph)[0].meta["val"].fake_mode
+    TileAttention(spare_slots=most_tokens).run(graph_module)
+    tidy(graph_module, fake_mode)
+    if options.attention == "decomposed":
+        DecomposeAttention().run(graph_module)
+        tidy(graph_module, fake_mode)
+    _check_dtypes(graph_module.graph)
+
+
+def define(trt: Any, parts: Cut) -> tuple[Any, Any, Any]:
+    """The network of a step, with the builder and the log that it belongs to."""
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    # Its own folder, and gone at once: the parser copies the weights.
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "step.onnx"
+        write_onnx(parts.graph_module, path)
+        parse(trt, log, network, path)
+    splice(trt, log, network, parts)
+    return network, builder, log
+
+
+def _check_dtypes(graph: fx.Graph) -> None:
+    """The builder would refuse it, too, but would not say what to do."""
+    for node in graph.find_nodes(op="call_function", target=tiled_attention):
+        dtype = node.meta["val"].dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise OptionError(
+                f"TensorRT's attention has no kernel for {dtype}: convert the model to float16 or bfloat16, or export "
+                "with attention='decomposed'"
+            )
+
+
+def _options(given: dict[str, Any]) -> BuildOptions:
+    unknown = sorted(set(given) - set(BuildOptions.__dataclass_fields__))
+    if unknown:
+        raise OptionError(f"unknown options {unknown}; TensorRT knows {sorted(BuildOptions.__dataclass_fields__)}")
+    return BuildOptions(**given)
+
+
+def _strongly_typed(trt: Any) -> int:
+    """Flags of a network that keeps the dtypes it is given; from version 11 on, each does."""
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _known_capabilities(trt: Any, runtime: str) -> dict[str, Any]:
+    """What a runtime can build for without a GPU: compute capabilities by name, as in `"8.0"`."""
+    if runtime == "tensorrt":
+        return {}
+    members = trt.ComputeCapability.__members__.items()
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in members if name.startswith("SM")}
+
+
+def _configure(
+    trt: Any,
+    builder: Any,
+    options: BuildOptions,
+    capabilities: Sequence[str],
+    known: Mapping[str, Any],
+    profiles: Sequence[Profile],
+) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if known:
+        config.num_compute_capabilities = len(capabilities)
+        for index, name in enumerate(capabilities):
+            config.set_compute_capability(known[name], index)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatibility != "none":
+        name = options.hardware_compatibility.replace("-", "_").upper()
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.__members__[name]
+    if options.weights == "streamed":
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options.timing_cache is not None:
+        file = Path(options.timing_cache)
+        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), False)
+    for ranges in profiles:
+        profile = builder.create_optimization_profile()
+        for name, shapes in ranges.items():
+            profile.set_shape(name, *shapes)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _bindings(network: Any) -> list[dict[str, Any]]:
+    """What has to be bound to the engine: name, direction, dtype and shape (-1 where it may differ)."""
+    ends = [("input", network.get_input(i)) for i in range(network.num_inputs)]
+    ends += [("output", network.get_output(i)) for i in range(network.num_outputs)]
+    return [
+        {"name": t.name, "direction": direction, "dtype": t.dtype.name.lower(), "shape": list(t.shape)}
+        for direction, t in ends
+    ]
+
+
+def _count_layers(network: Any) -> dict[str, int]:
+    """How many layers of each kind a network has."""
+    kinds = Counter(network.get_layer(index).type.name.lower() for index in range(network.num_layers))
+    return dict(sorted(kinds.items()))

@@ -1,0 +1,38 @@
+"""Attention as matrix products and a softmax, where TensorRT's own cannot be used."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import fx
+
+from emssd_compile.ops import tiled_attention
+from emssd_compile.ops._tiled_attention import reference
+from emssd_compile.passes.splice import Tensors, inline_function
+
+
+class DecomposeAttention:
+    """Put the definition of `tiled_attention` in its place: slower, but it caps scores and runs in float32.
+
+    before:  %o = emssd.tiled_attention(%q, %k_1, %v_1, %kv_lengths, None, scale=0.125, softcap=50.0, is_causal=True)
+    after:   %s = aten.matmul(%q, %k_1');  %w = aten._softmax(...);  %o = aten.matmul(%w, %v_1)
+    """
+
+    name = "decompose_attention"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """See the class."""
+        sites = [node for node in graph_module.graph.nodes if node.target == tiled_attention]
+        for node in sites:
+            given = {f"operand_{i}": a for i, a in enumerate(node.args) if isinstance(a, fx.Node)}
+            fake_mode = node.meta["val"].fake_mode
+            with graph_module.graph.inserting_before(node):
+                traced = inline_function(graph_module, partial(_attention, kwargs=node.kwargs), given, fake_mode)
+            node.replace_all_uses_with(traced["result"])
+            graph_module.graph.erase_node(node)
+        return len(sites)
+
+
+def _attention(given: Tensors, kwargs: dict[str, object]) -> Tensors:
+    operands = [*given.values(), *([None] * (5 - len(given)))]
+    return {"result": reference(*operands, **kwargs)}  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""Which TensorRT is here, and what it has to say."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from emssd_compile.errors import ArtifactError, OptionError
+
+RUNTIMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Module of each runtime by name: TensorRT for data centres, and TensorRT-RTX; their Python interface is the same."""
+
+
+def find_runtime(runtime: str = "auto") -> str:
+    """The name of a runtime that is installed: the one asked for, or with `"auto"` the first in `RUNTIMES`.
+
+    Raises:
+        OptionError: there is no runtime of that name.
+        ArtifactError: it is not installed; says how to install it.
+    """
+    if runtime != "auto" and runtime not in RUNTIMES:
+        raise OptionError(f"runtime={runtime!r} is unknown; choose 'auto' or one of {list(RUNTIMES)}")
+    wanted = list(RUNTIMES) if runtime == "auto" else [runtime]
+    failures = []
+    for name in wanted:
+        try:
+            importlib.import_module(RUNTIMES[name])
+        except ImportError as error:
+            failures.append(f"{RUNTIMES[name]}: {error}")
+        else:
+            return name
+    extras = " or ".join(f'pip install "emssd_compile[{name}]"' for name in wanted)
+    raise ArtifactError(f"no TensorRT can be imported ({'; '.join(failures)}); {extras}")
+
+
+def load_runtime(runtime: str) -> Any:
+    """The Python module of a runtime. Raises as `find_runtime`."""
+    return importlib.import_module(RUNTIMES[find_runtime(runtime)])
+
+
+def check_exporter(runtime: str) -> None:
+    """Raises ArtifactError if what writes ONNX is not installed; an engine needs that to be built, not to run."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ArtifactError(f'{" and ".join(missing)} cannot be imported; pip install "emssd_compile[{runtime}]"')
+
+
+def make_log(trt: Any) -> Any:
+    """A logger of the runtime that keeps its errors, oldest first, in `errors`, and shows nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # known when this runs
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            # Without a GPU each error is followed by another, that CUDA cannot be asked about it.
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and "catchCudaError" not in message:
+                self.errors.append(" ".join(message.split()))
+
+        def explain(self) -> str:
+            """What went wrong, the last errors in full."""
+            return "; ".join(self.errors[-3:]) or "it gave no reason"
+
+    return Log()

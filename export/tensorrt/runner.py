@@ -1,0 +1,142 @@
+"""Run an engine on torch's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emssd_compile.errors import ArtifactError, CapacityError
+from emssd_compile.export.tensorrt.build import ENGINE
+from emssd_compile.export.tensorrt.library import load_runtime, make_log
+from emssd_compile.export.tensorrt.profiles import choose
+
+_DTYPES = {
+    "bool": torch.bool,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "half": torch.float16,
+    "bf16": torch.bfloat16,
+    "float": torch.float32,
+}
+
+
+def open_step(folder: Path, details: dict[str, Any], input_names: Sequence[str], device: torch.device) -> EngineStep:
+    """Read the engine of an artifact onto a CUDA device.
+
+    Args:
+        folder: where `step.engine` lies.
+        details: what `write` returned.
+        input_names: inputs of the step, in the order in which they will be passed.
+        device: a CUDA device.
+
+    Raises:
+        ArtifactError: there is no such device, no TensorRT, or TensorRT cannot read the engine; says why.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ArtifactError(f"{folder} holds a TensorRT engine, which runs on a CUDA device; there is none here")
+    trt = load_runtime(details["runtime"])
+    log = make_log(trt)
+    with torch.cuda.device(device):
+        engine = trt.Runtime(log).deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        if engine is None:
+            raise ArtifactError(
+                f"{details['runtime']} {trt.__version__} cannot read {folder / ENGINE}: {log.explain()}"
+            )
+        if details["options"]["weights"] == "streamed":
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        return EngineStep(trt, engine, log, details, input_names, device)
+
+
+class EngineStep:
+    """A step that an engine runs, in place on the KV caches, on torch's current stream.
+
+    Each set of captured sizes has an execution context of its own, since a CUDA graph holds on to the context it was
+    captured from; all other sizes share one for each profile. All contexts share their scratch memory: steps run one
+    after the other.
+
+    Args:
+        trt: the Python module of the runtime.
+        engine: a deserialised engine.
+        log: where the engine reports.
+        details: what `write` returned.
+        input_names: inputs of the step, in order.
+        device: where the engine is.
+    """
+
+    def __init__(
+        self, trt: Any, engine: Any, log: Any, details: dict[str, Any], input_names: Sequence[str], device: torch.device
+    ) -> None:
+        self._trt, self._engine, self._log, self._device = trt, engine, log, device
+        self._names = tuple(input_names)
+        self._profiles = details["profiles"]
+        named = self._profiles[0].keys()
+        self._captured = {tuple(sorted((n, s) for n, s in b.items() if n in named)) for b in details["buckets"]}
+        self._caches: dict[str, str] = details["caches"]
+        self._results: dict[str, str] = {
+            name: tensor for name, tensor in details["results"].items() if tensor not in self._caches
+        }
+        outputs = [binding for binding in details["bindings"] if binding["direction"] == "output"]
+        self._outputs = {b["name"]: (b["shape"], _DTYPES[b["dtype"]]) for b in outputs if b["name"] not in self._caches}
+        self._contexts: dict[object, Any] = {}
+        self._scratch = torch.empty(max(1, engine.device_memory_size_v2), dtype=torch.uint8, device=device)
+        # An address has to be given for a tensor of no elements, too.
+        self._nothing = torch.empty(256, dtype=torch.uint8, device=device)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs in order; results by name, without the caches.
+
+        Raises:
+            CapacityError: the engine was not built for steps of such sizes.
+            ArtifactError: TensorRT refuses the call; says why.
+        """
+        given = dict(zip(self._names, inputs, strict=True))
+        context = self._context(given)
+        outputs = {
+            name: torch.empty(shape, dtype=dtype, device=self._device) for name, (shape, dtype) in self._outputs.items()
+        }
+        caches = {output: given[cache] for output, cache in self._caches.items()}
+        for name, tensor in {**given, **outputs, **caches}.items():
+            self._check(context.set_tensor_address(name, tensor.data_ptr() or self._nothing.data_ptr()), name)
+        for name in self._profiles[0]:
+            self._check(context.set_input_shape(name, tuple(given[name].shape)), name)
+        self._check(context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream), "the step")
+        held = {**given, **outputs}
+        return {name: held[tensor] for name, tensor in self._results.items()}
+
+    def _context(self, given: dict[str, Tensor]) -> Any:
+        """The execution context for the sizes of the inputs."""
+        shapes = {name: tuple(given[name].shape) for name in self._profiles[0]}
+        index = choose(self._profiles, shapes)
+        if index is None:
+            most = {name: most for name, (_, _, most) in self._profiles[-1].items()}
+            raise CapacityError(f"the engine was built for shapes up to {most}; this step has {shapes}")
+        sizes = tuple(sorted((name, shape[0]) for name, shape in shapes.items()))
+        is_captured = sizes in self._captured
+        key = sizes if is_captured else index
+        if key not in self._contexts:
+            self._contexts[key] = self._new_context(index, is_captured=is_captured)
+        return self._contexts[key]
+
+    def _new_context(self, index: int, *, is_captured: bool) -> Any:
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if is_captured and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):  # TensorRT-RTX
+            # A capture has to hold the kernels for its sizes, not those that stand in until they are compiled.
+            strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        context = self._engine.create_execution_context(config)
+        if context is None:
+            raise ArtifactError(f"TensorRT makes no execution context: {self._log.explain()}")
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        stream = torch.cuda.current_stream(self._device)
+        self._check(context.set_optimization_profile_async(index, stream.cuda_stream), f"profile {index}")
+        stream.synchronize()
+        return context
+
+    def _check(self, is_done: bool, what: str) -> None:
+        if not is_done:
+            raise ArtifactError(f"TensorRT refuses {what}: {self._log.explain()}")

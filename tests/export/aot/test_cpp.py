@@ -1,0 +1,39 @@
+"""The C++ example: a process without Python decodes the same tokens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.export.subjects import artifact, optimized, prompt
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "cpp"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    binary = tmp_path_factory.mktemp("cpp") / "decode"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([EXAMPLE / "build.sh", binary], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return binary
+
+
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_decodes_the_same_tokens(program, length):
+    ids, new_tokens = prompt(length), 30
+    command = [program, artifact("aot", "draft-model"), str(new_tokens), *map(str, ids)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [list(map(int, done.stdout.split()))] == optimized("draft-model").generate([ids], max_new_tokens=new_tokens)
+
+
+def test_the_example_is_short():
+    assert len((EXAMPLE / "decode.cpp").read_text().splitlines()) <= 60

@@ -1,0 +1,197 @@
+"""Packages of machine code: the model's own tokens for any sizes, in place, without the model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import emssd_compile
+from emssd_compile.errors import ArtifactError
+from emssd_compile.export import LoadedGraph, open_graph
+from emssd_compile.export.aot.package import environment, open_package
+from emssd_compile.ops import load_cpu_kernels
+from emssd_compile.step.signature import SIZE_NAMES
+from tests.export.subjects import CAPACITY, ROWS, VOCABULARY, artifact, optimized, prompt
+
+NEW = 24
+PROMPTS = [prompt(n) for n in (1, 2, 7, 30, 61)]  # more than there are rows, and longer than a chunk
+
+
+def _inputs(sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:
+    """Two rows that decode, with three drafts and none, and one that reads its prompt; the KV caches are empty."""
+    tensors = {name: value.clone() for name, value in optimized("lookup")._engine.tensors.items()}
+    return tensors | {
+        "history": torch.randint(VOCABULARY, (ROWS, CAPACITY), generator=torch.Generator().manual_seed(0)),
+        "known": torch.tensor([9, 20, 4]),
+        "lengths": torch.tensor([8, 0, 3]),
+        "draft_lengths": torch.tensor([3, 0, 0]),
+        "active": torch.ones(ROWS, dtype=torch.bool),
+        "limits": torch.full((ROWS,), 50),
+        **{name: torch.arange(size) for name, size in zip(SIZE_NAMES, sizes, strict=True)},
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "sizes", [(40, 6, 9, 20), (25, 25, 25, 25), (5, 4, 1, 5), (1, 1, 1, 1), (2, 1, 7, 1), (64, 63, 61, 62)]
+)
+def test_one_package_serves_sizes_that_differ_and_sizes_that_agree(sizes):
+    graph, step = open_graph(artifact("aot", "lookup")), optimized("lookup").graph_module
+    ours, theirs = _inputs(sizes), _inputs(sizes)
+    expected = step(*(ours[str(node.target)] for node in step.graph.find_nodes(op="placeholder")))
+    results = graph(**theirs)
+    assert results.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(results[name], value), name
+    for name, value in ours.items():  # the KV caches, above all
+        torch.testing.assert_close(theirs[name], value, msg=name)
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What an export did beside what it was asked for."""
+
+    artifact: Path
+    working_folder: Path
+    settings: tuple[object, object]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The model alone, exported from an empty working folder."""
+    folder, work = tmp_path_factory.mktemp("alone") / "artifact", tmp_path_factory.mktemp("work")
+    before = _settings()
+    with contextlib.chdir(work):
+        optimized("none").export_aot(folder, verify_only=True)
+    return _Export(folder, work, (before, _settings()))
+
+
+def _settings() -> object:
+    return torch._inductor.config.get_config_copy(), torch.compiler.config.cache_key_tag
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_model_alone_takes_any_number_of_tokens(alone, tokens):
+    graph = open_graph(alone.artifact)
+    ids = torch.arange(tokens) % VOCABULARY
+    results = graph(
+        input_ids=ids,
+        positions=torch.arange(tokens),
+        row_ids=torch.full((tokens,), 1),
+        offsets=torch.tensor([0, 0, tokens, tokens]),
+        lengths=torch.zeros(ROWS, dtype=torch.int64),
+        logit_index=torch.tensor([tokens - 1]),
+        **graph.empty("cache"),
+    )
+    torch.testing.assert_close(results["logits"], optimized("none").model(ids[None])[0, -1:])
+
+
+@torch.no_grad()
+def test_kv_is_not_copied_and_weights_are_packed_once():
+    assert load_cpu_kernels()
+    graph, inputs = open_graph(artifact("aot", "lookup")), _inputs((30, 8, 8, 24))
+    first, second = _profiled(graph, inputs), _profiled(graph, inputs)
+    assert (first.calls["mkldnn::_reorder_linear_weight"], first.calls["mkldnn::_linear_pointwise"]) == (3, 3)
+    assert (second.calls["mkldnn::_reorder_linear_weight"], second.calls["mkldnn::_linear_pointwise"]) == (0, 3)
+    caches = [value.nbytes for name, value in inputs.items() if "_cache_" in name]
+    assert 0 < second.largest_allocation < min(caches)
+
+
+@dataclass(frozen=True)
+class _Profile:
+    calls: Counter[str]
+    largest_allocation: int
+
+
+def _profiled(graph: LoadedGraph, inputs: dict[str, Tensor]) -> _Profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        graph(**inputs)
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    return _Profile(
+        Counter({event.key: event.count for event in profile.key_averages()}),
+        max(event.nbytes() for event in events if event.name() == "[memory]"),
+    )
+
+
+FRESH = """
+import json, sys
+import emssd_compile
+
+fast = emssd_compile.load(sys.argv[1])
+tokens = fast.generate(json.loads(sys.argv[2]), max_new_tokens=int(sys.argv[3]))
+print(json.dumps({"tokens": tokens, "modules": [name for name in sys.modules if "." not in name]}))
+"""
+
+
+def test_a_process_without_the_model_decodes(tmp_path):
+    command = [sys.executable, "-c", FRESH, str(artifact("aot", "lookup")), json.dumps(PROMPTS), str(NEW)]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["tokens"] == optimized("lookup").generate(PROMPTS, max_new_tokens=NEW)
+    assert not {"transformers", "tests"} & set(said["modules"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_over_many_steps():
+    loaded = emssd_compile.load(artifact("aot", "none"))
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    loaded.generate([prompt(3)], max_new_tokens=20)
+    before = resident()
+    loaded.generate([prompt(3)], max_new_tokens=200)
+    assert loaded.stats.num_steps >= 200
+    assert resident() - before < 2 << 20
+
+
+def test_an_export_leaves_nothing_behind(alone):
+    names = {path.name for path in alone.artifact.iterdir()}
+    assert names == {"step.pt2", "libemssd_ops.so", "bindings.txt", "manifest.json"}
+    assert [path.name for path in alone.artifact.parent.iterdir()] == ["artifact"]
+    assert not list(alone.working_folder.iterdir())
+    before, after = alone.settings
+    assert after == before
+
+
+def test_the_machine_that_it_was_made_for_is_recorded():
+    recorded = json.loads((artifact("aot", "lookup") / "manifest.json").read_text())["environment"]
+    assert recorded == environment({}, torch.device("cpu"))
+    assert recorded["torch"] == torch.__version__
+    assert recorded["instruction set"].split()[0] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_another_instruction_set_is_refused(monkeypatch):
+    folder = artifact("aot", "lookup")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "Z80")
+    with pytest.raises(ArtifactError, match=r"made for instruction set .*, here it is Z80"):
+        emssd_compile.load(folder)
+
+
+def test_a_machine_without_a_compiler_is_told_at_once(tmp_path, monkeypatch):
+    for name, value in {"PATH": "", "CXX": "", "EMSSD_CACHE_DIR": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArtifactError, match=r"no C\+\+ compiler found"):
+        optimized("none").export_aot(tmp_path / "artifact")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_package_is_refused(tmp_path):
+    (tmp_path / "step.pt2").write_bytes(b"not a package")
+    with pytest.raises(ArtifactError, match=r"step.pt2 cannot be loaded"):
+        open_package(tmp_path, {"results": []}, [], torch.device("cpu"))

@@ -1,0 +1,109 @@
+"""`build`: engines are really built here, for GPUs that are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from emssd_compile.errors import ArtifactError, OptionError
+from emssd_compile.export.tensorrt import build
+from emssd_compile.export.tensorrt.build import ENGINE, write
+from emssd_compile.export.tensorrt.library import load_runtime, make_log
+from emssd_compile.optimize import optimize
+from emssd_compile.passes.graph import inputs
+from emssd_compile.runtime.buckets import Sizes, decode_buckets
+from tests.export.tensorrt.steps import CHUNK
+from tests.passes.graphs import BATCH, Scripted, step_of
+from tests.zoo import toy_model
+
+ROWS, LENGTH = 3, 64
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"drafter": "prompt-lookup", "dtype": torch.float16, "compute_capabilities": ["8.0"]},
+    "opt": {"drafter": "none", "dtype": torch.bfloat16, "compute_capabilities": ["12.0"], "weights": "streamed"},
+    "gpt2": {"drafter": "none", "dtype": torch.float16, "compute_capabilities": ["8.6", "8.9"]},
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def built(request, tmp_path_factory):
+    """The folder of an engine, what `write` returned, and what it was asked for."""
+    options = dict(CASES[request.param])
+    drafter, dtype = options.pop("drafter"), options.pop("dtype")
+    model = toy_model(request.param).to(dtype)
+    fast = optimize(model, drafter, max_batch=ROWS, max_length=LENGTH, backend="eager", prefill_chunk=CHUNK)
+    drafts = fast.drafter.num_draft_tokens
+    sizes = (*decode_buckets(ROWS, drafts), Sizes(CHUNK, ROWS * (drafts + 1), CHUNK + ROWS, CHUNK))
+    folder = tmp_path_factory.mktemp(request.param)
+    step = fast._step.suited((), [])
+    return folder, write(step, folder, sizes, **options), step, dtype, options
+
+
+def test_one_file_is_written_and_json_can_keep_the_rest(built):
+    folder, details, _, _, options = built
+    assert [path.name for path in folder.iterdir()] == [ENGINE]
+    assert (folder / ENGINE).stat().st_size > 2**20
+    assert json.loads(json.dumps(details))["compute_capabilities"] == options["compute_capabilities"]
+    assert details["runtime"] == "tensorrt-rtx"
+    assert set(details["versions"]) == {"torch", "onnx", "onnxscript", "tensorrt-rtx"}
+
+
+def test_caches_and_attention_are_layers_of_tensorrt(built):
+    _, details, *_ = built
+    assert details["layers"]["kv_cache_update"] == 4
+    assert details["layers"]["attention_input"] == 2
+    assert details["caches"] == {f"new_{kind}_cache_{i}": f"{kind}_cache_{i}" for i in range(2) for kind in "kv"}
+
+
+def test_bindings_are_those_of_the_step(built):
+    _, details, step, dtype, _ = built
+    bound = {b["name"]: b for b in details["bindings"] if b["direction"] == "input"}
+    assert list(bound) == [node.target for node in inputs(step.graph)]
+    for node in inputs(step.graph):
+        expected = [-1 if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
+        assert bound[node.target]["shape"] == expected
+    assert bound["k_cache_0"]["dtype"] == {torch.float16: "half", torch.bfloat16: "bf16"}[dtype]
+    assert bound["k_cache_0"]["shape"][2] == LENGTH + CHUNK, "room for the inert tail of the largest step"
+    outputs = {b["name"] for b in details["bindings"] if b["direction"] == "output"}
+    assert outputs == set(details["results"].values())
+    assert {"report", "history", "lengths"} <= details["results"].keys()
+
+
+def _write(folder: Path, **options: Any) -> dict[str, Any]:
+    """Ask for an engine of the smallest step, in float32."""
+    sizes = (Sizes(CHUNK, BATCH.rows * 3, CHUNK + BATCH.rows, CHUNK),)
+    return write(step_of(Scripted([7, 8])), folder, sizes, **{"compute_capabilities": ["8.0"], **options})
+
+
+def test_float32_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(OptionError, match=r"no kernel for torch.float32: convert .* or .*attention='decomposed'"):
+        _write(tmp_path)
+
+
+def test_float32_can_be_decomposed(tmp_path):
+    details = _write(tmp_path, attention="decomposed")
+    assert details["layers"]["kv_cache_update"] == 2
+    assert "attention_input" not in details["layers"]
+    assert (tmp_path / ENGINE).exists()
+
+
+def test_unknown_options_are_refused(tmp_path):
+    with pytest.raises(OptionError, match=r"unknown options \['precision'\]; TensorRT knows \['attention', "):
+        _write(tmp_path, precision="fp8")
+    with pytest.raises(OptionError, match=r"for TensorRT-RTX, and not \['9.0'\]"):
+        _write(tmp_path, compute_capabilities=["9.0"])
+
+
+def test_what_the_builder_says_is_passed_on(tmp_path, monkeypatch):
+    log = make_log(load_runtime("tensorrt-rtx"))
+    log.errors.append("Attention operation was not supported by a dedicated kernel")
+    builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
+    monkeypatch.setattr(build, "define", lambda trt, parts: (None, builder, log))
+    monkeypatch.setattr(build, "_configure", lambda *given: None)
+    with pytest.raises(ArtifactError, match=r"tensorrt-rtx cannot build the engine: Attention operation was not"):
+        _write(tmp_path, attention="decomposed")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,88 @@
+"""`cut`: with layers in the gaps that do what TensorRT's are documented to do, the tokens are the model's own."""
+
+import pytest
+import torch
+from torch import fx
+
+from emssd_compile.compiler import suit
+from emssd_compile.drafters import NoDrafter
+from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.export.tensorrt.cut import cut
+from emssd_compile.ops import tiled_attention, update_kv
+from emssd_compile.optimize import OptimizedModel
+from emssd_compile.passes.tile_attention import TileAttention
+from tests.exactness.compiled import assert_exact, rechunked, target
+from tests.exactness.models import prompt
+from tests.export.tensorrt.layers import spliced
+from tests.export.tensorrt.steps import CHUNK, example, tiled_step
+from tests.passes.graphs import BATCH, LONGEST
+from tests.passes.tiled import EagerStep, run_with
+
+
+def tiled(fast: OptimizedModel) -> fx.GraphModule:
+    """The step in the form that `cut` takes, with caches that have room for a whole step's tail."""
+    return suit(fast._step.graph_module, fast._step.compiled, (TileAttention(CHUNK),), [])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])  # grouped heads; a mask, since it has ALiBi
+def test_the_tokens_are_the_models_own(architecture):
+    compiled = target(architecture, 3)
+    fast = rechunked(compiled.optimize(compiled.drafter("sometimes-wrong")), CHUNK)
+    graph_module = spliced(cut(tiled(fast)))
+    run_with(fast, graph_module, EagerStep(graph_module))
+    assert_exact(fast, compiled.reference, [prompt(n) for n in (61, 1, 17, 5)], 10)
+
+
+def test_a_long_tail_stays_inside_the_cache():
+    """No row is active, so all of the step is tail, and the last row is full."""
+    step = spliced(cut(tiled_step()))
+    full = torch.full((BATCH.rows,), LONGEST)
+    values = example(step, CHUNK) | {
+        "known": full,
+        "lengths": full,
+        "active": torch.zeros(BATCH.rows, dtype=torch.bool),
+    }
+    results = step(*values.values())
+    assert results["k_cache_0"][-1, :, LONGEST:].any()
+    assert not results["k_cache_0"][:, :, :LONGEST].any(), "nothing else is written"
+
+
+def test_what_layers_share_is_computed_once():
+    graph_module = tiled(target("llama", 3).optimize(NoDrafter()))
+    parts = cut(graph_module)
+    updates = [site.operands for site in parts.sites if site.op == str(update_kv)]
+    attentions = [site.operands for site in parts.sites if site.op == str(tiled_attention)]
+    assert [len(updates), len(attentions)] == [4, 2]
+    assert {operands["cache"] for operands in updates} == {"k_cache_0", "v_cache_0", "k_cache_1", "v_cache_1"}
+    assert len({operands["ends"] for operands in updates}) == len({operands["starts"] for operands in updates}) == 1
+    assert len({operands["kv_lengths"] for operands in attentions}) == 1
+    assert len({operands["q"] for operands in attentions}) == 2
+
+
+def test_the_graph_that_is_cut_is_not_changed():
+    graph_module = tiled_step()
+    before = str(graph_module.graph)
+    parts = cut(graph_module)
+    assert str(graph_module.graph) == before
+    assert parts.results["k_cache_0"] == "new_k_cache_0"
+    assert not any(node.target in (update_kv, tiled_attention) for node in parts.graph_module.graph.nodes)
+
+
+def test_capped_scores_are_refused():
+    graph_module = tiled_step()
+    (site,) = graph_module.graph.find_nodes(op="call_function", target=tiled_attention)
+    site.kwargs = {**site.kwargs, "softcap": 2.0}
+    with pytest.raises(UnsupportedModelError, match=r"scores are capped.*\n.*attention='decomposed'"):
+        cut(graph_module)
+
+
+def test_a_cache_that_is_written_twice_is_refused():
+    """As by a draft model, which reads what it drafts."""
+    graph_module = tiled_step()
+    update = next(node for node in graph_module.graph.nodes if node.target == update_kv)
+    with graph_module.graph.inserting_after(update):
+        again = graph_module.graph.call_function(update_kv, (update, *update.args[1:]))
+    again.meta = dict(update.meta)
+    update.replace_all_uses_with(again, lambda user: user is not again)
+    with pytest.raises(UnsupportedModelError, match=r"written more than once in a step.*\n.*prompt-lookup"):
+        cut(graph_module)

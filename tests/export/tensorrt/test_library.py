@@ -1,0 +1,54 @@
+"""`library`: a runtime that is missing is named, and what TensorRT says is kept."""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from emssd_compile.errors import ArtifactError, OptionError
+from emssd_compile.export.tensorrt.library import check_exporter, find_runtime, load_runtime, make_log
+
+
+def test_a_missing_runtime_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(ArtifactError, match=r'pip install "emssd_compile\[tensorrt-rtx\]"$'):
+        find_runtime("tensorrt-rtx")
+    with pytest.raises(ArtifactError, match=r"emssd_compile\[tensorrt\].* or .*emssd_compile\[tensorrt-rtx\]"):
+        find_runtime("auto")
+
+
+def test_a_missing_exporter_is_named_with_the_extra(monkeypatch):
+    check_exporter("tensorrt-rtx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ArtifactError, match=r'onnx and onnxscript cannot be imported; .*\[tensorrt-rtx\]"$'):
+        check_exporter("tensorrt-rtx")
+
+
+def test_auto_takes_what_is_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    rtx = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", rtx)
+    assert find_runtime("auto") == "tensorrt-rtx"
+    assert load_runtime("tensorrt-rtx") is rtx
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
+    assert find_runtime("auto") == "tensorrt"
+
+
+def test_an_unknown_runtime_is_refused():
+    with pytest.raises(OptionError, match=r"runtime='trt' is unknown; choose 'auto' or one of \['tensorrt', "):
+        find_runtime("trt")
+
+
+def test_the_log_keeps_errors_and_nothing_else():
+    trt = load_runtime("tensorrt-rtx")
+    log = make_log(trt)
+    assert log.explain() == "it gave no reason"
+    for severity, message in (
+        (trt.ILogger.WARNING, "slow"),
+        (trt.ILogger.ERROR, "node_3:\n no kernel"),
+        (trt.ILogger.ERROR, "[checkMacros.cpp::catchCudaError::250] no driver"),
+    ):
+        log.log(severity, message)
+    assert log.explain() == "node_3: no kernel"

@@ -1,0 +1,172 @@
+"""`runner`: what a machine without a GPU can say of it, on stand-ins for TensorRT and for CUDA's streams."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from emssd_compile.errors import ArtifactError, CapacityError
+from emssd_compile.export.tensorrt import environment
+from emssd_compile.export.tensorrt.build import ENGINE
+from emssd_compile.export.tensorrt.runner import EngineStep, open_step
+
+CPU = torch.device("cpu")
+
+
+def _binding(name: str, direction: str, dtype: str, *shape: int) -> dict[str, Any]:
+    return {"name": name, "direction": direction, "dtype": dtype, "shape": list(shape)}
+
+
+DETAILS: dict[str, Any] = {
+    "runtime": "tensorrt-rtx",
+    "compute_capabilities": ["8.0", "8.9"],
+    "options": {"weights": "in-engine", "version_compatible": False, "hardware_compatibility": "none"},
+    "profiles": [{"token_slots": [[1], [4], [4]]}, {"token_slots": [[1], [32], [32]]}],
+    "buckets": [{"token_slots": 2, "draft_slots": 5}, {"token_slots": 4, "draft_slots": 5}],
+    "results": {"known": "new_known", "none": "new_none", "same": "token_slots", "k_cache_0": "new_k_cache_0"},
+    "caches": {"new_k_cache_0": "k_cache_0"},
+    "bindings": [
+        _binding("token_slots", "input", "int64", -1),
+        _binding("k_cache_0", "input", "half", 2, 1, 8, 4),
+        _binding("new_known", "output", "int64", 2),
+        _binding("new_none", "output", "int64", 2, 0),
+        _binding("new_k_cache_0", "output", "half", 2, 1, 8, 4),
+    ],
+}
+
+
+class Context:
+    """Writes down what it is told, and what it held when it ran."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        self.config = config
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.runs: list[tuple[dict[str, int], dict[str, tuple[int, ...]], int]] = []
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.memory = (address, size)
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address
+        self.addresses[name] = address
+        return name in {binding["name"] for binding in DETAILS["bindings"]}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.runs.append((dict(self.addresses), dict(self.shapes), stream))
+        return True
+
+
+class Engine:
+    device_memory_size_v2 = 1024
+
+    def __init__(self) -> None:
+        self.contexts: list[Context] = []
+
+    def create_runtime_config(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            set_execution_context_allocation_strategy=lambda strategy: None,
+            dynamic_shapes_kernel_specialization_strategy="lazy",
+        )
+
+    def create_execution_context(self, config: SimpleNamespace) -> Context:
+        self.contexts.append(Context(config))
+        return self.contexts[-1]
+
+
+TRT = SimpleNamespace(
+    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+    DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+)
+LOG = SimpleNamespace(explain=lambda: "no reason")
+
+
+@pytest.fixture
+def step(monkeypatch):
+    stream = SimpleNamespace(cuda_stream=77, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    return EngineStep(TRT, Engine(), LOG, DETAILS, ["token_slots", "k_cache_0"], CPU)
+
+
+def _call(step: EngineStep, tokens: int):
+    slots, cache = torch.arange(tokens), torch.zeros(2, 1, 8, 4, dtype=torch.float16)
+    return step(slots, cache), slots, cache
+
+
+def test_tensors_are_bound_where_they_lie_and_caches_in_place(step):
+    results, slots, cache = _call(step, 2)
+    ((addresses, shapes, stream),) = step._engine.contexts[0].runs
+    assert addresses["token_slots"] == slots.data_ptr()
+    assert addresses["k_cache_0"] == addresses["new_k_cache_0"] == cache.data_ptr()
+    assert addresses["new_known"] == results["known"].data_ptr()
+    assert shapes == {"token_slots": (2,)}
+    assert stream == 77
+    assert set(results) == {"known", "none", "same"}
+    assert results["same"] is slots
+    assert (results["known"].dtype, tuple(results["known"].shape)) == (torch.int64, (2,))
+    assert tuple(results["none"].shape) == (2, 0)
+
+
+def test_captured_sizes_have_a_context_each_and_others_share_one_for_a_profile(step):
+    for tokens in (2, 4, 2, 3, 1, 9, 32):
+        _call(step, tokens)
+    contexts = step._engine.contexts
+    assert [[shapes["token_slots"][0] for _, shapes, _ in c.runs] for c in contexts] == [[2, 2], [4], [3, 1], [9, 32]]
+    assert [context.profile for context in contexts] == [0, 0, 0, 1]
+    assert [c.config.dynamic_shapes_kernel_specialization_strategy for c in contexts] == [
+        "eager",
+        "eager",
+        "lazy",
+        "lazy",
+    ]
+    assert len({context.memory for context in contexts}) == 1, "they share their scratch memory"
+
+
+def test_steps_that_are_too_large_are_refused(step):
+    with pytest.raises(CapacityError, match=r"shapes up to .*32.*; this step has .*33"):
+        _call(step, 33)
+
+
+def test_what_tensorrt_refuses_is_passed_on(step):
+    step._names = ("token_slots", "v_cache_9")
+    step._caches = {}
+    with pytest.raises(ArtifactError, match="TensorRT refuses v_cache_9: no reason"):
+        _call(step, 2)
+
+
+def test_without_a_gpu_nothing_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in (CPU, torch.device("cuda")):
+        with pytest.raises(ArtifactError, match="runs on a CUDA device; there is none here"):
+            open_step(tmp_path, DETAILS, ["token_slots"], device)
+
+
+def test_an_engine_that_cannot_be_read_is_refused_with_the_reason(tmp_path, monkeypatch):
+    """There is no driver here, so no engine can."""
+    (tmp_path / ENGINE).write_bytes(b"not an engine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(ArtifactError, match=r"tensorrt-rtx 1\.\S+ cannot read .*step.engine: .+"):
+        open_step(tmp_path, DETAILS, ["token_slots"], torch.device("cuda"))
+
+
+def test_the_environment_is_the_version_and_a_capability_that_was_built_for(monkeypatch):
+    here = environment(DETAILS, CPU)
+    assert here["compute capability"] == "8.0, 8.9"
+    assert here["tensorrt-rtx version"].startswith("1.")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((8, 9), "8.0, 8.9"), ((9, 0), "9.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert environment(DETAILS, torch.device("cuda"))["compute capability"] == expected
