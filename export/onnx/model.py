@@ -69,8 +69,9 @@ def write_model(
         )
     require("onnx", "onnxscript")
     details = _describe(graph_module)
-    program = _translate(graph_module, details)
-    _fuse(program)
+    with _quiet():
+        program = _translate(graph_module, details)
+        _fuse(program)
     program.save(folder / FILE, external_data=False)  # all the same outside the file if it is too large for one
     _check(folder / FILE)
     return details
@@ -120,7 +121,7 @@ def _translate(graph_module: fx.GraphModule, details: dict[str, Any]) -> ONNXPro
 
     program = exported_program(graph_module)
     try:
-        with _quiet(), torch.no_grad():
+        with torch.no_grad():
             translated = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -138,16 +139,18 @@ def _translate(graph_module: fx.GraphModule, details: dict[str, Any]) -> ONNXPro
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to oneself what the exporter says about its own workings."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")  # which says that torchvision is missing
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Keep to oneself what the exporter says about its own workings: that torchvision is missing, and the like."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnx_ir")]
+    levels = [log.level for log in logs]
     try:
+        for log in logs:
+            log.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _refusal(graph_module: fx.GraphModule, error: BaseException) -> UnsupportedModelError:

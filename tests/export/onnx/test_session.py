@@ -12,8 +12,6 @@ from torch import Tensor
 import emssd_compile
 from emssd_compile.errors import ArtifactError, InvalidInputError
 from emssd_compile.export.onnx.session import OnnxStep, open_session
-from tests.exactness.compiled import target
-from tests.exactness.models import prompt
 from tests.passes.graphs import model_with_attention
 
 
@@ -89,16 +87,18 @@ def test_a_tensor_that_is_not_contiguous_is_refused(large):
 
 
 def test_half_precision_gives_mostly_the_same_tokens(tmp_path):
-    compiled = target("llama", 2)
-    prompts = [prompt(n) for n in (17, 40)]
-    half = emssd_compile.optimize(compiled.model.half(), "prompt-lookup", max_batch=2, max_length=96, backend="eager")
-    half.export_onnx(tmp_path / "half")
-    target.cache_clear()  # the model is another now
+    fast = emssd_compile.optimize(model_with_attention().half(), "none", max_batch=2, max_length=64, backend="eager")
+    fast.export_onnx(tmp_path / "half")
+    prompts = [[7, 3, 9, 1], [4, 4], [30, 2, 8, 6, 11]]
     expected, found = (
-        fast.generate(prompts, max_new_tokens=12) for fast in (half, emssd_compile.load(tmp_path / "half"))
+        each.generate(prompts, max_new_tokens=8) for each in (fast, emssd_compile.load(tmp_path / "half"))
     )
-    same = [a == b for mine, theirs in zip(expected, found, strict=True) for a, b in zip(mine, theirs, strict=True)]
-    assert sum(same) > 0.8 * len(same)
+    same = [
+        a == b
+        for mine, theirs in zip(expected, found, strict=True)
+        for a, b in zip(mine[-8:], theirs[-8:], strict=True)
+    ]
+    assert sum(same) >= 20, "of 24: where two logits are equal to the last bits, either may come"
 
 
 def test_what_onnxruntime_cannot_run_is_said_so(tmp_path):
