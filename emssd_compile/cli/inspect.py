@@ -23,6 +23,8 @@ examples:
 Every file is compared with its hash; a damaged artifact is an error.
 """
 
+MOST_CHARACTERS = 240  # longer entries are for the target's own runner
+
 
 def add(commands: Any) -> None:
     """Add the command."""
@@ -42,22 +44,19 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
 
 def describe(manifest: Manifest) -> list[Table]:
     """Tables of all that a manifest says."""
-    return [
-        _facts(manifest),
-        _bindings("inputs", manifest),
-        _bindings("results", manifest),
-        *_sizes(manifest),
-        _files(manifest),
-    ]
+    bindings = [_bindings(which, manifest) for which in ("inputs", "results")]
+    return [_facts(manifest), *bindings, *_sizes(manifest), *_profiles(manifest), _files(manifest)]
 
 
 def _facts(manifest: Manifest) -> Table:
     table = Table(title=f"{manifest.target}: {manifest.kind}", show_header=False)
     names = ("emssd_compile", "format", "device", "dtype", "layout", "drafter", "acceptance", "chunk")
-    values = {name: getattr(manifest, name) for name in names} | manifest.environment | manifest.details
+    details = {name: value for name, value in manifest.details.items() if name != "profiles"}
+    values = {name: getattr(manifest, name) for name in names} | manifest.environment | details
     for name, value in values.items():
-        if value not in ("", {}, [], None):
-            table.add_row(name, _plain(value))
+        text = _plain(value)
+        if 0 < len(text) <= MOST_CHARACTERS:
+            table.add_row(name, text)
     return table
 
 
@@ -79,6 +78,17 @@ def _sizes(manifest: Manifest) -> list[Table]:
     return [table]
 
 
+def _profiles(manifest: Manifest) -> list[Table]:
+    """Of an engine: the shapes that each of its profiles is made for."""
+    tables = []
+    for index, profile in enumerate(manifest.details.get("profiles", [])):
+        table = Table("input", "least", "usual", "most", title=f"profile {index}")
+        for name, shapes in profile.items():
+            table.add_row(name, *(f"\\{shape}" for shape in shapes))
+        tables.append(table)
+    return tables
+
+
 def _files(manifest: Manifest) -> Table:
     table = Table("file", "bytes", "sha256", title="files, as they were written")
     for name, entry in manifest.files.items():
@@ -87,6 +97,10 @@ def _files(manifest: Manifest) -> Table:
 
 
 def _plain(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
     return str(value)

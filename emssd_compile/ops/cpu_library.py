@@ -4,7 +4,7 @@ The library is compiled by the machine's own C++ compiler into a cache folder: `
 ``$XDG_CACHE_HOME/emssd_compile``, else ``~/.cache/emssd_compile``. Where that is impossible, or ``EMSSD_CPU_KERNELS=0``
 is set, the ops keep their eager references and `cpu_kernel_status` says why.
 
-A process without Python has no definitions of the ops either: `standalone_library` has both.
+`standalone_library` is for artifacts: it serves machines without a compiler, and processes without Python.
 """
 
 import functools
@@ -29,33 +29,43 @@ _INSTRUCTION_SETS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
-
-
 _OPS = ("append_kv", "packed_linear", "ragged_attention")  # those that library.cpp implements
+_prebuilt: list[str] = []  # the library in use where none could be built
 
 
 class CannotBuildError(Exception):
     """Why there is no C++ form on this machine."""
 
 
-def load_cpu_kernels() -> bool:
+def load_cpu_kernels(prebuilt: Path | None = None) -> bool:
     """Makes the ops use their C++ forms on CPU tensors, building them if need be (about 15 seconds, once).
+
+    Args:
+        prebuilt: a `standalone_library` of a machine like this one, to use where none can be built.
 
     Returns:
         Whether they are in use. If not, the ops work all the same, slowly; `cpu_kernel_status` has the reason.
     """
-    return _load()[0]
+    loaded, status = _load()
+    if loaded or _prebuilt or _is_disabled():
+        return loaded or bool(_prebuilt)
+    if prebuilt is None:
+        _warn(status)
+        return False
+    torch.ops.load_library(prebuilt)
+    _prebuilt.append(f"C++ ({torch.backends.cpu.get_cpu_capability()}): {prebuilt}")
+    return True
 
 
 def cpu_kernel_status() -> str:
     """One line: the library in use, or why the references are used instead."""
     if _load.cache_info().currsize == 0:
         return "reference: load_cpu_kernels() has not been called"
-    return _load()[1]
+    return _prebuilt[0] if _prebuilt else _load()[1]
 
 
 def standalone_library() -> Path:
-    """A library with which a process without Python has the ops: it defines them, too. Not to be loaded here.
+    """A library that needs neither a compiler nor Python: it defines the ops, too, where nobody has.
 
     Raises:
         CannotBuildError: there is no C++ compiler, or it fails.
@@ -64,21 +74,31 @@ def standalone_library() -> Path:
 
 
 def _definitions() -> str:
-    """C++ that defines the ops as this process knows them."""
-    schemas = [str(getattr(torch.ops.emssd, name).default._schema).removeprefix("emssd::") for name in _OPS]
-    lines = [f'  m.def("{schema}");' for schema in schemas]
-    return "\n".join(["#include <torch/library.h>", "TORCH_LIBRARY(emssd, m) {", *lines, "}", ""])
+    """C++ that defines the ops as this process knows them, but for those that are defined."""
+    schemas = {name: str(getattr(torch.ops.emssd, name).default._schema).removeprefix("emssd::") for name in _OPS}
+    known = "c10::Dispatcher::singleton().findSchema"
+    lines = [f'  if (!{known}({{"emssd::{name}", ""}})) m.def("{schema}");' for name, schema in schemas.items()]
+    return "\n".join(["TORCH_LIBRARY_FRAGMENT(emssd, m) {", *lines, "}", ""])
+
+
+@functools.cache
+def _warn(status: str) -> None:
+    reason = status.removeprefix("reference: ")
+    _logger.warning("emssd CPU kernels are not available, the slow references are used: %s", reason)
+
+
+def _is_disabled() -> bool:
+    return os.environ.get("EMSSD_CPU_KERNELS") == "0"
 
 
 @functools.cache
 def _load() -> tuple[bool, str]:
-    if os.environ.get("EMSSD_CPU_KERNELS") == "0":
+    if _is_disabled():
         return False, "reference: EMSSD_CPU_KERNELS=0 is set"
     try:
         library = _build()
         torch.ops.load_library(library)
     except (CannotBuildError, OSError) as error:
-        _logger.warning("emssd CPU kernels are not available, the slow references are used: %s", error)
         return False, f"reference: {error}"
     return True, f"C++ ({torch.backends.cpu.get_cpu_capability()}): {library}"
 

@@ -12,12 +12,9 @@
 int main(int argc, char** argv) {
   if (argc < 4) return std::cerr << "usage: decode ARTIFACT NEW_TOKENS TOKEN_ID...\n", 2;
   const std::string folder = argv[1];
-  const std::vector<int64_t> prompt = [&] {
-    std::vector<int64_t> ids;
-    for (int i = 3; i < argc; ++i) ids.push_back(std::stoll(argv[i]));
-    return ids;
-  }();
-  // The ops of emssd_compile, which Python registers elsewhere.
+  std::vector<int64_t> prompt;
+  for (int i = 3; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
+  // The ops of emssd_compile; the package calls them.
   if (!dlopen((folder + "/libemssd_ops.so").c_str(), RTLD_NOW)) return std::cerr << dlerror() << "\n", 1;
   torch::inductor::AOTIModelPackageLoader step(folder + "/step.pt2");
 

@@ -1,4 +1,8 @@
-"""AOTInductor: the step as machine code in a `.pt2` package, for torch without Python's help, or C++ without Python."""
+"""AOTInductor: the step as machine code in a `.pt2` package, which needs neither the model nor a compiler.
+
+On a CPU it needs no Python either (`examples/cpp`). On a GPU the ops of this project are Triton kernels that Python
+launches, so there it does; and no GPU has run a package yet.
+"""
 
 from __future__ import annotations
 

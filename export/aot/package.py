@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from emssd_compile.errors import ArtifactError
 from emssd_compile.lowering.unbacked import OPTIONS, unbacked
-from emssd_compile.ops import load_kernels
+from emssd_compile.ops import load_cpu_kernels, load_kernels
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
 from emssd_compile.passes.graph import inputs, output
 from emssd_compile.passes.manager import Pass
@@ -116,10 +116,13 @@ def open_package(
     folder: Path, details: dict[str, Any], input_names: Sequence[str], device: torch.device
 ) -> PackageStep:
     """Open what `write_package` wrote. Raises ArtifactError if torch cannot load it."""
-    load_kernels(device.type)
     try:
+        if device.type == "cpu":
+            load_cpu_kernels(folder / OPS_LIBRARY)
+        else:
+            load_kernels(device.type)
         return PackageStep(folder / PACKAGE, details["results"], device)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise ArtifactError(
             f"{folder / PACKAGE} cannot be loaded: {str(error).splitlines()[0]}; export again"
         ) from error

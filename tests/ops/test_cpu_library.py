@@ -73,6 +73,39 @@ def test_there_is_one_openmp_runtime(cpu_kernels: None) -> None:
     assert len(eval(done.stdout)) == 1, done.stdout
 
 
+STANDALONE_PROGRAM = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+schemas = [str(getattr(torch.ops.emssd, name).default._schema) for name in ("append_kv", "ragged_attention")]
+print(schemas, torch.ops.emssd.packed_linear(torch.ones(2, 3), torch.ones(4, 3)).sum().item())
+"""
+
+PREBUILT_PROGRAM = """
+import sys, torch
+from pathlib import Path
+from emssd_compile import ops
+print(ops.load_cpu_kernels(), ops.load_cpu_kernels(Path(sys.argv[1])), ops.load_cpu_kernels())
+print(ops.cpu_kernel_status(), ops.packed_linear(torch.ones(2, 3), torch.ones(4, 3)).sum().item())
+"""
+
+
+def test_the_standalone_library_defines_the_ops_where_python_does_not(cpu_kernels: None) -> None:
+    command = [sys.executable, "-c", STANDALONE_PROGRAM, str(cpu_library.standalone_library())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    schemas = [str(op._schema) for op in (ops.append_kv, ops.ragged_attention)]
+    assert done.stdout == f"{schemas} 24.0\n"
+
+
+def test_the_standalone_library_serves_where_none_can_be_built(cpu_kernels: None, tmp_path: Path) -> None:
+    library = str(cpu_library.standalone_library())
+    environment = {**os.environ, "PATH": "", "CXX": "", "EMSSD_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", PREBUILT_PROGRAM, library]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == "False True True"
+    assert second.endswith(f"{library} 24.0")
+
+
 def test_source_hash_is_stable() -> None:
     assert ops.source_hash() == ops.source_hash()
     assert len(bytes.fromhex(ops.source_hash())) == 32

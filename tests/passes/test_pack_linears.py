@@ -45,3 +45,11 @@ def test_leaves_all_alone_if_the_copies_would_not_fit(monkeypatch):
     _, (record,) = capture_and_apply(TinyModel(), PackLinears())
     assert record.changed == 0
     assert "more than half of what is available" in record.refusals[0].reason
+
+
+def test_leaves_weights_on_other_devices_alone():
+    graph_module, _ = capture_and_apply(TinyModel())
+    graph_module.to("meta")
+    packing = PackLinears()
+    assert packing.run(graph_module) == 0
+    assert [refusal.reason for refusal in packing.refusals] == ["its weight is on meta"]

@@ -41,7 +41,7 @@ CASES = {
 def test_the_tokens_are_the_models_own(architecture, drafter):
     compiled = target(architecture, 3)
     fast = compiled.optimize(compiled.drafter(drafter))
-    tiled = tile_step(fast.graph_module)
+    tiled = tile_step(fast)
     run_with(fast, tiled, EagerStep(tiled))
     assert_exact(fast, compiled.reference, [prompt(n) for n in (61, 1, 17, 5)], 10)
 
@@ -49,7 +49,7 @@ def test_the_tokens_are_the_models_own(architecture, drafter):
 def test_a_long_prompt_beside_short_ones_may_be_read_in_one_step():
     compiled = target("llama", 3)
     fast = rechunked(compiled.optimize(compiled.drafter("prompt-lookup")), 512)
-    tiled = tile_step(fast.graph_module)
+    tiled = tile_step(fast)
     run_with(fast, tiled, EagerStep(tiled))
     assert_exact(fast, compiled.reference, [prompt(n) for n in (70, 1, 33)], 10)
 
@@ -58,7 +58,7 @@ def test_where_the_tokens_lie_is_computed_once_and_masks_are_made_where_needed()
     """Two layers of bloom have the same slopes: one mask. Llama needs none."""
     for architecture, masks in (("bloom", 1), ("llama", 0)):
         compiled = target(architecture, 3)
-        tiled = tile_step(compiled.optimize(compiled.drafter("none")).graph_module)
+        tiled = tile_step(compiled.optimize(compiled.drafter("none")))
         sites = [node for node in tiled.graph.nodes if node.target == tiled_attention]
         assert len(sites) == 2
         assert len({node.args[3] for node in sites}) == 1, "kv_lengths"

@@ -129,20 +129,23 @@ def _profiled(graph: LoadedGraph, inputs: dict[str, Tensor]) -> _Profile:
 FRESH = """
 import json, sys
 import emssd_compile
+from emssd_compile.ops import cpu_kernel_status
 
 fast = emssd_compile.load(sys.argv[1])
 tokens = fast.generate(json.loads(sys.argv[2]), max_new_tokens=int(sys.argv[3]))
-print(json.dumps({"tokens": tokens, "modules": [name for name in sys.modules if "." not in name]}))
+print(json.dumps({"tokens": tokens, "kernels": cpu_kernel_status(), "modules": [*sys.modules]}))
 """
 
 
-def test_a_process_without_the_model_decodes(tmp_path):
+def test_a_process_without_the_model_and_without_a_compiler_decodes(tmp_path):
     command = [sys.executable, "-c", FRESH, str(artifact("aot", "lookup")), json.dumps(PROMPTS), str(NEW)]
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    without_compiler = {"PATH": "", "CXX": "", "EMSSD_CACHE_DIR": str(tmp_path)}
+    environ = {**os.environ, **without_compiler, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["tokens"] == optimized("lookup").generate(PROMPTS, max_new_tokens=NEW)
+    assert said["kernels"].endswith("libemssd_ops.so")
     assert not {"transformers", "tests"} & set(said["modules"])
 
 

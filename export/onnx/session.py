@@ -1,0 +1,118 @@
+"""Run an exported model with ONNX Runtime, in the memory of torch's tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from emssd_compile.errors import ArtifactError, InvalidInputError
+from emssd_compile.export.onnx.installed import require
+
+if TYPE_CHECKING:
+    import onnxruntime  # type: ignore[import-untyped]
+
+_ELEMENT_TYPES = {  # `TensorProto.DataType` of ONNX
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int8: 3,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxStep:
+    """A step that ONNX Runtime runs. Nothing is copied: it reads and writes the tensors where they lie.
+
+    A KV cache and its result are bound to the same memory. The scatter that updates it finds its input where its output
+    is to be, and leaves what it does not write alone.
+
+    Args:
+        session: holds the model.
+        input_names: the model's inputs in the order of the call.
+        details: what `write_model` returned.
+        device: where the tensors are.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        input_names: list[str],
+        details: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.session = session
+        self._binding = session.io_binding()
+        self._names = tuple(input_names)
+        self._outputs: dict[str, str] = details["outputs"]
+        self._in_place = frozenset(details["in_place"])
+        self._results = {
+            name: (result["shape"], getattr(torch, result["dtype"])) for name, result in details["results"].items()
+        }
+        self._device = device
+        self._used = {value.name for value in session.get_inputs()}
+        self._bound: dict[str, tuple[int, torch.Size]] = {}
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs in the order of `input_names`; results by name. Raises InvalidInputError if one is not contiguous."""
+        given = dict(zip(self._names, inputs, strict=True))
+        for name, value in given.items():
+            if not value.is_contiguous():
+                raise InvalidInputError(f"{name} is not contiguous")
+            if name in self._used:
+                self._bind(self._binding.bind_input, name, value)
+        for name in self._in_place:
+            self._bind(self._binding.bind_output, self._outputs[name], given[name])
+        results = {}
+        for name, (shape, dtype) in self._results.items():
+            sizes = [size if isinstance(size, int) else given[size[0]].shape[size[1]] for size in shape]
+            results[name] = torch.empty(sizes, dtype=dtype, device=self._device)
+            self._bind(self._binding.bind_output, self._outputs[name], results[name])
+        if self._device.type == "cuda":  # the session has a stream of its own, and ends by waiting for it
+            torch.cuda.current_stream(self._device).synchronize()
+        self.session.run_with_iobinding(self._binding)
+        return results
+
+    def _bind(self, bind: Any, name: str, value: Tensor) -> None:
+        """Give the session the memory of `value`, unless that is what it has."""
+        where = (value.data_ptr(), value.shape)
+        if self._bound.get(name) != where:
+            kind, index = self._device.type, self._device.index or 0
+            bind(name, kind, index, _ELEMENT_TYPES[value.dtype], list(value.shape), value.data_ptr())
+            self._bound[name] = where
+
+
+def open_session(folder: Path, details: dict[str, Any], input_names: list[str], device: torch.device) -> OnnxStep:
+    """Load a model that `write_model` wrote; see there for `details`.
+
+    Raises:
+        ArtifactError: onnxruntime is not installed, has no support for the device, or cannot run the model.
+    """
+    require("onnxruntime")
+    import onnxruntime
+
+    provider = _PROVIDERS[device.type]
+    if provider not in onnxruntime.get_available_providers():
+        raise ArtifactError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu in place of onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait by spinning would take the cores from torch and the host's loop between two steps.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(
+            folder / details["file"], options, providers=list(dict.fromkeys((provider, _PROVIDERS["cpu"])))
+        )
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        raise ArtifactError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {folder / details['file']}: {error}"
+        ) from error
+    return OnnxStep(session, input_names, details, device)

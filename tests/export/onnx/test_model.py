@@ -1,0 +1,146 @@
+"""`write_model`: a valid model of standard operators that decodes what was exported, or a refusal that says where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import emssd_compile
+from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftModel, TensorSpec
+from emssd_compile.errors import ArtifactError, OptionError, UnsupportedModelError
+from emssd_compile.export import open_graph
+from emssd_compile.export.onnx import model as onnx_model
+from tests.exactness.compiled import assert_exact, target
+from tests.exactness.models import prompt
+from tests.passes.graphs import BATCH, COMMITTED, LONGEST, ROWS, TinyModel, alone, causal, model_with_attention
+
+ROWS_OF_STEP, NEW = 3, 8
+PROMPTS = [prompt(n) for n in (61, 1, 17, 5)]
+
+
+class Alternating(Drafter):
+    """Repeats the newest token every second time; its state goes in and comes out, one tensor of it as it came."""
+
+    num_draft_tokens = 2
+
+    def state_spec(self) -> dict[str, TensorSpec]:
+        """See the base class."""
+        return {"turn": TensorSpec((ROWS_OF_STEP,), torch.int64), "kept": TensorSpec((ROWS_OF_STEP,), torch.float32)}
+
+    def forward(self, context: DraftContext) -> Draft:
+        """See the base class."""
+        newest = context.history.gather(1, (context.known - 1).clamp(min=0)[:, None])
+        turn = context.state["turn"] + 1
+        return Draft(newest.expand(-1, 2), turn % 2 * 2, {"turn": turn, "kept": context.state["kept"]})
+
+
+# Grouped heads, learned positions, a window, ALiBi.
+CASES = {
+    "llama": "draft-model",
+    "gpt2": "prompt-lookup",
+    "mistral": "sometimes-wrong",
+    "bloom": "alternating",
+    "opt": "none",
+}
+
+
+@pytest.mark.parametrize(("architecture", "drafter"), CASES.items())
+def test_the_tokens_are_the_models_own(architecture, drafter, tmp_path):
+    compiled = target(architecture, ROWS_OF_STEP)
+    own = {"alternating": Alternating(), "draft-model": DraftModel(compiled.model, 2)}
+    fast = compiled.optimize(own.get(drafter) or compiled.drafter(drafter))
+    fast.export_onnx(tmp_path / "artifact")
+    loaded = emssd_compile.load(tmp_path / "artifact")
+    assert_exact(loaded, compiled.reference, PROMPTS, NEW)  # type: ignore[arg-type]
+    assert (loaded.stats.num_draft_tokens > 0) == (drafter != "none")
+    copies = 2 if drafter == "draft-model" else 1  # the draft model of the tests is a disturbed copy of its target
+    _check_form(tmp_path / "artifact" / "model.onnx", compiled.model, copies)
+
+
+def _check_form(path: Path, model: nn.Module, copies: int) -> None:
+    """Standard operators, each weight once (gpt2's and bloom's are tied), nothing about the machine it was made on."""
+    loaded = onnx.load(path)
+    onnx.checker.check_model(loaded, full_check=True)
+    assert [(imported.domain, imported.version) for imported in loaded.opset_import] == [("", 24)]
+    assert not loaded.functions
+    assert {node.domain for node in loaded.graph.node} == {""}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    initialisers = sum(len(tensor.raw_data) for tensor in loaded.graph.initializer)
+    assert initialisers < 1.1 * copies * weights
+    assert b"site-packages" not in path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The tiny model and its exported form, alone."""
+    model = model_with_attention()
+    fast = emssd_compile.optimize(model, "none", max_batch=BATCH.rows, max_length=LONGEST, backend="eager")
+    folder = tmp_path_factory.mktemp("onnx") / "artifact"
+    fast.export_onnx(folder, verify_only=True)
+    return model, folder
+
+
+@pytest.mark.parametrize("tail", [0, 3])
+def test_the_model_without_the_step_around_it(tiny, tail):
+    """Rows without a token, inert tail tokens, sizes that are equal and sizes that are not."""
+    model, folder = tiny
+    graph = open_graph(folder)
+    tensors = graph.empty("cache")
+    lengths = torch.zeros(BATCH.rows, dtype=torch.int64)
+    for fed in (COMMITTED, ROWS):
+        found = graph(**tensors, **_packed(fed, lengths, tail))
+        lengths = lengths + torch.tensor([len(row) for row in fed])
+    torch.testing.assert_close(found["logits"], alone(model), rtol=1e-5, atol=1e-5)
+
+
+def _packed(fed: list[Tensor], lengths: Tensor, tail: int) -> dict[str, Tensor]:
+    counts = torch.tensor([len(row) for row in fed])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    live = torch.arange(BATCH.rows).repeat_interleave(counts)
+    nothing = torch.zeros(tail, dtype=torch.int64)
+    return {
+        "input_ids": torch.cat([*fed, nothing]),
+        "positions": torch.cat([torch.arange(len(live)) - offsets[live] + lengths[live], nothing]),
+        "row_ids": torch.cat([live, nothing + BATCH.rows]),
+        "offsets": offsets,
+        "lengths": lengths,
+        "logit_index": torch.arange(len(live)),
+        "row_slots": torch.arange(int(counts.max())),
+    }
+
+
+def _igamma(model: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
+    return torch.igamma(x.abs() + 1, x.abs())
+
+
+def _bessel(model: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
+    return torch.special.i0e(x)
+
+
+@pytest.mark.parametrize(("local", "op"), [(_igamma, "aten.igamma.default"), (_bessel, "aten.special_i0e.default")])
+def test_an_op_that_onnx_does_not_have_is_named(local, op, tmp_path):
+    """Also one that the exporter takes apart first, and fails at a part of."""
+    model = TinyModel(local, causal)
+    fast = emssd_compile.optimize(model, "none", max_batch=2, max_length=LONGEST, backend="eager")
+    with pytest.raises(UnsupportedModelError, match="ONNX's operators do not express it") as raised:
+        fast.export_onnx(tmp_path / "artifact", verify_only=True)
+    assert (raised.value.op, raised.value.module) == (op, "model (TinyModel)")
+    assert raised.value.node in {node.name for node in fast.graph_module.graph.nodes}
+    assert not (tmp_path / "artifact").exists()
+
+
+@pytest.mark.parametrize("opset", [18, 23, 99])
+def test_another_opset_is_refused(opset, tmp_path):
+    fast = emssd_compile.optimize(model_with_attention(), "none", max_batch=2, max_length=8, backend="eager")
+    with pytest.raises(OptionError, match=f"opset_version={opset}.*pass 24"):
+        fast.export_onnx(tmp_path / "artifact", opset_version=opset)
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("emssd_compile.export.onnx.installed.find_spec", lambda name: None)
+    with pytest.raises(ArtifactError, match=r'onnx and onnxscript not installed: pip install "emssd_compile\[onnx\]"'):
+        onnx_model.write_model(torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tmp_path, ())

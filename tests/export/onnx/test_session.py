@@ -1,0 +1,117 @@
+"""`OnnxStep`: ONNX Runtime works in the memory of the tensors that it is given."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import emssd_compile
+from emssd_compile.errors import ArtifactError, InvalidInputError
+from emssd_compile.export.onnx.session import OnnxStep, open_session
+from tests.exactness.compiled import target
+from tests.exactness.models import prompt
+from tests.passes.graphs import model_with_attention
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> tuple[OnnxStep, dict[str, Tensor]]:
+    """A model whose cache dwarfs it, and the inputs of a step of one token a row."""
+    rows, capacity = 64, 8192
+    model = model_with_attention()
+    model.table = torch.randn(capacity, model.table.shape[1])
+    fast = emssd_compile.optimize(model, "none", max_batch=rows, max_length=capacity, backend="eager")
+    folder = tmp_path_factory.mktemp("large") / "artifact"
+    fast.export_onnx(folder, verify_only=True)
+    graph = emssd_compile.export.open_graph(folder)
+    row = torch.arange(rows)
+    inputs = {
+        "input_ids": row % 7,
+        "positions": torch.zeros_like(row),
+        "row_ids": row,
+        "offsets": torch.arange(rows + 1),
+        "lengths": torch.zeros_like(row),
+        "logit_index": row.clone(),
+        **{name: torch.full_like(cache, 7.0) for name, cache in graph.empty("cache").items()},
+        "row_slots": torch.arange(1),
+    }
+    assert isinstance(graph._step, OnnxStep)
+    return graph._step, inputs
+
+
+def test_what_a_step_does_not_write_in_a_cache_stays_as_it_is(large):
+    step, inputs = large
+    results = step(*inputs.values())
+    assert set(results) == {"hidden", "logits"}
+    for name in ("k_cache_0", "v_cache_0"):
+        assert (inputs[name][:, :, 0] != 7).all()
+        assert (inputs[name][:, :, 1:] == 7).all()
+
+
+def test_caches_are_not_copied(large):
+    """64 MB of them: a step that copies them takes many times as long as one that does not."""
+    step, inputs = large
+    elsewhere = {name: torch.empty_like(inputs[name]) for name in ("k_cache_0", "v_cache_0")}
+
+    def seconds(caches: dict[str, Tensor]) -> float:
+        for name, cache in caches.items():
+            step._bind(step._binding.bind_output, f"new_{name}", cache)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            step.session.run_with_iobinding(step._binding)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    results = step(*inputs.values())  # held until the last run: it is these that are written
+    in_place = seconds({name: inputs[name] for name in elsewhere})
+    copied = seconds(elsewhere)
+    del results
+    assert (elsewhere["k_cache_0"][:, :, 1:] == 7).all(), "bound elsewhere, all of it is copied"
+    assert in_place < copied / 3
+
+
+def test_results_of_one_step_are_left_alone_by_the_next(large):
+    step, inputs = large
+    first = step(*inputs.values())["logits"]
+    kept = first.clone()
+    step(*{**inputs, "input_ids": inputs["input_ids"] + 1}.values())
+    assert torch.equal(first, kept)
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused(large):
+    step, inputs = large
+    with pytest.raises(InvalidInputError, match="k_cache_0 is not contiguous"):
+        step(*{**inputs, "k_cache_0": inputs["k_cache_0"].transpose(2, 3)}.values())
+
+
+def test_half_precision_gives_mostly_the_same_tokens(tmp_path):
+    compiled = target("llama", 2)
+    prompts = [prompt(n) for n in (17, 40)]
+    half = emssd_compile.optimize(compiled.model.half(), "prompt-lookup", max_batch=2, max_length=96, backend="eager")
+    half.export_onnx(tmp_path / "half")
+    target.cache_clear()  # the model is another now
+    expected, found = (
+        fast.generate(prompts, max_new_tokens=12) for fast in (half, emssd_compile.load(tmp_path / "half"))
+    )
+    same = [a == b for mine, theirs in zip(expected, found, strict=True) for a, b in zip(mine, theirs, strict=True)]
+    assert sum(same) > 0.8 * len(same)
+
+
+def test_what_onnxruntime_cannot_run_is_said_so(tmp_path):
+    """It multiplies no bfloat16 on a CPU; and a file may be no model at all."""
+    model = model_with_attention().bfloat16()
+    emssd_compile.optimize(model, "none", max_batch=2, max_length=16, backend="eager").export_onnx(tmp_path / "bf16")
+    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*model.onnx"):
+        emssd_compile.load(tmp_path / "bf16")
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*model.onnx"):
+        open_session(tmp_path, {"file": "model.onnx"}, [], torch.device("cpu"))
+
+
+def test_a_device_without_a_provider_is_named():
+    with pytest.raises(ArtifactError, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
+        open_session(Path(), {"file": "model.onnx"}, [], torch.device("cuda"))

@@ -1,0 +1,96 @@
+"""Each op that is written in ONNX operators here computes the same as in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from emssd_compile import ops
+from emssd_compile.export.onnx.model import write_model
+from emssd_compile.export.onnx.session import open_session
+from emssd_compile.passes.graph import output
+from emssd_compile.passes.splice import Tensors, trace
+
+ROWS, HEADS, KV_HEADS, QUERIES, CAPACITY, SIZE = 3, 4, 2, 3, 9, 8
+
+
+def check(function: Callable[[Tensors], Tensor], inputs: Tensors, folder: Path) -> None:
+    """Compare what ONNX Runtime computes with what the function does."""
+    expected = function(inputs)
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes: Tensors = {name: fake_mode.from_tensor(value, static_shapes=True) for name, value in inputs.items()}
+    graph_module = trace(lambda given: {"result": function(given)}, fakes, fake_mode)
+    (results,) = output(graph_module.graph).args
+    output(graph_module.graph).args = (dict(zip(("result",), results, strict=True)),)  # type: ignore[arg-type]
+    graph_module.recompile()
+    step = open_session(folder, write_model(graph_module, folder, ()), list(inputs), torch.device("cpu"))
+    torch.testing.assert_close(step(*inputs.values())["result"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"is_causal": True, "softcap": 1.5},
+        {"is_causal": False},
+        {"is_causal": False, "mask": "bool", "softcap": 1.5},
+        {"is_causal": False, "mask": "additive", "softcap": 1.5},
+    ],
+    ids=str,
+)
+def test_tiled_attention(options: dict[str, Any], tmp_path):
+    """Rows of all lengths: one is full, one has fewer slots than there are queries."""
+    given = {
+        "q": torch.randn(ROWS, HEADS, QUERIES, SIZE),
+        "k": torch.randn(ROWS, KV_HEADS, CAPACITY, SIZE),
+        "v": torch.randn(ROWS, KV_HEADS, CAPACITY, SIZE + 1),
+        "lengths": torch.tensor([7, 2, 5]),
+    }
+    kind = options.pop("mask", None)
+    if kind:
+        visible = torch.rand(ROWS, 1 if kind == "bool" else HEADS, QUERIES, CAPACITY) < 0.6
+        given["mask"] = visible if kind == "bool" else torch.where(visible, torch.randn(visible.shape), -1e30)
+
+    def attend(given: Tensors) -> Tensor:
+        q, k, v, lengths, *mask = given.values()
+        result: Tensor = ops.tiled_attention(q, k, v, lengths, mask[0] if mask else None, scale=0.3, **options)
+        return result
+
+    check(attend, given, tmp_path)
+
+
+def test_update_kv(tmp_path):
+    """Two tail tokens, which write to scratch alone."""
+    given = {
+        "cache": torch.randn(ROWS, KV_HEADS, CAPACITY, SIZE),
+        "new": torch.randn(5, KV_HEADS, SIZE),
+        "row_ids": torch.tensor([0, 0, 2, ROWS, ROWS]),
+        "slots": torch.tensor([3, 4, 7, 0, 0]),
+        "offsets": torch.tensor([0, 2, 2, 3]),
+        "lengths": torch.tensor([3, 1, 7]),
+    }
+    check(lambda given: ops.update_kv(*given.values())[:, :, :-1] + 0, given, tmp_path)
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_searchsorted(right, tmp_path):
+    given = {"ends": torch.tensor([2, 2, 5, 9]), "slots": torch.arange(12).reshape(3, 4)}
+    check(lambda given: torch.searchsorted(given["ends"], given["slots"], right=right), given, tmp_path)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_cumprod(dim, dtype, tmp_path):
+    check(lambda given: given["x"].cumprod(dim), {"x": torch.randint(-2, 3, (2, 3, 4)).to(dtype)}, tmp_path)
+
+
+def test_cumprod_of_nothing(tmp_path):
+    """A step without drafts has none to multiply."""
+    check(lambda given: given["x"].cumprod(1).sum(1), {"x": torch.ones(2, 0)}, tmp_path)

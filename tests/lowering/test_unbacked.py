@@ -1,0 +1,57 @@
+"""The form that is compiled for all sizes: nothing is known of a size but that it is one."""
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+
+from emssd_compile.drafters import PromptLookup
+from emssd_compile.lowering.unbacked import unbacked
+from emssd_compile.passes.graph import inputs, results
+from emssd_compile.step.signature import SIZE_NAMES
+from tests.passes.graphs import model_with_attention, returned, step_of, unpadded
+
+
+def test_sizes_of_a_step_become_unknowns_that_have_nothing_to_do_with_one_another():
+    step = step_of(PromptLookup(3))
+    graph = unbacked(step)
+    shapes = {str(node.target): node.meta["val"].shape for node in inputs(graph.graph_module.graph)}
+    sizes = [shapes[name][0] for name in SIZE_NAMES]
+    for size in sizes:
+        assert free_unbacked_symbols(size)
+        assert statically_known_true(size >= 0)
+        assert not statically_known_true(size > 0)
+    assert len({size.node.expr for size in sizes}) == len(sizes)
+    assert all(type(size) is int for name in shapes.keys() - SIZE_NAMES for size in shapes[name])
+    assert [value.shape for value in graph.inputs] == list(shapes.values())
+
+
+def test_inputs_that_share_a_size_go_on_sharing_it():
+    graph_module, _ = unpadded(model_with_attention())
+    output = graph_module.graph.output_node()
+    hidden, logits = results(graph_module.graph)
+    output.args = ({"hidden": hidden, "logits": logits},)
+    shapes = {
+        name: value.shape for name, value in zip(_names(graph_module), unbacked(graph_module).inputs, strict=True)
+    }
+    assert shapes["positions"] == shapes["row_ids"] == shapes["input_ids"]
+    assert not statically_known_true(shapes["logit_index"][0] == shapes["input_ids"][0])
+
+
+def test_the_graph_is_left_as_it_was_and_results_keep_their_names():
+    step = step_of(PromptLookup(3))
+    before = [(node.name, id(node.meta.get("val"))) for node in step.graph.nodes]
+    graph = unbacked(step)
+    assert [(node.name, id(node.meta.get("val"))) for node in step.graph.nodes] == before
+    assert graph.result_names == tuple(returned(step))
+    assert isinstance(graph.graph_module.graph.output_node().args[0], tuple)
+
+
+def test_weights_are_shared():
+    step = step_of(PromptLookup(3))
+    ours = {tensor.data_ptr() for tensor in step.parameters()}
+    theirs = {tensor.data_ptr() for tensor in unbacked(step).graph_module.parameters()}
+    assert theirs
+    assert theirs <= ours
+
+
+def _names(graph_module: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in inputs(graph_module.graph)]
