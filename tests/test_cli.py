@@ -174,9 +174,9 @@ def test_an_export_is_an_artifact_and_inspect_says_what_is_in_it(models, tmp_pat
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
-    for entry in ("onnx: step", "NoDrafter", "history", "[2, 48]", "cache", "buckets", "model.onnx"):
+    for entry in ("onnx: step", "NoDrafter", "history", "[2, 48]", "cache", "buckets", "step.onnx"):
         assert entry in shown
-    (out / "model.onnx").write_bytes(b"")
+    (out / "step.onnx").write_bytes(b"")
     assert main(["inspect", str(out)]) == 1
     assert "0 bytes" in capsys.readouterr().err.replace("\n", " ")
 
