@@ -57,9 +57,9 @@ class OnnxStep:
             name: (result["shape"], getattr(torch, result["dtype"])) for name, result in details["results"].items()
         }
         self._device = device
+        self._nothing = torch.empty(1, dtype=torch.uint8, device=device)
         self._used = {value.name for value in session.get_inputs()}
         self._bound: dict[str, tuple[int, torch.Size]] = {}
-        self._nothing = torch.empty(1, device=device)  # where tensors without elements lie: they must lie somewhere
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Inputs in the order of `input_names`; results by name. Raises InvalidInputError if one is not contiguous."""
@@ -83,10 +83,12 @@ class OnnxStep:
 
     def _bind(self, bind: Any, name: str, value: Tensor) -> None:
         """Give the session the memory of `value`, unless that is what it has."""
-        where = (value.data_ptr() or self._nothing.data_ptr(), value.shape)
+        where = (value.data_ptr(), value.shape)
         if self._bound.get(name) != where:
             kind, index = self._device.type, self._device.index or 0
-            bind(name, kind, index, _ELEMENT_TYPES[value.dtype], list(value.shape), where[0])
+            # A tensor of no elements has no address, and the session wants one.
+            address = value.data_ptr() or self._nothing.data_ptr()
+            bind(name, kind, index, _ELEMENT_TYPES[value.dtype], list(value.shape), address)
             self._bound[name] = where
 
 

@@ -50,9 +50,9 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     trt = load_runtime(runtime)
     known = _known_capabilities(trt, runtime)
     capabilities = chosen.capabilities(known)
-    _suit(graph_module, chosen, sizes[-1].token_slots)
+    _suit(graph_module, chosen, max(sizes[-1]))
     profiles = make_profiles(graph_module.graph, sizes, per_bucket=chosen.profile_per_bucket)
-    parts = cut(graph_module)
+    parts = cut(graph_module, masked=chosen.attention == "masked")
     network, builder, log = define(trt, parts)
     config = _configure(trt, builder, chosen, capabilities, known, profiles)
     plan = builder.build_serialized_network(network, config)
@@ -69,7 +69,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
         "profiles": profiles,
         "buckets": [size._asdict() for size in sizes[:-1]],
         "results": parts.results,
-        "caches": {site.result: site.operands["cache"] for site in parts.sites if "cache" in site.operands},
+        "caches": parts.caches,
         "bindings": _bindings(network),
         "layers": _count_layers(network),
     }

@@ -77,11 +77,11 @@ def _module(path: Path, node_name: str) -> str | None:
 
 
 def splice(trt: Any, log: Any, network: Any, cut: Cut) -> None:
-    """Put TensorRT's layers at the sites of a parsed network, and leave as its outputs what the step returns."""
+    """Put TensorRT's layers at the sites of a parsed network; its outputs are what the step returns and writes."""
     splicer = _Splicer(trt, log, network)
     for site in cut.sites:
         splicer.add(site)
-    splicer.close(list(dict.fromkeys(cut.results.values())))
+    splicer.close(list(dict.fromkeys([*cut.results.values(), *cut.caches])))
 
 
 class _Splicer:

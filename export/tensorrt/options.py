@@ -10,7 +10,7 @@ import torch
 from emssd_compile.errors import OptionError
 
 _CHOICES = {
-    "attention": ("fused", "decomposed"),
+    "attention": ("fused", "masked", "decomposed"),
     "weights": ("in-engine", "streamed"),
     "hardware_compatibility": ("none", "ampere-plus", "same-compute-capability"),
 }
@@ -24,8 +24,8 @@ class BuildOptions:
         runtime: `"tensorrt"`, `"tensorrt-rtx"`, or `"auto"`: the first of these that is installed.
         compute_capabilities: of the GPUs to build for, as in `("8.0", "8.9")`. Default: that of the GPU that is here.
             TensorRT-RTX needs none; TensorRT can build for no other.
-        attention: `"fused"`: one kernel, in float16 or bfloat16. `"decomposed"`: matrix products and a softmax, in any
-            dtype; also for models that cap scores.
+        attention: `"fused"`: one kernel, in float16 or bfloat16. `"masked"`: the same, told by a mask what is causal,
+            too. `"decomposed"`: matrix products and a softmax, in any dtype; also for models that cap scores.
         weights: `"in-engine"`; `"streamed"`: on the GPU only as far as its memory goes, else fetched when needed.
         version_compatible: later versions of TensorRT can load the engine, too; not with TensorRT-RTX.
         hardware_compatibility: GPUs besides the one built for: `"none"`, `"ampere-plus"` or

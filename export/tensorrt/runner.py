@@ -98,7 +98,7 @@ class EngineStep:
         outputs = {
             name: torch.empty(shape, dtype=dtype, device=self._device) for name, (shape, dtype) in self._outputs.items()
         }
-        caches = {output: given[cache] for output, cache in self._caches.items()}
+        caches = {name: given[cache] for name, cache in self._caches.items()}
         for name, tensor in {**given, **outputs, **caches}.items():
             self._check(context.set_tensor_address(name, tensor.data_ptr() or self._nothing.data_ptr()), name)
         for name in self._profiles[0]:

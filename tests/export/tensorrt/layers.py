@@ -13,7 +13,7 @@ from emssd_compile.passes.graph import inputs, output
 
 
 def kv_cache_update(cache: Tensor, new: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """`IKVCacheUpdateLayer`, linear, `PACKED_NHD`: row b's tokens go to slots from `starts[b]` on.
+    """`IKVCacheUpdateLayer`, linear, `PACKED_NHD`: row b's tokens go to slots from `starts[b]` on, in place.
 
     The first of `ends[B + 1]` must be 0 and the last the number of tokens; no write may leave the cache.
     """
@@ -21,11 +21,10 @@ def kv_cache_update(cache: Tensor, new: Tensor, starts: Tensor, ends: Tensor) ->
     assert ends[0] == 0
     assert ends[-1] == len(new)
     assert bool((ends.diff() >= 0).all())
-    result = cache.clone()
     for row, (start, begin, end) in enumerate(zip(starts.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
         assert start + end - begin <= cache.shape[2]
-        result[row, :, start : start + end - begin] = new[begin:end].transpose(0, 1)
-    return result
+        cache[row, :, start : start + end - begin] = new[begin:end].transpose(0, 1)
+    return cache
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -54,8 +53,24 @@ LAYERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def spliced(cut: Cut) -> fx.GraphModule:
-    """The step again, with the layers above at its sites, as `network.splice` puts TensorRT's."""
+class SplicedStep:
+    """A cut step with the layers above in its gaps, as a `Step`: caches are written in place and not returned."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self.graph_module = _spliced(cut)
+        self.inputs = [str(node.target) for node in inputs(self.graph_module.graph)]
+        self.names = [name for name in self.inputs if name not in cut.caches]
+
+    def __call__(self, *values: Tensor) -> dict[str, Tensor]:
+        given = dict(zip(self.names, values, strict=True))
+        with torch.no_grad():
+            results: dict[str, Tensor] = self.graph_module(*(given[self.cut.caches.get(n, n)] for n in self.inputs))
+        return {name: result for name, result in results.items() if name not in given or "_cache_" not in name}
+
+
+def _spliced(cut: Cut) -> fx.GraphModule:
+    """As `network.splice` does with TensorRT's layers."""
     graph_module = cut.graph_module
     graph = graph_module.graph
     results: Any = output(graph).args[0]

@@ -67,7 +67,7 @@ def test_bindings_are_those_of_the_step(built):
         expected = [-1 if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
         assert bound[node.target]["shape"] == expected
     assert bound["k_cache_0"]["dtype"] == {torch.float16: "half", torch.bfloat16: "bf16"}[dtype]
-    assert bound["k_cache_0"]["shape"][2] == LENGTH + CHUNK, "room for the inert tail of the largest step"
+    assert bound["k_cache_0"]["shape"][2] == LENGTH + CHUNK + ROWS, "room for the inert tail of the largest step"
     outputs = {b["name"] for b in details["bindings"] if b["direction"] == "output"}
     assert outputs == set(details["results"].values())
     assert {"report", "history", "lengths"} <= details["results"].keys()

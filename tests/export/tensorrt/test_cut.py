@@ -10,13 +10,14 @@ from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.export.tensorrt.cut import cut
 from emssd_compile.ops import tiled_attention, update_kv
 from emssd_compile.optimize import OptimizedModel
+from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.tile_attention import TileAttention
-from tests.exactness.compiled import assert_exact, rechunked, target
+from tests.exactness.compiled import K, assert_exact, rechunked, target
 from tests.exactness.models import prompt
-from tests.export.tensorrt.layers import spliced
+from tests.export.tensorrt.layers import SplicedStep
 from tests.export.tensorrt.steps import CHUNK, example, tiled_step
 from tests.passes.graphs import BATCH, LONGEST
-from tests.passes.tiled import EagerStep, run_with
+from tests.passes.tiled import run_with
 
 
 def tiled(fast: OptimizedModel) -> fx.GraphModule:
@@ -24,27 +25,28 @@ def tiled(fast: OptimizedModel) -> fx.GraphModule:
     return suit(fast._step.graph_module, fast._step.compiled, (TileAttention(CHUNK),), [])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "bloom"])  # grouped heads; a mask, since it has ALiBi
-def test_the_tokens_are_the_models_own(architecture):
+# Grouped heads, by causal order and by a mask of it; ALiBi, which is a mask; caches that are written K times.
+CASES = [("llama", "sometimes-wrong", False), ("llama", "draft-model", True), ("bloom", "sometimes-wrong", False)]
+
+
+@pytest.mark.parametrize(("architecture", "drafter", "masked"), CASES)
+def test_the_tokens_are_the_models_own(architecture, drafter, masked):
     compiled = target(architecture, 3)
-    fast = rechunked(compiled.optimize(compiled.drafter("sometimes-wrong")), CHUNK)
-    graph_module = spliced(cut(tiled(fast)))
-    run_with(fast, graph_module, EagerStep(graph_module))
+    fast = rechunked(compiled.optimize(compiled.drafter(drafter)), CHUNK)
+    graph_module = tiled(fast)
+    run_with(fast, graph_module, SplicedStep(cut(graph_module, masked=masked)))
     assert_exact(fast, compiled.reference, [prompt(n) for n in (61, 1, 17, 5)], 10)
 
 
 def test_a_long_tail_stays_inside_the_cache():
     """No row is active, so all of the step is tail, and the last row is full."""
-    step = spliced(cut(tiled_step()))
+    graph_module = tiled_step()
     full = torch.full((BATCH.rows,), LONGEST)
-    values = example(step, CHUNK) | {
-        "known": full,
-        "lengths": full,
-        "active": torch.zeros(BATCH.rows, dtype=torch.bool),
-    }
-    results = step(*values.values())
-    assert results["k_cache_0"][-1, :, LONGEST:].any()
-    assert not results["k_cache_0"][:, :, :LONGEST].any(), "nothing else is written"
+    inactive = torch.zeros(BATCH.rows, dtype=torch.bool)
+    values = example(graph_module, CHUNK) | {"known": full, "lengths": full, "active": inactive}
+    SplicedStep(cut(graph_module))(*values.values())
+    assert values["k_cache_0"][-1, :, LONGEST:].any()
+    assert not values["k_cache_0"][:, :, :LONGEST].any(), "nothing else is written"
 
 
 def test_what_layers_share_is_computed_once():
@@ -76,13 +78,15 @@ def test_capped_scores_are_refused():
         cut(graph_module)
 
 
-def test_a_cache_that_is_written_twice_is_refused():
-    """As by a draft model, which reads what it drafts."""
-    graph_module = tiled_step()
-    update = next(node for node in graph_module.graph.nodes if node.target == update_kv)
-    with graph_module.graph.inserting_after(update):
-        again = graph_module.graph.call_function(update_kv, (update, *update.args[1:]))
-    again.meta = dict(update.meta)
-    update.replace_all_uses_with(again, lambda user: user is not again)
-    with pytest.raises(UnsupportedModelError, match=r"written more than once in a step.*\n.*prompt-lookup"):
-        cut(graph_module)
+def test_a_cache_that_is_written_again_is_an_input_again():
+    graph_module = tiled(target("llama", 3).optimize(target("llama", 3).drafter("draft-model")))
+    parts = cut(graph_module)
+    updates = [site for site in parts.sites if site.op == str(update_kv)]
+    caches = [site.operands["cache"] for site in updates]
+    assert len(set(caches)) == len(caches) == 4 + 4 * K
+    given = {str(node.target) for node in inputs(graph_module.graph)}
+    added = {str(node.target) for node in inputs(parts.graph_module.graph)} - given
+    assert len(added) == 4 * (K - 1)
+    assert parts.caches.keys() == added | {site.result for site in updates}
+    assert set(parts.caches.values()) == {name for name in given if "_cache_" in name}
+    assert parts.results["draft_model_k_cache_0"] == updates[-4].result, "that of the last pass over the text"

@@ -58,12 +58,21 @@ def test_caches_are_updated_from_input_to_output(defined, trt):
         assert layer.get_output(0).is_network_output
         assert tuple(new.shape)[1:] == (2, 4), "packed tokens"
         assert (starts.dtype, ends.dtype) == (trt.int32, trt.int32)
+        layer.__class__ = trt.IKVCacheUpdateLayer  # the bindings' way to cast
+        assert layer.update_form == trt.AttentionIOForm.PACKED_NHD
+        assert layer.update_lengths.name == ends.name
 
 
-def test_attention_reads_the_updated_caches_and_what_follows_reads_attention(defined):
+def test_attention_reads_the_updated_caches_and_what_follows_reads_attention(defined, trt):
     *_, network, _, _ = defined
     ((begin,), (end,)) = _layers(network, "ATTENTION_INPUT"), _layers(network, "ATTENTION_OUTPUT")
     assert [tensor.name for tensor in _operands(begin)[1:3]] == ["new_k_cache_0", "new_v_cache_0"]
+    begin.__class__ = trt.IAttentionInputLayer
+    attention = begin.attention
+    assert attention.causal_kind == trt.CausalMaskKind.LOWER_RIGHT
+    assert not attention.decomposable
+    assert attention.mask is None
+    assert tuple(attention.key_value_lengths.shape) == (3,)
     result = end.get_output(0).name
     readers = [network.get_layer(i) for i in range(network.num_layers)]
     assert any(tensor is not None and tensor.name == result for layer in readers for tensor in _operands(layer))
