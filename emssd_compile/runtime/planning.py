@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class Planner:
         """Take what so many drafting rows (at least one) last wanted together."""
         self._wanted = (num_drafts, num_rows)
 
-    def sizes(self, rows: Sequence[Row | None], launched: Iterable[Launch], drafts: int) -> Sizes:
+    def sizes(self, rows: Sequence[Row | None], launched: Collection[Launch], drafts: int) -> Sizes:
         """Sizes of the next step: enough for what its rows may want, within the chunk.
 
         Args:
@@ -88,8 +88,7 @@ class Planner:
             token_slots=self.layout.tokens(needed, self.times),
             logit_slots=min(len(pending) + drafts, needed),
             draft_slots=min(reading, self.chunk + self.num_rows),
-            # A row that still has to read more than one token has drafted nothing.
-            row_slots=min(max(self.num_draft_tokens + 1, *pending), self.chunk),
+            row_slots=self._row_slots(rows, pending, needed, exact=not launched),
         )
 
     def room(self, num_rows: int, buckets: Sequence[Sizes]) -> int:
@@ -99,6 +98,23 @@ class Planner:
         tokens = num_rows + room
         bucket = smallest_cover(buckets, Sizes(tokens, tokens, 0, 0))
         return min(bucket.token_slots if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
+
+    def _row_slots(self, rows: Sequence[Row | None], pending: Sequence[int], needed: int, *, exact: bool) -> int:
+        """The most tokens that one row may take.
+
+        Where the host knows what each row wants, it is the least with which the step is filled: rows then read their
+        prompts side by side, and a target that gives each row as much room as the longest takes wastes little.
+        """
+        if not exact:  # a row that still has to read more than one token has drafted nothing
+            return min(max(self.num_draft_tokens + 1, *pending), self.chunk)
+        wanted = sorted(row.pending + row.draft_length for row in rows if row)
+        left, least = needed, min(2, self.num_draft_tokens + 1)  # a drafter that reads along takes two
+        for index, count in enumerate(wanted):
+            share = -(-left // (len(wanted) - index))
+            if count >= share:
+                return max(share, least)
+            left -= count
+        return max(wanted[-1], least)
 
     def _foresee(self, rows: Sequence[Row | None], launched: Iterable[Launch]) -> list[int]:
         """What each busy row knows but will not have read when the next step starts; with steps under way, at most."""

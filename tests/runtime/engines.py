@@ -34,7 +34,7 @@ class Step:
         active: rows that took part.
         pending: their tokens that they knew and had not read.
         drafts: drafts that the device had chosen for them.
-        longest: the most tokens and drafts of one row together.
+        wanted: their tokens and drafts together, row by row.
         verified: drafts that were verified.
         idle: rows that took part and read nothing.
     """
@@ -43,7 +43,7 @@ class Step:
     active: int
     pending: int
     drafts: int
-    longest: int
+    wanted: list[int]
     verified: int
     idle: int
 
@@ -64,8 +64,8 @@ def watch(engine: Engine) -> list[Step]:
         report = launch(sizes)
         verified = int(tensors["counters"][counter]) - before
         idle = int(((tensors["lengths"] == lengths) & active).sum())
-        pending, longest = int((known - lengths).sum()), int((known - lengths + drafts).max())
-        steps.append(Step(sizes, int(active.sum()), pending, int(drafts.sum()), longest, verified, idle))
+        pending, wanted = int((known - lengths).sum()), (known - lengths + drafts).tolist()
+        steps.append(Step(sizes, int(active.sum()), pending, int(drafts.sum()), wanted, verified, idle))
         return report
 
     engine.launcher.launch = watched  # type: ignore[method-assign]

@@ -173,7 +173,9 @@ def test_every_step_holds_what_its_rows_want(layout, kind, data):
         assert step.verified == step.drafts, "no draft that was chosen is cut"
         assert step.idle == 0, "every row reads on"
         assert step.sizes.token_slots >= min(step.pending + step.drafts, engine.chunk)
-        assert step.sizes.row_slots >= min(step.longest, step.sizes.token_slots)
+        assert sum(min(count, step.sizes.row_slots) for count in step.wanted) >= min(
+            sum(step.wanted), engine.chunk, step.sizes.token_slots
+        ), "the budget of a row leaves no place of the step empty"
         assert step.sizes.logit_slots >= min(step.active + step.drafts, step.sizes.token_slots)
     prefill = sum(-(-n // engine.chunk) for n, _, _ in drawn)
     assert len(steps) <= prefill + sum(min(most, patience) for _, most, patience in drawn) + 2 * len(drawn)
