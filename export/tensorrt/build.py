@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from emssd_compile.errors import ArtifactError, OptionError
+from emssd_compile.export.onnx.installed import require
 from emssd_compile.export.tensorrt.cut import Cut, cut
 from emssd_compile.export.tensorrt.decompose import DecomposeAttention
-from emssd_compile.export.tensorrt.library import check_exporter, find_runtime, load_runtime, make_log
+from emssd_compile.export.tensorrt.library import find_runtime, load_runtime, make_log
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
@@ -46,7 +47,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     chosen = _options(options)
     runtime = find_runtime(chosen.runtime)
     chosen.check(runtime)
-    check_exporter(runtime)
+    require("onnx", "onnxscript")
     trt = load_runtime(runtime)
     known = _known_capabilities(trt, runtime)
     capabilities = chosen.capabilities(known)

@@ -1,13 +1,12 @@
 """`library`: a runtime that is missing is named, and what TensorRT says is kept."""
 
-import importlib.util
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from emssd_compile.errors import ArtifactError, OptionError
-from emssd_compile.export.tensorrt.library import check_exporter, find_runtime, load_runtime, make_log
+from emssd_compile.export.tensorrt.library import find_runtime, load_runtime, make_log
 
 
 def test_a_missing_runtime_is_named_with_its_extra(monkeypatch):
@@ -17,13 +16,6 @@ def test_a_missing_runtime_is_named_with_its_extra(monkeypatch):
         find_runtime("tensorrt-rtx")
     with pytest.raises(ArtifactError, match=r"emssd_compile\[tensorrt\].* or .*emssd_compile\[tensorrt-rtx\]"):
         find_runtime("auto")
-
-
-def test_a_missing_exporter_is_named_with_the_extra(monkeypatch):
-    check_exporter("tensorrt-rtx")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ArtifactError, match=r'onnx and onnxscript cannot be imported; .*\[tensorrt-rtx\]"$'):
-        check_exporter("tensorrt-rtx")
 
 
 def test_auto_takes_what_is_installed(monkeypatch):
