@@ -54,7 +54,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     _suit(graph_module, chosen, max(sizes[-1]))
     profiles = make_profiles(graph_module.graph, sizes, per_bucket=chosen.profile_per_bucket)
     parts = cut(graph_module, masked=chosen.attention == "masked")
-    network, builder, log = define(trt, parts)
+    network, builder, log = define(trt, parts, folder)
     config = _configure(trt, builder, chosen, capabilities, known, profiles)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -90,13 +90,12 @@ def _suit(graph_module: fx.GraphModule, options: BuildOptions, most_tokens: int)
     _check_dtypes(graph_module.graph)
 
 
-def define(trt: Any, parts: Cut) -> tuple[Any, Any, Any]:
-    """The network of a step, with the builder and the log that it belongs to."""
+def define(trt: Any, parts: Cut, folder: Path) -> tuple[Any, Any, Any]:
+    """The network of a step, with the builder and the log that it belongs to; `folder` is used and left as it was."""
     log = make_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    # Its own folder, and gone at once: the parser copies the weights.
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # as large as the weights, which the parser copies
         path = Path(scratch) / "step.onnx"
         write_onnx(parts.graph_module, path)
         parse(trt, log, network, path)

@@ -34,8 +34,13 @@ def find_runtime(runtime: str = "auto") -> str:
 
 
 def load_runtime(runtime: str) -> Any:
-    """The Python module of a runtime. Raises as `find_runtime`."""
-    return importlib.import_module(RUNTIMES[find_runtime(runtime)])
+    """The Python module of a runtime. Raises as `find_runtime`, and ArtifactError if it is too old."""
+    trt = importlib.import_module(RUNTIMES[find_runtime(runtime)])
+    if not hasattr(trt, "IKVCacheUpdateLayer") or not hasattr(trt.IKVCacheUpdateLayer, "update_lengths"):
+        raise ArtifactError(
+            f"{runtime} {trt.__version__} is too old: 11 of TensorRT, or 1.7 of TensorRT-RTX, is needed"
+        )
+    return trt
 
 
 def make_log(trt: Any) -> Any:

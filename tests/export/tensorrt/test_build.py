@@ -102,7 +102,7 @@ def test_what_the_builder_says_is_passed_on(tmp_path, monkeypatch):
     log = make_log(load_runtime("tensorrt-rtx"))
     log.errors.append("Attention operation was not supported by a dedicated kernel")
     builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
-    monkeypatch.setattr(build, "define", lambda trt, parts: (None, builder, log))
+    monkeypatch.setattr(build, "define", lambda trt, parts, folder: (None, builder, log))
     monkeypatch.setattr(build, "_configure", lambda *given: None)
     with pytest.raises(ArtifactError, match=r"tensorrt-rtx cannot build the engine: Attention operation was not"):
         _write(tmp_path, attention="decomposed")

@@ -20,12 +20,18 @@ def test_a_missing_runtime_is_named_with_its_extra(monkeypatch):
 
 def test_auto_takes_what_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    rtx = SimpleNamespace()
+    rtx = SimpleNamespace(IKVCacheUpdateLayer=SimpleNamespace(update_lengths=None))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", rtx)
     assert find_runtime("auto") == "tensorrt-rtx"
     assert load_runtime("tensorrt-rtx") is rtx
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
     assert find_runtime("auto") == "tensorrt"
+
+
+def test_a_runtime_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9"))
+    with pytest.raises(ArtifactError, match=r"tensorrt 10.9 is too old: 11 of TensorRT"):
+        load_runtime("tensorrt")
 
 
 def test_an_unknown_runtime_is_refused():

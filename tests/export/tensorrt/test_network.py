@@ -22,11 +22,11 @@ def trt():
 
 
 @pytest.fixture(scope="module")
-def defined(trt):
+def defined(trt, tmp_path_factory):
     """The tiny step, its parts, and its network with what keeps it alive."""
     step = tiled_step()
     parts = cut(step)
-    return step, parts, *define(trt, parts)
+    return step, parts, *define(trt, parts, tmp_path_factory.mktemp("scratch"))
 
 
 def _layers(network, kind):
