@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="the command line loads Hugging Face 
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import emssd_compile
 from emssd_compile import cli
 from emssd_compile.cli import main
 from emssd_compile.cli.models import PROGRAM
@@ -160,3 +161,28 @@ def test_runs_as_a_module(capsys, monkeypatch):
         runpy.run_module("emssd_compile", run_name="__main__")
     assert exit.value.code == 0
     assert "examples:" in capsys.readouterr().out
+
+
+def test_an_export_is_an_artifact_and_inspect_says_what_is_in_it(models, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "artifact"
+    command = ["export", "--model", str(models / "target"), "--to", "onnx", "--out", str(out)]
+    assert main([*command, "--drafter", "none", "--max-batch", "2", "--max-length", "48"]) == 0
+    rows = emssd_compile.load(out).generate([[5, 6, 7]], max_new_tokens=4)
+    model = AutoModelForCausalLM.from_pretrained(models / "target", dtype=torch.float32)
+    assert rows == model.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4).tolist()
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for entry in ("onnx: step", "NoDrafter", "history", "[2, 48]", "cache", "buckets", "step.onnx"):
+        assert entry in shown
+    (out / "step.onnx").write_bytes(b"")
+    assert main(["inspect", str(out)]) == 1
+    assert "0 bytes" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_option_of_another_target_is_refused(models, tmp_path, capsys):
+    command = ["export", "--model", str(models / "target"), "--to", "onnx", "--out", str(tmp_path / "artifact")]
+    assert main([*command, "--compute-capability", "8.9"]) == 1
+    assert "--to tensorrt" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

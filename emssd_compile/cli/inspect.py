@@ -19,6 +19,8 @@ EXAMPLES = f"""
 examples:
   {PROGRAM} inspect llama.onnx/
       what it was made from and for, its bindings, its buckets of sizes, and its files
+  {PROGRAM} inspect llama.trt/
+      for an engine also the shapes that each of its profiles is made for
 
 Every file is compared with its hash; a damaged artifact is an error.
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
 
 OPSET = 24  # the first with `nonpad_kv_seqlen`: attention over caches of rows of differing lengths
-FILE = "model.onnx"
+FILE = "step.onnx"
 
 
 def passes() -> tuple[Pass, ...]:
@@ -43,7 +43,7 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
 def write_model(
     graph_module: fx.GraphModule, folder: Path, sizes: object, *, opset_version: int = OPSET
 ) -> dict[str, Any]:
-    """Write `model.onnx`: standard operators alone, every size that may differ symbolic.
+    """Write `step.onnx`: standard operators alone, every size that may differ symbolic.
 
     Inputs have the names of the graph's, and each result `r` the name `new_r`, since an ONNX model has one space of
     names. A KV cache and its result are meant to be bound to the same memory. Weights above 1.5 GB lie in a file of
@@ -200,8 +200,8 @@ def _parts(node: fx.Node) -> set[str]:
 
 
 def _fuse(program: ONNXProgram) -> None:
-    """Normalisations and rotary embeddings as the one operator that each has in ONNX."""
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
+    """Normalisations and rotary embeddings as the one operator that each has in ONNX; nothing twice, nothing unused."""
+    from onnx_ir.passes import common
 
     # The rules are public by name only through `onnx_fusions.fuse`, which wants opset 23 and nothing newer.
     from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
@@ -209,9 +209,10 @@ def _fuse(program: ONNXProgram) -> None:
 
     fuse_rms_normalization(program.model)
     fuse_rotary_embedding(program.model)
-    program.optimize()
-    DeduplicateInitializersPass(size_limit=1 << 13)(program.model)  # small weights are transposed anew for each use
-    ClearMetadataAndDocStringPass()(program.model)  # where each node stands in whose source files
+    common.DeduplicateInitializersPass(size_limit=1 << 13)(program.model)  # small weights were transposed at each use
+    common.CommonSubexpressionEliminationPass()(program.model)  # sines and cosines, for each rotary embedding
+    common.RemoveUnusedNodesPass()(program.model)
+    common.ClearMetadataAndDocStringPass()(program.model)  # which source files each node came from
 
 
 def _check(path: Path) -> None:

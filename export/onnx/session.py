@@ -57,6 +57,7 @@ class OnnxStep:
             name: (result["shape"], getattr(torch, result["dtype"])) for name, result in details["results"].items()
         }
         self._device = device
+        self._nothing = torch.empty(1, dtype=torch.uint8, device=device)
         self._used = {value.name for value in session.get_inputs()}
         self._bound: dict[str, tuple[int, torch.Size]] = {}
 
@@ -85,7 +86,9 @@ class OnnxStep:
         where = (value.data_ptr(), value.shape)
         if self._bound.get(name) != where:
             kind, index = self._device.type, self._device.index or 0
-            bind(name, kind, index, _ELEMENT_TYPES[value.dtype], list(value.shape), value.data_ptr())
+            # A tensor of no elements has no address, and the session wants one.
+            address = value.data_ptr() or self._nothing.data_ptr()
+            bind(name, kind, index, _ELEMENT_TYPES[value.dtype], list(value.shape), address)
             self._bound[name] = where
 
 

@@ -58,7 +58,7 @@ def test_the_tokens_are_the_models_own(architecture, drafter, tmp_path):
     assert_exact(loaded, compiled.reference, PROMPTS, NEW)  # type: ignore[arg-type]
     assert (loaded.stats.num_draft_tokens > 0) == (drafter != "none")
     copies = 2 if drafter == "draft-model" else 1  # the draft model of the tests is a disturbed copy of its target
-    _check_form(tmp_path / "artifact" / "model.onnx", compiled.model, copies)
+    _check_form(tmp_path / "artifact" / "step.onnx", compiled.model, copies)
 
 
 def _check_form(path: Path, model: nn.Module, copies: int) -> None:

@@ -105,13 +105,13 @@ def test_what_onnxruntime_cannot_run_is_said_so(tmp_path):
     """It multiplies no bfloat16 on a CPU; and a file may be no model at all."""
     model = model_with_attention().bfloat16()
     emssd_compile.optimize(model, "none", max_batch=2, max_length=16, backend="eager").export_onnx(tmp_path / "bf16")
-    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*model.onnx"):
+    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*step.onnx"):
         emssd_compile.load(tmp_path / "bf16")
-    (tmp_path / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*model.onnx"):
-        open_session(tmp_path, {"file": "model.onnx"}, [], torch.device("cpu"))
+    (tmp_path / "step.onnx").write_bytes(b"no model")
+    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*step.onnx"):
+        open_session(tmp_path, {"file": "step.onnx"}, [], torch.device("cpu"))
 
 
 def test_a_device_without_a_provider_is_named():
     with pytest.raises(ArtifactError, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
-        open_session(Path(), {"file": "model.onnx"}, [], torch.device("cuda"))
+        open_session(Path(), {"file": "step.onnx"}, [], torch.device("cuda"))
