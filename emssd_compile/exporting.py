@@ -100,7 +100,7 @@ def export(
     with new_folder(folder) as draft:
         records = [*compiled.records]
         source = compiled.named() if verify_only else what.step.graph_module
-        graph_module = suit(source, compiled, target.passes(), records)
+        graph_module = suit(source, compiled, target.passes(what.sizes), records)
         advance(1)
         details = target.write(graph_module, draft, what.sizes, **options)
         advance(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from emssd_compile.lowering import Step
 
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
+    from emssd_compile.runtime.buckets import Sizes
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class Target:
 
     Attributes:
         name: `"onnx"`, ...
-        passes: `passes() -> tuple of passes`, the rewrites that give the step the form that the target takes.
+        passes: `passes(sizes) -> tuple of passes`, the rewrites that give the step the form that the target takes.
         write: `write(graph_module, folder, sizes, **options) -> details`: writes the files of the target into `folder`;
             `details` is kept in the manifest, so it must be made of what JSON knows. `graph_module` has named inputs
             and a dict of results; sizes that may differ from call to call are symbolic in `meta["val"]`. `sizes` are
-            those (`Sizes`) of steps that will run most, ascending, and last the largest.
+            those of steps that will run most, ascending, and last the largest.
         open: `open(folder, details, input_names, device) -> step`: what runs the files. It writes KV caches in place,
             and they are not among its results.
         environment: `environment(details, device) -> what must be the same where the artifact is loaded`, as text by
@@ -34,7 +35,7 @@ class Target:
     """
 
     name: str
-    passes: Callable[[], tuple[Pass, ...]]
+    passes: Callable[[Sequence[Sizes]], tuple[Pass, ...]]
     write: Callable[..., dict[str, Any]]
     open: Callable[..., Step]
     environment: Callable[[dict[str, Any], torch.device], dict[str, str]]

@@ -23,7 +23,7 @@ from emssd_compile.runtime.buckets import Sizes
 PACKAGE, OPS_LIBRARY, BINDINGS = "step.pt2", "libemssd_ops.so", "bindings.txt"
 
 
-def passes() -> tuple[Pass, ...]:
+def passes(sizes: Sequence[Sizes]) -> tuple[Pass, ...]:
     """As for Inductor: weights on a CPU are packed; those elsewhere, the pass leaves alone."""
     return (PackLinears(),)
 

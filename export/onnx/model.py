@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ OPSET = 24  # the first with `nonpad_kv_seqlen`: attention over caches of rows o
 FILE = "step.onnx"
 
 
-def passes() -> tuple[Pass, ...]:
+def passes(sizes: object) -> tuple[Pass, ...]:
     """Values for memory, rectangles for packed queries, a name for each result."""
     from emssd_compile.passes.separate_results import SeparateResults
     from emssd_compile.passes.tile_attention import TileAttention
@@ -68,9 +68,11 @@ def write_model(
             f"opset_version={opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
         )
     require("onnx", "onnxscript")
+    from emssd_compile.export.onnx.translate import TRANSLATIONS
+
     details = _describe(graph_module)
+    program = translated(graph_module, list(details["outputs"].values()), TRANSLATIONS)
     with _quiet():
-        program = _translate(graph_module, details)
         _fuse(program)
     program.save(folder / FILE, external_data=False)  # all the same outside the file if it is too large for one
     _check(folder / FILE)
@@ -113,28 +115,36 @@ def _updates(node: fx.Node) -> str | None:
     return str(node.target) if is_update else None
 
 
-def _translate(graph_module: fx.GraphModule, details: dict[str, Any]) -> ONNXProgram:
-    """The graph in ONNX operators, constants folded."""
-    from emssd_compile.export.onnx.translate import TRANSLATIONS
+def translated(graph_module: fx.GraphModule, names: Sequence[str], table: Mapping[Any, Any]) -> ONNXProgram:
+    """A graph in ONNX operators, constants folded.
+
+    Args:
+        graph_module: its inputs keep their names.
+        names: of its results.
+        table: operators for ops that the exporter does not know.
+
+    Raises:
+        UnsupportedModelError: there are no operators for an op; says which, and where it comes from.
+    """
     from emssd_compile.export.program import exported_program
     from emssd_compile.passes.graph import inputs
 
     program = exported_program(graph_module)
     try:
-        with torch.no_grad():
-            translated = torch.onnx.export(
+        with _quiet(), torch.no_grad():
+            result = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table=dict(table),
                 input_names=[str(node.target) for node in inputs(graph_module.graph)],
-                output_names=list(details["outputs"].values()),
+                output_names=names,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise _refusal(graph_module, error) from error
-    assert translated is not None
-    return translated
+    assert result is not None
+    return result
 
 
 @contextlib.contextmanager

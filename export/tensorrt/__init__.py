@@ -8,6 +8,7 @@ the gaps (`network`): the cache update takes packed tokens and writes in place, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,16 @@ from emssd_compile.export.tensorrt.library import load_runtime
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.runner import open_step
 from emssd_compile.passes.manager import Pass
+from emssd_compile.passes.tile_attention import TileAttention
+from emssd_compile.runtime.buckets import Sizes
 
 
-def passes() -> tuple[Pass, ...]:
-    """None yet: the form of the caches depends on the largest step, which `write` knows."""
-    return ()
+def passes(sizes: Sequence[Sizes]) -> tuple[Pass, ...]:
+    """Values for memory, and rectangles for packed queries.
+
+    TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.
+    """
+    return (TileAttention(spare_slots=max(sizes[-1])),)
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:

@@ -13,16 +13,16 @@ import torch
 from torch import fx
 
 from emssd_compile.errors import ArtifactError, OptionError
+from emssd_compile.export.onnx.installed import require
 from emssd_compile.export.tensorrt.cut import Cut, cut
 from emssd_compile.export.tensorrt.decompose import DecomposeAttention
-from emssd_compile.export.tensorrt.library import check_exporter, find_runtime, load_runtime, make_log
+from emssd_compile.export.tensorrt.library import find_runtime, load_runtime, make_log
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
 from emssd_compile.ops import tiled_attention
 from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.manager import tidy
-from emssd_compile.passes.tile_attention import TileAttention
 from emssd_compile.runtime.buckets import Sizes
 
 ENGINE = "step.engine"
@@ -33,7 +33,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     """Build an engine and write it to `folder`.
 
     Args:
-        graph_module: the step, or a model on packed rows; it is given the form that TensorRT needs.
+        graph_module: the step, or a model on packed rows, after `passes`; changed where an option asks for it.
         folder: where `step.engine` goes.
         sizes: of the steps that will be captured, ascending, and last of the largest step.
         **options: the attributes of `BuildOptions`.
@@ -46,14 +46,14 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     chosen = _options(options)
     runtime = find_runtime(chosen.runtime)
     chosen.check(runtime)
-    check_exporter(runtime)
+    require("onnx", "onnxscript")
     trt = load_runtime(runtime)
     known = _known_capabilities(trt, runtime)
     capabilities = chosen.capabilities(known)
-    _suit(graph_module, chosen, max(sizes[-1]))
+    _suit(graph_module, chosen)
     profiles = make_profiles(graph_module.graph, sizes, per_bucket=chosen.profile_per_bucket)
     parts = cut(graph_module, masked=chosen.attention == "masked")
-    network, builder, log = define(trt, parts)
+    network, builder, log = define(trt, parts, folder)
     config = _configure(trt, builder, chosen, capabilities, known, profiles)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -75,27 +75,20 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     }
 
 
-def _suit(graph_module: fx.GraphModule, options: BuildOptions, most_tokens: int) -> None:
-    """Tile attention, and decompose it if asked to.
-
-    TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.
-    """
-    fake_mode = inputs(graph_module.graph)[0].meta["val"].fake_mode
-    TileAttention(spare_slots=most_tokens).run(graph_module)
-    tidy(graph_module, fake_mode)
+def _suit(graph_module: fx.GraphModule, options: BuildOptions) -> None:
+    """Decompose attention if asked to. Raises OptionError for what no kernel takes."""
     if options.attention == "decomposed":
         DecomposeAttention().run(graph_module)
-        tidy(graph_module, fake_mode)
+        tidy(graph_module, inputs(graph_module.graph)[0].meta["val"].fake_mode)
     _check_dtypes(graph_module.graph)
 
 
-def define(trt: Any, parts: Cut) -> tuple[Any, Any, Any]:
-    """The network of a step, with the builder and the log that it belongs to."""
+def define(trt: Any, parts: Cut, folder: Path) -> tuple[Any, Any, Any]:
+    """The network of a step, with the builder and the log that it belongs to; `folder` is used and left as it was."""
     log = make_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    # Its own folder, and gone at once: the parser copies the weights.
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # as large as the weights, which the parser copies
         path = Path(scratch) / "step.onnx"
         write_onnx(parts.graph_module, path)
         parse(trt, log, network, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 from emssd_compile.errors import ArtifactError, OptionError
@@ -35,15 +34,13 @@ def find_runtime(runtime: str = "auto") -> str:
 
 
 def load_runtime(runtime: str) -> Any:
-    """The Python module of a runtime. Raises as `find_runtime`."""
-    return importlib.import_module(RUNTIMES[find_runtime(runtime)])
-
-
-def check_exporter(runtime: str) -> None:
-    """Raises ArtifactError if what writes ONNX is not installed; an engine needs that to be built, not to run."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ArtifactError(f'{" and ".join(missing)} cannot be imported; pip install "emssd_compile[{runtime}]"')
+    """The Python module of a runtime. Raises as `find_runtime`, and ArtifactError if it is too old."""
+    trt = importlib.import_module(RUNTIMES[find_runtime(runtime)])
+    if not hasattr(trt, "IKVCacheUpdateLayer") or not hasattr(trt.IKVCacheUpdateLayer, "update_lengths"):
+        raise ArtifactError(
+            f"{runtime} {trt.__version__} is too old: 11 of TensorRT, or 1.7 of TensorRT-RTX, is needed"
+        )
+    return trt
 
 
 def make_log(trt: Any) -> Any:

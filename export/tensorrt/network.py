@@ -5,44 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from emssd_compile.errors import ArtifactError, UnsupportedModelError
-from emssd_compile.export.program import exported_program
+from emssd_compile.export.onnx.model import translated
 from emssd_compile.export.tensorrt.cut import Cut, Site
 from emssd_compile.ops import update_kv
-from emssd_compile.passes.graph import inputs, output
-
-_OPSET = 20
-_REMEDY = "export to another target"
+from emssd_compile.passes.graph import output
 
 
 def write_onnx(graph_module: fx.GraphModule, path: Path) -> None:
     """Write a graph of ATen ops to an ONNX file, its weights beside it; inputs and results keep their names.
 
     Raises:
-        UnsupportedModelError: torch's exporter does not know an op; says which.
+        UnsupportedModelError: ONNX has no operators for an op; says which.
     """
     from emssd_compile.export.tensorrt.translate import TABLE
 
-    names = [str(node.target) for node in inputs(graph_module.graph)]
     results = list(dict(output(graph_module.graph).args[0]))  # type: ignore[arg-type]
-    try:
-        program = torch.onnx.export(
-            exported_program(graph_module),
-            dynamo=True,
-            custom_translation_table=TABLE,
-            opset_version=_OPSET,
-            input_names=names,
-            output_names=results,
-            verbose=False,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"torch cannot write the step as ONNX: {reason}", remedy=_REMEDY) from error
-    assert program is not None
-    program.save(path, external_data=True)
+    translated(graph_module, results, TABLE).save(path, external_data=True)
 
 
 def parse(trt: Any, log: Any, network: Any, path: Path) -> None:
@@ -62,7 +43,7 @@ def parse(trt: Any, log: Any, network: Any, path: Path) -> None:
         node=error.node_name() or None,
         op=error.node_operator() or None,
         module=_module(path, error.node_name()),
-        remedy=_REMEDY,
+        remedy="export to another target",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,25 @@ def open_step(folder: Path, details: dict[str, Any], input_names: Sequence[str],
     trt = load_runtime(details["runtime"])
     log = make_log(trt)
     with torch.cuda.device(device):
-        engine = trt.Runtime(log).deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        runtime = trt.Runtime(log)
+        engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
         if engine is None:
             raise ArtifactError(
                 f"{details['runtime']} {trt.__version__} cannot read {folder / ENGINE}: {log.explain()}"
             )
         if details["options"]["weights"] == "streamed":
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-        return EngineStep(trt, engine, log, details, input_names, device)
+        return EngineStep(Loaded(trt, log, runtime, engine), details, input_names, device)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine, and what must live as long as it does: the runtime's Python module, its log, the runtime."""
+
+    trt: Any
+    log: Any
+    runtime: Any
+    engine: Any
 
 
 class EngineStep:
@@ -59,18 +71,16 @@ class EngineStep:
     after the other.
 
     Args:
-        trt: the Python module of the runtime.
-        engine: a deserialised engine.
-        log: where the engine reports.
+        loaded: the engine.
         details: what `write` returned.
         input_names: inputs of the step, in order.
         device: where the engine is.
     """
 
     def __init__(
-        self, trt: Any, engine: Any, log: Any, details: dict[str, Any], input_names: Sequence[str], device: torch.device
+        self, loaded: Loaded, details: dict[str, Any], input_names: Sequence[str], device: torch.device
     ) -> None:
-        self._trt, self._engine, self._log, self._device = trt, engine, log, device
+        self._loaded, self._device = loaded, device
         self._names = tuple(input_names)
         self._profiles = details["profiles"]
         named = self._profiles[0].keys()
@@ -82,7 +92,7 @@ class EngineStep:
         outputs = [binding for binding in details["bindings"] if binding["direction"] == "output"]
         self._outputs = {b["name"]: (b["shape"], _DTYPES[b["dtype"]]) for b in outputs if b["name"] not in self._caches}
         self._contexts: dict[object, Any] = {}
-        self._scratch = torch.empty(max(1, engine.device_memory_size_v2), dtype=torch.uint8, device=device)
+        self._scratch = torch.empty(max(1, loaded.engine.device_memory_size_v2), dtype=torch.uint8, device=device)
         # An address has to be given for a tensor of no elements, too.
         self._nothing = torch.empty(256, dtype=torch.uint8, device=device)
 
@@ -122,15 +132,17 @@ class EngineStep:
         return self._contexts[key]
 
     def _new_context(self, index: int, *, is_captured: bool) -> Any:
-        config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config = self._loaded.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            self._loaded.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         if is_captured and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):  # TensorRT-RTX
             # A capture has to hold the kernels for its sizes, not those that stand in until they are compiled.
-            strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+            strategies = self._loaded.trt.DynamicShapesKernelSpecializationStrategy
             config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        context = self._engine.create_execution_context(config)
+        context = self._loaded.engine.create_execution_context(config)
         if context is None:
-            raise ArtifactError(f"TensorRT makes no execution context: {self._log.explain()}")
+            raise ArtifactError(f"TensorRT makes no execution context: {self._loaded.log.explain()}")
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         stream = torch.cuda.current_stream(self._device)
         self._check(context.set_optimization_profile_async(index, stream.cuda_stream), f"profile {index}")
@@ -139,4 +151,4 @@ class EngineStep:
 
     def _check(self, is_done: bool, what: str) -> None:
         if not is_done:
-            raise ArtifactError(f"TensorRT refuses {what}: {self._log.explain()}")
+            raise ArtifactError(f"TensorRT refuses {what}: {self._loaded.log.explain()}")

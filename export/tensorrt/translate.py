@@ -1,52 +1,29 @@
-"""Ops that torch's ONNX exporter does not know, or writes in a form that TensorRT's parser refuses."""
+"""How ops are written in ONNX for TensorRT's parser: as for ONNX itself, where it understands that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-from onnxscript import opset18
+from onnxscript.onnx_opset import opset24
+from onnxscript.onnx_types import TensorType
 
+from emssd_compile.export.onnx.translate import TRANSLATIONS
 from emssd_compile.passes.graph import aten
 
-op: Any = opset18  # its annotations take tensors only where its functions take Python numbers, too
+op: Any = opset24  # its stubs know the types of ONNX; what is passed to it here has them only when it is called
 
 
-def _searchsorted(
-    sorted_sequence: Any,
-    values: Any,
-    *,
-    out_int32: bool = False,
-    right: bool = False,
-    side: str | None = None,
-    sorter: Any = None,
-) -> Any:
-    """How many elements of a sorted vector come before each value."""
-    values = op.Unsqueeze(values, [-1])
-    before = op.LessOrEqual(sorted_sequence, values) if right else op.Less(sorted_sequence, values)
-    return op.ReduceSum(op.Cast(before, to=ir.DataType.INT64), [-1], keepdims=0)
+def _argmax(self: TensorType, dim: int | None = None, keepdim: bool = False) -> TensorType:
+    """TensorRT finds no largest element of a vector, but of a matrix of one row."""
+    value: Any = self
+    if len(value.shape) > 1:
+        result: TensorType = op.ArgMax(self, axis=dim, keepdims=int(keepdim))
+        return result
+    first = op.Constant(value_ints=[0])
+    result = op.Squeeze(op.ArgMax(op.Unsqueeze(self, first), axis=1, keepdims=int(keepdim)), first)
+    return result
 
 
-def _cumprod(self: Any, dim: int, *, dtype: int = -1) -> Any:
-    """The products of all prefixes of the last dimension, as those of the rows of a triangle."""
-    assert dim % len(self.shape) == len(self.shape) - 1, "the step multiplies along the last dimension only"
-    prefix = op.Constant(value=ir.tensor(np.tril(np.ones((self.shape[-1], self.shape[-1]), dtype=bool))))
-    one = op.CastLike(op.Constant(value_int=1), self)
-    return op.ReduceProd(op.Where(prefix, op.Unsqueeze(self, [-2]), one), [-1], keepdims=0)
-
-
-def _argmax(self: Any, dim: int | None = None, keepdim: bool = False) -> Any:
-    """TensorRT takes no vectors here."""
-    if len(self.shape) > 1:
-        return op.ArgMax(self, axis=dim, keepdims=int(keepdim))
-    place = op.ArgMax(op.Unsqueeze(self, [0]), axis=1, keepdims=int(keepdim))
-    return op.Squeeze(place, [0])
-
-
-TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
-    aten.argmax.default: _argmax,
-    aten.cumprod.default: _cumprod,
-    aten.searchsorted.Tensor: _searchsorted,
-}
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {**TRANSLATIONS, aten.argmax.default: _argmax}
+"""For `torch.onnx.export(custom_translation_table=...)`."""

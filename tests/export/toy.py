@@ -48,6 +48,6 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make it one of the targets."""
-    target = Target("toy", tuple, write, open_, environment, devices=("cpu",))
+    target = Target("toy", lambda sizes: (), write, open_, environment, devices=("cpu",))
     monkeypatch.setattr(targets, "TARGETS", (*targets.TARGETS, "toy"))
     monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))

@@ -28,13 +28,15 @@ def _under_way(sizes: Sizes, *rows: Row | None) -> Launch:
 @pytest.mark.parametrize(
     ("layout", "rows", "expected"),
     [
-        ("packed", [_row(1, 2), None, _row(1, 0)], Sizes(4, 4, 4, K + 1)),
-        ("padded", [_row(1, 2), None, _row(1, 0)], Sizes(10, 10, 4, K + 1)),
+        ("packed", [_row(1, 2), None, _row(1, 0)], Sizes(4, 4, 4, 3)),
+        ("padded", [_row(1, 2), None, _row(1, 0)], Sizes(10, 10, 4, 3)),
         ("packed", [_row(1, 2), _row(20), None], Sizes(23, 4, 23, 20)),
-        ("packed", [_row(100), _row(1, 4), _row(30)], Sizes(CHUNK, 7, CHUNK + B, CHUNK)),
-        ("packed", [_row(1), None, None], Sizes(1, 1, 2, K + 1)),
+        # 5 for the second row, and 59 for two prompts that are read side by side: 30 tokens of each.
+        ("packed", [_row(100), _row(1, 4), _row(30)], Sizes(CHUNK, 7, CHUNK + B, 30)),
+        ("packed", [_row(100), _row(1, 4), _row(90)], Sizes(CHUNK, 7, CHUNK + B, 30)),
+        ("packed", [_row(1), None, None], Sizes(1, 1, 2, 2)),
     ],
-    ids=["decoding", "padded", "a prompt comes in", "more than the chunk", "plain decoding"],
+    ids=["decoding", "padded", "a prompt comes in", "more than the chunk", "two long prompts", "plain decoding"],
 )
 def test_with_nothing_under_way_sizes_are_what_the_rows_want(layout, rows, expected):
     drafts = sum(row.draft_length for row in rows if row)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from emssd_compile.errors import ArtifactError, OptionError
-from emssd_compile.export.tensorrt import build
+from emssd_compile.export.tensorrt import build, passes
 from emssd_compile.export.tensorrt.build import ENGINE, write
 from emssd_compile.export.tensorrt.library import load_runtime, make_log
 from emssd_compile.optimize import optimize
+from emssd_compile.passes import PassManager, targeted
 from emssd_compile.passes.graph import inputs
 from emssd_compile.runtime.buckets import Sizes, decode_buckets
 from tests.export.tensorrt.steps import CHUNK
@@ -22,24 +23,27 @@ from tests.passes.graphs import BATCH, Scripted, step_of
 from tests.zoo import toy_model
 
 ROWS, LENGTH = 3, 64
-CASES: dict[str, dict[str, Any]] = {
-    "llama": {"drafter": "prompt-lookup", "dtype": torch.float16, "compute_capabilities": ["8.0"]},
-    "opt": {"drafter": "none", "dtype": torch.bfloat16, "compute_capabilities": ["12.0"], "weights": "streamed"},
-    "gpt2": {"drafter": "none", "dtype": torch.float16, "compute_capabilities": ["8.6", "8.9"]},
+CASES: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama", "prompt-lookup"): {"dtype": torch.float16, "compute_capabilities": ["8.0"]},
+    ("llama", "none"): {"dtype": torch.float16, "compute_capabilities": ["8.9"]},
+    ("opt", "prompt-lookup"): {"dtype": torch.float16, "compute_capabilities": ["8.0"]},
+    ("opt", "none"): {"dtype": torch.bfloat16, "compute_capabilities": ["12.0"], "weights": "streamed"},
+    ("gpt2", "prompt-lookup"): {"dtype": torch.float16, "compute_capabilities": ["8.0"]},
+    ("gpt2", "none"): {"dtype": torch.float16, "compute_capabilities": ["8.6", "8.9"]},
 }
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=list(CASES), ids="-".join)
 def built(request, tmp_path_factory):
     """The folder of an engine, what `write` returned, and what it was asked for."""
     options = dict(CASES[request.param])
-    drafter, dtype = options.pop("drafter"), options.pop("dtype")
-    model = toy_model(request.param).to(dtype)
+    (architecture, drafter), dtype = request.param, options.pop("dtype")
+    model = toy_model(architecture).to(dtype)
     fast = optimize(model, drafter, max_batch=ROWS, max_length=LENGTH, backend="eager", prefill_chunk=CHUNK)
     drafts = fast.drafter.num_draft_tokens
     sizes = (*decode_buckets(ROWS, drafts), Sizes(CHUNK, ROWS * (drafts + 1), CHUNK + ROWS, CHUNK))
-    folder = tmp_path_factory.mktemp(request.param)
-    step = fast._step.suited((), [])
+    folder = tmp_path_factory.mktemp(architecture)
+    step = fast._step.suited(passes(sizes), [])
     return folder, write(step, folder, sizes, **options), step, dtype, options
 
 
@@ -76,7 +80,10 @@ def test_bindings_are_those_of_the_step(built):
 def _write(folder: Path, **options: Any) -> dict[str, Any]:
     """Ask for an engine of the smallest step, in float32."""
     sizes = (Sizes(CHUNK, BATCH.rows * 3, CHUNK + BATCH.rows, CHUNK),)
-    return write(step_of(Scripted([7, 8])), folder, sizes, **{"compute_capabilities": ["8.0"], **options})
+    step = step_of(Scripted([7, 8]))
+    fake_mode = inputs(step.graph)[0].meta["val"].fake_mode
+    PassManager(fake_mode).apply(step, (targeted(passes(sizes)),))
+    return write(step, folder, sizes, **{"compute_capabilities": ["8.0"], **options})
 
 
 def test_float32_is_refused_with_what_to_do(tmp_path):
@@ -102,7 +109,7 @@ def test_what_the_builder_says_is_passed_on(tmp_path, monkeypatch):
     log = make_log(load_runtime("tensorrt-rtx"))
     log.errors.append("Attention operation was not supported by a dedicated kernel")
     builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
-    monkeypatch.setattr(build, "define", lambda trt, parts: (None, builder, log))
+    monkeypatch.setattr(build, "define", lambda trt, parts, folder: (None, builder, log))
     monkeypatch.setattr(build, "_configure", lambda *given: None)
     with pytest.raises(ArtifactError, match=r"tensorrt-rtx cannot build the engine: Attention operation was not"):
         _write(tmp_path, attention="decomposed")

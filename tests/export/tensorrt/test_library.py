@@ -1,13 +1,12 @@
 """`library`: a runtime that is missing is named, and what TensorRT says is kept."""
 
-import importlib.util
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from emssd_compile.errors import ArtifactError, OptionError
-from emssd_compile.export.tensorrt.library import check_exporter, find_runtime, load_runtime, make_log
+from emssd_compile.export.tensorrt.library import find_runtime, load_runtime, make_log
 
 
 def test_a_missing_runtime_is_named_with_its_extra(monkeypatch):
@@ -19,21 +18,20 @@ def test_a_missing_runtime_is_named_with_its_extra(monkeypatch):
         find_runtime("auto")
 
 
-def test_a_missing_exporter_is_named_with_the_extra(monkeypatch):
-    check_exporter("tensorrt-rtx")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ArtifactError, match=r'onnx and onnxscript cannot be imported; .*\[tensorrt-rtx\]"$'):
-        check_exporter("tensorrt-rtx")
-
-
 def test_auto_takes_what_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    rtx = SimpleNamespace()
+    rtx = SimpleNamespace(IKVCacheUpdateLayer=SimpleNamespace(update_lengths=None))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", rtx)
     assert find_runtime("auto") == "tensorrt-rtx"
     assert load_runtime("tensorrt-rtx") is rtx
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
     assert find_runtime("auto") == "tensorrt"
+
+
+def test_a_runtime_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9"))
+    with pytest.raises(ArtifactError, match=r"tensorrt 10.9 is too old: 11 of TensorRT"):
+        load_runtime("tensorrt")
 
 
 def test_an_unknown_runtime_is_refused():

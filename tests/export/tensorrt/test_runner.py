@@ -12,7 +12,7 @@ import torch
 from emssd_compile.errors import ArtifactError, CapacityError
 from emssd_compile.export.tensorrt import environment
 from emssd_compile.export.tensorrt.build import ENGINE
-from emssd_compile.export.tensorrt.runner import EngineStep, open_step
+from emssd_compile.export.tensorrt.runner import EngineStep, Loaded, open_step
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ LOG = SimpleNamespace(explain=lambda: "no reason")
 def step(monkeypatch):
     stream = SimpleNamespace(cuda_stream=77, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    return EngineStep(TRT, Engine(), LOG, DETAILS, ["token_slots", "k_cache_0"], CPU)
+    return EngineStep(Loaded(TRT, LOG, None, Engine()), DETAILS, ["token_slots", "k_cache_0"], CPU)
 
 
 def _call(step: EngineStep, tokens: int):
@@ -107,7 +107,7 @@ def _call(step: EngineStep, tokens: int):
 
 def test_tensors_are_bound_where_they_lie_and_caches_in_place(step):
     results, slots, cache = _call(step, 2)
-    ((addresses, shapes, stream),) = step._engine.contexts[0].runs
+    ((addresses, shapes, stream),) = step._loaded.engine.contexts[0].runs
     assert addresses["token_slots"] == slots.data_ptr()
     assert addresses["k_cache_0"] == addresses["new_k_cache_0"] == cache.data_ptr()
     assert addresses["new_known"] == results["known"].data_ptr()
@@ -122,7 +122,7 @@ def test_tensors_are_bound_where_they_lie_and_caches_in_place(step):
 def test_captured_sizes_have_a_context_each_and_others_share_one_for_a_profile(step):
     for tokens in (2, 4, 2, 3, 1, 9, 32):
         _call(step, tokens)
-    contexts = step._engine.contexts
+    contexts = step._loaded.engine.contexts
     assert [[shapes["token_slots"][0] for _, shapes, _ in c.runs] for c in contexts] == [[2, 2], [4], [3, 1], [9, 32]]
     assert [context.profile for context in contexts] == [0, 0, 0, 1]
     assert [c.config.dynamic_shapes_kernel_specialization_strategy for c in contexts] == [
