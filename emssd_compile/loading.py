@@ -27,10 +27,10 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Loaded
 
     Raises:
         ArtifactError: it is damaged, incomplete, or was made for something other than what is loading it.
-        OptionError: its target does not run on such a device.
+        OptionError: there is no such device, or its target does not run on one.
         CapacityError: its KV caches do not fit into memory.
     """
-    manifest, where, step = open_artifact(Path(folder), None if device is None else torch.device(device))
+    manifest, where, step = open_artifact(folder, device)
     if manifest.kind != "step":
         raise ArtifactError(
             f"{folder} holds a verify-only graph, which does not decode by itself; open it with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from emssd_compile.drafters import PromptLookup
 from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
 from emssd_compile.export import open_graph
 from emssd_compile.export.folder import read_manifest
+from emssd_compile.export.manifest import _dump
 from emssd_compile.optimize import OptimizedModel
 from tests.exactness.compiled import K
 from tests.exactness.models import Reference, build, prompt
@@ -104,10 +106,50 @@ def test_bytes_that_json_does_not_mind_are_refused_too(artifact):
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_bytes(b'{"format": 1, "tar'), "is no manifest"),
         (lambda folder: (folder / "manifest.json").write_bytes(b"[]"), "is no manifest"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"[" * 100_000), "is no manifest"),
     ],
 )
 def test_damage_is_named(artifact, damage, message):
     damage(artifact)
+    with pytest.raises(ArtifactError, match=message):
+        emssd_compile.load(artifact)
+
+
+def _rewrite(artifact: Path, change) -> None:
+    """Change the manifest and give it the hash that it should have: it is not damaged, but it is wrong."""
+    file = artifact / "manifest.json"
+    content = json.loads(file.read_bytes())
+    del content["sha256"]
+    change(content)
+    digest = hashlib.sha256(_dump(content)).hexdigest()
+    file.write_bytes(_dump({**content, "sha256": digest}))
+
+
+@pytest.mark.parametrize("wrong", [None, {}, [3], [{"x": 1}], True], ids=repr)
+def test_an_entry_of_another_type_is_refused(artifact, wrong):
+    """Whoever wrote it: an error that says so, and nothing is opened."""
+    original = (artifact / "manifest.json").read_bytes()
+    for name, value in json.loads(original).items():
+        if name != "sha256" and type(value) is not type(wrong):
+            (artifact / "manifest.json").write_bytes(original)
+            _rewrite(artifact, lambda content, name=name: content.update({name: wrong}))
+            with pytest.raises(ArtifactError, match=r"cannot be read|no manifest|has format"):
+                emssd_compile.load(artifact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["inputs"][0].update(dtype="load"), "inputs cannot be read"),
+        (lambda content: content["inputs"].pop(0), "inputs cannot be read"),
+        (lambda content: content.update(buckets=[[1, 2]]), "buckets cannot be read"),
+        (lambda content: content["files"].update({"../x": content["files"]["empty"]}), "files cannot be read"),
+        (lambda content: content["details"].clear(), "is no artifact of toy: its details lack 'graph'"),
+        (lambda content: content.update(target="future"), "is for 'future', which is none of"),
+    ],
+)
+def test_what_makes_no_sense_in_a_manifest_is_named(artifact, change, message):
+    _rewrite(artifact, change)
     with pytest.raises(ArtifactError, match=message):
         emssd_compile.load(artifact)
 
@@ -127,6 +169,12 @@ def test_another_format_is_named(artifact, monkeypatch):
 def test_a_device_that_the_target_does_not_run_on_is_refused(artifact):
     with pytest.raises(OptionError, match="runs on cpu, not on cuda"):
         emssd_compile.load(artifact, device="cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", 3.5])
+def test_a_device_that_does_not_exist_is_refused(artifact, device):
+    with pytest.raises(OptionError, match="none that torch knows"):
+        emssd_compile.load(artifact, device=device)
 
 
 def test_no_folder_and_no_artifact_are_told_apart(tmp_path):
