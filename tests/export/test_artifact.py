@@ -195,6 +195,26 @@ def test_an_empty_folder_is_taken(fast, tmp_path):
     emssd_compile.load(export(fast, tmp_path))
 
 
+def test_a_place_that_no_folder_can_take_is_refused_at_once(fast, tmp_path, monkeypatch):
+    """A rename would fail in the end, when the work is done."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="the folder that this process works in"):
+        export(fast, Path())
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(ArtifactError, match="volume is a mount point"):
+        export(fast, tmp_path / "volume")
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(fast, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export(fast, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    emssd_compile.load(tmp_path / "real")
+
+
 @pytest.mark.parametrize(
     ("interruption", "raised", "message"),
     [
