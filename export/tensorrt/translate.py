@@ -24,8 +24,10 @@ def _searchsorted(
     sorter: Any = None,
 ) -> Any:
     """How many elements of a sorted vector come before each value."""
+    if len(sorted_sequence.shape) != 1 or sorter is not None or out_int32:
+        raise NotImplementedError("searchsorted in several sequences, with a sorter, or in int32")
     values = op.Unsqueeze(values, [-1])
-    before = op.LessOrEqual(sorted_sequence, values) if right else op.Less(sorted_sequence, values)
+    before = op.LessOrEqual(sorted_sequence, values) if right or side == "right" else op.Less(sorted_sequence, values)
     return op.ReduceSum(op.Cast(before, to=ir.DataType.INT64), [-1], keepdims=0)
 
 
