@@ -45,7 +45,7 @@ def open_artifact(folder: str | Path, device: str | torch.device | None = None) 
     _compare(folder, "meaning of the counters", manifest.counters, list(COUNTERS))
     try:
         here = target.environment(manifest.details, where)
-        for name in sorted({*manifest.environment, *here}):
+        for name in sorted({*manifest.environment, *here}, key=str.lower):
             _compare(folder, name, manifest.environment.get(name), here.get(name))
         check_files(folder, manifest)
         names = [binding.name for binding in manifest.signature.inputs]
