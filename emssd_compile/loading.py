@@ -9,6 +9,7 @@ import torch
 
 from emssd_compile.decoder import Decoder
 from emssd_compile.errors import ArtifactError
+from emssd_compile.export import find_target
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.export.opening import open_artifact
 from emssd_compile.layouts import LAYOUTS
@@ -58,7 +59,7 @@ class LoadedModel(Decoder):
                 device,
                 LAYOUTS[manifest.layout],
                 prefill_chunk=manifest.chunk,
-                buckets=tuple(Sizes(*bucket) for bucket in manifest.buckets),
+                buckets=tuple(Sizes(*b) for b in manifest.buckets) if find_target(manifest.target).is_captured else (),
             )
         )
 

@@ -30,6 +30,8 @@ class Target:
         environment: `environment(details, device) -> what must be the same where the artifact is loaded`, as text by
             name: versions, instruction sets, the GPU's capability. It is compared when the artifact is opened.
         devices: types of device that it runs on.
+        is_captured: whether its steps can be captured into CUDA graphs; what runs on a stream of its own, or makes the
+            host wait, cannot.
     """
 
     name: str
@@ -38,3 +40,4 @@ class Target:
     open: Callable[..., Step]
     environment: Callable[[dict[str, Any], torch.device], dict[str, str]]
     devices: tuple[str, ...] = ("cpu", "cuda")
+    is_captured: bool = True

@@ -5,18 +5,26 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import emssd_compile
+import emssd_compile.export as targets
 from emssd_compile.drafters import PromptLookup
 from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
 from emssd_compile.export import open_graph
 from emssd_compile.export.folder import read_manifest
 from emssd_compile.export.manifest import _dump
 from emssd_compile.optimize import OptimizedModel
+from emssd_compile.runtime.assembly import assemble
+from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.engine import Engine
 from tests.exactness.compiled import K
 from tests.exactness.models import Reference, build, prompt
 from tests.export import toy
@@ -182,6 +190,23 @@ def test_no_folder_and_no_artifact_are_told_apart(tmp_path):
         emssd_compile.load(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match="no manifest"):
         emssd_compile.load(tmp_path)
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_steps_are_captured_only_where_they_can_be(artifact, monkeypatch, is_captured):
+    """On a CUDA device, that is; here, which sizes would be."""
+    target = replace(targets.find_target("toy"), is_captured=is_captured)
+    monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))
+    asked: list[int] = []
+
+    def assembled(*args: Any, buckets: tuple[Sizes, ...], **options: Any) -> Engine:
+        asked.append(len(buckets))
+        return assemble(*args, buckets=buckets, **options)
+
+    monkeypatch.setattr("emssd_compile.loading.assemble", assembled)
+    emssd_compile.load(artifact)
+    assert (asked[0] > 0) == is_captured
+    assert not targets.find_target("onnx").is_captured
 
 
 def test_a_folder_that_holds_something_is_left_alone(fast, tmp_path):
