@@ -9,6 +9,7 @@ import torch
 
 from emssd_compile.decoder import Decoder
 from emssd_compile.errors import ArtifactError
+from emssd_compile.export import find_target
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.export.opening import open_artifact
 from emssd_compile.layouts import LAYOUTS
@@ -27,10 +28,10 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Loaded
 
     Raises:
         ArtifactError: it is damaged, incomplete, or was made for something other than what is loading it.
-        OptionError: its target does not run on such a device.
+        OptionError: there is no such device, or its target does not run on one.
         CapacityError: its KV caches do not fit into memory.
     """
-    manifest, where, step = open_artifact(Path(folder), None if device is None else torch.device(device))
+    manifest, where, step = open_artifact(folder, device)
     if manifest.kind != "step":
         raise ArtifactError(
             f"{folder} holds a verify-only graph, which does not decode by itself; open it with "
@@ -58,7 +59,7 @@ class LoadedModel(Decoder):
                 device,
                 LAYOUTS[manifest.layout],
                 prefill_chunk=manifest.chunk,
-                buckets=tuple(Sizes(*bucket) for bucket in manifest.buckets),
+                buckets=tuple(Sizes(*b) for b in manifest.buckets) if find_target(manifest.target).is_captured else (),
             )
         )
 

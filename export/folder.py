@@ -23,8 +23,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: `destination` exists, or cannot be written (no permission, disk full).
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ArtifactError(f"{destination} exists; pass another folder, or remove it")
+    check_new(destination)
+    destination = destination.resolve()  # a link cannot be replaced by a folder, what it points to can
     with _explained(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
@@ -35,6 +35,16 @@ def new_folder(destination: Path) -> Iterator[Path]:
             draft.replace(destination)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_new(destination: Path) -> None:
+    """Raises ArtifactError unless a folder can be put in this place: nothing is there, or an empty folder."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ArtifactError(f"{destination} exists; pass another folder, or remove it")
+    place = destination.resolve()
+    if place == Path.cwd() or place.is_mount():
+        what = "a mount point" if place.is_mount() else "the folder that this process works in"
+        raise ArtifactError(f"{destination} is {what}, which cannot be replaced; pass a new folder inside it")
 
 
 def seal(folder: Path, unsealed: Callable[[dict[str, Any]], Manifest]) -> Manifest:
@@ -102,4 +112,5 @@ def _explained(destination: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ArtifactError(f"{destination} cannot be written: {reason}; nothing was left behind") from error
+        where = f" ({error.filename})" if error.filename else ""  # perhaps a file that the target reads, elsewhere
+        raise ArtifactError(f"{destination} cannot be written: {reason}{where}; nothing was left behind") from error

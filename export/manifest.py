@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
 from emssd_compile.errors import ArtifactError
+from emssd_compile.layouts import LAYOUTS
+from emssd_compile.runtime.buckets import Sizes
 from emssd_compile.step.commit import REPORT_FIELDS
-from emssd_compile.step.signature import Binding, Signature
-from emssd_compile.step.state import COUNTERS
+from emssd_compile.step.signature import ROLES, Binding, Signature
+from emssd_compile.step.state import COUNTERS, StepState
 
 FORMAT = 1
 NAME = "manifest.json"
+
+_STATE = {f.name for f in fields(StepState)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Manifest:
         try:
             content = json.loads(data)
             version = content["format"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(f"{where} is no manifest of an artifact: {error}; export again") from error
         if version != FORMAT:
             raise ArtifactError(f"{where} has format {version}, this package reads {FORMAT}; export again")
@@ -97,15 +102,68 @@ class Manifest:
         # Bytes that do not matter to JSON count, too: an artifact is what was written, or it is not used.
         if hashlib.sha256(_dump(content)).hexdigest() != claimed or _dump({**content, "sha256": claimed}) != data:
             raise ArtifactError(f"{where} is not what was written: its hash differs; export again")
-        expected, found = {f.name for f in fields(cls)}, set(content)
-        if expected != found:
-            differing = ", ".join(sorted(expected ^ found))
+        kinds, found = get_type_hints(cls), set(content)
+        if kinds.keys() != found:
+            differing = ", ".join(sorted(kinds.keys() ^ found))
             raise ArtifactError(f"{where} was written by another version of this package (it differs in: {differing})")
-        return cls(**content)
+        wrong = [name for name, kind in kinds.items() if not _fits(content[name], kind)]
+        manifest = cls(**content)
+        wrong = wrong or _unreadable(manifest)
+        if wrong:
+            raise ArtifactError(
+                f"{where} is no manifest of an artifact: {', '.join(wrong)} cannot be read; export again"
+            )
+        return manifest
 
 
 def _dump(content: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=True).encode() + b"\n"
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type of `Manifest`'s entries. A hash says nothing of who wrote it."""
+    if kind is Any:
+        return True
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return type(value) is (get_origin(kind) or kind) and all(_fits(item, get_args(kind)[-1]) for item in items)
+
+
+def _unreadable(manifest: Manifest) -> list[str]:
+    """Entries that are of the right types and mean nothing."""
+    makes_sense = {
+        "kind": manifest.kind in ("step", "verify"),
+        "dtype": isinstance(getattr(torch, manifest.dtype, None), torch.dtype),
+        "layout": manifest.layout in (LAYOUTS if manifest.kind == "step" else ("",)),
+        "chunk": manifest.chunk > 0,
+        "buckets": all(len(bucket) == len(Sizes._fields) for bucket in manifest.buckets),
+        "inputs": all(map(_is_binding, manifest.inputs)) and (manifest.kind == "verify" or _names(manifest) >= _STATE),
+        "results": all(map(_is_binding, manifest.results)),
+        "files": all(
+            _is_inside(name) and entry.keys() == {"bytes", "sha256"} for name, entry in manifest.files.items()
+        ),
+    }
+    return [name for name, is_so in makes_sense.items() if not is_so]
+
+
+def _names(manifest: Manifest) -> set[str]:
+    return {entry["name"] for entry in manifest.inputs}
+
+
+def _is_binding(entry: dict[str, Any]) -> bool:
+    return (
+        entry.keys() == {"name", "shape", "dtype", "role"}
+        and all(isinstance(entry[name], str) for name in ("name", "dtype", "role"))
+        and isinstance(getattr(torch, entry["dtype"], None), torch.dtype)
+        and entry["role"] in ROLES
+        and isinstance(entry["shape"], list)
+        and all(isinstance(size, str) or (type(size) is int and size >= 0) for size in entry["shape"])
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file of this name lies in the artifact's folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _entry(binding: Binding) -> dict[str, Any]:

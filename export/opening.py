@@ -17,7 +17,7 @@ from emssd_compile.step.signature import Binding
 from emssd_compile.step.state import COUNTERS
 
 
-def open_artifact(folder: Path, device: torch.device | None = None) -> tuple[Manifest, torch.device, Step]:
+def open_artifact(folder: str | Path, device: str | torch.device | None = None) -> tuple[Manifest, torch.device, Step]:
     """Check an artifact against its manifest and this machine, and open it.
 
     Args:
@@ -26,24 +26,41 @@ def open_artifact(folder: Path, device: torch.device | None = None) -> tuple[Man
 
     Raises:
         ArtifactError: it is damaged, or was made for something else than what is here; says what differs.
-        OptionError: it does not run on such a device.
+        OptionError: there is no such device, or it does not run on one.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
+    if manifest.target not in targets.TARGETS:
+        raise ArtifactError(f"{folder} is for {manifest.target!r}, which is none of {list(targets.TARGETS)}")
     target = targets.find_target(manifest.target)
-    where = torch.device(manifest.device) if device is None else device
+    where = _device(manifest.device if device is None else device)
     if where.type not in target.devices:
         known = " or ".join(target.devices)
         raise OptionError(f"{folder} is for {target.name}, which runs on {known}, not on {where.type}")
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ArtifactError(f"{folder} is to run on a CUDA device, and torch finds none here")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ArtifactError(
+            f"{folder} is to run on {where}, and torch finds {torch.cuda.device_count()} CUDA devices here"
+        )
     _compare(folder, "meaning of the report", manifest.report_fields, list(REPORT_FIELDS))
     _compare(folder, "meaning of the counters", manifest.counters, list(COUNTERS))
-    here = target.environment(manifest.details, where)
-    for name in sorted({*manifest.environment, *here}):
-        _compare(folder, name, manifest.environment.get(name), here.get(name))
-    check_files(folder, manifest)
-    names = [binding.name for binding in manifest.signature.inputs]
-    return manifest, where, target.open(folder, manifest.details, names, where)
+    try:
+        here = target.environment(manifest.details, where)
+        for name in sorted({*manifest.environment, *here}, key=str.lower):
+            _compare(folder, name, manifest.environment.get(name), here.get(name))
+        check_files(folder, manifest)
+        names = [binding.name for binding in manifest.signature.inputs]
+        return manifest, where, target.open(folder, manifest.details, names, where)
+    except (KeyError, TypeError) as error:  # the manifest is whole, so something else than this package wrote it
+        raise ArtifactError(
+            f"{folder} is no artifact of {target.name}: its details lack {error}; export again"
+        ) from error
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"device={device!r} is none that torch knows: {str(error).splitlines()[0]}") from error
 
 
 def _compare(folder: Path, what: str, made_for: object, here: object) -> None:
@@ -102,4 +119,4 @@ class LoadedGraph:
 
 def open_graph(folder: str | Path, device: str | torch.device | None = None) -> LoadedGraph:
     """Open any artifact as a function of tensors. Raises as `emssd_compile.load`."""
-    return LoadedGraph(*open_artifact(Path(folder), None if device is None else torch.device(device)))
+    return LoadedGraph(*open_artifact(folder, device))

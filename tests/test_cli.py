@@ -181,6 +181,13 @@ def test_an_export_is_an_artifact_and_inspect_says_what_is_in_it(models, tmp_pat
     assert "0 bytes" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_a_folder_that_is_taken_is_refused_before_the_work(models, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr("emssd_compile.cli.export.load_model", None)
+    assert main(["export", "--model", str(models / "target"), "--to", "onnx", "--out", str(tmp_path)]) == 1
+    assert "exists; pass another folder" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_an_option_of_another_target_is_refused(models, tmp_path, capsys):
     command = ["export", "--model", str(models / "target"), "--to", "onnx", "--out", str(tmp_path / "artifact")]
     assert main([*command, "--compute-capability", "8.9"]) == 1

@@ -11,6 +11,7 @@ from rich.console import Console
 from emssd_compile.cli.models import PROGRAM, add_command, add_model, add_sizes, load_model, optimize
 from emssd_compile.errors import OptionError
 from emssd_compile.export import TARGETS
+from emssd_compile.export.folder import check_new
 
 EXAMPLES = f"""
 examples:
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         if arguments.to != "tensorrt":
             raise OptionError(f"--compute-capability is for --to tensorrt, not for --to {arguments.to}")
         options["compute_capabilities"] = arguments.compute_capability
+    check_new(arguments.out)  # before the work, which takes a while
     model = load_model(arguments.model, arguments.dtype, "--model")
     with notes.status("capturing the model"):
         fast = optimize(model, arguments)

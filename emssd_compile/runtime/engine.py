@@ -120,7 +120,9 @@ class Engine:
     def warmup(self) -> None:
         """Compile: run the step once."""
         with self._rehearsal() as rehearsal:
-            rehearsal.step(Sizes(2, 2, 2, 2))
+            # Not more than a step of these rows can ever have: an artifact may be made for no more.
+            size = min(2, self.num_rows * (self.num_draft_tokens + 1))
+            rehearsal.step(Sizes(size, size, size, size))
 
     def capture(self) -> Iterator[Sizes]:
         """Run every bucket of sizes once, so that none is captured later; yields each when done."""

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from emssd_compile.errors import ArtifactError
 from emssd_compile.lowering.unbacked import OPTIONS, unbacked
-from emssd_compile.ops import load_cpu_kernels, load_kernels
+from emssd_compile.ops import load_cpu_kernels, load_kernels, source_hash
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
 from emssd_compile.passes.graph import inputs, output
 from emssd_compile.passes.manager import Pass
@@ -76,8 +76,11 @@ def _layout(value: Tensor) -> str:
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:
-    """The torch whose libraries the code calls, and the instruction set or GPU that it was compiled for."""
-    here = {"torch": str(torch.__version__)}
+    """The torch and the ops that the code calls, and the instruction set or GPU that it was compiled for.
+
+    The ops of the process that loads it are called, not those of the one that wrote it: others may mean something else.
+    """
+    here = {"device": device.type, "torch": str(torch.__version__), "ops of emssd_compile": source_hash()[:16]}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return {**here, "GPU capability": f"{major}.{minor}"}

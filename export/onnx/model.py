@@ -89,7 +89,6 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         for dim, size in enumerate(node.meta["val"].shape):
             lengths.setdefault(str(size), [str(node.target), dim])
     return {
-        "file": FILE,
         "opset": OPSET,
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")},
         "outputs": {name: f"new_{name}" for name in results},

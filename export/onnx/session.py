@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emssd_compile.errors import ArtifactError, InvalidInputError
 from emssd_compile.export.onnx.installed import require
+from emssd_compile.export.onnx.model import FILE
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
@@ -104,18 +105,19 @@ def open_session(folder: Path, details: dict[str, Any], input_names: list[str], 
     provider = _PROVIDERS[device.type]
     if provider not in onnxruntime.get_available_providers():
         raise ArtifactError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu in place of onnxruntime")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     # Threads that wait by spinning would take the cores from torch and the host's loop between two steps.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    chosen = [(provider, {"device_id": str(device.index)})] if device.type == "cuda" else []
     try:
-        session = onnxruntime.InferenceSession(
-            folder / details["file"], options, providers=list(dict.fromkeys((provider, _PROVIDERS["cpu"])))
-        )
+        session = onnxruntime.InferenceSession(folder / FILE, options, providers=[*chosen, _PROVIDERS["cpu"]])
     except Exception as error:  # onnxruntime's errors have no base of their own
-        raise ArtifactError(
-            f"onnxruntime {onnxruntime.__version__} cannot run {folder / details['file']}: {error}"
-        ) from error
+        raise ArtifactError(f"onnxruntime {onnxruntime.__version__} cannot run {folder / FILE}: {error}") from error
+    if provider not in session.get_providers():  # it goes on without one whose libraries it cannot load
+        raise ArtifactError(f"onnxruntime {onnxruntime.__version__} cannot start its {provider}; check CUDA and cuDNN")
     return OnnxStep(session, input_names, details, device)

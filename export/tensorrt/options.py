@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -51,6 +52,10 @@ class BuildOptions:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(choices)}")
+        if isinstance(self.compute_capabilities, str):
+            raise OptionError(f"compute_capabilities must be a list, as in [{self.compute_capabilities!r}]")
+        if self.timing_cache is not None and not Path(self.timing_cache).parent.is_dir():
+            raise OptionError(f"timing_cache={str(self.timing_cache)!r}: there is no such folder to write it to")
 
     def check(self, runtime: str) -> None:
         """Raises OptionError for what a runtime cannot do."""

@@ -105,14 +105,18 @@ class EngineStep:
         """
         given = dict(zip(self._names, inputs, strict=True))
         context = self._context(given)
+        for name in self._profiles[0]:
+            self._check(context.set_input_shape(name, tuple(given[name].shape)), name)
         outputs = {
-            name: torch.empty(shape, dtype=dtype, device=self._device) for name, (shape, dtype) in self._outputs.items()
+            # -1 stands for a size that depends on those of the inputs, as in the results of a verify-only graph.
+            name: torch.empty(
+                tuple(context.get_tensor_shape(name)) if -1 in shape else shape, dtype=dtype, device=self._device
+            )
+            for name, (shape, dtype) in self._outputs.items()
         }
         caches = {name: given[cache] for name, cache in self._caches.items()}
         for name, tensor in {**given, **outputs, **caches}.items():
             self._check(context.set_tensor_address(name, tensor.data_ptr() or self._nothing.data_ptr()), name)
-        for name in self._profiles[0]:
-            self._check(context.set_input_shape(name, tuple(given[name].shape)), name)
         self._check(context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream), "the step")
         held = {**given, **outputs}
         return {name: held[tensor] for name, tensor in self._results.items()}

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import emssd_compile
+import emssd_compile.export as targets
 from emssd_compile.drafters import PromptLookup
 from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
 from emssd_compile.export import open_graph
 from emssd_compile.export.folder import read_manifest
+from emssd_compile.export.manifest import _dump
 from emssd_compile.optimize import OptimizedModel
+from emssd_compile.runtime.assembly import assemble
+from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.engine import Engine
 from tests.exactness.compiled import K
 from tests.exactness.models import Reference, build, prompt
 from tests.export import toy
@@ -104,10 +114,50 @@ def test_bytes_that_json_does_not_mind_are_refused_too(artifact):
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_bytes(b'{"format": 1, "tar'), "is no manifest"),
         (lambda folder: (folder / "manifest.json").write_bytes(b"[]"), "is no manifest"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"[" * 100_000), "is no manifest"),
     ],
 )
 def test_damage_is_named(artifact, damage, message):
     damage(artifact)
+    with pytest.raises(ArtifactError, match=message):
+        emssd_compile.load(artifact)
+
+
+def _rewrite(artifact: Path, change) -> None:
+    """Change the manifest and give it the hash that it should have: it is not damaged, but it is wrong."""
+    file = artifact / "manifest.json"
+    content = json.loads(file.read_bytes())
+    del content["sha256"]
+    change(content)
+    digest = hashlib.sha256(_dump(content)).hexdigest()
+    file.write_bytes(_dump({**content, "sha256": digest}))
+
+
+@pytest.mark.parametrize("wrong", [None, {}, [3], [{"x": 1}], True], ids=repr)
+def test_an_entry_of_another_type_is_refused(artifact, wrong):
+    """Whoever wrote it: an error that says so, and nothing is opened."""
+    original = (artifact / "manifest.json").read_bytes()
+    for name, value in json.loads(original).items():
+        if name != "sha256" and type(value) is not type(wrong):
+            (artifact / "manifest.json").write_bytes(original)
+            _rewrite(artifact, lambda content, name=name: content.update({name: wrong}))
+            with pytest.raises(ArtifactError, match=r"cannot be read|no manifest|has format"):
+                emssd_compile.load(artifact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["inputs"][0].update(dtype="load"), "inputs cannot be read"),
+        (lambda content: content["inputs"].pop(0), "inputs cannot be read"),
+        (lambda content: content.update(buckets=[[1, 2]]), "buckets cannot be read"),
+        (lambda content: content["files"].update({"../x": content["files"]["empty"]}), "files cannot be read"),
+        (lambda content: content["details"].clear(), "is no artifact of toy: its details lack 'graph'"),
+        (lambda content: content.update(target="future"), "is for 'future', which is none of"),
+    ],
+)
+def test_what_makes_no_sense_in_a_manifest_is_named(artifact, change, message):
+    _rewrite(artifact, change)
     with pytest.raises(ArtifactError, match=message):
         emssd_compile.load(artifact)
 
@@ -129,11 +179,34 @@ def test_a_device_that_the_target_does_not_run_on_is_refused(artifact):
         emssd_compile.load(artifact, device="cuda")
 
 
+@pytest.mark.parametrize("device", ["gpu", 3.5])
+def test_a_device_that_does_not_exist_is_refused(artifact, device):
+    with pytest.raises(OptionError, match="none that torch knows"):
+        emssd_compile.load(artifact, device=device)
+
+
 def test_no_folder_and_no_artifact_are_told_apart(tmp_path):
     with pytest.raises(ArtifactError, match="no such folder"):
         emssd_compile.load(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match="no manifest"):
         emssd_compile.load(tmp_path)
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_steps_are_captured_only_where_they_can_be(artifact, monkeypatch, is_captured):
+    """On a CUDA device, that is; here, which sizes would be."""
+    target = replace(targets.find_target("toy"), is_captured=is_captured)
+    monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))
+    asked: list[int] = []
+
+    def assembled(*args: Any, buckets: tuple[Sizes, ...], **options: Any) -> Engine:
+        asked.append(len(buckets))
+        return assemble(*args, buckets=buckets, **options)
+
+    monkeypatch.setattr("emssd_compile.loading.assemble", assembled)
+    emssd_compile.load(artifact)
+    assert (asked[0] > 0) == is_captured
+    assert not targets.find_target("onnx").is_captured
 
 
 def test_a_folder_that_holds_something_is_left_alone(fast, tmp_path):
@@ -145,6 +218,26 @@ def test_a_folder_that_holds_something_is_left_alone(fast, tmp_path):
 
 def test_an_empty_folder_is_taken(fast, tmp_path):
     emssd_compile.load(export(fast, tmp_path))
+
+
+def test_a_place_that_no_folder_can_take_is_refused_at_once(fast, tmp_path, monkeypatch):
+    """A rename would fail in the end, when the work is done."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="the folder that this process works in"):
+        export(fast, Path())
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(ArtifactError, match="volume is a mount point"):
+        export(fast, tmp_path / "volume")
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(fast, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export(fast, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    emssd_compile.load(tmp_path / "real")
 
 
 @pytest.mark.parametrize(

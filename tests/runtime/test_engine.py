@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emssd_compile.runtime.buckets import Sizes
 from emssd_compile.runtime.engine import Engine, Request
 from tests.exactness.compiled import LENGTHS, K, rechunked, target
 from tests.exactness.models import prompt
@@ -225,3 +226,11 @@ def test_a_prompt_that_was_read_makes_no_later_step_larger(kind):
     for before, step in itertools.pairwise(steps):
         if step.pending == step.active and before.active == BATCH:
             assert step.sizes.token_slots <= BATCH * (K + 1)
+
+
+def test_a_warm_up_is_no_larger_than_steps_can_be():
+    """One row without drafts never wants two logits: an engine of TensorRT is not built for them."""
+    engine = target("llama", 1).optimize(target("llama", 1).drafter("none"), prefill_chunk=16)._engine
+    steps = watch(engine)
+    engine.warmup()
+    assert [step.sizes for step in steps] == [Sizes(1, 1, 1, 1)]

@@ -186,6 +186,20 @@ def test_another_instruction_set_is_refused(monkeypatch):
         emssd_compile.load(folder)
 
 
+def test_another_kind_of_device_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ArtifactError, match="made for device cpu, here it is cuda"):
+        emssd_compile.load(artifact("aot", "lookup"), device="cuda")
+
+
+def test_other_ops_are_refused(monkeypatch):
+    folder = artifact("aot", "lookup")
+    monkeypatch.setattr("emssd_compile.export.aot.package.source_hash", lambda: "0" * 64)
+    with pytest.raises(ArtifactError, match=r"made for ops of emssd_compile .*, here it is 0000"):
+        emssd_compile.load(folder)
+
+
 def test_a_machine_without_a_compiler_is_told_at_once(tmp_path, monkeypatch):
     for name, value in {"PATH": "", "CXX": "", "EMSSD_CACHE_DIR": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)

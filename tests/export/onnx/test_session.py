@@ -109,9 +109,18 @@ def test_what_onnxruntime_cannot_run_is_said_so(tmp_path):
         emssd_compile.load(tmp_path / "bf16")
     (tmp_path / "step.onnx").write_bytes(b"no model")
     with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*step.onnx"):
-        open_session(tmp_path, {"file": "step.onnx"}, [], torch.device("cpu"))
+        open_session(tmp_path, {}, [], torch.device("cpu"))
 
 
 def test_a_device_without_a_provider_is_named():
     with pytest.raises(ArtifactError, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
-        open_session(Path(), {"file": "step.onnx"}, [], torch.device("cuda"))
+        open_session(Path(), {}, [], torch.device("cuda", 0))
+
+
+def test_a_provider_that_does_not_start_is_named(large, monkeypatch):
+    """It would run on the CPU instead, on memory that is not there."""
+    step, _ = large
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *args, **kwargs: step.session)
+    with pytest.raises(ArtifactError, match="cannot start its CUDAExecutionProvider"):
+        open_session(Path(), {}, [], torch.device("cuda", 0))

@@ -17,6 +17,13 @@ def test_unknown_values_are_refused(name, value):
         BuildOptions(**{name: value})
 
 
+def test_what_would_fail_after_the_build_is_refused_before_it(tmp_path):
+    with pytest.raises(OptionError, match=r"must be a list, as in \['8.9'\]"):
+        BuildOptions(compute_capabilities="8.9")
+    with pytest.raises(OptionError, match="there is no such folder to write it to"):
+        BuildOptions(timing_cache=str(tmp_path / "nowhere" / "timings"))
+
+
 @pytest.mark.parametrize(("name", "value"), ONLY_FULL.items())
 def test_what_tensorrt_rtx_lacks_is_refused(name, value):
     options = BuildOptions(**{name: value})

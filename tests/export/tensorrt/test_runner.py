@@ -27,7 +27,13 @@ DETAILS: dict[str, Any] = {
     "options": {"weights": "in-engine", "version_compatible": False, "hardware_compatibility": "none"},
     "profiles": [{"token_slots": [[1], [4], [4]]}, {"token_slots": [[1], [32], [32]]}],
     "buckets": [{"token_slots": 2, "draft_slots": 5}, {"token_slots": 4, "draft_slots": 5}],
-    "results": {"known": "new_known", "none": "new_none", "same": "token_slots", "k_cache_0": "new_k_cache_0"},
+    "results": {
+        "hidden": "hidden",
+        "known": "new_known",
+        "none": "new_none",
+        "same": "token_slots",
+        "k_cache_0": "new_k_cache_0",
+    },
     "caches": {"new_k_cache_0": "k_cache_0"},
     "bindings": [
         _binding("token_slots", "input", "int64", -1),
@@ -35,6 +41,7 @@ DETAILS: dict[str, Any] = {
         _binding("new_known", "output", "int64", 2),
         _binding("new_none", "output", "int64", 2, 0),
         _binding("new_k_cache_0", "output", "half", 2, 1, 8, 4),
+        _binding("hidden", "output", "half", -1, 6),
     ],
 }
 
@@ -63,6 +70,9 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
         return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (*self.shapes["token_slots"], 6)
 
     def execute_async_v3(self, stream: int) -> bool:
         self.runs.append((dict(self.addresses), dict(self.shapes), stream))
@@ -113,7 +123,8 @@ def test_tensors_are_bound_where_they_lie_and_caches_in_place(step):
     assert addresses["new_known"] == results["known"].data_ptr()
     assert shapes == {"token_slots": (2,)}
     assert stream == 77
-    assert set(results) == {"known", "none", "same"}
+    assert set(results) == {"hidden", "known", "none", "same"}
+    assert tuple(results["hidden"].shape) == (2, 6), "a size of its own for each call"
     assert results["same"] is slots
     assert (results["known"].dtype, tuple(results["known"].shape)) == (torch.int64, (2,))
     assert tuple(results["none"].shape) == (2, 0)
