@@ -111,7 +111,7 @@ def open_session(folder: Path, details: dict[str, Any], input_names: list[str], 
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     # Threads that wait by spinning would take the cores from torch and the host's loop between two steps.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     chosen = [(provider, {"device_id": str(device.index)})] if device.type == "cuda" else []
     try:
