@@ -105,6 +105,7 @@ class CompiledStep:
         rule: what accepts drafts.
         drafter: what proposes them.
         policy: what chooses how many are verified.
+        records: what each pass did, those of the model included.
     """
 
     graph_module: fx.GraphModule
@@ -112,6 +113,7 @@ class CompiledStep:
     rule: Rule
     drafter: Drafter
     policy: LengthPolicy
+    records: list[PassRecord]
 
     def suited(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
         """A copy of the step in the form that a target's passes give it; what they did is added to `records`."""
@@ -133,9 +135,9 @@ def compile_step(
 ) -> CompiledStep:
     """Fuse packing, the model, acceptance and the next draft into one step."""
     graph_module = _copy(compiled.graph_module, "Step")
-    manager = PassManager(compiled.fake_mode, active_observers(), compiled.records)
+    manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
     manager.apply(graph_module, (passes.step(batch, rule, drafter, policy, compiled.fake_mode),))
-    return CompiledStep(graph_module, compiled, rule, drafter, policy)
+    return CompiledStep(graph_module, compiled, rule, drafter, policy, manager.records)
 
 
 def suit(

@@ -98,7 +98,7 @@ def export(
     target = find_target(target_name)
     compiled = what.step.compiled
     with new_folder(folder) as draft:
-        records = [*compiled.records]
+        records = [*(compiled if verify_only else what.step).records]
         source = compiled.named() if verify_only else what.step.graph_module
         graph_module = suit(source, compiled, target.passes(what.sizes), records)
         advance(1)

@@ -121,7 +121,7 @@ class OptimizedModel(Decoder):
         self.options = options
         self._step = step
         backend, device, rows = BACKENDS[options.backend], _device(model), options.max_batch
-        self._records = [*step.compiled.records]
+        self._records = [*step.records]
         self.graph_module = step.suited(backend.passes(device), self._records)
         super().__init__(
             assemble(

@@ -13,7 +13,7 @@ from emssd_compile.export.folder import check_files, read_manifest
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.lowering import Step
 from emssd_compile.step.commit import REPORT_FIELDS
-from emssd_compile.step.signature import Binding
+from emssd_compile.step.signature import ROLES, Binding
 from emssd_compile.step.state import COUNTERS
 
 
@@ -98,7 +98,10 @@ class LoadedGraph:
         return self._step(*(tensors[binding.name] for binding in self._inputs))
 
     def empty(self, role: str) -> dict[str, Tensor]:
-        """Zeros for every input of a role (`"cache"`, `"state"`, ...)."""
+        """Zeros for every input of a role (`"cache"`, `"state"`, ...). Raises OptionError for another role."""
+        fixed = [name for name in ROLES if name not in ("size", "input", "result")]
+        if role not in fixed:
+            raise OptionError(f"role={role!r} is none of an input whose shape is fixed; choose one of {fixed}")
         bindings = self.manifest.signature.with_role(role).values()
         return {b.name: torch.zeros(b.spec.shape, dtype=b.dtype, device=self.device) for b in bindings}
 

@@ -46,8 +46,8 @@ def write_model(
     """Write `step.onnx`: standard operators alone, every size that may differ symbolic.
 
     Inputs have the names of the graph's, and each result `r` the name `new_r`, since an ONNX model has one space of
-    names. A KV cache and its result are meant to be bound to the same memory. Weights above 1.5 GB lie in a file of
-    their own beside the model.
+    names. A KV cache and its results, one for each time it is written, are meant to be bound to the same memory.
+    Weights above 1.5 GB lie in a file of their own beside the model.
 
     Args:
         graph_module: the graph after `passes`.
@@ -70,6 +70,7 @@ def write_model(
     require("onnx", "onnxscript")
     from emssd_compile.export.onnx.translate import TRANSLATIONS
 
+    graph_module = _with_all_writes(graph_module)
     details = _describe(graph_module)
     program = translated(graph_module, list(details["outputs"].values()), TRANSLATIONS)
     with _quiet():
@@ -79,11 +80,27 @@ def write_model(
     return details
 
 
+def _with_all_writes(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that returns a KV cache each time it is written.
+
+    A draft model writes its caches once for each token that it drafts. What is a result is bound to memory, and so each
+    of these writes can be in the cache's own; what lies between two others would be a copy of it. The order is right by
+    what the values depend on: a token is drafted from what was read before.
+    """
+    graph = fx.Graph()
+    results: dict[str, Any] = dict(graph.graph_copy(graph_module.graph, {}))  # type: ignore[arg-type]  # by name
+    named = {*results.values()}
+    for index, node in enumerate(node for node in graph.nodes if _updates(node) and node not in named):
+        results[f"{_updates(node)}_write_{index}"] = node
+    graph.output(results)
+    return fx.GraphModule(graph_module, graph, class_name=graph_module._get_name())
+
+
 def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
     from emssd_compile.passes.graph import inputs, output
 
     results: Any = output(graph_module.graph).args[0]
-    in_place = {name for name, node in results.items() if _updates(node) == name}
+    in_place = {name: cache for name, node in results.items() if (cache := _updates(node))}
     lengths: dict[str, list[object]] = {}  # which input's dimension each symbolic size is
     for node in inputs(graph_module.graph):
         for dim, size in enumerate(node.meta["val"].shape):
@@ -92,7 +109,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "opset": OPSET,
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")},
         "outputs": {name: f"new_{name}" for name in results},
-        "in_place": sorted(in_place),
+        "in_place": in_place,
         "results": {
             name: {
                 "dtype": str(node.meta["val"].dtype).removeprefix("torch."),

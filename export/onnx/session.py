@@ -32,7 +32,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxStep:
     """A step that ONNX Runtime runs. Nothing is copied: it reads and writes the tensors where they lie.
 
-    A KV cache and its result are bound to the same memory. The scatter that updates it finds its input where its output
+    A KV cache and its results are bound to the same memory. A scatter that updates it finds its input where its output
     is to be, and leaves what it does not write alone.
 
     Args:
@@ -53,7 +53,7 @@ class OnnxStep:
         self._binding = session.io_binding()
         self._names = tuple(input_names)
         self._outputs: dict[str, str] = details["outputs"]
-        self._in_place = frozenset(details["in_place"])
+        self._in_place: dict[str, str] = details["in_place"]
         self._results = {
             name: (result["shape"], getattr(torch, result["dtype"])) for name, result in details["results"].items()
         }
@@ -70,8 +70,8 @@ class OnnxStep:
                 raise InvalidInputError(f"{name} is not contiguous")
             if name in self._used:
                 self._bind(self._binding.bind_input, name, value)
-        for name in self._in_place:
-            self._bind(self._binding.bind_output, self._outputs[name], given[name])
+        for name, cache in self._in_place.items():
+            self._bind(self._binding.bind_output, self._outputs[name], given[cache])
         results = {}
         for name, (shape, dtype) in self._results.items():
             sizes = [size if isinstance(size, int) else given[size[0]].shape[size[1]] for size in shape]

@@ -306,7 +306,10 @@ def test_a_verify_only_graph_is_for_loops_of_ones_own(fast, tmp_path, verify_inp
     folder = export(fast, tmp_path / "verify", verify_only=True)
     with pytest.raises(ArtifactError, match="open_graph"):
         emssd_compile.load(folder)
+    assert not {"fuse_verify", "fuse_draft"} & {r["name"] for r in read_manifest(folder).explanation["records"]}
     graph = open_graph(folder)
+    with pytest.raises(OptionError, match="role='caches' is none"):
+        graph.empty("caches")
     results = graph(**verify_inputs, **graph.empty("cache"))
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(results["logits"][0], fast.model(ids).logits[0, -1], rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 import emssd_compile
 from emssd_compile.errors import ArtifactError, InvalidInputError
 from emssd_compile.export.onnx.session import OnnxStep, open_session
+from tests.export.subjects import K, artifact
 from tests.passes.graphs import model_with_attention
 
 
@@ -124,3 +126,19 @@ def test_a_provider_that_does_not_start_is_named(large, monkeypatch):
     monkeypatch.setattr("onnxruntime.InferenceSession", lambda *args, **kwargs: step.session)
     with pytest.raises(ArtifactError, match="cannot start its CUDAExecutionProvider"):
         open_session(Path(), {}, [], torch.device("cuda", 0))
+
+
+def test_each_write_of_a_cache_can_be_in_its_memory():
+    """Those of a draft model as well, which writes once for each token that it drafts."""
+    graph = onnx.load(artifact("onnx", "draft-model") / "step.onnx").graph
+    outputs = {output.name for output in graph.output}
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        consumers.setdefault(node.input[0], []).append(node)
+    for cache in (entry.name for entry in graph.input if "_cache_" in entry.name):
+        written, value = 0, cache
+        while scatters := [node for node in consumers[value] if node.op_type == "ScatterND"]:
+            (value,) = scatters[0].output
+            assert value in outputs
+            written += 1
+        assert written == (K if cache.startswith("draft_model") else 1)
