@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, ragged_attention, tiled_attention, update_kv
+from emssd_compile.ops._ancestors import unpack_ancestors
 from emssd_compile.passes.graph import argument, aten, attribute, call, fresh_index, inputs, output, refuse
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
 
@@ -21,13 +24,13 @@ class _Tile:
         tokens: int64 `[B * S]`, the packed token of each tile slot; any token where the row has fewer than S.
         places: int64 `[T]`, the tile slot of each packed token; the last slot for inert tail tokens.
         kv_lengths: int64 `[B]`, slots of each row's cache that its last token sees; at least 1.
-        masks: the masks made so far, by window and ALiBi slopes.
+        masks: the masks made so far, by window, ALiBi slopes and what else they are made of.
     """
 
     tokens: fx.Node
     places: fx.Node
     kv_lengths: fx.Node
-    masks: dict[tuple[int, bytes], fx.Node] = field(default_factory=dict)
+    masks: dict[tuple[int, bytes, tuple[fx.Node, ...]], fx.Node] = field(default_factory=dict)
 
 
 class TileAttention:
@@ -37,8 +40,9 @@ class TileAttention:
     there, the tokens of each row are put into a row of a tile of S queries; the caches go in and come out, to be bound
     to the same memory. S is the length of the input `row_slots`, the most tokens of a row; a graph that has none yet (a
     model without the step around it) gets it. Rows are right-aligned, since then causal order needs no mask: the last
-    query sees all of the row's slots, the one before it one less, and so on. Where the tokens lie is computed once a
-    step and shared by all layers.
+    query sees all of the row's slots, the one before it one less, and so on. What is not plain causal order (windows,
+    ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by all
+    layers.
 
     No result of a tile slot without a token is ever read. Inert tail tokens read the last slot of the last row, which
     is finite, because `kv_lengths` is at least 1 and caches hold finite values.
@@ -62,18 +66,18 @@ class TileAttention:
         self.spare_slots = spare_slots
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Raises UnsupportedModelError for draft trees and if the graph returns no dict."""
+        """See the class. Raises UnsupportedModelError if the graph returns no dict."""
         graph = graph_module.graph
         sites = [node for node in graph.nodes if node.target == ragged_attention]
         if not sites:
             return 0
-        results = output(graph).args[0]
-        if not isinstance(results, dict):
+        if not isinstance(output(graph).args[0], dict):
             raise refuse(output(graph), "the graph must return its results by name, to return the KV caches with them")
         fake_mode: FakeTensorMode = inputs(graph)[0].meta["val"].fake_mode
         rewrite = _Rewrite(graph_module, fake_mode, _row_slots(graph, fake_mode), self.spare_slots)
         for site in sites:
             rewrite.attention(site)
+        results: Any = output(graph).args[0]
         output(graph).args = ({**results, **{str(cache.target): now for cache, now in rewrite.caches.items()}},)
         return len(sites)
 
@@ -110,8 +114,6 @@ class _Rewrite:
 
     def attention(self, site: fx.Node) -> None:
         """Rewrite one `ragged_attention` and the `append_kv` before it."""
-        if site.kwargs.get("ancestors") is not None:
-            raise refuse(site, "draft trees are not exported")
         append = self._append(site)
         query, k_cache, v_cache, offsets, lengths = (argument(site, index) for index in range(5))
         row_ids, slots = argument(append, 4), argument(append, 5)
@@ -176,23 +178,24 @@ class _Rewrite:
     def _mask(self, site: fx.Node, k_cache: fx.Node, tile: _Tile) -> fx.Node | None:
         """The mask that `site` needs, causal order included; None if that is all there is to it."""
         window, slopes = site.kwargs.get("window", 0), site.kwargs.get("alibi_slopes")
+        ancestors = site.kwargs.get("ancestors")
         assert isinstance(window, int)
-        if window == 0 and slopes is None:
+        if window == 0 and slopes is None and ancestors is None:
             return None
-        given = {"kv_lengths": tile.kv_lengths, "row_slots": self.row_slots}
-        key = b""
+        given = {"row_slots": self.row_slots, "kv_lengths": tile.kv_lengths}
+        if isinstance(ancestors, fx.Node):
+            given |= {"tokens": tile.tokens, "ancestors": ancestors}
+            given |= {name: argument(site, index) for index, name in enumerate(("offsets", "lengths", "positions"), 3)}
+        sources, slope_bytes = tuple(given.values()), b""
         if isinstance(slopes, fx.Node):  # each layer has a copy of its own
             given["slopes"] = slopes
-            key = attribute(self.graph_module, slopes).double().cpu().numpy().tobytes()
-        capacity, dtype = k_cache.meta["val"].shape[2], k_cache.meta["val"].dtype
-
-        def make(values: Tensors) -> Tensors:
-            distance = _distance(values["kv_lengths"], values["row_slots"], capacity)
-            return {"mask": _seen(distance, window, values.get("slopes"), dtype)}
-
-        if (window, key) not in tile.masks:
-            tile.masks[window, key] = inline_function(self.graph_module, make, given, self.fake_mode)["mask"]
-        return tile.masks[window, key]
+            slope_bytes = attribute(self.graph_module, slopes).double().cpu().numpy().tobytes()
+        key = (window, slope_bytes, sources)
+        if key not in tile.masks:
+            cache = k_cache.meta["val"]
+            make = partial(_make_mask, window=window, capacity=cache.shape[2], dtype=cache.dtype)
+            tile.masks[key] = inline_function(self.graph_module, make, given, self.fake_mode)["mask"]
+        return tile.masks[key]
 
 
 def _lay_out(given: Tensors) -> Tensors:
@@ -208,24 +211,56 @@ def _lay_out(given: Tensors) -> Tensors:
     return {"tokens": tokens.reshape(-1), "places": places, "kv_lengths": kv_lengths}
 
 
-def _distance(kv_lengths: Tensor, row_slots: Tensor, capacity: int) -> Tensor:
-    """`[B, S, C + 1]`: the position of the token in each cache slot minus that of the query in each tile slot.
-
-    In a chain of drafts both are slots: the last query's is `kv_lengths - 1`. A tile slot without a token counts as one
-    at position 0.
-    """
-    slots = torch.arange(capacity, device=kv_lengths.device)
-    own = (kv_lengths[:, None] - row_slots.shape[0] + row_slots).clamp(min=0)
-    return slots - own[:, :, None]
-
-
-def _seen(distance: Tensor, window: int, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _make_mask(given: Tensors, window: int, capacity: int, dtype: torch.dtype) -> Tensors:
     """Bool `[B, 1, S, C + 1]`, or with ALiBi `slopes[Hq]` what is added to the scores, `[B, Hq, S, C + 1]`."""
-    visible = distance <= 0
+    is_tree = "ancestors" in given
+    visible, distance = (_tree if is_tree else _chain)(given, capacity)
     if window > 0:
         visible = visible & (distance > -window)
-    if slopes is None:
-        return visible[:, None]
-    bias = slopes.to(torch.float32)[:, None, None] * distance[:, None]
-    # Half of the lowest number: with a score added to it, it is still finite.
-    return torch.where(visible[:, None], bias.to(dtype), torch.finfo(dtype).min / 2)
+    if "slopes" in given:
+        bias = given["slopes"].to(torch.float32)[:, None, None] * distance[:, None]
+        # Half of the lowest number: with a score added to it, it is still finite.
+        return {"mask": torch.where(visible[:, None], bias.to(dtype), torch.finfo(dtype).min / 2)}
+    if is_tree:  # a query that sees nothing gets slot 0, since a softmax over nothing may be NaN
+        first = torch.arange(capacity, device=visible.device) == 0
+        visible = visible | (first & ~visible.any(-1, keepdim=True))
+    return {"mask": visible[:, None]}
+
+
+def _chain(given: Tensors, capacity: int) -> tuple[Tensor, Tensor]:
+    """What a query in each tile slot sees, before any window, where each token follows the one before it.
+
+    Positions of tokens and queries are slots then: the last query's is `kv_lengths - 1`. A tile slot without a token
+    counts as one at position 0.
+
+    Returns:
+        visible: bool `[B, S, C + 1]`.
+        distance: `[B, S, C + 1]`, the position of the token in each cache slot minus that of the query.
+    """
+    kv_lengths, row_slots = given["kv_lengths"], given["row_slots"]
+    slots = torch.arange(capacity, device=kv_lengths.device)
+    own = (kv_lengths[:, None] - row_slots.shape[0] + row_slots).clamp(min=0)
+    distance = slots - own[:, :, None]
+    return distance <= 0, distance
+
+
+def _tree(given: Tensors, capacity: int) -> tuple[Tensor, Tensor]:
+    """As `_chain`, where the row's tokens of this step are a tree: `emssd::ragged_attention` says who sees whom.
+
+    A tile slot without a token sees what the bits of another row's token say, of this row's tokens.
+    """
+    lengths, positions, offsets = given["lengths"], given["positions"], given["offsets"]
+    rows, width = lengths.shape[0], given["row_slots"].shape[0]
+    slots = torch.arange(capacity, device=lengths.device)
+    step_index = slots - lengths[:, None]  # [B, C + 1], which token of the row's in this step lies in the slot
+    committed = step_index < 0
+
+    bits = unpack_ancestors(given["ancestors"].index_select(0, given["tokens"])).view(rows, width, -1)
+    has_bit = step_index < offsets.diff().clamp(max=bits.shape[2])[:, None]
+    index = step_index.clamp(0, bits.shape[2] - 1)[:, None].expand(-1, width, -1)
+    visible = committed[:, None] | (has_bit[:, None] & bits.gather(2, index))
+
+    step_token = (offsets[:-1, None] + step_index).clamp(0, positions.shape[0] - 1)
+    key_positions = torch.where(committed, slots, positions[step_token])
+    own = positions.index_select(0, given["tokens"]).view(rows, width)
+    return visible, key_positions[:, None] - own[:, :, None]

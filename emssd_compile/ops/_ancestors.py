@@ -27,9 +27,14 @@ def pack_ancestors(mask: Tensor) -> Tensor:
 
 
 def unpack_ancestors(words: Tensor) -> Tensor:
-    """The inverse of `pack_ancestors`: bool ``[T, 32 * W]`` for int32 ``[T, W]``."""
-    bits = words[:, :, None] >> _bit_numbers(words) & 1
-    return bits.flatten(1).bool()
+    """The inverse of `pack_ancestors`: bool ``[T, 32 * W]`` for int32 ``[T, W]``.
+
+    Exported graphs hold this too, so it does without shifts: ONNX has them for unsigned numbers only. Bit ``j`` of a
+    number is set if the number modulo ``2**(j + 1)`` is at least ``2**j``, also of a negative one.
+    """
+    powers = 2 ** _bit_numbers(words).to(torch.int64)
+    bits = words.to(torch.int64)[:, :, None] % (2 * powers) >= powers
+    return bits.flatten(1)
 
 
 def _bit_numbers(like: Tensor) -> Tensor:

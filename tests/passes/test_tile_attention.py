@@ -25,6 +25,7 @@ from tests.passes.graphs import (
     unpadded,
 )
 from tests.passes.tiled import EagerStep, run_with, tile_step
+from tests.passes.trees import assert_same, step_inputs, tiled_inputs, tree_batch, tree_graph
 
 # Grouped heads and learned positions, a window, capped scores in every other layer's window, and ALiBi.
 CASES = {
@@ -127,11 +128,37 @@ def test_refuses_a_graph_whose_results_have_no_names():
         manager._run(TileAttention(), "tiled", graph_module)
 
 
-def test_refuses_draft_trees():
-    graph_module, manager = _verify_only(model_with_attention())
-    site = next(node for node in graph_module.graph.nodes if node.target == ragged_attention)
-    site.kwargs = {**site.kwargs, "ancestors": site.args[5]}
-    with pytest.raises(
-        UnsupportedModelError, match=r"draft trees are not exported \(at node 'ragged_attention_default'"
-    ):
-        manager._run(TileAttention(), "tiled", graph_module)
+@pytest.mark.parametrize(("width", "words"), [(40, 2), (43, 2), (43, 1)])
+def test_draft_trees_see_what_the_packed_form_sees(width, words):
+    """Windows and ALiBi by true positions, rows and tile slots without a token, a tail, tokens that have no bit."""
+    given = step_inputs(tree_batch())
+    given["ancestors"] = given["ancestors"][:, :words]
+    graph_module, fake_mode = tree_graph(given)
+    tiled = tiled_inputs(given, width)
+    expected = graph_module(*given.values())
+    PassManager(fake_mode)._run(TileAttention(), "tiled", graph_module)
+    assert_same(graph_module(*tiled.values()), expected)
+
+
+def test_trees_of_layers_that_see_the_same_share_a_mask():
+    graph_module, fake_mode = tree_graph(step_inputs(tree_batch()))
+    PassManager(fake_mode)._run(TileAttention(), "tiled", graph_module)
+    first, second, *others = (node for node in graph_module.graph.nodes if node.target == tiled_attention)
+    assert first.args[4] is second.args[4]
+    assert len({first.args[4], *(node.args[4] for node in others)}) == 3
+    assert not any(node.kwargs["is_causal"] for node in (first, second, *others))
+
+
+def test_a_query_that_sees_nothing_is_given_a_slot():
+    """A softmax over nothing is NaN in some runtimes. In the second tree no token sees itself."""
+    given = step_inputs(tree_batch())
+    graph_module, fake_mode = tree_graph(given)
+    PassManager(fake_mode)._run(TileAttention(), "tiled", graph_module)
+    plain, _, windowed, _ = (node for node in graph_module.graph.nodes if node.target == tiled_attention)
+    output(graph_module.graph).args = ((plain.args[4], windowed.args[4], plain.args[3]),)
+    graph_module.recompile()
+    for ancestors in (given["ancestors"], torch.zeros_like(given["ancestors"])):
+        *masks, kv_lengths = graph_module(*tiled_inputs({**given, "ancestors": ancestors}, 43).values())
+        for mask in masks:
+            used = torch.arange(mask.shape[-1]) < kv_lengths[:, None, None, None]
+            assert (mask & used).any(-1).all()

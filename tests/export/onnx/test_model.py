@@ -14,9 +14,12 @@ from emssd_compile.drafters import Draft, DraftContext, Drafter, TensorSpec
 from emssd_compile.errors import ArtifactError, OptionError, UnsupportedModelError
 from emssd_compile.export import open_graph
 from emssd_compile.export.onnx import model as onnx_model
+from emssd_compile.export.onnx.session import open_session
+from emssd_compile.passes.manager import PassManager
 from tests.exactness.compiled import assert_exact, target
 from tests.exactness.models import prompt
 from tests.passes.graphs import BATCH, COMMITTED, LONGEST, ROWS, TinyModel, alone, causal, model_with_attention
+from tests.passes.trees import assert_same, step_inputs, tiled_inputs, tree_batch, tree_graph
 
 ROWS_OF_STEP, NEW = 3, 8
 PROMPTS = [prompt(n) for n in (61, 1, 17, 5)]
@@ -107,6 +110,20 @@ def _packed(fed: list[Tensor], lengths: Tensor, tail: int) -> dict[str, Tensor]:
         "logit_index": torch.arange(len(live)),
         "row_slots": torch.arange(int(counts.max())),
     }
+
+
+def test_draft_trees_in_onnx_runtime(tmp_path):
+    """Masks from bits, in operators of the standard."""
+    given = step_inputs(tree_batch())
+    graph_module, fake_mode = tree_graph(given)
+    tiled = tiled_inputs(given, 43)
+    expected = graph_module(*given.values())
+    for step in onnx_model.passes(()):
+        PassManager(fake_mode)._run(step, "onnx", graph_module)
+    details = onnx_model.write_model(graph_module, tmp_path, ())
+    assert set(details["in_place"]) == {name for name in given if "_cache_" in name}
+    session = open_session(tmp_path, details, list(tiled), torch.device("cpu"))
+    assert_same(session(*tiled.values()), expected)
 
 
 def _igamma(model: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
