@@ -97,7 +97,7 @@ def test_packed_inputs_hold_the_drafts_there_are_and_padded_ones_room_for_all(
 ):
     fed = {}
     for layout in ("packed", "padded"):
-        monkeypatch.setattr(fast._engine, "layout", LAYOUTS[layout])
+        monkeypatch.setattr(fast._engine.planner, "layout", LAYOUTS[layout])
         decode(fast, replay, prompts, continuations, Profile((0.0,) * K, drafted=(0.5, 0.0, 0.0, 0.0)))
         fed[layout] = (fast.stats.num_draft_tokens, fast.stats.num_padding_tokens)
     # No draft is right: every row decodes alone, and makes a draft in half of its steps.
