@@ -164,7 +164,7 @@ def _manifest(
         drafter=of_step.get("drafter", ""),
         acceptance=of_step.get("acceptance", ""),
         chunk=what.chunk,
-        buckets=[list(sizes) for sizes in what.sizes[:-1]] if target.is_captured and not verify_only else [],
+        buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],
         generation_config=saved_options(what.generation_config),
         explanation=explanation.to_dict(),
         details=details,
