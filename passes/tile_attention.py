@@ -17,19 +17,36 @@ from emssd_compile.passes.splice import Tensors, add_input, inline_function
 
 
 @dataclass(frozen=True)
+class _Picks:
+    """Where vectors of heads go between packed tokens `[T, Hq, D]` and a tile with heads before tokens, as nodes.
+
+    Attributes:
+        queries: int64 `[B, Hq, S]`, the packed token and head of each vector of the tile, of `T * Hq`.
+        results: int64 `[T, Hq]`, the place in the tile of each packed vector, of `B * Hq * S`.
+    """
+
+    queries: fx.Node
+    results: fx.Node
+
+
+@dataclass(frozen=True)
 class _Tile:
     """Where the packed tokens of one pass over the text lie in a tile `[B, S]` of right-aligned rows, as nodes.
 
     Attributes:
         tokens: int64 `[B * S]`, the packed token of each tile slot; any token where the row has fewer than S.
+        rows: int64 `[T]`, the row of each packed token; the last one for inert tail tokens.
         places: int64 `[T]`, the tile slot of each packed token; the last slot for inert tail tokens.
         kv_lengths: int64 `[B]`, slots of each row's cache that its last token sees; at least 1.
+        picks: which vectors of which head go where, by the number of query heads.
         masks: the masks made so far, by window, ALiBi slopes and what else they are made of.
     """
 
     tokens: fx.Node
+    rows: fx.Node
     places: fx.Node
     kv_lengths: fx.Node
+    picks: dict[int, _Picks] = field(default_factory=dict)
     masks: dict[tuple[int, bytes, tuple[fx.Node, ...]], fx.Node] = field(default_factory=dict)
 
 
@@ -150,20 +167,16 @@ class _Rewrite:
         if key not in self.tiles:
             given = {"offsets": offsets, "lengths": lengths, "row_ids": row_ids, "row_slots": self.row_slots}
             found = inline_function(self.graph_module, _lay_out, given, self.fake_mode)
-            self.tiles[key] = _Tile(found["tokens"], found["places"], found["kv_lengths"])
+            self.tiles[key] = _Tile(**found)
         return self.tiles[key]
 
     def _attend(self, site: fx.Node, query: fx.Node, caches: list[fx.Node], tile: _Tile) -> fx.Node:
-        _, heads, size = query.meta["val"].shape
-        rows = len(tile.kv_lengths.meta["val"])
-        tiled = call(self.graph, aten.index_select.default, query, 0, tile.tokens)
-        tiled = call(self.graph, aten.reshape.default, tiled, [rows, -1, heads, size])
-        tiled = call(self.graph, aten.transpose.int, tiled, 1, 2)
+        picks = self._picks(tile, heads=query.meta["val"].shape[1])
         mask = self._mask(site, caches[0], tile)
         result = call(
             self.graph,
             tiled_attention,
-            tiled,
+            self._take(query, picks.queries),
             *caches,
             tile.kv_lengths,
             mask,
@@ -171,9 +184,19 @@ class _Rewrite:
             softcap=site.kwargs.get("softcap", 0.0),
             is_causal=mask is None,
         )
-        result = call(self.graph, aten.transpose.int, result, 1, 2)
-        result = call(self.graph, aten.reshape.default, result, [-1, heads, result.meta["val"].shape[-1]])
-        return call(self.graph, aten.index_select.default, result, 0, tile.places)
+        return self._take(result, picks.results)
+
+    def _picks(self, tile: _Tile, heads: int) -> _Picks:
+        if heads not in tile.picks:
+            given = {"tokens": tile.tokens, "rows": tile.rows, "places": tile.places, "row_slots": self.row_slots}
+            pick = partial(_pick, num_rows=len(tile.kv_lengths.meta["val"]), heads=heads)
+            tile.picks[heads] = _Picks(**inline_function(self.graph_module, pick, given, self.fake_mode))
+        return tile.picks[heads]
+
+    def _take(self, source: fx.Node, index: fx.Node) -> fx.Node:
+        """The vectors in the last dimension of `source` that lie where `index` says, in its shape."""
+        vectors = call(self.graph, aten.reshape.default, source, [-1, source.meta["val"].shape[-1]])
+        return call(self.graph, aten.embedding.default, vectors, index)
 
     def _mask(self, site: fx.Node, k_cache: fx.Node, tile: _Tile) -> fx.Node | None:
         """The mask that `site` needs, causal order included; None if that is all there is to it."""
@@ -208,7 +231,17 @@ def _lay_out(given: Tensors) -> Tensors:
     packed = torch.arange(row_ids.shape[0], device=row_ids.device)
     places = (row + 1) * width - torch.where(row_ids < rows, ends[row] - packed, 1)
     kv_lengths = (given["lengths"] + ends - offsets[:-1]).clamp(min=1)
-    return {"tokens": tokens.reshape(-1), "places": places, "kv_lengths": kv_lengths}
+    return {"tokens": tokens.reshape(-1), "rows": row, "places": places, "kv_lengths": kv_lengths}
+
+
+def _pick(given: Tensors, num_rows: int, heads: int) -> Tensors:
+    """The fields of `_Picks`."""
+    tokens, width = given["tokens"], given["row_slots"].shape[0]
+    head = torch.arange(heads, device=tokens.device)
+    queries = tokens.view(num_rows, 1, width) * heads + head[:, None]
+    # A place is row * width + slot; with heads it is (row * heads + head) * width + slot.
+    results = given["places"][:, None] + (given["rows"][:, None] * (heads - 1) + head) * width
+    return {"queries": queries, "results": results}
 
 
 def _make_mask(given: Tensors, window: int, capacity: int, dtype: torch.dtype) -> Tensors:

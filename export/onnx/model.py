@@ -68,13 +68,14 @@ def write_model(
             f"opset_version={opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
         )
     require("onnx", "onnxscript")
+    from emssd_compile.export.onnx.simplify import simplify
     from emssd_compile.export.onnx.translate import TRANSLATIONS
 
     graph_module = _with_all_writes(graph_module)
     details = _describe(graph_module)
     program = translated(graph_module, list(details["outputs"].values()), TRANSLATIONS)
     with _quiet():
-        _fuse(program)
+        simplify(program.model)
     program.save(folder / FILE, external_data=False)  # all the same outside the file if it is too large for one
     _check(folder / FILE)
     return details
@@ -216,22 +217,6 @@ def _parts(node: fx.Node) -> set[str]:
     with node.meta["val"].fake_mode:
         traced = make_fx(run, decomposition_table=table)(*values)
     return {str(part.target) for part in traced.graph.nodes}
-
-
-def _fuse(program: ONNXProgram) -> None:
-    """Normalisations and rotary embeddings as the one operator that each has in ONNX; nothing twice, nothing unused."""
-    from onnx_ir.passes import common
-
-    # The rules are public by name only through `onnx_fusions.fuse`, which wants opset 23 and nothing newer.
-    from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
-    from onnxscript.rewriter.rules.fusion._rotary_embedding import fuse_rotary_embedding
-
-    fuse_rms_normalization(program.model)
-    fuse_rotary_embedding(program.model)
-    common.DeduplicateInitializersPass(size_limit=1 << 13)(program.model)  # small weights were transposed at each use
-    common.CommonSubexpressionEliminationPass()(program.model)  # sines and cosines, for each rotary embedding
-    common.RemoveUnusedNodesPass()(program.model)
-    common.ClearMetadataAndDocStringPass()(program.model)  # which source files each node came from
 
 
 def _check(path: Path) -> None:
