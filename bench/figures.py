@@ -100,6 +100,12 @@ class Figures:
         total = statistics.median(self.total_seconds)
         return total if phase is Phase.TOTAL else total - statistics.median(self.prefill_seconds)
 
+    def repeats(self, phase: Phase) -> list[float]:
+        """Seconds of that part of each run."""
+        if phase is Phase.TOTAL:
+            return self.total_seconds
+        return [total - prefill for total, prefill in zip(self.total_seconds, self.prefill_seconds, strict=True)]
+
     def tokens_per_second(self, phase: Phase) -> float | None:
         """Of all rows together; `None` where there is nothing to divide, or no time that rises above the noise."""
         if self.failure is not None:
@@ -136,22 +142,33 @@ def speedup(candidate: Figures, reference: Figures | None, phase: Phase) -> floa
 
 
 def ratios(rows: Iterable[Figures], phase: Phase, *, exact: bool) -> dict[str, float]:
-    """Those of `RATIOS` for which there are figures, by name.
+    """Those of `RATIOS` for which there are figures, by name: medians of the ratios within a repeat.
+
+    Within a repeat, since the speed of a machine drifts: what runs at about the same time is compared.
 
     Args:
-        rows: the candidates at one batch size.
+        rows: the candidates at one batch size, timed in the same repeats.
         phase: the part of a run whose tokens per second are compared.
         exact: leave out a candidate whose tokens are not all right. In half precision a tie may break either way, and
             they need not be.
     """
-    speeds = {row.name: row.tokens_per_second(phase) for row in rows if row.identical or not exact}
+    known = {row.name: row for row in rows if row.tokens_per_second(phase) and (row.identical or not exact)}
     found = {}
     for name, (ours, theirs) in RATIOS.items():
-        best, other = _best(speeds, ours), _best(speeds, theirs)
-        if best and other:
-            found[name] = best / other
+        best, other = _best(known, ours, phase), _best(known, theirs, phase)
+        value = best and other and _ratio(best, other, phase)
+        if value:
+            found[name] = value
     return found
 
 
-def _best(speeds: Mapping[str, float | None], names: Sequence[str]) -> float | None:
-    return max((speed for name in names if (speed := speeds.get(name))), default=None)
+def _best(known: Mapping[str, Figures], names: Sequence[str], phase: Phase) -> Figures | None:
+    """The fastest of the candidates of these names."""
+    rows = (known[name] for name in names if name in known)
+    return max(rows, key=lambda row: row.tokens_per_second(phase) or 0.0, default=None)
+
+
+def _ratio(one: Figures, other: Figures, phase: Phase) -> float | None:
+    """Tokens per second of one over the other's, the median over the repeats; both have the same number of tokens."""
+    pairs = zip(one.repeats(phase), other.repeats(phase), strict=True)
+    return statistics.median([others / its for its, others in pairs if its > 0 and others > 0] or [0.0]) or None

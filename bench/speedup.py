@@ -4,14 +4,16 @@
     python -m bench.speedup --batches 1 8 --candidates hf_generate ours_packed ours_auto --json speedup.json
     python -m bench.speedup --device cuda --shape opt-6.7b --plot speedup.png
 
-Every row emits exactly `--tokens` tokens (no EOS). Candidates alternate; figures are medians. The time to read the
-prompts, up to each row's first token, is measured by runs for one token, which alternate with the others. Each
-candidate's tokens are compared with the model's own greedy decoding of each prompt alone.
+Every row emits exactly `--tokens` tokens (no EOS). Candidates alternate; figures are medians, and the ratio of two
+candidates is the median of the ratios within a repeat. The time to read the prompts, up to each row's first token, is
+measured by runs for one token, which alternate with the others. Each candidate's tokens are compared with the model's
+own greedy decoding of each prompt alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -71,6 +73,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--draft-tokens", type=number, default=4, help="K of the draft model (%(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor", help="ours (%(default)s)")
     parser.add_argument(
+        "--least-seconds",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="more repeats at a batch size until its runs took so long together: short runs scatter (%(default)s)",
+    )
+    parser.add_argument(
         "--time-limit",
         type=float,
         metavar="SECONDS",
@@ -122,11 +131,13 @@ def measure(
     progress: Progress,
 ) -> list[Figures]:
     """All candidates at one batch size."""
-    bar = progress.add_task(f"timing batch {len(prompts)}", total=2 * len(attempts) * (1 + options.repeats))
+    least = 2 * len(attempts) * (1 + options.repeats)
+    bar = progress.add_task(f"timing batch {len(prompts)}", total=least)
+    done = itertools.count(1)
 
     def run(attempt: Attempt, tokens: int) -> BaselineResult | None:
         result = attempt(prompts, max_new_tokens=tokens)
-        progress.advance(bar)
+        progress.update(bar, completed=(count := next(done)), total=max(least, count + 1))
         return result
 
     candidates = {
@@ -134,7 +145,7 @@ def measure(
         for name, attempt in attempts.items()
         for tokens in (options.tokens, 1)
     }
-    runs = alternate(candidates, options.repeats)
+    runs = alternate(candidates, options.repeats, options.least_seconds)
     progress.remove_task(bar)
     figures = []
     for name, attempt in attempts.items():

@@ -88,7 +88,7 @@ def _ratio_table(found: dict[Phase, dict[str, float]]) -> Table:
 
 def save(tables: Tables, options: argparse.Namespace) -> None:
     """Writes all tables to `--json`."""
-    settings = ("shape", "tokens", "lookup_tokens", "max_ngram", "draft_tokens", "repeats", "backend")
+    settings = ("shape", "tokens", "lookup_tokens", "max_ngram", "draft_tokens", "repeats", "least_seconds", "backend")
     command.save(
         options.json,
         "bench.speedup",

@@ -1,7 +1,9 @@
 """Times candidates side by side: alternating repeats, medians, ratios, and on which machine."""
 
+import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,11 +97,13 @@ def compare(candidates: Mapping[str, Callable[[], Result]], repeats: int = 5) ->
     return Comparison([_timing(name, run, reference) for name, run in runs.items()], hardware() | versions())
 
 
-def alternate(candidates: Mapping[Name, Callable[[], Outcome]], repeats: int) -> dict[Name, list[Outcome]]:
-    """Runs every candidate once to warm up, then `repeats` times in turn.
+def alternate(
+    candidates: Mapping[Name, Callable[[], Outcome]], repeats: int, least_seconds: float = 0.0
+) -> dict[Name, list[Outcome]]:
+    """Runs every candidate once to warm up, then `repeats` times in turn, and on until `least_seconds` have passed.
 
     Candidates alternate within a repeat, in the opposite order every second time: a machine that slows down slows all
-    of them.
+    of them. Short runs scatter most, and in the same time there are more of them.
 
     Returns:
         What each candidate returned, the warm-up first.
@@ -111,7 +115,10 @@ def alternate(candidates: Mapping[Name, Callable[[], Outcome]], repeats: int) ->
         raise ValueError(f"nothing to time: {len(candidates)} candidates, {repeats} repeats")
     names = list(candidates)
     runs = {name: [candidates[name]()] for name in names}
-    for repeat in range(repeats):
+    started = time.perf_counter()
+    for repeat in itertools.count():
+        if repeat >= repeats and time.perf_counter() - started >= least_seconds:
+            break
         for name in names if repeat % 2 == 0 else reversed(names):
             runs[name].append(candidates[name]())
     return runs

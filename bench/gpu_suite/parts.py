@@ -40,7 +40,8 @@ def full(device: str) -> list[Part]:
     roofline = "--shape llama-3-8b --layers 8 --dtype bfloat16 --batches 1 8 32 --contexts 512 4096"
     ems = "--shape opt-6.7b --batches 1 8 24 --new-tokens 64 --repeats 1"
     speedup = (
-        "--batches 8 --tokens 64 --repeats 3 --candidates hf_generate hf_generate_static vanilla_padded ours_packed"
+        "--batches 8 --tokens 64 --repeats 3 --least-seconds 0 "
+        "--candidates hf_generate hf_generate_static vanilla_padded ours_packed"
     )
     scaling = "--batches 1 4 16 64 --contexts 64 256 900 --drafts 7 --steps 32 --repeats 3"
     return [
@@ -62,7 +63,8 @@ def smoke(device: str) -> list[Part]:
     places = "--batches 1 3 --contexts 20 --drafts 2 --steps 4"
     kernels = "--rows 2 --contexts 20 --tokens 1 4 --repeats 1"
     ems = f"{toy} --shape tiny-llama --batches 1 3 --prompt-tokens 20 --new-tokens 12 --profile .9 .5"
-    speedup = f"{toy} --shape tiny-llama --batches 1 2 --tokens 8 --candidates hf_generate vanilla_padded ours_packed"
+    rows = "--batches 1 2 --tokens 8 --least-seconds 0 --candidates hf_generate vanilla_padded ours_packed"
+    speedup = f"{toy} --shape tiny-llama {rows}"
     scaling = f"{toy} --shapes tiny-llama {places} --at-batch 3 --at-context 20 --at-drafts 2"
     return [
         _bench("exactness", 150, "gpu_suite.exactness", device, "--smoke"),

@@ -72,6 +72,13 @@ def test_ratios_compare_the_best_of_ours_with_each_baseline():
     assert ratios(rows, Phase.DECODE, exact=True)["best of ours / hf_generate"] == pytest.approx(11 / 2)
 
 
+def test_ratios_compare_what_ran_at_about_the_same_time():
+    """The machine takes twice as long in the second repeat, and three times as long in the third."""
+    rows = [figures("vanilla_padded", 8, 16, 24), figures("ours_packed", 4, 8, 4)]
+    assert ratios(rows, Phase.TOTAL, exact=True)["ours_packed / vanilla_padded"] == 2  # of the medians it is 4
+    assert ratios(rows, Phase.DECODE, exact=True)["ours_packed / vanilla_padded"] == 7 / 3
+
+
 def test_wrong_tokens_win_no_ratio_where_every_token_must_be_right():
     rows = [
         figures("hf_generate", 12, 12, 12),

@@ -56,6 +56,19 @@ def test_a_comparison_is_saved_and_shown_with_its_hardware(tmp_path):
     assert f"torch {torch.__version__}" in str(table.caption)
 
 
+@pytest.mark.parametrize(("least_seconds", "repeats"), [(0.0, 2), (5.0, 3)], ids=["enough", "too short"])
+def test_short_runs_are_repeated_until_they_took_long_enough(monkeypatch, least_seconds, repeats):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def run():
+        clock[0] += 1.0  # the warm-up, which counts for nothing, takes as long
+        return clock[0]
+
+    runs = timing.alternate({"one": run, "other": run}, 2, least_seconds)
+    assert [len(outcomes) for outcomes in runs.values()] == [1 + repeats] * 2
+
+
 def test_nothing_to_time_is_refused():
     with pytest.raises(ValueError, match="nothing to time"):
         timing.compare({})
