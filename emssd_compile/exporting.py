@@ -90,22 +90,25 @@ def export(
         **options: the target's own.
 
     Raises:
-        OptionError: an option is out of range.
+        OptionError: an option is unknown or out of range, or what builds the artifact cannot do it.
         UnsupportedModelError: the target cannot express an op of the step; says which, and where it comes from.
-        ArtifactError: what builds it is not installed, the folder cannot be written, or the artifact decodes other
-            tokens. Nothing is left behind.
+        ArtifactError: what builds it, or runs it for the check, is not installed; the folder cannot be written; or the
+            artifact decodes other tokens. Nothing is left behind.
     """
     target = find_target(target_name)
+    chosen = target.choose(options)
+    is_checked = check and not verify_only and what.dtype == torch.float32 and what.device.type in target.devices
+    target.require(chosen, what.device, is_checked)
     compiled = what.step.compiled
     with new_folder(folder) as draft:
         records = [*(compiled if verify_only else what.step).records]
         source = compiled.named() if verify_only else what.step.graph_module
-        graph_module = suit(source, compiled, target.passes(what.sizes), records)
+        graph_module = suit(source, compiled, target.passes(what.sizes, chosen), records)
         advance(1)
-        details = target.write(graph_module, draft, what.sizes, **options)
+        details = target.write(graph_module, draft, what.sizes, chosen)
         advance(1)
         signature = Signature.of(graph_module.graph, _verify_roles(compiled) if verify_only else what.step.roles)
-        if check and not verify_only and what.dtype == torch.float32 and what.device.type in target.devices:
+        if is_checked:
             names = [binding.name for binding in signature.inputs]
             _compare(what, signature, target.open(draft, details, names, what.device))
         advance(1)

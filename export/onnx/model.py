@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from emssd_compile.errors import OptionError, UnsupportedModelError
-from emssd_compile.export.onnx.installed import require
+from emssd_compile.export.installed import load_library
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -27,7 +28,33 @@ OPSET = 24  # the first with `nonpad_kv_seqlen`: attention over caches of rows o
 FILE = "step.onnx"
 
 
-def passes(sizes: object) -> tuple[Pass, ...]:
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of the ONNX target.
+
+    Attributes:
+        opset_version: of ONNX; there is a form for one only.
+
+    Raises:
+        OptionError: there is no form for this opset.
+    """
+
+    opset_version: int = OPSET
+
+    def __post_init__(self) -> None:
+        if self.opset_version != OPSET:
+            raise OptionError(
+                f"opset_version={self.opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
+            )
+
+
+def require_exporter() -> None:
+    """Raises ArtifactError unless what writes ONNX is installed."""
+    for library in ("onnx", "onnxscript"):
+        load_library(library, extra="onnx")
+
+
+def passes(sizes: object, options: object) -> tuple[Pass, ...]:
     """Values for memory, rectangles for packed queries, a name for each result."""
     from emssd_compile.passes.separate_results import SeparateResults
     from emssd_compile.passes.tile_attention import TileAttention
@@ -40,9 +67,7 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
     return {"byte order": sys.byteorder}
 
 
-def write_model(
-    graph_module: fx.GraphModule, folder: Path, sizes: object, *, opset_version: int = OPSET
-) -> dict[str, Any]:
+def write_model(graph_module: fx.GraphModule, folder: Path, sizes: object, options: ModelOptions) -> dict[str, Any]:
     """Write `step.onnx`: standard operators alone, every size that may differ symbolic.
 
     Inputs have the names of the graph's, and each result `r` the name `new_r`, since an ONNX model has one space of
@@ -53,21 +78,14 @@ def write_model(
         graph_module: the graph after `passes`.
         folder: where to.
         sizes: not needed, since one model takes all.
-        opset_version: of ONNX.
+        options: not needed, since there is one opset only.
 
     Returns:
         What `open_session` needs: names, shapes and dtypes of the outputs.
 
     Raises:
-        ArtifactError: onnx or onnxscript is not installed.
-        OptionError: there is no form for this opset.
         UnsupportedModelError: ONNX cannot express an op; says which, and where it comes from.
     """
-    if opset_version != OPSET:
-        raise OptionError(
-            f"opset_version={opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
-        )
-    require("onnx", "onnxscript")
     from emssd_compile.export.onnx.translate import TRANSLATIONS
 
     graph_module = _with_all_writes(graph_module)

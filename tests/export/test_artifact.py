@@ -50,8 +50,8 @@ def _toy(monkeypatch):
     toy.install(monkeypatch)
 
 
-def export(fast: OptimizedModel, folder: Path, *, verify_only: bool = False) -> Path:
-    fast._export("toy", folder, verify_only, True, False)
+def export(fast: OptimizedModel, folder: Path, *, verify_only: bool = False, **options: Any) -> Path:
+    fast._export("toy", folder, verify_only, True, False, **options)
     return folder
 
 
@@ -332,6 +332,34 @@ def test_wrong_inputs_of_a_graph_are_named(fast, tmp_path, verify_inputs, change
     given = {name: value for name, value in {**verify_inputs, **change}.items() if value is not None}
     with pytest.raises(InvalidInputError, match=message):
         graph(**given, **graph.empty("cache"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"colour": 1}, r"unknown options \['colour'\]; toy knows \['label'\]"), ({"label": ""}, "label is empty")],
+)
+def test_options_are_refused_before_any_work(fast, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("emssd_compile.exporting.suit", None)
+    with pytest.raises(OptionError, match=message):
+        export(fast, tmp_path / "artifact", **options)
+
+
+@pytest.mark.parametrize(("verify_only", "check"), [(False, True), (False, False), (True, True)])
+def test_what_is_missing_is_found_before_any_work_and_only_if_it_is_needed(
+    fast, tmp_path, monkeypatch, verify_only, check
+):
+    asked: list[bool] = []
+    monkeypatch.setattr(toy, "require", lambda options, device, runs: asked.append(runs))
+    fast._export("toy", tmp_path / "artifact", verify_only, check, False)
+    assert asked == [check and not verify_only]
+
+    def missing(*asked: object) -> None:
+        raise ArtifactError("no toy shop")
+
+    monkeypatch.setattr(toy, "require", missing)
+    monkeypatch.setattr("emssd_compile.exporting.suit", None)
+    with pytest.raises(ArtifactError, match="no toy shop"):
+        fast._export("toy", tmp_path / "other", verify_only, check, False)
 
 
 def test_an_artifact_that_decodes_other_tokens_is_not_finished(fast, tmp_path, monkeypatch):

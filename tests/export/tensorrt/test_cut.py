@@ -6,7 +6,6 @@ from torch import fx
 
 from emssd_compile.compiler import suit
 from emssd_compile.drafters import NoDrafter
-from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.export.tensorrt.cut import cut
 from emssd_compile.ops import tiled_attention, update_kv
 from emssd_compile.optimize import OptimizedModel
@@ -68,14 +67,6 @@ def test_the_graph_that_is_cut_is_not_changed():
     assert str(graph_module.graph) == before
     assert parts.results["k_cache_0"] == "new_k_cache_0"
     assert not any(node.target in (update_kv, tiled_attention) for node in parts.graph_module.graph.nodes)
-
-
-def test_capped_scores_are_refused():
-    graph_module = tiled_step()
-    (site,) = graph_module.graph.find_nodes(op="call_function", target=tiled_attention)
-    site.kwargs = {**site.kwargs, "softcap": 2.0}
-    with pytest.raises(UnsupportedModelError, match=r"scores are capped.*\n.*attention='decomposed'"):
-        cut(graph_module)
 
 
 def test_a_cache_that_is_written_again_is_an_input_again():
