@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from emssd_compile.export.onnx.model import ModelOptions, environment, passes, require_exporter, write_model
+from emssd_compile.export.onnx.exporter import require_exporter
+from emssd_compile.export.onnx.model import ModelOptions, environment, passes, write_model
 from emssd_compile.export.onnx.session import load_runtime, open_session
 from emssd_compile.export.target import Target
 
 
 def require(options: ModelOptions, device: torch.device, runs: bool) -> None:
     """Raises ArtifactError if what writes ONNX, or what runs it on a device, is not installed."""
-    require_exporter()
+    require_exporter("onnx")
     if runs:
         load_runtime(device)
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from emssd_compile.errors import ArtifactError
-from emssd_compile.export.installed import load_library
+from emssd_compile.export.onnx.exporter import require_exporter
 from emssd_compile.export.tensorrt.cut import Cut, cut
 from emssd_compile.export.tensorrt.library import check_capability, find_runtime, load_runtime, make_log
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
@@ -33,8 +33,7 @@ def require(options: BuildOptions, device: torch.device, runs: bool) -> None:
         ArtifactError: no runtime is installed, or the exporter to ONNX is not.
     """
     runtime = find_runtime(options.runtime)
-    for library in ("onnx", "onnxscript"):
-        load_library(library, extra=runtime)
+    require_exporter(runtime)
     options.check(runtime)
     capabilities = options.capabilities(_known_capabilities(load_runtime(runtime), runtime))
     if runs and options.hardware_compatibility == "none":
