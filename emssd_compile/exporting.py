@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,36 @@ class Exportable:
         }
 
 
+def prepare(
+    target_name: str,
+    options: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    verify_only: bool,
+    check: bool,
+) -> tuple[Target, Any, bool]:
+    """What can be refused before any work.
+
+    Args:
+        target_name, verify_only, check, options: as for `export`.
+        device: where the weights are.
+        dtype: their element type.
+
+    Returns:
+        The target, its options, and whether the artifact will be checked.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or what builds the artifact cannot do it.
+        ArtifactError: what builds it, or runs it for the check, is not installed.
+    """
+    target = find_target(target_name)
+    chosen = target.choose(options)
+    is_checked = check and not verify_only and dtype == torch.float32 and device.type in target.devices
+    target.require(chosen, device, is_checked)
+    return target, chosen, is_checked
+
+
 def export(
     what: Exportable,
     target_name: str,
@@ -90,15 +120,13 @@ def export(
         **options: the target's own.
 
     Raises:
-        OptionError: an option is unknown or out of range, or what builds the artifact cannot do it.
+        OptionError, ArtifactError: as `prepare`, before any work.
         UnsupportedModelError: the target cannot express an op of the step; says which, and where it comes from.
-        ArtifactError: what builds it, or runs it for the check, is not installed; the folder cannot be written; or the
-            artifact decodes other tokens. Nothing is left behind.
+        ArtifactError: the folder cannot be written, or the artifact decodes other tokens. Nothing is left behind.
     """
-    target = find_target(target_name)
-    chosen = target.choose(options)
-    is_checked = check and not verify_only and what.dtype == torch.float32 and what.device.type in target.devices
-    target.require(chosen, what.device, is_checked)
+    target, chosen, is_checked = prepare(
+        target_name, options, what.device, what.dtype, verify_only=verify_only, check=check
+    )
     compiled = what.step.compiled
     with new_folder(folder) as draft:
         records = [*(compiled if verify_only else what.step).records]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,17 @@ from emssd_compile.lowering import Step
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
     from emssd_compile.runtime.buckets import Sizes
+
+
+def option(flag: str, default: Any, **argument: Any) -> Any:
+    """A field of a target's options that the command line has, too.
+
+    Args:
+        flag: as in `"--weights"`; no two targets may have the same, since all are options of one command.
+        default: of the field.
+        **argument: what `argparse.ArgumentParser.add_argument` takes: `help`, `choices`, `action`, ...
+    """
+    return field(default=default, metadata={"flag": flag, "argument": argument})
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,8 @@ class Target:
         require: `require(options, device, runs)`, asked before any work: raises ArtifactError if something is missing
             here that building for weights on `device` takes, or, if `runs`, that running it there takes; OptionError
             if what is here cannot do what the options ask.
-        options: a frozen dataclass of the target's options, which checks their values when it is made.
+        options: a frozen dataclass of the target's options, which checks their values when it is made. Those that are
+            fields by `option` can be given on the command line.
         devices: types of device that it runs on.
         is_captured: whether its steps can be captured in CUDA graphs; not if they wait for the device.
     """
@@ -55,9 +67,14 @@ class Target:
     devices: tuple[str, ...] = ("cpu", "cuda")
     is_captured: bool = True
 
+    @property
+    def flags(self) -> dict[str, Field[Any]]:
+        """The options that the command line has, too, by their flag (see `option`)."""
+        return {each.metadata["flag"]: each for each in fields(self.options) if "flag" in each.metadata}
+
     def choose(self, given: Mapping[str, Any]) -> Any:
         """The options of these names. Raises OptionError for a name or a value that there is not."""
-        known = [field.name for field in fields(self.options)]
+        known = [each.name for each in fields(self.options)]
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise OptionError(f"unknown options {unknown}; {self.name} knows {known or 'none'}")

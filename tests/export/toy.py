@@ -15,6 +15,7 @@ from torch import Tensor, fx
 import emssd_compile.export as targets
 from emssd_compile.errors import OptionError
 from emssd_compile.export import Target
+from emssd_compile.export.target import option
 from emssd_compile.lowering import Step
 
 ENVIRONMENT = {"weather": "fine"}
@@ -23,7 +24,7 @@ _graphs: list[fx.GraphModule] = []
 
 @dataclass(frozen=True)
 class ToyOptions:
-    label: str = "toy"
+    label: str = option("--label", "toy", metavar="TEXT", help="what it is called")
 
     def __post_init__(self) -> None:
         if not self.label:
