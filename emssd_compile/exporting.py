@@ -114,8 +114,9 @@ def export(
         target_name: which target.
         folder: the artifact; must not exist, or be empty.
         verify_only: the model on packed rows alone, for a loop of one's own.
-        check: decode a few random prompts with the artifact, if it runs here, and compare; in float32, where tokens
-            cannot differ by rounding.
+        check: decode a few random prompts with the artifact, if it runs on the kind of device that the weights are on,
+            and compare the tokens; in float32, where rounding decides between two tokens only if their logits are
+            nearly the same. It takes the memory of another set of KV caches.
         advance: called with 1 after each of `STAGES`.
         **options: the target's own.
 
@@ -123,6 +124,7 @@ def export(
         OptionError, ArtifactError: as `prepare`, before any work.
         UnsupportedModelError: the target cannot express an op of the step; says which, and where it comes from.
         ArtifactError: the folder cannot be written, or the artifact decodes other tokens. Nothing is left behind.
+        CapacityError: the KV caches of the check do not fit into memory.
     """
     target, chosen, is_checked = prepare(
         target_name, options, what.device, what.dtype, verify_only=verify_only, check=check
@@ -147,27 +149,33 @@ def export(
 
 
 def _compare(what: Exportable, signature: Signature, step: Step) -> None:
-    """Decode random prompts with `step` and with the graph before any target's passes.
+    """Decode random prompts with the graph before any target's passes, then with `step`.
 
-    Raises ArtifactError if the tokens differ.
+    Raises:
+        ArtifactError: the tokens differ.
+        CapacityError: there is no memory for another set of KV caches.
     """
     own = what.step.graph_module
+    expected = _decode(what, own, Signature.of(own.graph, what.step.roles))
+    found = _decode(what, step, signature)
+    if found != expected:
+        raise ArtifactError(
+            f"the artifact decodes other tokens than the step that it was made of: {found} instead of {expected}; "
+            "report this model, and use another target until then"
+        )
+
+
+def _decode(what: Exportable, step: Step, signature: Signature) -> list[list[int]]:
+    """A few new tokens for random prompts, in KV caches of their own that are given back at the end."""
     vocabulary, capacity = what.step.compiled.vocabulary, what.options.max_length
     count = min(_NEW_TOKENS, capacity - 1)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (min(n, capacity - count),), generator=generator) for n in _PROMPT_LENGTHS]
-    tokens = []
-    for run, bindings in ((own, Signature.of(own.graph, what.step.roles)), (step, signature)):
-        engine = assemble(run, bindings, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
-        requests = [Request(i, p, count) for i, p in enumerate(prompts)]
-        for _ in engine.run(requests):
-            pass
-        tokens.append([request.output for request in requests])
-    if tokens[0] != tokens[1]:
-        raise ArtifactError(
-            f"the artifact decodes other tokens than the step that it was made of: {tokens[1]} instead of {tokens[0]}; "
-            "report this model, and use another target until then"
-        )
+    engine = assemble(step, signature, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
+    requests = [Request(i, p, count) for i, p in enumerate(prompts)]
+    for _ in engine.run(requests):
+        pass
+    return [request.output for request in requests]
 
 
 def _verify_roles(compiled: CompiledModel) -> dict[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,6 +362,25 @@ def test_what_is_missing_is_found_before_any_work_and_only_if_it_is_needed(
     monkeypatch.setattr("emssd_compile.exporting.suit", None)
     with pytest.raises(ArtifactError, match="no toy shop"):
         fast._export("toy", tmp_path / "other", verify_only, check, False)
+
+
+def test_the_check_holds_one_set_of_caches_at_a_time(fast, tmp_path, monkeypatch):
+    """Without waiting for the garbage collector."""
+    made: list[weakref.ref[Engine]] = []
+
+    def assembled(*args: Any, **options: Any) -> Engine:
+        assert not any(engine() for engine in made)
+        engine = assemble(*args, **options)
+        made.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr("emssd_compile.exporting.assemble", assembled)
+    gc.disable()
+    try:
+        export(fast, tmp_path / "artifact")
+    finally:
+        gc.enable()
+    assert len(made) == 2
 
 
 def test_an_artifact_that_decodes_other_tokens_is_not_finished(fast, tmp_path, monkeypatch):
