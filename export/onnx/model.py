@@ -119,12 +119,23 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "results": {
             name: {
                 "dtype": str(node.meta["val"].dtype).removeprefix("torch."),
-                "shape": [s if isinstance(s, int) else lengths[str(s)] for s in node.meta["val"].shape],
+                "shape": [_size(node, size, lengths) for size in node.meta["val"].shape],
             }
             for name, node in results.items()
             if name not in in_place
         },
     }
+
+
+def _size(node: fx.Node, size: int | torch.SymInt, lengths: dict[str, list[object]]) -> int | list[object]:
+    """A size of a result: a number, or the input and its dimension that has it."""
+    from emssd_compile.passes.graph import refuse
+
+    if isinstance(size, int):
+        return size
+    if str(size) not in lengths:
+        raise refuse(node, f"a result's size is {size}, which is not that of any input: its memory cannot be bound")
+    return lengths[str(size)]
 
 
 def _updates(node: fx.Node) -> str | None:

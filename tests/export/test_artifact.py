@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import emssd_compile
 import emssd_compile.export as targets
 from emssd_compile.drafters import PromptLookup
 from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
-from emssd_compile.export import open_graph
+from emssd_compile.export import LoadedGraph, open_graph
 from emssd_compile.export.folder import read_manifest
 from emssd_compile.export.manifest import _dump
 from emssd_compile.optimize import OptimizedModel
@@ -362,6 +363,16 @@ def test_what_is_missing_is_found_before_any_work_and_only_if_it_is_needed(
     monkeypatch.setattr("emssd_compile.exporting.suit", None)
     with pytest.raises(ArtifactError, match="no toy shop"):
         fast._export("toy", tmp_path / "other", verify_only, check, False)
+
+
+def test_a_tensor_on_another_device_of_the_kind_is_refused(fast, tmp_path, verify_inputs):
+    manifest = read_manifest(export(fast, tmp_path / "verify", verify_only=True))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # makes believe that there are several
+        graph = LoadedGraph(manifest, torch.device("cuda"), lambda *inputs: {"all": inputs[0]})
+        given = {name: value.to("cuda:0") for name, value in verify_inputs.items()} | graph.empty("cache")
+        assert set(graph(**given)) == {"all"}
+        with pytest.raises(InvalidInputError, match=r"offsets is torch.int64 on cuda:1, expected torch.int64 on cuda:0"):
+            graph(**{**given, "offsets": given["offsets"].to("cuda:1")})
 
 
 def test_the_check_holds_one_set_of_caches_at_a_time(fast, tmp_path, monkeypatch):

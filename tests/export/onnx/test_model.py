@@ -16,6 +16,7 @@ from emssd_compile.errors import ArtifactError, OptionError, UnsupportedModelErr
 from emssd_compile.export import open_graph
 from emssd_compile.export.onnx import model as onnx_model
 from emssd_compile.export.onnx.session import open_session
+from emssd_compile.passes.graph import aten, call, output
 from emssd_compile.passes.manager import PassManager
 from tests.exactness.compiled import assert_exact, target
 from tests.exactness.models import prompt
@@ -126,6 +127,19 @@ def test_draft_trees_in_onnx_runtime(tmp_path):
     assert set(details["in_place"]) == {name for name in given if "_cache_" in name}
     session = open_session(tmp_path, details, list(tiled), torch.device("cpu"))
     assert_same(session(*tiled.values()), expected)
+
+
+def test_a_result_of_a_size_that_no_input_has_is_refused(tmp_path):
+    graph_module, fake_mode = tree_graph(step_inputs(tree_batch()))
+    for step in onnx_model.passes((), OPTIONS):
+        PassManager(fake_mode)._run(step, "onnx", graph_module)
+    results = output(graph_module.graph).args[0]
+    assert isinstance(results, dict)
+    with graph_module.graph.inserting_before(output(graph_module.graph)):
+        results = results | {"twice": call(graph_module.graph, aten.cat.default, [results["out_0"]] * 2)}
+    output(graph_module.graph).args = (results,)
+    with pytest.raises(UnsupportedModelError, match=r"a result's size is 2\*\w+, which is not .*aten.cat.default"):
+        onnx_model.write_model(graph_module, tmp_path, (), OPTIONS)
 
 
 def _igamma(model: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
