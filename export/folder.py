@@ -32,7 +32,9 @@ def new_folder(destination: Path) -> Iterator[Path]:
         with _explained(destination):
             yield draft
             draft.chmod(0o777 & ~_umask())  # mkdtemp's is private
+            _flush_folder(draft)
             draft.replace(destination)
+            _flush_folder(destination.parent)  # or a power cut may undo the rename
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -98,6 +100,16 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """Have a folder's own entries written, where the platform opens folders and the file system flushes them."""
+    with contextlib.suppress(OSError):
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _umask() -> int:

@@ -6,6 +6,7 @@ import errno
 import gc
 import hashlib
 import json
+import os
 import sys
 import weakref
 from dataclasses import replace
@@ -171,6 +172,11 @@ def test_another_machine_is_named(artifact, monkeypatch):
         emssd_compile.load(artifact)
 
 
+def test_another_version_of_the_package_that_writes_the_same_format_is_loaded(artifact):
+    _rewrite(artifact, lambda content: content.update(emssd_compile="99.0"))
+    assert emssd_compile.load(artifact).manifest.emssd_compile == "99.0"
+
+
 def test_another_format_is_named(artifact, monkeypatch):
     monkeypatch.setattr("emssd_compile.export.manifest.FORMAT", 2)
     with pytest.raises(ArtifactError, match="has format 1, this package reads 2"):
@@ -264,6 +270,23 @@ def test_an_interrupted_export_leaves_nothing(fast, tmp_path, monkeypatch, inter
     with pytest.raises(raised, match=message):
         export(fast, tmp_path / "artifact")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_rename_is_flushed_too(fast, tmp_path, monkeypatch):
+    """The files before it, the folder that it happens in after it."""
+    flushed: list[Path] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    export(fast, tmp_path / "artifact")
+    assert [path.name for path in flushed[:-2]] == ["empty", "step.txt", "manifest.json"]
+    assert flushed[-2].name.endswith(".partial")
+    assert flushed[-1] == tmp_path
 
 
 def test_an_interrupted_folder_does_not_load(fast, tmp_path, monkeypatch):
