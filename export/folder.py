@@ -76,7 +76,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, sealed: Manifest) -> None:
-    """Compare every file with what the manifest says.
+    """Compare every file with what the manifest says; files that it does not name are nobody's business.
+
+    No target reads one: what names the files that it reads (a model, its weights) is named in the manifest itself.
 
     Raises:
         ArtifactError: a file is missing, cut or changed; says which and how.

@@ -110,6 +110,14 @@ def test_bytes_that_json_does_not_mind_are_refused_too(artifact):
         emssd_compile.load(artifact)
 
 
+def test_files_that_the_manifest_does_not_name_are_left_alone(artifact):
+    """A repository's own, or notes."""
+    (artifact / "README.md").write_text("mine")
+    (artifact / "inner" / "cache").mkdir()
+    emssd_compile.load(artifact).generate(PROMPTS[:1], max_new_tokens=2)
+    assert (artifact / "README.md").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
