@@ -57,15 +57,6 @@ class Exportable:
         chunk = Sizes(self.chunk, min(self.chunk, rows * (drafts + 1)), self.chunk + rows, self.chunk)
         return (*decode_buckets(rows, drafts), chunk)
 
-    @property
-    def names(self) -> dict[str, str]:
-        """What the step was put together from."""
-        return {
-            "layout": self.options.layout,
-            "drafter": type(self.step.drafter).__name__,
-            "acceptance": type(self.step.rule).__name__,
-        }
-
 
 def prepare(
     target_name: str,
@@ -191,7 +182,6 @@ def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
 def _manifest(
     what: Exportable, target: Target, verify_only: bool, details: dict[str, Any], explanation: Explanation
 ) -> Manifest:
-    of_step = {} if verify_only else what.names
     return Manifest(
         target=target.name,
         kind="verify" if verify_only else "step",
@@ -199,9 +189,9 @@ def _manifest(
         device=what.device.type if what.device.type in target.devices else target.devices[0],
         dtype=str(what.dtype).removeprefix("torch."),
         environment=target.environment(details, what.device),
-        layout=of_step.get("layout", ""),
-        drafter=of_step.get("drafter", ""),
-        acceptance=of_step.get("acceptance", ""),
+        layout="" if verify_only else what.options.layout,
+        drafter="" if verify_only else type(what.step.drafter).__name__,
+        acceptance="" if verify_only else type(what.step.rule).__name__,
         chunk=what.chunk,
         buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],
         generation_config=saved_options(what.generation_config),

@@ -17,7 +17,10 @@ from emssd_compile.errors import OptionError
 from emssd_compile.export import Target
 from emssd_compile.export.target import option
 from emssd_compile.lowering import Step
+from emssd_compile.optimize import OptimizedModel
+from tests.exactness.models import prompt
 
+PROMPTS = [prompt(n) for n in (5, 17, 2, 30)]
 ENVIRONMENT = {"weather": "fine"}
 _graphs: list[fx.GraphModule] = []
 
@@ -60,6 +63,12 @@ def open_(folder: Path, details: dict[str, Any], input_names: list[str], device:
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:
     return dict(ENVIRONMENT)
+
+
+def export(fast: OptimizedModel, folder: Path, *, verify_only: bool = False, **options: Any) -> Path:
+    """An artifact of it; returns its folder."""
+    fast._export("toy", folder, verify_only, True, False, **options)
+    return folder
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
