@@ -64,7 +64,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], op
     config = _configure(trt, builder, options, capabilities, known, profiles)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ArtifactError(f"{runtime} cannot build the engine: {log.explain()}")
+        raise ArtifactError(f"{runtime} cannot build the engine: {log.explain()}{_hint(log.explain(), options)}")
     (folder / ENGINE).write_bytes(memoryview(plan))
     if options.timing_cache is not None:
         Path(options.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
@@ -80,6 +80,12 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], op
         "bindings": _bindings(network),
         "layers": _count_layers(network),
     }
+
+
+def _hint(reason: str, options: BuildOptions) -> str:
+    """What to do where there is no kernel for, say, a head size: TensorRT names a setting that is not the user's."""
+    no_kernel = options.attention != "decomposed" and "dedicated kernel" in reason
+    return "; export with attention='decomposed', which needs no such kernel" if no_kernel else ""
 
 
 def define(trt: Any, parts: Cut, folder: Path) -> tuple[Any, Any, Any]:

@@ -20,6 +20,8 @@ from emssd_compile.passes import PassManager, targeted
 from emssd_compile.passes.graph import inputs
 from emssd_compile.runtime.buckets import Sizes, decode_buckets
 from tests.export.tensorrt.steps import CHUNK
+from tests.ops.ragged import Heads
+from tests.passes import trees
 from tests.passes.graphs import BATCH, Scripted, step_of
 from tests.zoo import toy_model
 
@@ -130,3 +132,31 @@ def test_what_the_builder_says_is_passed_on(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match=r"tensorrt-rtx cannot build the engine: Attention operation was not"):
         _write(tmp_path, attention="decomposed")
     assert not any(tmp_path.iterdir())
+
+
+def _write_trees(folder: Path, monkeypatch: pytest.MonkeyPatch, head_size: int, attention: str) -> dict[str, Any]:
+    """An engine of attention over draft trees alone, one layer for each way to look at them."""
+    monkeypatch.setattr(trees, "HEADS", Heads(4, 2, head_size, head_size))
+    if attention == "fused":
+        monkeypatch.setattr(trees, "LAYERS", [layer for layer in trees.LAYERS if "softcap" not in layer])
+    dtype = torch.float32 if attention == "decomposed" else torch.float16
+    given = trees.step_inputs(trees.tree_batch())
+    graph_module, fake_mode = trees.tree_graph(
+        {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
+    )
+    sizes, chosen = (Sizes(CHUNK, 9, CHUNK, CHUNK),), BuildOptions(attention=attention, compute_capabilities=["8.0"])
+    for step in passes(sizes, chosen):
+        PassManager(fake_mode)._run(step, "tensorrt", graph_module)
+    return write(graph_module, folder, sizes, chosen)
+
+
+@pytest.mark.parametrize(("attention", "layers"), [("fused", 3), ("decomposed", 4)])
+def test_draft_trees_are_built_masks_from_bits_included(attention, layers, tmp_path, monkeypatch):
+    details = _write_trees(tmp_path, monkeypatch, 64, attention)
+    assert details["layers"]["kv_cache_update"] == 2 * layers
+    assert details["layers"].get("attention_input", 0) == (layers if attention == "fused" else 0)
+
+
+def test_a_head_size_without_a_kernel_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(ArtifactError, match=r"not supported by a dedicated kernel.*export with attention='decomposed'"):
+        _write_trees(tmp_path, monkeypatch, 8, "fused")
