@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,35 @@ class Exportable:
         chunk = Sizes(self.chunk, min(self.chunk, rows * (drafts + 1)), self.chunk + rows, self.chunk)
         return (*decode_buckets(rows, drafts), chunk)
 
-    @property
-    def names(self) -> dict[str, str]:
-        """What the step was put together from."""
-        return {
-            "layout": self.options.layout,
-            "drafter": type(self.step.drafter).__name__,
-            "acceptance": type(self.step.rule).__name__,
-        }
+
+def prepare(
+    target_name: str,
+    options: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    verify_only: bool,
+    check: bool,
+) -> tuple[Target, Any, bool]:
+    """What can be refused before any work.
+
+    Args:
+        target_name, verify_only, check, options: as for `export`.
+        device: where the weights are.
+        dtype: their element type.
+
+    Returns:
+        The target, its options, and whether the artifact will be checked.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or what builds the artifact cannot do it.
+        ArtifactError: what builds it, or runs it for the check, is not installed.
+    """
+    target = find_target(target_name)
+    chosen = target.choose(options)
+    is_checked = check and not verify_only and dtype == torch.float32 and device.type in target.devices
+    target.require(chosen, device, is_checked)
+    return target, chosen, is_checked
 
 
 def export(
@@ -84,28 +105,31 @@ def export(
         target_name: which target.
         folder: the artifact; must not exist, or be empty.
         verify_only: the model on packed rows alone, for a loop of one's own.
-        check: decode a few random prompts with the artifact, if it runs here, and compare; in float32, where tokens
-            cannot differ by rounding.
+        check: decode a few random prompts with the artifact, if it runs on the kind of device that the weights are on,
+            and compare the tokens; in float32, where rounding decides between two tokens only if their logits are
+            nearly the same. It takes the memory of another set of KV caches.
         advance: called with 1 after each of `STAGES`.
         **options: the target's own.
 
     Raises:
-        OptionError: an option is out of range.
+        OptionError, ArtifactError: as `prepare`, before any work.
         UnsupportedModelError: the target cannot express an op of the step; says which, and where it comes from.
-        ArtifactError: what builds it is not installed, the folder cannot be written, or the artifact decodes other
-            tokens. Nothing is left behind.
+        ArtifactError: the folder cannot be written, or the artifact decodes other tokens. Nothing is left behind.
+        CapacityError: the KV caches of the check do not fit into memory.
     """
-    target = find_target(target_name)
+    target, chosen, is_checked = prepare(
+        target_name, options, what.device, what.dtype, verify_only=verify_only, check=check
+    )
     compiled = what.step.compiled
     with new_folder(folder) as draft:
         records = [*(compiled if verify_only else what.step).records]
         source = compiled.named() if verify_only else what.step.graph_module
-        graph_module = suit(source, compiled, target.passes(what.sizes), records)
+        graph_module = suit(source, compiled, target.passes(what.sizes, chosen), records)
         advance(1)
-        details = target.write(graph_module, draft, what.sizes, **options)
+        details = target.write(graph_module, draft, what.sizes, chosen)
         advance(1)
         signature = Signature.of(graph_module.graph, _verify_roles(compiled) if verify_only else what.step.roles)
-        if check and not verify_only and what.dtype == torch.float32 and what.device.type in target.devices:
+        if is_checked:
             names = [binding.name for binding in signature.inputs]
             _compare(what, signature, target.open(draft, details, names, what.device))
         advance(1)
@@ -116,27 +140,33 @@ def export(
 
 
 def _compare(what: Exportable, signature: Signature, step: Step) -> None:
-    """Decode random prompts with `step` and with the graph before any target's passes.
+    """Decode random prompts with the graph before any target's passes, then with `step`.
 
-    Raises ArtifactError if the tokens differ.
+    Raises:
+        ArtifactError: the tokens differ.
+        CapacityError: there is no memory for another set of KV caches.
     """
     own = what.step.graph_module
+    expected = _decode(what, own, Signature.of(own.graph, what.step.roles))
+    found = _decode(what, step, signature)
+    if found != expected:
+        raise ArtifactError(
+            f"the artifact decodes other tokens than the step that it was made of: {found} instead of {expected}; "
+            "report this model, and use another target until then"
+        )
+
+
+def _decode(what: Exportable, step: Step, signature: Signature) -> list[list[int]]:
+    """A few new tokens for random prompts, in KV caches of their own that are given back at the end."""
     vocabulary, capacity = what.step.compiled.vocabulary, what.options.max_length
     count = min(_NEW_TOKENS, capacity - 1)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (min(n, capacity - count),), generator=generator) for n in _PROMPT_LENGTHS]
-    tokens = []
-    for run, bindings in ((own, Signature.of(own.graph, what.step.roles)), (step, signature)):
-        engine = assemble(run, bindings, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
-        requests = [Request(i, p, count) for i, p in enumerate(prompts)]
-        for _ in engine.run(requests):
-            pass
-        tokens.append([request.output for request in requests])
-    if tokens[0] != tokens[1]:
-        raise ArtifactError(
-            f"the artifact decodes other tokens than the step that it was made of: {tokens[1]} instead of {tokens[0]}; "
-            "report this model, and use another target until then"
-        )
+    engine = assemble(step, signature, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
+    requests = [Request(i, p, count) for i, p in enumerate(prompts)]
+    for _ in engine.run(requests):
+        pass
+    return [request.output for request in requests]
 
 
 def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
@@ -152,7 +182,6 @@ def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
 def _manifest(
     what: Exportable, target: Target, verify_only: bool, details: dict[str, Any], explanation: Explanation
 ) -> Manifest:
-    of_step = {} if verify_only else what.names
     return Manifest(
         target=target.name,
         kind="verify" if verify_only else "step",
@@ -160,9 +189,9 @@ def _manifest(
         device=what.device.type if what.device.type in target.devices else target.devices[0],
         dtype=str(what.dtype).removeprefix("torch."),
         environment=target.environment(details, what.device),
-        layout=of_step.get("layout", ""),
-        drafter=of_step.get("drafter", ""),
-        acceptance=of_step.get("acceptance", ""),
+        layout="" if verify_only else what.options.layout,
+        drafter="" if verify_only else type(what.step.drafter).__name__,
+        acceptance="" if verify_only else type(what.step.rule).__name__,
         chunk=what.chunk,
         buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],
         generation_config=saved_options(what.generation_config),

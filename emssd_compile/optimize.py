@@ -174,8 +174,9 @@ class OptimizedModel(Decoder):
         Raises:
             OptionError: an option is out of range.
             UnsupportedModelError: an op of the model cannot be expressed; says which, and where it comes from.
-            ArtifactError: onnx is not installed, the folder cannot be written, or the check fails. Nothing is left
-                behind.
+            ArtifactError: onnx is not installed, or for the check onnxruntime; the folder cannot be written; or the
+                check fails. Nothing is left behind.
+            CapacityError: the check needs another set of KV caches, and they do not fit into memory.
         """
         self._export("onnx", folder, verify_only, check, progress, opset_version=opset_version)
 

@@ -32,7 +32,9 @@ def new_folder(destination: Path) -> Iterator[Path]:
         with _explained(destination):
             yield draft
             draft.chmod(0o777 & ~_umask())  # mkdtemp's is private
+            _flush_folder(draft)
             draft.replace(destination)
+            _flush_folder(destination.parent)  # or a power cut may undo the rename
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -74,7 +76,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, sealed: Manifest) -> None:
-    """Compare every file with what the manifest says.
+    """Compare every file with what the manifest says; files that it does not name are nobody's business.
+
+    No target reads one: what names the files that it reads (a model, its weights) is named in the manifest itself.
 
     Raises:
         ArtifactError: a file is missing, cut or changed; says which and how.
@@ -98,6 +102,16 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """Have a folder's own entries written, where the platform opens folders and the file system flushes them."""
+    with contextlib.suppress(OSError):
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _umask() -> int:

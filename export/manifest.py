@@ -27,10 +27,14 @@ _STATE = {f.name for f in fields(StepState)}
 class Manifest:
     """Everything that loading an artifact needs to know, and what must agree before it is used.
 
+    The version of this package is recorded and not compared: an artifact stays usable as long as its `format` can be
+    read, its report means the same, and the target's `environment` agrees. Where code of this package is called by what
+    was compiled, the hash of that code is in the environment.
+
     Attributes:
         target: name of the target.
         kind: `"step"`: the whole decoding step. `"verify"`: the model on packed rows, for a loop of one's own.
-        emssd_compile: version of this package that wrote it.
+        emssd_compile: version of this package that wrote it; for people.
         device: type of device that it was made for.
         dtype: element type of the weights.
         environment: what must be the same where it is loaded (`Target.environment`).
@@ -43,7 +47,7 @@ class Manifest:
         details: what the target keeps.
         inputs, results: the bindings, as in `Signature`.
         files: bytes and SHA-256 of every other file of the artifact, by name.
-        format: of this record.
+        format: of this record; a change that an older reader would misunderstand takes the next number.
         report_fields, counters: meaning of the step's report and of its counters.
     """
 

@@ -78,7 +78,7 @@ class LoadedGraph:
 
     def __init__(self, manifest: Manifest, device: torch.device, step: Step) -> None:
         self.manifest = manifest
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # "cuda" is one of them, which has an index
         self._inputs = manifest.signature.inputs
         self._step = step
 
@@ -113,7 +113,7 @@ class LoadedGraph:
         )
         if not fits:
             raise InvalidInputError(f"{binding.name} has shape {shape}, expected {list(binding.shape)} with {sizes}")
-        if value.dtype != binding.dtype or value.device.type != self.device.type:
+        if (value.dtype, value.device) != (binding.dtype, self.device):
             found, wanted = (value.dtype, value.device), (binding.dtype, self.device)
             raise InvalidInputError(f"{binding.name} is {found[0]} on {found[1]}, expected {wanted[0]} on {wanted[1]}")
         if not value.is_contiguous():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
-from emssd_compile.passes.graph import aten, call, output, refuse
+from emssd_compile.passes.graph import aten, call, inputs, output, refuse
 
 
 class SeparateResults:
@@ -34,3 +36,12 @@ class SeparateResults:
         changed = sum(separate[name] is not node for name, node in results.items())
         output(graph).args = (separate,)
         return changed
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """No result is an input, and none is another result."""
+        seen = set(inputs(graph_module.graph))
+        results: Any = output(graph_module.graph).args[0]
+        for name, node in results.items():
+            if node in seen:
+                raise refuse(node, f"the result {name!r} has no value of its own")
+            seen.add(node)

@@ -167,7 +167,7 @@ class _Rewrite:
         if key not in self.tiles:
             given = {"offsets": offsets, "lengths": lengths, "row_ids": row_ids, "row_slots": self.row_slots}
             found = inline_function(self.graph_module, _lay_out, given, self.fake_mode)
-            self.tiles[key] = _Tile(**found)
+            self.tiles[key] = _Tile(found["tokens"], found["rows"], found["places"], found["kv_lengths"])
         return self.tiles[key]
 
     def _attend(self, site: fx.Node, query: fx.Node, caches: list[fx.Node], tile: _Tile) -> fx.Node:

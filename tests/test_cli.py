@@ -17,7 +17,11 @@ from emssd_compile import cli
 from emssd_compile.cli import main
 from emssd_compile.cli.models import PROGRAM
 from emssd_compile.cli.prompts import read_prompts
+from emssd_compile.cli.target_options import target_options
 from emssd_compile.errors import InvalidInputError, OptionError
+from emssd_compile.export import find_target
+from emssd_compile.export.tensorrt import BuildOptions
+from tests.export import toy
 from tests.zoo import toy_model
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "demo_model" / "target"
@@ -191,5 +195,55 @@ def test_a_folder_that_is_taken_is_refused_before_the_work(models, tmp_path, cap
 def test_an_option_of_another_target_is_refused(models, tmp_path, capsys):
     command = ["export", "--model", str(models / "target"), "--to", "onnx", "--out", str(tmp_path / "artifact")]
     assert main([*command, "--compute-capability", "8.9"]) == 1
-    assert "--to tensorrt" in capsys.readouterr().err
+    assert "--compute-capability is for --to tensorrt, not for --to onnx" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+TENSORRT: dict[str, dict[str, object]] = {
+    "--runtime tensorrt-rtx": {"runtime": "tensorrt-rtx"},
+    "--compute-capability 8.0 --compute-capability 8.9": {"compute_capabilities": ["8.0", "8.9"]},
+    "--attention decomposed": {"attention": "decomposed"},
+    "--weights streamed": {"weights": "streamed"},
+    "--version-compatible": {"version_compatible": True},
+    "--hardware-compatibility ampere-plus": {"hardware_compatibility": "ampere-plus"},
+    "--timing-cache timings": {"timing_cache": "timings"},
+    "--profile-per-bucket": {"profile_per_bucket": True},
+}
+
+
+@pytest.mark.parametrize(("given", "options"), [*TENSORRT.items(), ("", {})])
+def test_options_of_a_target_are_those_it_has_in_python(given, options):
+    command = ["export", "--model", "llama", "--to", "tensorrt", "--out", "llama.trt"]
+    found = target_options(cli.build_parser().parse_args([*command, *given.split()]))
+    assert found == options
+    find_target("tensorrt").choose(found)
+
+
+def test_every_option_of_tensorrt_is_on_the_command_line():
+    assert {name for options in TENSORRT.values() for name in options} == set(BuildOptions.__dataclass_fields__)
+
+
+def test_a_target_brings_its_own_options(monkeypatch, capsys):
+    toy.install(monkeypatch)
+    command = ["export", "--model", "llama", "--to", "toy", "--out", "llama.toy", "--label", "red"]
+    assert target_options(cli.build_parser().parse_args(command)) == {"label": "red"}
+
+
+def test_what_a_target_cannot_do_is_said_before_the_model_is_loaded(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("emssd_compile.cli.export.load_model", None)
+    command = ["export", "--model", str(models / "target"), "--out", str(tmp_path / "artifact")]
+    rtx = ["--to", "tensorrt", "--runtime", "tensorrt-rtx", "--compute-capability", "9.0"]
+    assert main([*command, *rtx]) == 1
+    assert "compute_capabilities must be of" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main([*command, "--to", "onnx"]) == 1
+    assert 'pip install "emssd_compile[onnx]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "check"), [([], True), (["--no-check"], False)])
+def test_an_export_is_checked_unless_that_is_declined(models, tmp_path, monkeypatch, flags, check):
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(emssd_compile.OptimizedModel, "export_aot", lambda *given, **named: seen.append(named))
+    command = ["export", "--model", str(models / "target"), "--to", "aot", "--out", str(tmp_path / "artifact")]
+    assert main([*command, "--drafter", "none", "--max-length", "32", *flags]) == 0
+    assert seen == [{"progress": True, "verify_only": False, "check": check}]

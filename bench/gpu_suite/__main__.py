@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: exactness, kernels, synchronisations, tables, tests, engines.
+"""Everything that needs a GPU, in one command: exactness, kernels, synchronisations, tables, tests, artifacts.
 
     python -m bench.gpu_suite --json gpu_suite.json
     python -m bench.gpu_suite --smoke --json smoke.json

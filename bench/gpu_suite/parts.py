@@ -53,7 +53,9 @@ def full(device: str) -> list[Part]:
         _bench("speed-up, demo", 100, "speedup", device, speedup),
         _bench("scaling, demo", 90, "scaling", device, scaling),
         _tests("tests", 120),
-        _bench("engines", 60, "gpu_suite.engines", device),
+        _bench("artifacts, tensorrt", 60, "gpu_suite.artifacts", device, "--target tensorrt"),
+        _bench("artifacts, onnx", 60, "gpu_suite.artifacts", device, "--target onnx"),
+        _bench("artifacts, aot", 120, "gpu_suite.artifacts", device, "--target aot"),
     ]
 
 
@@ -75,7 +77,9 @@ def smoke(device: str) -> list[Part]:
         _bench("speed-up", 150, "speedup", device, speedup),
         _bench("scaling", 150, "scaling", device, scaling),
         _tests("tests", 150, "tests/ops", "tests/runtime"),
-        _bench("engines", 150, "gpu_suite.engines", device),
+        _bench("artifacts, tensorrt", 150, "gpu_suite.artifacts", device, "--target tensorrt --smoke"),
+        _bench("artifacts, onnx", 150, "gpu_suite.artifacts", device, "--target onnx --smoke"),
+        _bench("artifacts, aot", 150, "gpu_suite.artifacts", device, "--target aot --smoke"),
     ]
 
 

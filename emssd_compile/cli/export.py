@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+import emssd_compile.export as targets
 from emssd_compile.cli.models import PROGRAM, add_command, add_model, add_sizes, load_model, optimize
-from emssd_compile.errors import OptionError
-from emssd_compile.export import TARGETS
+from emssd_compile.cli.target_options import add_target_options, target_options
 from emssd_compile.export.folder import check_new
+from emssd_compile.exporting import prepare
 
 EXAMPLES = f"""
 examples:
@@ -21,6 +23,8 @@ examples:
       machine code for this kind of machine, for four rows of 1024 tokens
   {PROGRAM} export --model llama/ --to tensorrt --dtype float16 --compute-capability 8.9 --out llama.trt/
       an engine for a GPU that need not be here
+  {PROGRAM} export --model llama/ --to tensorrt --runtime tensorrt-rtx --attention decomposed --out llama.trt/
+      in float32, which TensorRT has no kernel of attention for
   {PROGRAM} export --model llama/ --to onnx --verify-only --out llama.verify/
       the model on packed rows alone, for a loop of your own
 
@@ -33,30 +37,23 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "export", "write an artifact that decodes without the model's code", EXAMPLES)
     add_model(parser)
     add_sizes(parser, max_length="the model's limit")
-    parser.add_argument("--to", choices=TARGETS, required=True, help="the target")
+    parser.add_argument("--to", choices=targets.TARGETS, required=True, help="the target")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the artifact: a new or empty folder")
     parser.add_argument("--verify-only", action="store_true", help="without drafting, acceptance and state")
-    parser.add_argument(
-        "--compute-capability",
-        metavar="X.Y",
-        action="append",
-        default=[],
-        help="GPU to build an engine for, as in 8.9; may be repeated (default: the one that is here)",
-    )
+    parser.add_argument("--no-check", action="store_true", help="do not decode with it and compare the tokens")
+    add_target_options(parser)
     parser.set_defaults(backend="eager")  # it is never run
 
 
 def run(arguments: argparse.Namespace, notes: Console) -> None:
     """Run the command."""
-    options = {}
-    if arguments.compute_capability:
-        if arguments.to != "tensorrt":
-            raise OptionError(f"--compute-capability is for --to tensorrt, not for --to {arguments.to}")
-        options["compute_capabilities"] = arguments.compute_capability
+    options = target_options(arguments)
+    common: dict[str, Any] = {"verify_only": arguments.verify_only, "check": not arguments.no_check}
     check_new(arguments.out)  # before the work, which takes a while
+    prepare(arguments.to, options, torch.device("cpu"), getattr(torch, arguments.dtype), **common)
     model = load_model(arguments.model, arguments.dtype, "--model")
     with notes.status("capturing the model"):
         fast = optimize(model, arguments)
     export = getattr(fast, f"export_{arguments.to}")
-    export(arguments.out, verify_only=arguments.verify_only, progress=True, **options)
+    export(arguments.out, progress=True, **common, **options)
     notes.print(f"{arguments.out} is written; `{PROGRAM} inspect {arguments.out}` shows what is in it")

@@ -6,7 +6,7 @@ launches, so there it does; and no GPU has run a package yet.
 
 from __future__ import annotations
 
-from emssd_compile.export.aot.package import environment, open_package, passes, write_package
+from emssd_compile.export.aot.package import environment, open_package, passes, require, write_package
 from emssd_compile.export.target import Target
 
 TARGET = Target(
@@ -15,6 +15,7 @@ TARGET = Target(
     write=write_package,
     open=open_package,
     environment=environment,
+    require=require,
 )
 
 __all__ = ["TARGET"]

@@ -23,12 +23,23 @@ from emssd_compile.runtime.buckets import Sizes
 PACKAGE, OPS_LIBRARY, BINDINGS = "step.pt2", "libemssd_ops.so", "bindings.txt"
 
 
-def passes(sizes: Sequence[Sizes]) -> tuple[Pass, ...]:
+def require(options: object, device: torch.device, runs: bool) -> None:
+    """Raises ArtifactError if the library of ops for a CPU cannot be built: there is no C++ compiler, or it fails."""
+    if device.type == "cpu":
+        try:
+            standalone_library()
+        except (CannotBuildError, OSError) as error:
+            raise ArtifactError(f"a package cannot be compiled here: {error}") from error
+
+
+def passes(sizes: Sequence[Sizes], options: object) -> tuple[Pass, ...]:
     """As for Inductor: weights on a CPU are packed; those elsewhere, the pass leaves alone."""
     return (PackLinears(),)
 
 
-def write_package(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes] = ()) -> dict[str, Any]:
+def write_package(
+    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], options: object
+) -> dict[str, Any]:
     """Compile a graph for this machine, weights included.
 
     Writes `step.pt2`, one package for all sizes; `bindings.txt`, a line `input|output name dtype dims...` for each
@@ -39,6 +50,7 @@ def write_package(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Si
         graph_module: level L3 or L2, with a dict of results.
         folder: where to write.
         sizes: of the steps that will run; not needed, since one function serves them all.
+        options: there are none.
 
     Raises:
         ArtifactError: there is no C++ compiler, or it fails.
@@ -49,7 +61,7 @@ def write_package(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Si
 
     graph = unbacked(graph_module)
     try:
-        if graph.inputs[0].device.type == "cpu":  # first: if there is no compiler, it says so at once
+        if graph.inputs[0].device.type == "cpu":
             shutil.copyfile(standalone_library(), folder / OPS_LIBRARY)
         # Inductor would leave all it builds, weights included, in its cache.
         with tempfile.TemporaryDirectory(dir=folder) as work, graph.compiling():

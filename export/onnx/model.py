@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import re
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +12,35 @@ import torch
 from torch import fx
 
 from emssd_compile.errors import OptionError, UnsupportedModelError
-from emssd_compile.export.onnx.installed import require
+from emssd_compile.export.onnx.exporter import OPSET, quiet, translated
 
 if TYPE_CHECKING:
-    from torch.onnx import ONNXProgram
-
     from emssd_compile.passes.manager import Pass
 
-OPSET = 24  # the first with `nonpad_kv_seqlen`: attention over caches of rows of differing lengths
 FILE = "step.onnx"
 
 
-def passes(sizes: object) -> tuple[Pass, ...]:
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of the ONNX target.
+
+    Attributes:
+        opset_version: of ONNX; there is a form for one only.
+
+    Raises:
+        OptionError: there is no form for this opset.
+    """
+
+    opset_version: int = OPSET
+
+    def __post_init__(self) -> None:
+        if self.opset_version != OPSET:
+            raise OptionError(
+                f"opset_version={self.opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
+            )
+
+
+def passes(sizes: object, options: object) -> tuple[Pass, ...]:
     """Values for memory, rectangles for packed queries, a name for each result."""
     from emssd_compile.passes.separate_results import SeparateResults
     from emssd_compile.passes.tile_attention import TileAttention
@@ -40,9 +53,7 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
     return {"byte order": sys.byteorder}
 
 
-def write_model(
-    graph_module: fx.GraphModule, folder: Path, sizes: object, *, opset_version: int = OPSET
-) -> dict[str, Any]:
+def write_model(graph_module: fx.GraphModule, folder: Path, sizes: object, options: ModelOptions) -> dict[str, Any]:
     """Write `step.onnx`: standard operators alone, every size that may differ symbolic.
 
     Inputs have the names of the graph's, and each result `r` the name `new_r`, since an ONNX model has one space of
@@ -53,28 +64,21 @@ def write_model(
         graph_module: the graph after `passes`.
         folder: where to.
         sizes: not needed, since one model takes all.
-        opset_version: of ONNX.
+        options: not needed, since there is one opset only.
 
     Returns:
         What `open_session` needs: names, shapes and dtypes of the outputs.
 
     Raises:
-        ArtifactError: onnx or onnxscript is not installed.
-        OptionError: there is no form for this opset.
         UnsupportedModelError: ONNX cannot express an op; says which, and where it comes from.
     """
-    if opset_version != OPSET:
-        raise OptionError(
-            f"opset_version={opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
-        )
-    require("onnx", "onnxscript")
     from emssd_compile.export.onnx.simplify import simplify
     from emssd_compile.export.onnx.translate import TRANSLATIONS
 
     graph_module = _with_all_writes(graph_module)
     details = _describe(graph_module)
     program = translated(graph_module, list(details["outputs"].values()), TRANSLATIONS)
-    with _quiet():
+    with quiet():
         simplify(program.model)
     program.save(folder / FILE, external_data=False)  # all the same outside the file if it is too large for one
     _check(folder / FILE)
@@ -114,12 +118,23 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "results": {
             name: {
                 "dtype": str(node.meta["val"].dtype).removeprefix("torch."),
-                "shape": [s if isinstance(s, int) else lengths[str(s)] for s in node.meta["val"].shape],
+                "shape": [_size(node, size, lengths) for size in node.meta["val"].shape],
             }
             for name, node in results.items()
             if name not in in_place
         },
     }
+
+
+def _size(node: fx.Node, size: int | torch.SymInt, lengths: dict[str, list[object]]) -> int | list[object]:
+    """A size of a result: a number, or the input and its dimension that has it."""
+    from emssd_compile.passes.graph import refuse
+
+    if isinstance(size, int):
+        return size
+    if str(size) not in lengths:
+        raise refuse(node, f"a result's size is {size}, which is not that of any input: its memory cannot be bound")
+    return lengths[str(size)]
 
 
 def _updates(node: fx.Node) -> str | None:
@@ -130,93 +145,6 @@ def _updates(node: fx.Node) -> str | None:
     while node.target == update_kv:
         node, is_update = node.args[0], True  # type: ignore[assignment]
     return str(node.target) if is_update else None
-
-
-def translated(graph_module: fx.GraphModule, names: Sequence[str], table: Mapping[Any, Any]) -> ONNXProgram:
-    """A graph in ONNX operators, constants folded.
-
-    Args:
-        graph_module: its inputs keep their names.
-        names: of its results.
-        table: operators for ops that the exporter does not know.
-
-    Raises:
-        UnsupportedModelError: there are no operators for an op; says which, and where it comes from.
-    """
-    from emssd_compile.export.program import exported_program
-    from emssd_compile.passes.graph import inputs
-
-    program = exported_program(graph_module)
-    try:
-        with _quiet(), torch.no_grad():
-            result = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                custom_translation_table=dict(table),
-                input_names=[str(node.target) for node in inputs(graph_module.graph)],
-                output_names=names,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise _refusal(graph_module, error) from error
-    assert result is not None
-    return result
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to oneself what the exporter says about its own workings: that torchvision is missing, and the like."""
-    logs = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnx_ir")]
-    levels = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-def _refusal(graph_module: fx.GraphModule, error: BaseException) -> UnsupportedModelError:
-    """The error for what the exporter could not translate: the op that it names, and where that stands in the graph."""
-    from emssd_compile.passes.graph import refuse
-
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    reason = f"ONNX's operators do not express it: {str(causes[-1]).splitlines()[0]}"
-    named = re.search(r"target=torch\.ops\.(\S+)\]", "\n".join(map(str, causes)))
-    node = _find(graph_module.graph, named.group(1)) if named else None
-    return UnsupportedModelError(reason) if node is None else refuse(node, reason)
-
-
-def _find(graph: fx.Graph, op: str) -> fx.Node | None:
-    """The first node that is the op, or is made of it: the exporter takes ops apart that it does not know."""
-    calls = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    whole = (node for node in calls if str(node.target) == op)
-    return next(whole, None) or next(
-        (node for node in calls if node.op == "call_function" and op in _parts(node)), None
-    )
-
-
-def _parts(node: fx.Node) -> set[str]:
-    """The ops that `node` is taken apart into."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def run(*values: Any) -> Any:
-        given = dict(zip(node.all_input_nodes, values, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-    table: Any = torch._decomp.decomposition_table
-    values = [n.meta["val"] for n in node.all_input_nodes]
-    with node.meta["val"].fake_mode:
-        traced = make_fx(run, decomposition_table=table)(*values)
-    return {str(part.target) for part in traced.graph.nodes}
 
 
 def _check(path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emssd_compile.errors import ArtifactError, InvalidInputError
-from emssd_compile.export.onnx.installed import require
+from emssd_compile.export.installed import load_library
 from emssd_compile.export.onnx.model import FILE
 
 if TYPE_CHECKING:
@@ -93,18 +93,25 @@ class OnnxStep:
             self._bound[name] = where
 
 
+def load_runtime(device: torch.device) -> tuple[Any, str]:
+    """ONNX Runtime, and what it calls its support for a device.
+
+    Raises:
+        ArtifactError: it is not installed, or has no support for the device.
+    """
+    onnxruntime, provider = load_library("onnxruntime", extra="onnx"), _PROVIDERS[device.type]
+    if provider not in onnxruntime.get_available_providers():
+        raise ArtifactError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu in place of onnxruntime")
+    return onnxruntime, provider
+
+
 def open_session(folder: Path, details: dict[str, Any], input_names: list[str], device: torch.device) -> OnnxStep:
     """Load a model that `write_model` wrote; see there for `details`.
 
     Raises:
         ArtifactError: onnxruntime is not installed, has no support for the device, or cannot run the model.
     """
-    require("onnxruntime")
-    import onnxruntime
-
-    provider = _PROVIDERS[device.type]
-    if provider not in onnxruntime.get_available_providers():
-        raise ArtifactError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu in place of onnxruntime")
+    onnxruntime, provider = load_runtime(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     options = onnxruntime.SessionOptions()

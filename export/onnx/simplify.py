@@ -23,7 +23,8 @@ def simplify(model: ir.Model) -> None:
     """
     fuse_rms_normalization(model)
     fuse_rotary_embedding(model)
-    rewrite(model, [_RotateInPlace.rule(), _ThereAndBack.rule(), _BackAndThere.rule()])
+    rules: tuple[Any, ...] = (_RotateInPlace, _ThereAndBack, _BackAndThere)
+    rewrite(model, [rule.rule() for rule in rules])
     _merge_views(model.graph)
     _ask_inputs(model.graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -33,7 +34,7 @@ def simplify(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)  # which source files each node came from
 
 
-class _RotateInPlace(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # untyped
+class _RotateInPlace(pattern.RewriteRuleClassBase):
     """Rotate heads where they lie, behind tokens, and not before them."""
 
     def pattern(self, op: Any, x: ir.Value, cos: ir.Value, sin: ir.Value) -> Any:
@@ -54,7 +55,7 @@ class _RotateInPlace(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # unt
         return op.Transpose(op.Reshape(flat, op.Constant(value_ints=[0, 0, heads, size])), perm=[0, 2, 1, 3])
 
 
-class _ThereAndBack(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # untyped
+class _ThereAndBack(pattern.RewriteRuleClassBase):
     """`[1, T, H, D]` to `[T, H, D]`, by way of `[1, H, T, D]`."""
 
     def pattern(self, op: Any, x: ir.Value, axes: ir.Value) -> Any:
@@ -66,7 +67,7 @@ class _ThereAndBack(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # unty
         return op.Squeeze(x, axes)
 
 
-class _BackAndThere(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # untyped
+class _BackAndThere(pattern.RewriteRuleClassBase):
     """`[T, H, D]` to `[1, T, H, D]`, by way of `[H, T, D]`."""
 
     def pattern(self, op: Any, x: ir.Value, axes: ir.Value) -> Any:
@@ -94,11 +95,12 @@ def _merge_views(graph: ir.Graph) -> None:
 
 def _seen(node: ir.Node) -> ir.Value | None:
     """What `node` and the views before it give another shape; None if it is no view."""
-    value = None
-    while node is not None and node.op_type in _VIEWS:
-        value = node.inputs[0]
+    value: ir.Value | None = None
+    before: ir.Node | None = node
+    while before is not None and before.op_type in _VIEWS:
+        value = before.inputs[0]
         assert value is not None
-        node = value.producer()
+        before = value.producer()
     return value
 
 

@@ -70,8 +70,12 @@ def _tiled_attention(
     elif mask is not None:
         bias = _mask_bias(q, mask, longest, groups)
     queries: Any = q if groups == 1 else op.Reshape(q, _ints(0, heads // groups, -1, _sizes(q)[3]))
-    result = op.Attention(queries, keys, values, bias, None, None, kv_lengths, scale=scale, softcap=softcap)[0]
-    return result if groups == 1 else op.Reshape(result, _ints(0, heads, -1, _sizes(v_cache)[3]))
+    result: TensorType = op.Attention(
+        queries, keys, values, bias, None, None, kv_lengths, scale=scale, softcap=softcap
+    )[0]
+    if groups > 1:
+        result = op.Reshape(result, _ints(0, heads, -1, _sizes(v_cache)[3]))
+    return result
 
 
 def _causal_bias(q: TensorType, kv_lengths: TensorType, longest: Any, groups: int) -> Any:

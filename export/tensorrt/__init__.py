@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from emssd_compile.export.target import Target
-from emssd_compile.export.tensorrt.build import write
+from emssd_compile.export.tensorrt.build import require, write
+from emssd_compile.export.tensorrt.check_attention import CheckAttention
+from emssd_compile.export.tensorrt.decompose import DecomposeAttention
 from emssd_compile.export.tensorrt.library import load_runtime
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.runner import open_step
@@ -23,32 +25,36 @@ from emssd_compile.passes.tile_attention import TileAttention
 from emssd_compile.runtime.buckets import Sizes
 
 
-def passes(sizes: Sequence[Sizes]) -> tuple[Pass, ...]:
-    """Values for memory, and rectangles for packed queries.
+def passes(sizes: Sequence[Sizes], options: BuildOptions) -> tuple[Pass, ...]:
+    """Values for memory, rectangles for packed queries, and attention that there is a kernel for.
 
     TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.
     """
-    return (TileAttention(spare_slots=max(sizes[-1])),)
+    tile = TileAttention(spare_slots=max(sizes[-1]))
+    return (tile, DecomposeAttention()) if options.attention == "decomposed" else (CheckAttention(), tile)
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:
-    """The runtime and its version, and the compute capability: the list built for, if the device is in it.
+    """The runtime and its version. The GPU may be one of several: `open_step` compares it.
 
     Raises:
         ArtifactError: the runtime is not installed.
     """
-    runtime, built_for = details["runtime"], details["compute_capabilities"]
-    found = {"runtime": runtime, "compute capability": ", ".join(built_for)}
-    options = details["options"]
-    if not options["version_compatible"]:
-        found[f"{runtime} version"] = load_runtime(runtime).__version__
-    if device.type == "cuda" and torch.cuda.is_available() and options["hardware_compatibility"] == "none":
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-        if capability not in built_for:
-            found["compute capability"] = capability
-    return found
+    runtime = details["runtime"]
+    if details["options"]["version_compatible"]:
+        return {"runtime": runtime}
+    return {"runtime": runtime, f"{runtime} version": load_runtime(runtime).__version__}
 
 
-TARGET = Target("tensorrt", passes, write, open_step, environment, devices=("cuda",))
+TARGET = Target(
+    name="tensorrt",
+    passes=passes,
+    write=write,
+    open=open_step,
+    environment=environment,
+    require=require,
+    options=BuildOptions,
+    devices=("cuda",),
+)
 
 __all__ = ["TARGET", "BuildOptions"]

@@ -12,60 +12,67 @@ from typing import Any
 import torch
 from torch import fx
 
-from emssd_compile.errors import ArtifactError, OptionError
-from emssd_compile.export.onnx.installed import require
+from emssd_compile.errors import ArtifactError
+from emssd_compile.export.onnx.exporter import require_exporter
 from emssd_compile.export.tensorrt.cut import Cut, cut
-from emssd_compile.export.tensorrt.decompose import DecomposeAttention
-from emssd_compile.export.tensorrt.library import find_runtime, load_runtime, make_log
+from emssd_compile.export.tensorrt.library import check_capability, find_runtime, load_runtime, make_log
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
-from emssd_compile.ops import tiled_attention
-from emssd_compile.passes.graph import inputs
-from emssd_compile.passes.manager import tidy
 from emssd_compile.runtime.buckets import Sizes
 
 ENGINE = "step.engine"
 _KEPT = ("attention", "weights", "version_compatible", "hardware_compatibility", "profile_per_bucket")
 
 
-def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **options: Any) -> dict[str, Any]:
+def require(options: BuildOptions, device: torch.device, runs: bool) -> None:
+    """What building an engine takes, and running it on a CUDA device.
+
+    Raises:
+        OptionError: the runtime that is here cannot do what the options ask for.
+        ArtifactError: no runtime is installed, or the exporter to ONNX is not.
+    """
+    runtime = find_runtime(options.runtime)
+    require_exporter(runtime)
+    options.check(runtime)
+    capabilities = options.capabilities(_known_capabilities(load_runtime(runtime), runtime))
+    if runs and options.hardware_compatibility == "none":
+        check_capability(capabilities, device, "it cannot be checked here; pass check=False")
+
+
+def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], options: BuildOptions) -> dict[str, Any]:
     """Build an engine and write it to `folder`.
 
     Args:
-        graph_module: the step, or a model on packed rows, after `passes`; changed where an option asks for it.
+        graph_module: the step, or a model on packed rows, after `passes`.
         folder: where `step.engine` goes.
         sizes: of the steps that will be captured, ascending, and last of the largest step.
-        **options: the attributes of `BuildOptions`.
+        options: what to build.
 
     Raises:
-        OptionError: an option is unknown or out of range, or the runtime cannot do it.
+        OptionError: as `require`.
         UnsupportedModelError: TensorRT has nothing that does what an op does; says which, and where it comes from.
-        ArtifactError: no runtime is installed, or it fails to build; says what it said.
+        ArtifactError: as `require`; or the runtime fails to build, and says why.
     """
-    chosen = _options(options)
-    runtime = find_runtime(chosen.runtime)
-    chosen.check(runtime)
-    require("onnx", "onnxscript")
+    runtime = find_runtime(options.runtime)
     trt = load_runtime(runtime)
     known = _known_capabilities(trt, runtime)
-    capabilities = chosen.capabilities(known)
-    _suit(graph_module, chosen)
-    profiles = make_profiles(graph_module.graph, sizes, per_bucket=chosen.profile_per_bucket)
-    parts = cut(graph_module, masked=chosen.attention == "masked")
+    capabilities = options.capabilities(known)
+    profiles = make_profiles(graph_module.graph, sizes, per_bucket=options.profile_per_bucket)
+    parts = cut(graph_module, masked=options.attention == "masked")
     network, builder, log = define(trt, parts, folder)
-    config = _configure(trt, builder, chosen, capabilities, known, profiles)
+    config = _configure(trt, builder, options, capabilities, known, profiles)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ArtifactError(f"{runtime} cannot build the engine: {log.explain()}")
+        raise ArtifactError(f"{runtime} cannot build the engine: {log.explain()}{_hint(log.explain(), options)}")
     (folder / ENGINE).write_bytes(memoryview(plan))
-    if chosen.timing_cache is not None:
-        Path(chosen.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    if options.timing_cache is not None:
+        Path(options.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
     return {
         "runtime": runtime,
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")} | {runtime: trt.__version__},
         "compute_capabilities": list(capabilities),
-        "options": {name: getattr(chosen, name) for name in _KEPT},
+        "options": {name: getattr(options, name) for name in _KEPT},
         "profiles": profiles,
         "buckets": [size._asdict() for size in sizes[:-1]],
         "results": parts.results,
@@ -75,12 +82,10 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], **
     }
 
 
-def _suit(graph_module: fx.GraphModule, options: BuildOptions) -> None:
-    """Decompose attention if asked to. Raises OptionError for what no kernel takes."""
-    if options.attention == "decomposed":
-        DecomposeAttention().run(graph_module)
-        tidy(graph_module, inputs(graph_module.graph)[0].meta["val"].fake_mode)
-    _check_dtypes(graph_module.graph)
+def _hint(reason: str, options: BuildOptions) -> str:
+    """What to do where there is no kernel for, say, a head size: TensorRT names a setting that is not the user's."""
+    no_kernel = options.attention != "decomposed" and "dedicated kernel" in reason
+    return "; export with attention='decomposed', which needs no such kernel" if no_kernel else ""
 
 
 def define(trt: Any, parts: Cut, folder: Path) -> tuple[Any, Any, Any]:
@@ -94,24 +99,6 @@ def define(trt: Any, parts: Cut, folder: Path) -> tuple[Any, Any, Any]:
         parse(trt, log, network, path)
     splice(trt, log, network, parts)
     return network, builder, log
-
-
-def _check_dtypes(graph: fx.Graph) -> None:
-    """The builder would refuse it, too, but would not say what to do."""
-    for node in graph.find_nodes(op="call_function", target=tiled_attention):
-        dtype = node.meta["val"].dtype
-        if dtype not in (torch.float16, torch.bfloat16):
-            raise OptionError(
-                f"TensorRT's attention has no kernel for {dtype}: convert the model to float16 or bfloat16, or export "
-                "with attention='decomposed'"
-            )
-
-
-def _options(given: dict[str, Any]) -> BuildOptions:
-    unknown = sorted(set(given) - set(BuildOptions.__dataclass_fields__))
-    if unknown:
-        raise OptionError(f"unknown options {unknown}; TensorRT knows {sorted(BuildOptions.__dataclass_fields__)}")
-    return BuildOptions(**given)
 
 
 def _strongly_typed(trt: Any) -> int:

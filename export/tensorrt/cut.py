@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.ops import tiled_attention, update_kv
-from emssd_compile.passes.graph import argument, aten, call, output, refuse
+from emssd_compile.passes.graph import argument, aten, call, output
 from emssd_compile.passes.splice import add_input, inline_function
 
 
@@ -64,11 +64,8 @@ def cut(graph_module: fx.GraphModule, *, masked: bool = False) -> Cut:
                  return {..., new_k_cache_0: %k_1, tensor_0: %k, tensor_1: int32(%lengths), ..., tensor_4: %o}
 
     Args:
-        graph_module: after `TileAttention`.
+        graph_module: after `CheckAttention` and `TileAttention`.
         masked: say by a mask what is causal, too.
-
-    Raises:
-        UnsupportedModelError: TensorRT has no layer that does what an op does.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
@@ -118,7 +115,6 @@ class _Cutter:
         query, k_cache, v_cache, kv_lengths = (argument(node, index) for index in range(4))
         mask, scale = node.args[4], node.kwargs["scale"]
         assert isinstance(scale, float)
-        self._check_attention(node, query)
         with self.graph.inserting_before(node):
             scaled = self._once(partial(_scale, scale=scale), {"q": query}, key=node)
             visible = self._once(_to_int32, {"value": kv_lengths})
@@ -136,13 +132,6 @@ class _Cutter:
         output(self.graph).args = ({name: node for node, name in self.names.items()},)
         self.graph.eliminate_dead_code()
         self.done.graph_module.recompile()
-
-    def _check_attention(self, node: fx.Node, query: fx.Node) -> None:
-        remedy = "export with attention='decomposed'"
-        if node.kwargs.get("softcap"):
-            raise refuse(node, "scores are capped, which TensorRT's attention cannot do", remedy)
-        if query.meta["val"].shape[-1] != node.meta["val"].shape[-1]:
-            raise refuse(node, "keys and values differ in size, which TensorRT's attention cannot do", remedy)
 
     def _replace(self, node: fx.Node, stand_in: fx.Node, **operands: fx.Node) -> str:
         if node in self.names:

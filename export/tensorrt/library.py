@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from emssd_compile.errors import ArtifactError, OptionError
+from emssd_compile.export.installed import load_library
 
 RUNTIMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Module of each runtime by name: TensorRT for data centres, and TensorRT-RTX; their Python interface is the same."""
@@ -24,23 +27,32 @@ def find_runtime(runtime: str = "auto") -> str:
     failures = []
     for name in wanted:
         try:
-            importlib.import_module(RUNTIMES[name])
-        except ImportError as error:
-            failures.append(f"{RUNTIMES[name]}: {error}")
+            load_library(RUNTIMES[name], extra=name)
+        except ArtifactError as error:
+            failures.append(str(error))
         else:
             return name
-    extras = " or ".join(f'pip install "emssd_compile[{name}]"' for name in wanted)
-    raise ArtifactError(f"no TensorRT can be imported ({'; '.join(failures)}); {extras}")
+    raise ArtifactError("; or ".join(failures))
 
 
 def load_runtime(runtime: str) -> Any:
     """The Python module of a runtime. Raises as `find_runtime`, and ArtifactError if it is too old."""
-    trt = importlib.import_module(RUNTIMES[find_runtime(runtime)])
+    name = find_runtime(runtime)
+    trt = load_library(RUNTIMES[name], extra=name)
     if not hasattr(trt, "IKVCacheUpdateLayer") or not hasattr(trt.IKVCacheUpdateLayer, "update_lengths"):
         raise ArtifactError(
             f"{runtime} {trt.__version__} is too old: 11 of TensorRT, or 1.7 of TensorRT-RTX, is needed"
         )
     return trt
+
+
+def check_capability(built_for: Sequence[str], device: torch.device, otherwise: str) -> None:
+    """Raises ArtifactError if an engine for GPUs of some compute capabilities does not run on a device."""
+    here = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    if here not in built_for:
+        raise ArtifactError(
+            f"the engine is for compute capability {', '.join(built_for)}, here it is {here}: {otherwise}"
+        )
 
 
 def make_log(trt: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from emssd_compile.errors import ArtifactError, UnsupportedModelError
-from emssd_compile.export.onnx.model import translated
+from emssd_compile.export.onnx.exporter import translated
 from emssd_compile.export.tensorrt.cut import Cut, Site
 from emssd_compile.ops import update_kv
 from emssd_compile.passes.graph import output

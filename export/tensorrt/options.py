@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from emssd_compile.errors import OptionError
-
-_CHOICES = {
-    "attention": ("fused", "masked", "decomposed"),
-    "weights": ("in-engine", "streamed"),
-    "hardware_compatibility": ("none", "ampere-plus", "same-compute-capability"),
-}
+from emssd_compile.export.target import option
+from emssd_compile.export.tensorrt.library import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -39,19 +35,49 @@ class BuildOptions:
         OptionError: a value is unknown, or the runtime cannot do it.
     """
 
-    runtime: str = "auto"
-    compute_capabilities: Sequence[str] | None = None
-    attention: str = "fused"
-    weights: str = "in-engine"
-    version_compatible: bool = False
-    hardware_compatibility: str = "none"
-    timing_cache: str | None = None
-    profile_per_bucket: bool = False
+    runtime: str = option(
+        "--runtime", "auto", choices=("auto", *RUNTIMES), help="auto: the first of these that is installed"
+    )
+    compute_capabilities: Sequence[str] | None = option(
+        "--compute-capability",
+        None,
+        metavar="X.Y",
+        action="append",
+        help="GPU to build for, as in 8.9; may be repeated (default: the one that is here)",
+    )
+    attention: str = option(
+        "--attention",
+        "fused",
+        choices=("fused", "masked", "decomposed"),
+        help="decomposed: matrix products and a softmax, which float32 and capped scores need (default: fused)",
+    )
+    weights: str = option(
+        "--weights",
+        "in-engine",
+        choices=("in-engine", "streamed"),
+        help="streamed: fetched when needed, as far as the GPU's memory does not hold them (default: in-engine)",
+    )
+    version_compatible: bool = option(
+        "--version-compatible", False, action="store_true", help="later versions of TensorRT can load it; not with RTX"
+    )
+    hardware_compatibility: str = option(
+        "--hardware-compatibility",
+        "none",
+        choices=("none", "ampere-plus", "same-compute-capability"),
+        help="GPUs besides the one built for; not with RTX (default: none)",
+    )
+    timing_cache: str | None = option(
+        "--timing-cache", None, metavar="FILE", help="read and written: another build measures less; not with RTX"
+    )
+    profile_per_bucket: bool = option(
+        "--profile-per-bucket", False, action="store_true", help="optimise for each captured size; builds longer"
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; choose one of {list(choices)}")
+        for field in fields(self):
+            value, choices = getattr(self, field.name), field.metadata["argument"].get("choices")
+            if choices and value not in choices:
+                raise OptionError(f"{field.name}={value!r} is unknown; choose one of {list(choices)}")
         if isinstance(self.compute_capabilities, str):
             raise OptionError(f"compute_capabilities must be a list, as in [{self.compute_capabilities!r}]")
         if self.timing_cache is not None and not Path(self.timing_cache).parent.is_dir():

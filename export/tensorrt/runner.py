@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emssd_compile.errors import ArtifactError, CapacityError
 from emssd_compile.export.tensorrt.build import ENGINE
-from emssd_compile.export.tensorrt.library import load_runtime, make_log
+from emssd_compile.export.tensorrt.library import check_capability, load_runtime, make_log
 from emssd_compile.export.tensorrt.profiles import choose
 
 _DTYPES = {
@@ -35,10 +35,13 @@ def open_step(folder: Path, details: dict[str, Any], input_names: Sequence[str],
         device: a CUDA device.
 
     Raises:
-        ArtifactError: there is no such device, no TensorRT, or TensorRT cannot read the engine; says why.
+        ArtifactError: there is no such device, or it is not one of those built for; there is no TensorRT, or it cannot
+            read the engine; says why.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ArtifactError(f"{folder} holds a TensorRT engine, which runs on a CUDA device; there is none here")
+    if details["options"]["hardware_compatibility"] == "none":
+        check_capability(details["compute_capabilities"], device, f"export again to use {folder} on it")
     trt = load_runtime(details["runtime"])
     log = make_log(trt)
     with torch.cuda.device(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,29 @@ import torch
 from torch import Tensor, fx
 
 import emssd_compile.export as targets
+from emssd_compile.errors import OptionError
 from emssd_compile.export import Target
+from emssd_compile.export.target import option
 from emssd_compile.lowering import Step
+from emssd_compile.optimize import OptimizedModel
+from tests.exactness.models import prompt
 
+PROMPTS = [prompt(n) for n in (5, 17, 2, 30)]
 ENVIRONMENT = {"weather": "fine"}
 _graphs: list[fx.GraphModule] = []
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    label: str = option("--label", "toy", metavar="TEXT", help="what it is called")
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            raise OptionError("label is empty")
+
+
+def require(options: ToyOptions, device: torch.device, runs: bool) -> None:
+    """What a test replaces."""
 
 
 def distort(results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -24,10 +43,10 @@ def distort(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return results
 
 
-def write(graph_module: fx.GraphModule, folder: Path, sizes: object, *, label: str = "toy") -> dict[str, Any]:
+def write(graph_module: fx.GraphModule, folder: Path, sizes: object, options: ToyOptions) -> dict[str, Any]:
     _graphs.append(graph_module)
     (folder / "inner").mkdir()
-    (folder / "inner" / "step.txt").write_text(f"{label} {len(_graphs) - 1}")
+    (folder / "inner" / "step.txt").write_text(f"{options.label} {len(_graphs) - 1}")
     (folder / "empty").write_bytes(b"")
     return {"graph": len(_graphs) - 1}
 
@@ -46,8 +65,23 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
     return dict(ENVIRONMENT)
 
 
+def export(fast: OptimizedModel, folder: Path, *, verify_only: bool = False, **options: Any) -> Path:
+    """An artifact of it; returns its folder."""
+    fast._export("toy", folder, verify_only, True, False, **options)
+    return folder
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make it one of the targets."""
-    target = Target("toy", lambda sizes: (), write, open_, environment, devices=("cpu",))
+    target = Target(
+        name="toy",
+        passes=lambda sizes, options: (),
+        write=write,
+        open=open_,
+        environment=environment,
+        require=lambda *asked: require(*asked),
+        options=ToyOptions,
+        devices=("cpu",),
+    )
     monkeypatch.setattr(targets, "TARGETS", (*targets.TARGETS, "toy"))
     monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))

@@ -23,6 +23,17 @@ def test_copies_inputs_and_what_is_returned_twice():
     assert manager.records[-1].changed == 0
 
 
+@pytest.mark.parametrize("shared", ["an input", "a result"])
+def test_says_so_if_a_result_has_no_value_of_its_own(shared):
+    graph_module, _ = unpadded(model_with_attention())
+    hidden, _ = results(graph_module.graph)
+    other = {"an input": inputs(graph_module.graph)[0], "a result": hidden}[shared]
+    output(graph_module.graph).args = ({"hidden": hidden, "other": other},)
+    with pytest.raises(UnsupportedModelError, match="the result 'other' has no value of its own") as raised:
+        SeparateResults().ensures(graph_module)
+    assert raised.value.node == other.name
+
+
 def test_refuses_results_without_names():
     graph_module, manager = unpadded(model_with_attention())
     with pytest.raises(UnsupportedModelError, match="must return its results by name"):

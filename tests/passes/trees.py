@@ -81,12 +81,12 @@ def tree_graph(example: dict[str, Tensor]) -> tuple[fx.GraphModule, FakeTensorMo
     return fx.GraphModule(root, graph), fake_mode
 
 
-def tiled_inputs(inputs: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The inputs of the tiled graph, with tiles of `width` queries."""
+def tiled_inputs(inputs: dict[str, Tensor], width: int, spare_slots: int = 1) -> dict[str, Tensor]:
+    """The inputs of the tiled graph, with tiles of `width` queries, and caches with slots to spare."""
 
     def tiled(name: str, value: Tensor) -> Tensor:
         is_cache = "_cache_" in name
-        return nn.functional.pad(value.transpose(1, 2), (0, 0, 0, 1)).contiguous() if is_cache else value
+        return nn.functional.pad(value.transpose(1, 2), (0, 0, 0, spare_slots)).contiguous() if is_cache else value
 
     return {name: tiled(name, value) for name, value in inputs.items()} | {"row_slots": torch.arange(width)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import onnx
@@ -15,6 +16,7 @@ from emssd_compile.errors import ArtifactError, OptionError, UnsupportedModelErr
 from emssd_compile.export import open_graph
 from emssd_compile.export.onnx import model as onnx_model
 from emssd_compile.export.onnx.session import open_session
+from emssd_compile.passes.graph import aten, call, output
 from emssd_compile.passes.manager import PassManager
 from tests.exactness.compiled import assert_exact, target
 from tests.exactness.models import prompt
@@ -22,6 +24,7 @@ from tests.passes.graphs import BATCH, COMMITTED, LONGEST, ROWS, TinyModel, alon
 from tests.passes.trees import assert_same, step_inputs, tiled_inputs, tree_batch, tree_graph
 
 ROWS_OF_STEP, NEW = 3, 8
+OPTIONS = onnx_model.ModelOptions()
 PROMPTS = [prompt(n) for n in (61, 1, 17, 5)]
 
 
@@ -118,12 +121,25 @@ def test_draft_trees_in_onnx_runtime(tmp_path):
     graph_module, fake_mode = tree_graph(given)
     tiled = tiled_inputs(given, 43)
     expected = graph_module(*given.values())
-    for step in onnx_model.passes(()):
+    for step in onnx_model.passes((), OPTIONS):
         PassManager(fake_mode)._run(step, "onnx", graph_module)
-    details = onnx_model.write_model(graph_module, tmp_path, ())
+    details = onnx_model.write_model(graph_module, tmp_path, (), OPTIONS)
     assert set(details["in_place"]) == {name for name in given if "_cache_" in name}
     session = open_session(tmp_path, details, list(tiled), torch.device("cpu"))
     assert_same(session(*tiled.values()), expected)
+
+
+def test_a_result_of_a_size_that_no_input_has_is_refused(tmp_path):
+    graph_module, fake_mode = tree_graph(step_inputs(tree_batch()))
+    for step in onnx_model.passes((), OPTIONS):
+        PassManager(fake_mode)._run(step, "onnx", graph_module)
+    results = output(graph_module.graph).args[0]
+    assert isinstance(results, dict)
+    with graph_module.graph.inserting_before(output(graph_module.graph)):
+        results = results | {"twice": call(graph_module.graph, aten.cat.default, [results["out_0"]] * 2)}
+    output(graph_module.graph).args = (results,)
+    with pytest.raises(UnsupportedModelError, match=r"a result's size is 2\*\w+, which is not .*aten.cat.default"):
+        onnx_model.write_model(graph_module, tmp_path, (), OPTIONS)
 
 
 def _igamma(model: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
@@ -153,7 +169,18 @@ def test_another_opset_is_refused(opset, tmp_path):
         fast.export_onnx(tmp_path / "artifact", opset_version=opset)
 
 
-def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("emssd_compile.export.onnx.installed.find_spec", lambda name: None)
-    with pytest.raises(ArtifactError, match=r'onnx and onnxscript not installed: pip install "emssd_compile\[onnx\]"'):
-        onnx_model.write_model(torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tmp_path, ())
+@pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_library_is_named_with_what_installs_it_before_any_work(library, monkeypatch, tmp_path):
+    fast = emssd_compile.optimize(model_with_attention(), "none", max_batch=2, max_length=8, backend="eager")
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr("emssd_compile.exporting.suit", None)
+    with pytest.raises(ArtifactError, match=rf'{library} cannot be .* pip install "emssd_compile\[onnx\]"'):
+        fast.export_onnx(tmp_path / "artifact")
+
+
+def test_writing_needs_nothing_that_runs_it(monkeypatch, tmp_path):
+    fast = emssd_compile.optimize(model_with_attention(), "none", max_batch=2, max_length=8, backend="eager")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    fast.export_onnx(tmp_path / "artifact", check=False)
+    with pytest.raises(ArtifactError, match="onnxruntime cannot be imported"):
+        emssd_compile.load(tmp_path / "artifact")

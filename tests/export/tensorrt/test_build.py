@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +12,20 @@ import pytest
 import torch
 
 from emssd_compile.errors import ArtifactError, OptionError
-from emssd_compile.export.tensorrt import build, passes
-from emssd_compile.export.tensorrt.build import ENGINE, write
+from emssd_compile.export.tensorrt import TARGET, BuildOptions, build, passes
+from emssd_compile.export.tensorrt.build import ENGINE, require, write
 from emssd_compile.export.tensorrt.library import load_runtime, make_log
 from emssd_compile.optimize import optimize
 from emssd_compile.passes import PassManager, targeted
 from emssd_compile.passes.graph import inputs
 from emssd_compile.runtime.buckets import Sizes, decode_buckets
 from tests.export.tensorrt.steps import CHUNK
+from tests.ops.ragged import Heads
+from tests.passes import trees
 from tests.passes.graphs import BATCH, Scripted, step_of
 from tests.zoo import toy_model
 
-ROWS, LENGTH = 3, 64
+ROWS, LENGTH, CPU = 3, 64, torch.device("cpu")
 CASES: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "prompt-lookup"): {"dtype": torch.float16, "compute_capabilities": ["8.0"]},
     ("llama", "none"): {"dtype": torch.float16, "compute_capabilities": ["8.9"]},
@@ -43,8 +46,9 @@ def built(request, tmp_path_factory):
     drafts = fast.drafter.num_draft_tokens
     sizes = (*decode_buckets(ROWS, drafts), Sizes(CHUNK, ROWS * (drafts + 1), CHUNK + ROWS, CHUNK))
     folder = tmp_path_factory.mktemp(architecture)
-    step = fast._step.suited(passes(sizes), [])
-    return folder, write(step, folder, sizes, **options), step, dtype, options
+    chosen = BuildOptions(**options)
+    step = fast._step.suited(passes(sizes, chosen), [])
+    return folder, write(step, folder, sizes, chosen), step, dtype, options
 
 
 def test_one_file_is_written_and_json_can_keep_the_rest(built):
@@ -82,13 +86,9 @@ def _write(folder: Path, **options: Any) -> dict[str, Any]:
     sizes = (Sizes(CHUNK, BATCH.rows * 3, CHUNK + BATCH.rows, CHUNK),)
     step = step_of(Scripted([7, 8]))
     fake_mode = inputs(step.graph)[0].meta["val"].fake_mode
-    PassManager(fake_mode).apply(step, (targeted(passes(sizes)),))
-    return write(step, folder, sizes, **{"compute_capabilities": ["8.0"], **options})
-
-
-def test_float32_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(OptionError, match=r"no kernel for torch.float32: convert .* or .*attention='decomposed'"):
-        _write(tmp_path)
+    chosen = BuildOptions(**{"compute_capabilities": ["8.0"], **options})
+    PassManager(fake_mode).apply(step, (targeted(passes(sizes, chosen)),))
+    return write(step, folder, sizes, chosen)
 
 
 def test_float32_can_be_decomposed(tmp_path):
@@ -98,11 +98,29 @@ def test_float32_can_be_decomposed(tmp_path):
     assert (tmp_path / ENGINE).exists()
 
 
-def test_unknown_options_are_refused(tmp_path):
-    with pytest.raises(OptionError, match=r"unknown options \['precision'\]; TensorRT knows \['attention', "):
-        _write(tmp_path, precision="fp8")
+def test_what_cannot_be_built_is_refused_before_any_work():
+    with pytest.raises(OptionError, match=r"unknown options \['precision'\]; tensorrt knows \['runtime', "):
+        TARGET.choose({"precision": "fp8"})
     with pytest.raises(OptionError, match=r"for TensorRT-RTX, and not \['9.0'\]"):
-        _write(tmp_path, compute_capabilities=["9.0"])
+        require(BuildOptions(compute_capabilities=["9.0"]), CPU, False)
+    with pytest.raises(OptionError, match="TensorRT-RTX has no version_compatible"):
+        require(BuildOptions(compute_capabilities=["8.0"], version_compatible=True), CPU, False)
+    require(BuildOptions(compute_capabilities=["8.0"]), CPU, False)
+
+
+def test_an_engine_that_would_not_run_here_is_refused_where_it_is_to_be_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    chosen = BuildOptions(compute_capabilities=["8.0"])
+    with pytest.raises(ArtifactError, match=r"for compute capability 8.0, here it is 9.0: .*pass check=False"):
+        require(chosen, torch.device("cuda"), True)
+    require(chosen, torch.device("cuda"), False)
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxscript", "tensorrt_rtx"])
+def test_a_missing_library_is_named_with_what_installs_it(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ArtifactError, match=rf'{library} cannot be .* pip install "emssd_compile\[tensorrt-rtx\]"'):
+        require(BuildOptions(compute_capabilities=["8.0"]), CPU, False)
 
 
 def test_what_the_builder_says_is_passed_on(tmp_path, monkeypatch):
@@ -114,3 +132,31 @@ def test_what_the_builder_says_is_passed_on(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match=r"tensorrt-rtx cannot build the engine: Attention operation was not"):
         _write(tmp_path, attention="decomposed")
     assert not any(tmp_path.iterdir())
+
+
+def _write_trees(folder: Path, monkeypatch: pytest.MonkeyPatch, head_size: int, attention: str) -> dict[str, Any]:
+    """An engine of attention over draft trees alone, one layer for each way to look at them."""
+    monkeypatch.setattr(trees, "HEADS", Heads(4, 2, head_size, head_size))
+    if attention == "fused":
+        monkeypatch.setattr(trees, "LAYERS", [layer for layer in trees.LAYERS if "softcap" not in layer])
+    dtype = torch.float32 if attention == "decomposed" else torch.float16
+    given = trees.step_inputs(trees.tree_batch())
+    graph_module, fake_mode = trees.tree_graph(
+        {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
+    )
+    sizes, chosen = (Sizes(CHUNK, 9, CHUNK, CHUNK),), BuildOptions(attention=attention, compute_capabilities=["8.0"])
+    for step in passes(sizes, chosen):
+        PassManager(fake_mode)._run(step, "tensorrt", graph_module)
+    return write(graph_module, folder, sizes, chosen)
+
+
+@pytest.mark.parametrize(("attention", "layers"), [("fused", 3), ("decomposed", 4)])
+def test_draft_trees_are_built_masks_from_bits_included(attention, layers, tmp_path, monkeypatch):
+    details = _write_trees(tmp_path, monkeypatch, 64, attention)
+    assert details["layers"]["kv_cache_update"] == 2 * layers
+    assert details["layers"].get("attention_input", 0) == (layers if attention == "fused" else 0)
+
+
+def test_a_head_size_without_a_kernel_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(ArtifactError, match=r"not supported by a dedicated kernel.*export with attention='decomposed'"):
+        _write_trees(tmp_path, monkeypatch, 8, "fused")

@@ -6,16 +6,17 @@ from torch import fx
 
 from emssd_compile.compiler import suit
 from emssd_compile.drafters import NoDrafter
-from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.export.tensorrt.cut import cut
 from emssd_compile.ops import tiled_attention, update_kv
 from emssd_compile.optimize import OptimizedModel
 from emssd_compile.passes.graph import inputs
+from emssd_compile.passes.manager import PassManager
 from emssd_compile.passes.tile_attention import TileAttention
 from tests.exactness.compiled import K, assert_exact, rechunked, target
 from tests.exactness.models import prompt
 from tests.export.tensorrt.layers import SplicedStep
 from tests.export.tensorrt.steps import CHUNK, example, tiled_step
+from tests.passes import trees
 from tests.passes.graphs import BATCH, LONGEST
 from tests.passes.tiled import run_with
 
@@ -70,12 +71,15 @@ def test_the_graph_that_is_cut_is_not_changed():
     assert not any(node.target in (update_kv, tiled_attention) for node in parts.graph_module.graph.nodes)
 
 
-def test_capped_scores_are_refused():
-    graph_module = tiled_step()
-    (site,) = graph_module.graph.find_nodes(op="call_function", target=tiled_attention)
-    site.kwargs = {**site.kwargs, "softcap": 2.0}
-    with pytest.raises(UnsupportedModelError, match=r"scores are capped.*\n.*attention='decomposed'"):
-        cut(graph_module)
+def test_draft_trees_are_masks(monkeypatch):
+    """With a NaN wherever a layer says nothing of what it gives."""
+    monkeypatch.setattr(trees, "LAYERS", [layer for layer in trees.LAYERS if "softcap" not in layer])
+    given = trees.step_inputs(trees.tree_batch())
+    graph_module, fake_mode = trees.tree_graph(given)
+    expected = graph_module(*given.values())
+    given = trees.tiled_inputs(trees.step_inputs(trees.tree_batch()), 43, spare_slots=trees.TAIL)
+    PassManager(fake_mode)._run(TileAttention(trees.TAIL), "tensorrt", graph_module)
+    trees.assert_same(SplicedStep(cut(graph_module))(*given.values()), expected)
 
 
 def test_a_cache_that_is_written_again_is_an_input_again():

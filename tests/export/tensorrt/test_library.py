@@ -14,7 +14,7 @@ def test_a_missing_runtime_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(ArtifactError, match=r'pip install "emssd_compile\[tensorrt-rtx\]"$'):
         find_runtime("tensorrt-rtx")
-    with pytest.raises(ArtifactError, match=r"emssd_compile\[tensorrt\].* or .*emssd_compile\[tensorrt-rtx\]"):
+    with pytest.raises(ArtifactError, match=r"emssd_compile\[tensorrt\].*; or .*emssd_compile\[tensorrt-rtx\]"):
         find_runtime("auto")
 
 

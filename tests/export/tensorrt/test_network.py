@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import fx
@@ -108,5 +110,15 @@ def test_an_op_that_the_parser_refuses_is_named(trt, tmp_path):
 
 
 def test_an_op_that_the_exporter_does_not_know_is_named(tmp_path):
-    with pytest.raises(UnsupportedModelError, match=r"ONNX's operators do not express it: .*gcd"):
+    """As by the ONNX target, which the exporter is shared with."""
+    with pytest.raises(UnsupportedModelError, match=r"ONNX's operators do not express it: .*gcd") as caught:
         write_onnx(_graph_of(aten.gcd.default), tmp_path / "odd.onnx")
+    assert (caught.value.op, caught.value.module) == ("aten.gcd.default", "layers.0.odd (Odd)")
+    assert caught.value.node == "gcd_default"
+
+
+def test_what_the_exporter_says_of_its_own_workings_is_not_passed_on(tmp_path, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_onnx(cut(tiled_step()).graph_module, tmp_path / "step.onnx")
+    assert capfd.readouterr() == ("", "")

@@ -6,7 +6,7 @@ import torch
 from emssd_compile.errors import OptionError
 from emssd_compile.export.tensorrt.options import BuildOptions
 
-UNKNOWN = {"attention": "fast", "weights": "stripped", "hardware_compatibility": "all"}
+UNKNOWN = {"runtime": "trt", "attention": "fast", "weights": "stripped", "hardware_compatibility": "all"}
 ONLY_FULL = {"version_compatible": True, "hardware_compatibility": "ampere-plus", "timing_cache": "timings"}
 KNOWN = ("8.0", "8.9", "12.0")
 

@@ -164,20 +164,40 @@ def test_without_a_gpu_nothing_is_opened(tmp_path, monkeypatch):
             open_step(tmp_path, DETAILS, ["token_slots"], device)
 
 
-def test_an_engine_that_cannot_be_read_is_refused_with_the_reason(tmp_path, monkeypatch):
+@pytest.fixture
+def on_capability(monkeypatch):
+    """Makes believe that there is a GPU of a compute capability."""
+
+    def pretend(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return pretend
+
+
+def test_an_engine_that_cannot_be_read_is_refused_with_the_reason(tmp_path, on_capability):
     """There is no driver here, so no engine can."""
     (tmp_path / ENGINE).write_bytes(b"not an engine")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    on_capability(8, 9)
     with pytest.raises(ArtifactError, match=r"tensorrt-rtx 1\.\S+ cannot read .*step.engine: .+"):
         open_step(tmp_path, DETAILS, ["token_slots"], torch.device("cuda"))
 
 
-def test_the_environment_is_the_version_and_a_capability_that_was_built_for(monkeypatch):
+def test_a_gpu_that_was_not_built_for_is_refused(tmp_path, on_capability):
+    on_capability(9, 0)
+    with pytest.raises(ArtifactError, match=r"for compute capability 8.0, 8.9, here it is 9.0: export again to use"):
+        open_step(tmp_path, DETAILS, ["token_slots"], torch.device("cuda"))
+    compatible = {**DETAILS, "options": {**DETAILS["options"], "hardware_compatibility": "ampere-plus"}}
+    with pytest.raises(FileNotFoundError):  # that is, it goes on
+        open_step(tmp_path, compatible, ["token_slots"], torch.device("cuda"))
+
+
+def test_the_environment_is_the_same_where_it_is_made_and_where_it_is_loaded(on_capability):
+    """The GPU that an engine is built on may be none of those that it is built for."""
     here = environment(DETAILS, CPU)
-    assert here["compute capability"] == "8.0, 8.9"
     assert here["tensorrt-rtx version"].startswith("1.")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, expected in (((8, 9), "8.0, 8.9"), ((9, 0), "9.0")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert environment(DETAILS, torch.device("cuda"))["compute capability"] == expected
+    on_capability(9, 0)
+    assert environment(DETAILS, torch.device("cuda")) == here
+    options = {**DETAILS["options"], "version_compatible": True}
+    assert environment({**DETAILS, "options": options}, CPU) == {"runtime": "tensorrt-rtx"}

@@ -1,0 +1,44 @@
+"""What TensorRT's attention cannot do is said before the step is rewritten for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from emssd_compile.errors import OptionError
+from emssd_compile.ops import ragged_attention
+from emssd_compile.passes.graph import argument, refuse
+
+
+class CheckAttention:
+    """Refuse attention that TensorRT has no kernel for; nothing is changed.
+
+    The builder would refuse most of it, too, minutes later, and would not say what to do.
+    """
+
+    name = "check_attention"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """See the class.
+
+        Raises:
+            OptionError: it is in float32 or float64, and the options do not ask for matrix products in its place.
+            UnsupportedModelError: scores are capped, or keys and values differ in size.
+        """
+        for node in graph_module.graph.find_nodes(op="call_function", target=ragged_attention):
+            _check(node)
+        return 0
+
+
+def _check(node: fx.Node) -> None:
+    remedy = "export with attention='decomposed'"
+    query, value = argument(node, 0).meta["val"], node.meta["val"]
+    if value.dtype not in (torch.float16, torch.bfloat16):
+        raise OptionError(
+            f"TensorRT's attention has no kernel for {value.dtype}: convert the model to float16 or bfloat16, or "
+            f"{remedy}"
+        )
+    if node.kwargs.get("softcap"):
+        raise refuse(node, "scores are capped, which TensorRT's attention cannot do", remedy)
+    if query.shape[-1] != value.shape[-1]:
+        raise refuse(node, "keys and values differ in size, which TensorRT's attention cannot do", remedy)

@@ -1,0 +1,59 @@
+"""`check_attention`: what TensorRT has no kernel for is refused before the step is rewritten, with what to do."""
+
+import pytest
+import torch
+from torch import fx
+
+from emssd_compile.errors import OptionError, UnsupportedModelError
+from emssd_compile.export.tensorrt import BuildOptions, passes
+from emssd_compile.export.tensorrt.check_attention import CheckAttention
+from emssd_compile.ops import ragged_attention
+from emssd_compile.runtime.buckets import Sizes
+from tests.passes.graphs import Scripted, step_of
+
+SIZES = (Sizes(48, 9, 51, 48),)
+
+
+def half_step() -> tuple[fx.GraphModule, fx.Node]:
+    """A step as of a model in half precision, and its attention."""
+    step = step_of(Scripted([7, 8]))
+    (site,) = step.graph.find_nodes(op="call_function", target=ragged_attention)
+    site.meta["val"] = site.meta["val"].half()
+    return step, site
+
+
+def test_what_there_is_a_kernel_for_is_left_as_it_is():
+    step, _ = half_step()
+    assert CheckAttention().run(step) == 0
+
+
+def test_float32_is_refused_with_what_to_do():
+    with pytest.raises(OptionError, match=r"no kernel for torch.float32: convert .* or .*attention='decomposed'"):
+        CheckAttention().run(step_of(Scripted([7, 8])))
+
+
+def test_capped_scores_are_refused():
+    step, site = half_step()
+    site.kwargs = {**site.kwargs, "softcap": 2.0}
+    with pytest.raises(UnsupportedModelError, match=r"scores are capped.*\n.*attention='decomposed'") as raised:
+        CheckAttention().run(step)
+    assert raised.value.node == site.name
+
+
+def test_values_of_another_size_are_refused():
+    step, site = half_step()
+    site.meta["val"] = torch.cat([site.meta["val"]] * 2, -1)
+    with pytest.raises(UnsupportedModelError, match=r"keys and values differ in size"):
+        CheckAttention().run(step)
+
+
+@pytest.mark.parametrize(
+    ("attention", "names"),
+    [
+        ("fused", ["check_attention", "tile_attention"]),
+        ("masked", ["check_attention", "tile_attention"]),
+        ("decomposed", ["tile_attention", "decompose_attention"]),
+    ],
+)
+def test_nothing_is_refused_that_is_decomposed(attention, names):
+    assert [each.name for each in passes(SIZES, BuildOptions(attention=attention))] == names

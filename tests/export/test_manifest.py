@@ -1,0 +1,87 @@
+"""`manifest`: what it says of an artifact, and what in it is refused, whoever wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+import emssd_compile
+from emssd_compile.errors import ArtifactError
+from emssd_compile.export.folder import read_manifest
+from emssd_compile.export.manifest import _dump
+
+pytestmark = pytest.mark.usefixtures("toy_target")
+
+
+def test_the_manifest_says_what_the_step_was_made_from(artifact):
+    manifest = read_manifest(artifact)
+    assert (manifest.target, manifest.kind, manifest.drafter) == ("toy", "step", "PromptLookup")
+    assert (manifest.layout, manifest.acceptance, manifest.dtype) == ("auto", "GreedyMatch", "float32")
+    bindings = {binding.name: binding for binding in manifest.signature.inputs}
+    assert bindings["history"].shape == (2, 64)
+    assert bindings["token_slots"].shape == ("token_slots",)
+    assert {b.role for b in bindings.values()} == {"state", "setting", "size", "cache", "row", "memory"}
+    assert {b.name for b in manifest.signature.results} == {
+        *(name for name, b in bindings.items() if b.role in ("state", "row", "memory")),
+        "report",
+    }
+
+
+def test_bytes_that_json_does_not_mind_are_refused_too(artifact):
+    manifest = artifact / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()), indent=2))
+    with pytest.raises(ArtifactError, match="not what was written"):
+        emssd_compile.load(artifact)
+
+
+def _rewrite(artifact: Path, change) -> None:
+    """Change the manifest and give it the hash that it should have: it is not damaged, but it is wrong."""
+    file = artifact / "manifest.json"
+    content = json.loads(file.read_bytes())
+    del content["sha256"]
+    change(content)
+    digest = hashlib.sha256(_dump(content)).hexdigest()
+    file.write_bytes(_dump({**content, "sha256": digest}))
+
+
+@pytest.mark.parametrize("wrong", [None, {}, [3], [{"x": 1}], True], ids=repr)
+def test_an_entry_of_another_type_is_refused(artifact, wrong):
+    """Whoever wrote it: an error that says so, and nothing is opened."""
+    original = (artifact / "manifest.json").read_bytes()
+    for name, value in json.loads(original).items():
+        if name != "sha256" and type(value) is not type(wrong):
+            (artifact / "manifest.json").write_bytes(original)
+            _rewrite(artifact, lambda content, name=name: content.update({name: wrong}))
+            with pytest.raises(ArtifactError, match=r"cannot be read|no manifest|has format"):
+                emssd_compile.load(artifact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["inputs"][0].update(dtype="load"), "inputs cannot be read"),
+        (lambda content: content["inputs"].pop(0), "inputs cannot be read"),
+        (lambda content: content.update(buckets=[[1, 2]]), "buckets cannot be read"),
+        (lambda content: content["files"].update({"../x": content["files"]["empty"]}), "files cannot be read"),
+        (lambda content: content["details"].clear(), "is no artifact of toy: its details lack 'graph'"),
+        (lambda content: content.update(target="future"), "is for 'future', which is none of"),
+    ],
+)
+def test_what_makes_no_sense_in_a_manifest_is_named(artifact, change, message):
+    _rewrite(artifact, change)
+    with pytest.raises(ArtifactError, match=message):
+        emssd_compile.load(artifact)
+
+
+def test_another_version_of_the_package_that_writes_the_same_format_is_loaded(artifact):
+    _rewrite(artifact, lambda content: content.update(emssd_compile="99.0"))
+    assert emssd_compile.load(artifact).manifest.emssd_compile == "99.0"
+
+
+def test_another_format_is_named(artifact, monkeypatch):
+    monkeypatch.setattr("emssd_compile.export.manifest.FORMAT", 2)
+    with pytest.raises(ArtifactError, match="has format 1, this package reads 2"):
+        emssd_compile.load(artifact)
