@@ -27,12 +27,13 @@ LOG_WIDTH = 160
 """Columns of a table that is written to a file or a pipe, where there is no terminal to ask."""
 
 
-def argument_parser(doc: str | None, *, repeats: int = 5) -> argparse.ArgumentParser:
+def argument_parser(doc: str | None, *, repeats: int = 5, least_seconds: int | None = None) -> argparse.ArgumentParser:
     """A parser with the arguments of every bench command; hand it to `parse` when the command's own are added.
 
     Args:
         doc: the command's module docstring; its first line is the help's.
         repeats: default of `--repeats`.
+        least_seconds: default of `--least-seconds`, for commands with runs so short that they scatter.
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -41,6 +42,14 @@ def argument_parser(doc: str | None, *, repeats: int = 5) -> argparse.ArgumentPa
     parser.add_argument(
         "--repeats", type=at_least(1), default=repeats, help="timed, alternating runs (default: %(default)s)"
     )
+    if least_seconds is not None:
+        parser.add_argument(
+            "--least-seconds",
+            type=at_least(0),
+            default=least_seconds,
+            metavar="SECONDS",
+            help="more repeats until they took so long together (default: %(default)s)",
+        )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write figures, hardware and versions there")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the figures there, as PNG")
     return parser

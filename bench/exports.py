@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import emssd_compile
 from bench import shapes
 from bench.command import argument_parser, at_least, describe, hardware, make_console, parse, save, versions
 from bench.overhead import decode
+from bench.timing import alternate
 from emssd_compile import LoadedModel, OptimizedModel
 from emssd_compile.drafters import DraftModel
 from emssd_compile.errors import EmssdError
@@ -76,13 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"{describe(hardware())}\n{describe(versions())}")
     if options.json:
         tables = [{"title": "exports", "rows": [asdict(line) for line in lines]}]
-        save(options.json, "bench.exports", tables, batch=options.batch, tokens=options.tokens)
+        settings = ("batch", "tokens", "repeats", "least_seconds")
+        save(options.json, "bench.exports", tables, **{name: getattr(options, name) for name in settings})
     return int(any(line.identical is False or isinstance(line.built, str) for line in lines))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, least_seconds=15)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument(
         "--models",
@@ -131,8 +134,11 @@ class Subject:
         loaded = emssd_compile.load(folder, device=self.options.device)
         # A half-precision engine may break near-ties differently: `bench.gpu_suite` judges those.
         identical = self._tokens(loaded) == self.expected if target != "tensorrt" else None
-        rounds = [(self._step(loaded), self._step(self.compiled)) for _ in range(self.options.repeats + 1)][1:]
-        ratio = statistics.median(own / inductor for own, inductor in rounds)
+        decoders: dict[str, OptimizedModel | LoadedModel] = {"own": loaded, "inductor": self.compiled}
+        steps = {name: partial(self._step, decoder) for name, decoder in decoders.items()}
+        runs = alternate(steps, self.options.repeats, self.options.least_seconds)
+        pairs = zip(runs["own"][1:], runs["inductor"][1:], strict=True)
+        ratio = statistics.median(own / inductor for own, inductor in pairs)
         return replace(line, run="yes", identical=identical, step_ratio=round(ratio, 2))
 
     def _write(self, target: str, folder: Path) -> float:

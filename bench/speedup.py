@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = command.argument_parser(__doc__)
+    parser = command.argument_parser(__doc__, least_seconds=60)
     number = command.at_least(1)
     parser.add_argument("--shape", choices=shapes.NAMES, default="demo", help="model (default: %(default)s)")
     parser.add_argument(
@@ -72,13 +72,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--max-ngram", type=number, default=3, help="longest suffix they match (%(default)s)")
     parser.add_argument("--draft-tokens", type=number, default=4, help="K of the draft model (%(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor", help="ours (%(default)s)")
-    parser.add_argument(
-        "--least-seconds",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="more repeats at a batch size until its runs took so long together: short runs scatter (%(default)s)",
-    )
     parser.add_argument(
         "--time-limit",
         type=float,
