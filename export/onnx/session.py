@@ -26,6 +26,7 @@ _ELEMENT_TYPES = {  # `TensorProto.DataType` of ONNX
     torch.float64: 11,
     torch.bfloat16: 16,
 }
+_OLDEST = (1, 27)  # those before apply softcap behind the mask, and so see what is masked (onnx/onnx#7867)
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -97,9 +98,15 @@ def load_runtime(device: torch.device) -> tuple[Any, str]:
     """ONNX Runtime, and what it calls its support for a device.
 
     Raises:
-        ArtifactError: it is not installed, or has no support for the device.
+        ArtifactError: it is not installed, too old, or has no support for the device.
     """
     onnxruntime, provider = load_library("onnxruntime", extra="onnx"), _PROVIDERS[device.type]
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < _OLDEST:
+        needed = ".".join(map(str, _OLDEST))
+        raise ArtifactError(
+            f"onnxruntime {onnxruntime.__version__} computes attention otherwise than ONNX has come to define it; "
+            f'{needed} or newer is needed: pip install --upgrade "emssd_compile[onnx]"'
+        )
     if provider not in onnxruntime.get_available_providers():
         raise ArtifactError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu in place of onnxruntime")
     return onnxruntime, provider
@@ -109,7 +116,7 @@ def open_session(folder: Path, details: dict[str, Any], input_names: list[str], 
     """Load a model that `write_model` wrote; see there for `details`.
 
     Raises:
-        ArtifactError: onnxruntime is not installed, has no support for the device, or cannot run the model.
+        ArtifactError: as `load_runtime`, or it cannot run the model.
     """
     onnxruntime, provider = load_runtime(device)
     if device.type == "cuda" and device.index is None:

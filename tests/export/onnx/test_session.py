@@ -114,6 +114,13 @@ def test_what_onnxruntime_cannot_run_is_said_so(tmp_path):
         open_session(tmp_path, {}, [], torch.device("cpu"))
 
 
+@pytest.mark.parametrize("version", ["1.26.1", "0.5"])
+def test_a_runtime_that_would_decode_other_tokens_is_refused(monkeypatch, version):
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    with pytest.raises(ArtifactError, match=rf"onnxruntime {version} .* 1\.27 or newer is needed"):
+        open_session(Path(), {}, [], torch.device("cpu"))
+
+
 def test_a_device_without_a_provider_is_named():
     with pytest.raises(ArtifactError, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
         open_session(Path(), {}, [], torch.device("cuda", 0))
