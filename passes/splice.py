@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -14,7 +15,11 @@ Tensors = dict[str, Tensor]
 
 
 def trace(function: Callable[[Tensors], Tensors], inputs: Tensors, fake_mode: FakeTensorMode) -> fx.GraphModule:
-    """The ATen graph of `function`, for fake `inputs`; its inputs and outputs keep their names."""
+    """The ATen graph of `function`, for fake `inputs`; its inputs and outputs keep their names.
+
+    Raises:
+        ValueError: `function` takes a size that differs from step to step for a number, or for another size.
+    """
     names = list(inputs)
     result_names: list[str] = []
 
@@ -23,12 +28,20 @@ def trace(function: Callable[[Tensors], Tensors], inputs: Tensors, fake_mode: Fa
         result_names[:] = list(results)
         return list(results.values())
 
+    sizes: list[tuple[str, Any]] = [
+        (name, size) for name in names for size in inputs[name].shape if isinstance(size, torch.SymInt)
+    ]
+    symbols = [size.node.expr for _, size in sizes]
     allowed, fake_mode.allow_non_fake_inputs = fake_mode.allow_non_fake_inputs, True  # weights of drafters are real
     try:
-        with fake_mode, torch.no_grad():
+        # Composite ops in Python: in C++ some read sizes as numbers (matmul of torch 2.11).
+        with fake_mode, torch.no_grad(), enable_python_dispatcher():
             traced = make_fx(flat)(*inputs.values())
     finally:
         fake_mode.allow_non_fake_inputs = allowed
+    for (name, size), symbol in zip(sizes, symbols, strict=True):
+        if size.node.expr != symbol:
+            raise ValueError(f"a size of {name} differs from step to step, and was taken for {size.node.expr}")
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.target = name

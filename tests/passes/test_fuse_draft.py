@@ -1,5 +1,7 @@
 """`fuse_draft`: the step ends with the drafts that the next one verifies, or names the drafter that broke."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,16 @@ class _ReadsToTheHost(Drafter):
         return Draft(torch.full((3, 2), int(context.known.sum())), context.known)
 
 
+class _ReadsASize(Scripted):
+    def forward(self, context: DraftContext) -> Draft:
+        return super().forward(replace(context, known=context.known + int(context.slots.shape[0])))
+
+
+class _TakesSizesForEqual(Scripted):
+    def forward(self, context: DraftContext) -> Draft:
+        return super().forward(replace(context, known=context.known + (context.slots + context.row_slots).sum()))
+
+
 class _WrongShape(Scripted):
     def forward(self, context: DraftContext) -> Draft:
         return Draft(torch.zeros(3, 7, dtype=torch.int64), context.known)
@@ -95,6 +107,8 @@ class _UndeclaredState(Scripted):
 
 BROKEN = {
     "raises": (_Raises(), "_Raises failed while it was traced: RuntimeError: no idea"),
+    "reads a size": (_ReadsASize([7, 8]), "_ReadsASize .*: a size of draft_slots differs .* and was taken for 7"),
+    "takes two sizes for equal": (_TakesSizesForEqual([7, 8]), "_TakesSizesForEqual .*: a size of .* was taken for s"),
     "reads a value to the host": (_ReadsToTheHost(), "_ReadsToTheHost failed while it was traced"),
     "wrong shape": (_WrongShape([1, 2]), r"tokens of shape \(3, 7\); expected \[B, K\] = \[3, 2\]"),
     "wrong shape of grades": (_WrongGrades([1, 2]), r"grades of shape \(3,\); expected \[B, K\] = \[3, 2\]"),
