@@ -66,7 +66,7 @@ def tree_graph(example: dict[str, Tensor]) -> tuple[fx.GraphModule, FakeTensorMo
         nodes[name] = graph.placeholder(name)
         nodes[name].meta["val"] = fake
     slopes = graph.get_attr("slopes")
-    slopes.meta["val"] = fake_mode.from_tensor(values)
+    slopes.meta["val"] = fake_mode.from_tensor(values, static_shapes=True)
     given = {"slopes": slopes}
     results = {}
     for layer, options in enumerate(LAYERS):
