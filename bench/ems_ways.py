@@ -16,7 +16,7 @@ from bench.baselines import hf_generate
 from bench.ems_subjects import Compiled, Prompts, Subjects
 from bench.measure import resume
 from bench.profiles import Profile
-from bench.timing import alternate
+from bench.timing import alternate, median_ratio
 from emssd_compile.layouts import LAYOUTS
 
 HUGGING_FACE, PLAIN = "hf_generate", "ours, none"
@@ -188,8 +188,8 @@ def _time(
                 profile,
                 seconds,
                 tokens_per_second=batch * (new_tokens - 1) / statistics.median(seconds),
-                over_hugging_face=_ratio(times[HUGGING_FACE, None], seconds),
-                over_plain=_ratio(times[PLAIN, None], seconds),
+                over_hugging_face=median_ratio(times[HUGGING_FACE, None], seconds),
+                over_plain=median_ratio(times[PLAIN, None], seconds),
                 paper_over_greedy=candidate.paper,
                 emitted=last.emitted,
                 fed=last.fed,
@@ -197,7 +197,3 @@ def _time(
             )
         )
     return rows
-
-
-def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(base, other, strict=True))

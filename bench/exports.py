@@ -11,7 +11,6 @@ are built in half precision, for the GPU that is here or for `--compute-capabili
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ import emssd_compile
 from bench import shapes
 from bench.command import argument_parser, at_least, describe, hardware, make_console, parse, save, versions
 from bench.overhead import decode
-from bench.timing import alternate
+from bench.timing import alternate, median_ratio
 from emssd_compile import LoadedModel, OptimizedModel
 from emssd_compile.drafters import DraftModel
 from emssd_compile.errors import EmssdError
@@ -137,8 +136,7 @@ class Subject:
         decoders: dict[str, OptimizedModel | LoadedModel] = {"own": loaded, "inductor": self.compiled}
         steps = {name: partial(self._step, decoder) for name, decoder in decoders.items()}
         runs = alternate(steps, self.options.repeats, self.options.least_seconds)
-        pairs = zip(runs["own"][1:], runs["inductor"][1:], strict=True)
-        ratio = statistics.median(own / inductor for own, inductor in pairs)
+        ratio = median_ratio(runs["own"][1:], runs["inductor"][1:])
         return replace(line, run="yes", identical=identical, step_ratio=round(ratio, 2))
 
     def _write(self, target: str, folder: Path) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from bench.baselines.common import BaselineResult
+from bench.timing import median_ratio
 
 REFERENCE = "hf_generate"
 OURS = ("ours_none", "ours_packed", "ours_padded", "ours_auto", "ours_draft_model")
@@ -170,5 +171,5 @@ def _best(known: Mapping[str, Figures], names: Sequence[str], phase: Phase) -> F
 
 def _ratio(one: Figures, other: Figures, phase: Phase) -> float | None:
     """Tokens per second of one over the other's, the median over the repeats; both have the same number of tokens."""
-    pairs = zip(one.repeats(phase), other.repeats(phase), strict=True)
-    return statistics.median([others / its for its, others in pairs if its > 0 and others > 0] or [0.0]) or None
+    pairs = [pair for pair in zip(other.repeats(phase), one.repeats(phase), strict=True) if min(pair) > 0]
+    return median_ratio(*zip(*pairs, strict=True)) if pairs else None

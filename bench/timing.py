@@ -4,7 +4,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -124,14 +124,17 @@ def alternate(
     return runs
 
 
+def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the repeats of one candidate's seconds over another's in the same repeat."""
+    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
+
+
 def _timing(name: str, runs: list[Result], reference: list[Result]) -> Timing:
     """Sums up `runs`, of which the first was the warm-up."""
     return Timing(
         name=name,
         seconds=[run.seconds for run in runs[1:]],
         num_tokens=sum(map(len, runs[0].tokens)),
-        speedup=statistics.median(
-            base.seconds / run.seconds for base, run in zip(reference[1:], runs[1:], strict=True)
-        ),
+        speedup=median_ratio([base.seconds for base in reference[1:]], [run.seconds for run in runs[1:]]),
         tokens_identical=all(run.tokens == reference[0].tokens for run in runs),
     )

@@ -64,7 +64,8 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], op
     config = _configure(trt, builder, options, capabilities, known, profiles)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ArtifactError(f"{runtime} cannot build the engine: {log.explain()}{_hint(log.explain(), options)}")
+        reason = log.explain()
+        raise ArtifactError(f"{runtime} cannot build the engine: {reason}{_hint(reason, options)}")
     (folder / ENGINE).write_bytes(memoryview(plan))
     if options.timing_cache is not None:
         Path(options.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
