@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from emssd_compile.generation import resolve_options
+from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.consumer import Consumer, progress_bar, working
-from emssd_compile.runtime.engine import Engine, Request
+from emssd_compile.runtime.consumer import Consumer
+from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.inputs import Sequences, parse_prompts
 from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
+from emssd_compile.runtime.requests import Request
 from emssd_compile.stats import Stats
 
 

@@ -22,7 +22,7 @@ from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import Sizes, decode_buckets
-from emssd_compile.runtime.engine import Request
+from emssd_compile.runtime.requests import Request
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 
 STAGES = ("rewriting", "building", "checking", "hashing")

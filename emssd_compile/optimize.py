@@ -16,10 +16,10 @@ from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
+from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import decode_buckets
-from emssd_compile.runtime.consumer import progress_bar
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.signature import Signature
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from emssd_compile.generation import StoppingCriterion, Streamer
-from emssd_compile.runtime.engine import Request
 from emssd_compile.runtime.inputs import PromptBatch
 from emssd_compile.runtime.outputs import apply_stopping_criteria
+from emssd_compile.runtime.requests import Request
 
 
 class Consumer:
@@ -53,30 +52,3 @@ class Consumer:
                 del request.output[count:]
                 request.finished = True
                 return
-
-
-@contextlib.contextmanager
-def progress_bar(shown: bool, total: int, what: str = "tokens") -> Iterator[Callable[[int], None]]:
-    """A bar over at most `total` of something; yields what to call with each number of new ones."""
-    if not shown:
-        yield lambda count: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-@contextlib.contextmanager
-def working(what: str, *, shown: bool) -> Iterator[None]:
-    """A spinner with the time gone by, for work whose end is not known."""
-    if not shown:
-        yield
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
-        progress.add_task(what, total=None)
-        yield

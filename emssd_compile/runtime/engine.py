@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -14,38 +14,14 @@ from torch import Tensor
 from emssd_compile.layouts import Packed
 from emssd_compile.runtime.buckets import Sizes
 from emssd_compile.runtime.launch import Launcher, Report
-from emssd_compile.runtime.planning import Launch, Planner, Row
+from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.rehearsal import Rehearsal, rehearse
+from emssd_compile.runtime.requests import Launch, Request, Row
 from emssd_compile.runtime.step_times import StepTimes, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import COUNTERS, StepState
 
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
-
-
-@dataclass
-class Request:
-    """One prompt to continue.
-
-    Attributes:
-        index: the caller's number for it.
-        prompt: int64 `[S]`, on the CPU.
-        max_new_tokens: it ends after so many.
-        min_new_tokens: EOS is barred before so many.
-        seed: of its random numbers, for acceptance rules that draw.
-        num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
-        output: tokens emitted so far.
-        finished: whether it has ended.
-    """
-
-    index: int
-    prompt: Tensor
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    seed: int = 0
-    num_read: int = 0
-    output: list[int] = field(default_factory=list)
-    finished: bool = False
 
 
 class Engine:
