@@ -57,6 +57,10 @@ class CapacityError(EmssdError):
     """A request does not fit the KV capacity (tokens per row) that the compiled model was given."""
 
 
+class ReentryError(EmssdError, RuntimeError):
+    """A call was made from inside another call of the same object, such as `generate` in a stopping criterion."""
+
+
 class ArtifactError(EmssdError):
     """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 
@@ -65,10 +65,10 @@ class Engine:
         self._num_observed = 0
         self._rows: list[Row | None] = [None] * self.num_rows
 
-    def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Iterator[Request]:
+    def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Generator[Request]:
         """Decode `requests`, as many at a time as there are rows; yields a request whenever it has new tokens.
 
-        The consumer may set `request.finished` to end a row early; tokens it then drops from `output` are forgotten.
+        The consumer may end any of them early, not only the one it was handed; see `Request.end`.
         """
         self._set_eos(eos_token_ids)
         waiting = deque(requests)
@@ -80,6 +80,7 @@ class Engine:
                     launched.append(self._launch(launched))
                 while launched and (len(launched) > self.lag or not any(self._rows)):
                     yield from self._collect(launched.popleft())
+                    self._release()
         finally:
             self._clear()
 
@@ -202,16 +203,14 @@ class Engine:
         self._hear_wish(launch, lines)
         for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
-            if row is None or request is not row.request:
+            if row is None or request is not row.request or request.finished:
                 continue  # the row was empty then, or has ended since
             count, active, row.pending, row.draft_length, _ = line[:columns]
-            if count:
-                request.output.extend(line[columns : columns + count])
-            request.finished = not active
+            request.output.extend(line[columns : columns + count])
+            row.is_active = bool(active)
+            request.finished = not row.is_active
             if count:
                 yield request
-            if request.finished:
-                self._release(b, active=bool(active))
 
     def _hear_wish(self, launch: Launch, lines: list[list[int]]) -> None:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
@@ -220,10 +219,14 @@ class Engine:
         if any(r.max_new_tokens - len(r.output) - n > self.num_draft_tokens for r, n in drafting):
             self.planner.hear(wanted[0], len(drafting))
 
-    def _release(self, b: int, *, active: bool) -> None:
-        self._rows[b] = None
-        if active:  # ended by the caller: the device does not know yet
-            rows = self.launcher.upload(torch.tensor([b]))
+    def _release(self) -> None:
+        """Free the rows whose requests have ended."""
+        ended = {b: row for b, row in enumerate(self._rows) if row and row.request.finished}
+        for b in ended:
+            self._rows[b] = None
+        running = [b for b, row in ended.items() if row.is_active]
+        if running:  # ended by the caller: the device does not know yet
+            rows = self.launcher.upload(torch.tensor(running))
             self.launcher.assign("active", self.tensors["active"].index_fill(0, rows, False))
 
     def _clear(self) -> None:

@@ -34,6 +34,11 @@ class Request:
     output: list[int] = field(default_factory=list)
     finished: bool = False
 
+    def end(self, count: int) -> None:
+        """End it after `count` tokens; what it has emitted beyond them is forgotten."""
+        del self.output[count:]
+        self.finished = True
+
 
 @dataclass
 class Row:
@@ -43,11 +48,13 @@ class Row:
         request: what it decodes.
         pending: tokens that it knows and has not read.
         draft_length: drafts that it verifies behind them.
+        is_active: whether the device goes on with it.
     """
 
     request: Request
     pending: int
     draft_length: int = 0
+    is_active: bool = True
 
 
 @dataclass(frozen=True)
