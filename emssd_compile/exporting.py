@@ -193,6 +193,7 @@ def _manifest(
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
         chunk=what.chunk,
+        deterministic=what.options.deterministic,
         buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],
         generation_config=saved_options(what.generation_config),
         explanation=explanation.to_dict(),

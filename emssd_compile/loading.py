@@ -59,6 +59,7 @@ class LoadedModel(Decoder):
                 device,
                 LAYOUTS[manifest.layout],
                 prefill_chunk=manifest.chunk,
+                deterministic=manifest.deterministic,
                 buckets=tuple(Sizes(*b) for b in manifest.buckets) if find_target(manifest.target).is_captured else (),
             )
         )

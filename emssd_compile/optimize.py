@@ -15,11 +15,13 @@ from emssd_compile.drafters import make_drafter
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
+from emssd_compile.numeric import integer
 from emssd_compile.options import CompileOptions
 from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import decode_buckets
+from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.signature import Signature
 
@@ -38,7 +40,8 @@ def optimize(
     backend: str = "inductor",
     layout: str = "auto",
     acceptance: str | Rule = "auto",
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
+    deterministic: bool = False,
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
@@ -57,7 +60,10 @@ def optimize(
             and none where plain decoding is faster. `"packed"`: all drafts, without padding. `"padded"`: K + 1 tokens
             for each row, used or not. The tokens that come out never differ.
         acceptance: `"auto"` (the best lossless rule), a rule's name, or a `Rule`.
-        prefill_chunk: most packed tokens of a step.
+        prefill_chunk: most packed tokens of a step: at least `max_batch` x (drafts + 1). Default: 512, or that.
+        deterministic: choose the sizes of steps without a clock: from assumed times where `layout` measures, and always
+            from the same start. Then a call with the same prompts and options gives the same bits in half precision,
+            too, on the same machine with the same number of threads, whatever was decoded before.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
@@ -71,7 +77,10 @@ def optimize(
 
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)
-    options = CompileOptions(max_batch, _resolve_length(model, max_length), backend, layout, prefill_chunk)
+    length = _resolve_length(model, max_length)
+    options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic)
+    options.chunk(proposer.num_draft_tokens)
+    check_state(options.max_batch, options.max_length, _device(model))
     batch = BatchShape(options.max_batch, options.max_length)
     compiled = compile_model(model, batch)
     check_against(model, compiled)
@@ -98,7 +107,8 @@ def _resolve_length(model: nn.Module, max_length: int | None) -> int:
         if limit is None:
             raise OptionError("max_length is needed: the model's config states no longest sequence")
         return limit
-    if isinstance(max_length, int) and limit is not None and max_length > limit:
+    max_length = integer("max_length", max_length, least=1)
+    if limit is not None and max_length > limit:
         raise OptionError(f"max_length={max_length} is more than the {limit} positions the model was made for")
     return max_length
 
@@ -125,11 +135,12 @@ class OptimizedModel(Decoder):
         self.graph_module = step.suited(backend.passes(device), self._records)
         super().__init__(
             assemble(
-                backend.lower(self.graph_module),
+                backend.lower(self.graph_module, options.deterministic),
                 Signature.of(self.graph_module.graph, step.roles),
                 device,
                 LAYOUTS[options.layout],
-                prefill_chunk=options.prefill_chunk,
+                prefill_chunk=options.chunk(step.drafter.num_draft_tokens),
+                deterministic=options.deterministic,
                 buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
             )
         )

@@ -41,6 +41,7 @@ class Manifest:
         layout: how much room a step gives to drafts; empty for `"verify"`.
         drafter, acceptance: names of their classes; empty for `"verify"`.
         chunk: most packed tokens of a step.
+        deterministic: whether the sizes of steps depend on nothing but the requests.
         buckets: `Sizes` of the steps that are run as one launch where the device can capture them, ascending.
         generation_config: defaults of the options of `generate`.
         explanation: what `explain()` shows.
@@ -61,6 +62,7 @@ class Manifest:
     drafter: str
     acceptance: str
     chunk: int
+    deterministic: bool
     buckets: list[list[int]]
     generation_config: dict[str, Any]
     explanation: dict[str, Any]

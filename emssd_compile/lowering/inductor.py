@@ -21,10 +21,12 @@ class InductorStep:
 
     Args:
         graph_module: level L3, or what a target's passes made of it; it is not changed.
+        deterministic: measure nothing while compiling, so that the same kernels come out.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, deterministic: bool = False) -> None:
         self.graph_module = graph_module
+        self._deterministic = deterministic
         self._names: tuple[str, ...] = ()
         self._run: Callable[..., Any] | None = None
 
@@ -42,7 +44,11 @@ class InductorStep:
 
         graph = unbacked(self.graph_module)
         # On a CPU a wrapper in Python costs another 10 % of a step of 8 rows of a small model.
-        options = {**OPTIONS, "cpp_wrapper": graph.inputs[0].device.type == "cpu"}
+        options = {
+            **OPTIONS,
+            "cpp_wrapper": graph.inputs[0].device.type == "cpu",
+            "deterministic": self._deterministic,
+        }
         with graph.compiling():
             self._names = graph.result_names
             compiled = compile_fx(graph.graph_module, graph.inputs, config_patches=options)
@@ -56,6 +62,6 @@ def passes(device: torch.device) -> tuple[Pass, ...]:
     return (PackLinears(),) if device.type == "cpu" else ()
 
 
-def lower(graph_module: fx.GraphModule) -> InductorStep:
-    """See `InductorStep`."""
-    return InductorStep(graph_module)
+def lower(graph_module: fx.GraphModule, deterministic: bool = False) -> InductorStep:
+    """The graph, to be compiled when it is first called."""
+    return InductorStep(graph_module, deterministic)

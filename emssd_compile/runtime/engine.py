@@ -17,7 +17,7 @@ from emssd_compile.runtime.launch import Launcher, Report
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.rehearsal import Rehearsal, rehearse
 from emssd_compile.runtime.requests import Launch, Request, Row
-from emssd_compile.runtime.step_times import StepTimes, sizes_to_measure
+from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import COUNTERS, StepState
 
@@ -38,6 +38,8 @@ class Engine:
         layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
+        deterministic: choose sizes without a clock, and forget at the start of a run what earlier ones taught: so the
+            steps of a run depend on its requests alone.
     """
 
     def __init__(
@@ -49,16 +51,20 @@ class Engine:
         *,
         prefill_chunk: int,
         lag: int,
+        deterministic: bool = False,
     ) -> None:
         self.launcher = launcher
         self.num_rows, self.capacity = launcher.tensors["history"].shape
         self.num_draft_tokens = launcher.tensors["histogram"].shape[0] - 1
-        self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1))
+        self.chunk = prefill_chunk
         self.lag = lag
+        self.deterministic = deterministic
         self.sizes_used: set[Sizes] = set()
-        self.times = StepTimes(self.num_rows * (self.num_draft_tokens + 1))
+        most = self.num_rows * (self.num_draft_tokens + 1)
+        self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
         self._row_state = tuple(row_state)
+        self._memory = tuple(memory)
         self._kept = (*(f.name for f in fields(StepState)), *row_state, *memory)
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._last_read = 0.0
@@ -70,6 +76,8 @@ class Engine:
 
         The consumer may end any of them early, not only the one it was handed; see `Request.end`.
         """
+        if self.deterministic:
+            self._forget()
         self._set_eos(eos_token_ids)
         waiting = deque(requests)
         launched: deque[Launch] = deque()
@@ -92,7 +100,7 @@ class Engine:
     @property
     def is_measured(self) -> bool:
         """Whether steps are timed, since the layout asks for it."""
-        return self.planner.layout.is_measured
+        return self.planner.layout.is_measured and not self.deterministic
 
     def warmup(self) -> None:
         """Compile: run the step once."""
@@ -109,13 +117,12 @@ class Engine:
                 yield sizes
 
     def calibrate(self) -> None:
-        """Measure steps of some sizes with nothing in them, if the layout asks for times."""
-        if not self.is_measured:
-            return
-        captured = [bucket.token_slots for bucket in self.launcher.buckets]
-        with self._rehearsal() as rehearsal:
-            seconds = rehearsal.idle_seconds(captured or sizes_to_measure(self.times.most))
-        self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
+        """Measure steps of some sizes with nothing in them, if the layout asks for times; tell the device."""
+        if self.is_measured:
+            captured = [bucket.token_slots for bucket in self.launcher.buckets]
+            with self._rehearsal() as rehearsal:
+                seconds = rehearsal.idle_seconds(captured or sizes_to_measure(self.times.most))
+            self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
         self._publish_times()
 
     def _rehearsal(self) -> AbstractContextManager[Rehearsal]:
@@ -166,14 +173,14 @@ class Engine:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
         sizes = self.planner.sizes(self._rows, launched, drafts)
         if self.lag:
-            self._make_room()
+            self._make_room(sum(row is not None for row in self._rows))
         started = time.perf_counter()
         report = self._run_step(sizes)
         return Launch(report, sizes, tuple(row.request if row else None for row in self._rows), started)
 
-    def _make_room(self) -> None:
+    def _make_room(self, busy: int) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
-        room = self.planner.room(sum(row is not None for row in self._rows), self.launcher.buckets)
+        room = self.planner.room(busy, self.launcher.buckets)
         if room != self._room:
             self._room = room
             self.launcher.assign("draft_budget", self.launcher.upload(torch.tensor(room)))
@@ -228,6 +235,13 @@ class Engine:
         if running:  # ended by the caller: the device does not know yet
             rows = self.launcher.upload(torch.tensor(running))
             self.launcher.assign("active", self.tensors["active"].index_fill(0, rows, False))
+
+    def _forget(self) -> None:
+        """Be as after the warm-up."""
+        for name in self._memory:
+            self.launcher.assign(name, torch.zeros_like(self.tensors[name]))
+        self.planner.forget()
+        self._make_room(self.num_rows)
 
     def _clear(self) -> None:
         """Leave no active row behind, also when the consumer stops early."""

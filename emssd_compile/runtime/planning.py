@@ -27,7 +27,11 @@ class Planner:
         self.chunk = chunk
         self.layout = layout
         self.times = times
-        self._wanted = (num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing of what rows want: all they can."""
+        self._wanted = (self.num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
 
     def hear(self, num_drafts: int, num_rows: int) -> None:
         """Take what so many drafting rows (at least one) last wanted together."""

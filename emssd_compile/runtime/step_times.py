@@ -76,6 +76,18 @@ class StepTimes:
         return (offset, slope) if offset >= 0 else (0.0, y / x)
 
 
+def assumed_times(most: int, device: torch.device) -> StepTimes:
+    """Times where no clock is to be asked: a step costs something, and each of its tokens the same share of that.
+
+    What it costs without tokens is mostly reading the weights. A CPU multiplies in the meantime for a few tokens, a GPU
+    for a hundred or so.
+    """
+    free = 8 if device.type == "cpu" else 128
+    times = StepTimes(most)
+    times.calibrate({1: free + 1.0, most: float(free + most)})
+    return times
+
+
 def sizes_to_measure(most: int) -> list[int]:
     """Numbers of tokens, ascending, between which times may be interpolated: 1, 2, 4, ... and `most`.
 
