@@ -47,9 +47,8 @@ def assemble(
     (rows, capacity), (vocabulary,), (nodes,) = shapes["history"], shapes["is_eos"], shapes["histogram"]
     state = StepState.empty(rows, capacity, vocabulary, nodes - 1, device)
     names = [binding.name for binding in signature.inputs]
-    launcher = make_launcher(
-        _without_clock(step) if deterministic else step, names, {**state.tensors(), **tensors}, buckets
-    )
+    run = _without_clock(step) if deterministic else step
+    launcher = make_launcher(run, names, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
     return Engine(
         launcher,
