@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -135,7 +135,18 @@ class Decoder(ABC):
         **options: Any,
     ) -> GenerateOutput[KindT]: ...
     @overload
-    def generate(self, inputs: object = None, generation_config: object | None = None, **options: Any) -> Any: ...
+    def generate(
+        self, inputs: Mapping[str, Any], generation_config: object | None = None, **options: Any
+    ) -> Any: ...
+    @overload
+    def generate(
+        self,
+        inputs: object = None,
+        generation_config: object | None = None,
+        *,
+        return_dict_in_generate: bool,
+        **options: Any,
+    ) -> Any: ...
 
     def generate(
         self,

@@ -40,9 +40,10 @@ def seconds(name: str, value: object) -> float:
         raise OptionError(f"{name}={reprlib.repr(value)} is not a number of seconds")
     if isinstance(value, Integral):
         return float(integer(name, value, least=0))
-    if not value >= 0:  # NaN is not, either
-        raise OptionError(f"{name}={value} is out of range; pass at least 0 seconds, or None for no limit")
-    return float(value)
+    duration = float(value)
+    if not duration >= 0:  # NaN is not, either
+        raise OptionError(f"{name}={duration} is out of range; pass at least 0 seconds, or None for no limit")
+    return duration
 
 
 def flag(name: str, value: object) -> bool:

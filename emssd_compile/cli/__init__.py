@@ -1,4 +1,4 @@
-"""The command line. To add a command: one file with `add`, `run` and `EXAMPLES`, one line in `COMMANDS`."""
+"""The command line, installed as `emssd-compile`. To add a command: one file with `add`, `run` and `EXAMPLES`, one line in `COMMANDS`."""
 
 from __future__ import annotations
 

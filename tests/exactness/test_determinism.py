@@ -1,4 +1,4 @@
-"""`deterministic=True`: in half precision the same call gives the same tokens from steps of the same sizes, to the bit."""
+"""`deterministic=True`: in half precision the same call repeats to the bit, in steps of the same sizes."""
 
 import random
 import time

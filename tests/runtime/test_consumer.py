@@ -59,8 +59,8 @@ def test_criteria_are_asked_in_lockstep_whatever_order_the_tokens_come_in(data):
     assert len(criterion.seen) == max(map(len, kept))
 
 
-def test_a_row_that_ran_ahead_is_cut_back_and_makes_room(monkeypatch):
-    """All drafts are right in one row, and none in the other: the first one is far ahead when the criteria are asked."""
+def test_rows_that_ran_ahead_are_cut_back_and_make_room():
+    """Also where the third prompt starts when another row has ended, so that criteria are asked late."""
     compiled = target("llama", 2)
     fast = compiled.optimize(compiled.drafter("sometimes-wrong"))
     reference = compiled.reference
