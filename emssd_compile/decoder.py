@@ -135,9 +135,7 @@ class Decoder(ABC):
         **options: Any,
     ) -> GenerateOutput[KindT]: ...
     @overload
-    def generate(
-        self, inputs: Mapping[str, Any], generation_config: object | None = None, **options: Any
-    ) -> Any: ...
+    def generate(self, inputs: Mapping[str, Any], generation_config: object | None = None, **options: Any) -> Any: ...
     @overload
     def generate(
         self,
