@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emssd_compile.layouts import Packed
-from emssd_compile.lowering import Step
+from emssd_compile.layouts import PackedLayout
+from emssd_compile.lowering import StepFunction
 from emssd_compile.ops.triton.selection import standard_forms
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import make_launcher
 from emssd_compile.runtime.memory import allocate
@@ -17,14 +17,14 @@ from emssd_compile.step.state import StepState
 
 
 def assemble(
-    step: Step,
+    step: StepFunction,
     signature: Signature,
     device: torch.device,
-    layout: Packed,
+    layout: PackedLayout,
     *,
     prefill_chunk: int,
     deterministic: bool = False,
-    buckets: tuple[Sizes, ...] = (),
+    buckets: tuple[StepSizes, ...] = (),
 ) -> Engine:
     """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
 
@@ -61,7 +61,7 @@ def assemble(
     )
 
 
-def _without_clock(step: Step) -> Step:
+def _without_clock(step: StepFunction) -> StepFunction:
     def run(*inputs: Tensor) -> dict[str, Tensor]:
         with standard_forms():
             return step(*inputs)

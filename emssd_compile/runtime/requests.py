@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.launch import Report
 
 
@@ -58,7 +58,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Launch:
+class RunningStep:
     """A step under way.
 
     Attributes:
@@ -69,6 +69,6 @@ class Launch:
     """
 
     report: Report
-    sizes: Sizes
+    sizes: StepSizes
     requests: tuple[Request | None, ...]
     started: float

@@ -8,7 +8,7 @@ import torch
 
 import emssd_compile
 from emssd_compile.drafters import PromptLookup
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.requests import Request
 from tests.exactness.models import build, prompt
