@@ -7,7 +7,6 @@ Each tuple below is one stage; each level is verified when it is reached (`level
 
 from __future__ import annotations
 
-from emssd_compile.step.batch import BatchShape
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.drop_noops import DropNoops
@@ -30,11 +29,11 @@ from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import UnpadTokens
 from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.policy import LengthPolicy
 
 __all__ = [
-    "BatchShape",
     "Level",
     "PassManager",
     "PassRecord",

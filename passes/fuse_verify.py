@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
-from emssd_compile.step.batch import BatchShape
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.graph import caches, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
 from emssd_compile.step.acceptance import Rule, Verification
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.commit import bar_eos, commit, draft_tokens
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
 from emssd_compile.step.state import StepState

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from emssd_compile.step.batch import BatchShape
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, attention, ragged_attention
 from emssd_compile.passes.graph import aten, call, placeholder, refuse, shape
+from emssd_compile.step.batch import BatchShape
 
 
 class UnpadKVCache:

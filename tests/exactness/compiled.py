@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from emssd_compile.step.batch import BatchShape
 from torch import nn
 
 from emssd_compile.acceptance import GreedyMatch
@@ -17,6 +16,7 @@ from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
+from emssd_compile.step.batch import BatchShape
 from tests.exactness.drafters import Oracle, Rubbish
 from tests.exactness.models import Reference, build, prompt
 

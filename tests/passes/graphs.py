@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from emssd_compile.step.batch import BatchShape
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +18,7 @@ from emssd_compile.passes import Level
 from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
 from emssd_compile.policies import AllDrafts
+from emssd_compile.step.batch import BatchShape
 
 VOCABULARY, HIDDEN, HEADS, LONGEST = 32, 16, 4, 64
 
