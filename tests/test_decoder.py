@@ -192,7 +192,8 @@ def test_what_comes_back_is_typed_by_what_went_in(fast: Decoder):
     assert_type(fast.generate([ids[0]], max_new_tokens=1), list[Tensor])
     assert_type(fast.generate((ids[0],), max_new_tokens=1), list[Tensor])
     assert isinstance(assert_type(fast.generate(array, max_new_tokens=1), Array), np.ndarray)
-    assert_type(fast.generate([array[0]], max_new_tokens=1), list[Array])
+    arrays: list[Array] = [array[0]]
+    assert_type(fast.generate(arrays, max_new_tokens=1), list[Array])
     assert_type(fast.generate(input_ids=ids, max_new_tokens=1), Tensor)
     output = fast.generate(ids, max_new_tokens=1, return_dict_in_generate=True)
     assert_type(output, GenerateOutput[Tensor])

@@ -25,9 +25,6 @@ class Turns:
         self._current: object = None
         self._thread: int | None = None
 
-    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
-        return Turns, ()  # a copy of what is guarded has turns of its own
-
     @contextmanager
     def take(self, what: str) -> Iterator[None]:
         """Be the only one until the end of the `with`, however it ends.

@@ -121,7 +121,8 @@ def test_a_bad_option_of_optimize_is_refused_before_the_model_is_captured(name, 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
 def test_a_size_of_another_kind_of_integer_is_a_size(kind):
-    options = CompileOptions(kind(2), kind(64), prefill_chunk=kind(32), deterministic=np.True_)
+    yes: Any = np.True_
+    options = CompileOptions(kind(2), kind(64), prefill_chunk=kind(32), deterministic=yes)
     assert options == CompileOptions(2, 64, prefill_chunk=32, deterministic=True)
     assert type(options.max_batch) is type(options.prefill_chunk) is int
     with pytest.raises(OptionError, match="max_length=4096 is more than the 2048 positions"):

@@ -13,7 +13,7 @@ from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.requests import Request
 from tests.exactness.models import build, prompt
 from tests.export import toy
-from tests.runtime.engines import graph_engine, watch
+from tests.runtime.engines import ObservedStep, graph_engine, watch
 from tests.runtime.tape import TapeDevice
 
 ROWS, NEW = 4, 24
@@ -48,7 +48,7 @@ def _optimize(layout: str = "auto", *, deterministic: bool) -> OptimizedModel:
     )
 
 
-def _run(engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]], list[object], torch.Tensor]:
+def _run(engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]], list[ObservedStep], torch.Tensor]:
     """Tokens, the steps as they were launched, and the keys that they left in the first row's cache."""
     steps = watch(engine)
     launch = engine.launcher.launch

@@ -22,9 +22,8 @@ def test_no_module_of_the_runtime_imports_one_that_needs_it():
     needs: dict[str, set[str]] = {}
     for path in folder.glob("*.py"):
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-        needs[path.stem] = {
-            node.module.rpartition(".")[2] for node in nodes if (node.module or "").startswith("emssd_compile.runtime.")
-        }
+        modules = [node.module or "" for node in nodes]
+        needs[path.stem] = {m.rpartition(".")[2] for m in modules if m.startswith("emssd_compile.runtime.")}
     done: set[str] = set()
     while ready := {name for name in needs.keys() - done if needs[name] <= done}:
         done |= ready
