@@ -115,9 +115,9 @@ class CompiledStep:
     policy: LengthPolicy
     records: list[PassRecord]
 
-    def suited(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
+    def for_target(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
         """A copy of the step in the form that a target's passes give it; what they did is added to `records`."""
-        return suit(self.graph_module, self.compiled, target, records)
+        return apply_target_passes(self.graph_module, self.compiled, target, records)
 
     @property
     def roles(self) -> dict[str, str]:
@@ -140,7 +140,7 @@ def compile_step(
     return CompiledStep(graph_module, compiled, rule, drafter, policy, manager.records)
 
 
-def suit(
+def apply_target_passes(
     graph_module: fx.GraphModule, compiled: CompiledModel, target: tuple[Pass, ...], records: list[PassRecord]
 ) -> fx.GraphModule:
     """A copy of a graph of `compiled` in the form that a target's passes give it; what they did goes to `records`."""
@@ -156,4 +156,4 @@ def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
     return fx.GraphModule(source, graph, class_name=name)
 
 
-__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "compile_model", "compile_step", "suit"]
+__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "compile_model", "compile_step", "apply_target_passes"]

@@ -1,6 +1,6 @@
 """The compile order, from a captured forward to one decoding step.
 
-    L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step --suit--> L3 for a target
+    L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step --target--> L3 for a target
 
 Each tuple below is one stage; each level is verified when it is reached (`levels`).
 """

@@ -122,7 +122,7 @@ class OptimizedModel(Decoder):
         self._step = step
         backend, device, rows = BACKENDS[options.backend], _device(model), options.max_batch
         self._records = [*step.records]
-        self.graph_module = step.suited(backend.passes(device), self._records)
+        self.graph_module = step.for_target(backend.passes(device), self._records)
         super().__init__(
             assemble(
                 backend.lower(self.graph_module),
