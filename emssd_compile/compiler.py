@@ -156,4 +156,4 @@ def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
     return fx.GraphModule(source, graph, class_name=name)
 
 
-__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "compile_model", "compile_step", "apply_target_passes"]
+__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "apply_target_passes", "compile_model", "compile_step"]
