@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,13 +15,13 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_kernels
 from emssd_compile.passes import BatchShape, PassManager, PassRecord
-from emssd_compile.passes.graph import caches, output, placeholder, results
+from emssd_compile.passes.graph import caches, inputs, output, placeholder, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
-from emssd_compile.step.drafting import Drafter, TensorSpec
+from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.policy import LengthPolicy
-from emssd_compile.step.signature import step_roles
+from emssd_compile.step.tensor_spec import TensorSpec
 
 
 @dataclass
@@ -40,6 +41,11 @@ class CompiledModel:
     vocabulary: int
     cache_shapes: dict[str, TensorSpec]
     records: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> int:
+        """C, tokens that a row of its KV caches can hold."""
+        return next(iter(self.cache_shapes.values())).shape[1]
 
     def named(self) -> fx.GraphModule:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""
@@ -65,8 +71,13 @@ class CompiledModel:
         return hidden, logits
 
 
-def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
+def compile_model(model: nn.Module, batch: BatchShape, *, may_hold_less: bool = False) -> CompiledModel:
     """Capture `model` and rewrite it to level L2.
+
+    Args:
+        model: a causal LM.
+        batch: B and C.
+        may_hold_less: whether a row may hold fewer than C tokens where the forward ends before that.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
@@ -76,23 +87,33 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
     load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
-    _check_capacity(batch.capacity, ids.shape[1])
+    most = _most_tokens(ids.shape[1])
+    if most < batch.capacity:
+        if not may_hold_less:
+            raise _too_long(batch.capacity, most)
+        batch = replace(batch, capacity=most)
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     passes.drop_unused_weights(graph_module)
-    specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in caches(graph_module.graph).items()}
+    specs = {
+        name: TensorSpec(tuple(value.shape), value.dtype, kept="forever", in_place=True)
+        for name, value in caches(graph_module.graph).items()
+    }
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
     return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
 
 
-def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
+def _most_tokens(tokens: torch.SymInt) -> int:
     """A table or a branch of the forward may end at some number of tokens; the graph is right up to there only."""
     most = tokens.node.shape_env.bound_sympy(tokens.node.expr).upper
-    if capacity > most:
-        raise UnsupportedModelError(
-            f"max_length={capacity}, but the forward has a table or a branch on the length that ends at {most} tokens",
-            remedy=f"pass max_length={most} or less",
-        )
+    return int(most) if most.is_finite and most < sys.maxsize else sys.maxsize
+
+
+def _too_long(capacity: int, most: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"max_length={capacity}, but the forward has a table or a branch on the length that ends at {most} tokens",
+        remedy=f"pass max_length={most} or less",
+    )
 
 
 @dataclass(frozen=True)
@@ -122,12 +143,7 @@ class CompiledStep:
     @property
     def roles(self) -> dict[str, str]:
         """Roles of the step's inputs (`signature.ROLES`)."""
-        rows, drafts = len(placeholder(self.graph_module.graph, "known").meta["val"]), self.drafter.num_draft_tokens
-        return step_roles(
-            row={**self.drafter.state_spec(), **self.policy.row_spec(rows, drafts)},
-            memory=self.policy.memory_spec(drafts, self.drafter.num_grades),
-            caches={**self.compiled.cache_shapes, **self.drafter.cache_spec()},
-        )
+        return {str(node.target): node.meta["role"] for node in inputs(self.graph_module.graph)}
 
 
 def compile_step(

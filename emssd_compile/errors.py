@@ -61,5 +61,17 @@ class ArtifactError(EmssdError):
     """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
 
 
-class DrafterError(EmssdError):
+class PartError(EmssdError):
+    """A part of the step (drafter, acceptance rule or length policy) does not keep to its contract; says how."""
+
+
+class DrafterError(PartError):
     """A drafter does not fit the target model (vocabulary, hidden size), or broke the `Draft` contract."""
+
+
+class RuleError(PartError):
+    """An acceptance rule broke the `Verdict` contract."""
+
+
+class PolicyError(PartError):
+    """A length policy broke the `Ranking` contract."""

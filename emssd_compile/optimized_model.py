@@ -56,14 +56,16 @@ def optimize(
         layout: `"auto"`: each step verifies the drafts that, by measured times and acceptance, make tokens come faster,
             and none where plain decoding is faster. `"packed"`: all drafts, without padding. `"padded"`: K + 1 tokens
             for each row, used or not. The tokens that come out never differ.
-        acceptance: `"auto"` (the best lossless rule), a rule's name, or a `Rule`.
+        acceptance: `"auto"` (the best lossless rule), a rule's name, or a lossless `Rule`. A rule that changes what the
+            model says is taken by name only.
         prefill_chunk: most packed tokens of a step.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
         OptionError: an option is unknown or out of range.
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
-        DrafterError: the drafter does not fit the model.
+        DrafterError: the drafter does not fit the model, or breaks its contract.
+        RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
         CapacityError: the KV caches do not fit into memory.
     """
     from emssd_compile.compiler import BatchShape, compile_model, compile_step  # brings sympy: not needed to import us
@@ -77,7 +79,9 @@ def optimize(
     check_against(model, compiled)
 
     def compile_draft_model(draft_model: nn.Module) -> CompiledModel:
-        draft = compile_model(draft_model, batch)
+        check_model(draft_model)
+        most = min(batch.capacity, _length_limit(draft_model) or batch.capacity)
+        draft = compile_model(draft_model, BatchShape(batch.rows, most), may_hold_less=True)
         check_against(draft_model, draft)
         return draft
 
@@ -90,10 +94,15 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _resolve_length(model: nn.Module, max_length: int | None) -> int:
+def _length_limit(model: nn.Module) -> int | None:
+    """The longest sequence that the model's config allows, if it says."""
     config = getattr(model, "config", None)
     found = [getattr(config, name, None) for name in _LENGTH_ATTRIBUTES]
-    limit = next((value for value in found if isinstance(value, int) and value > 0), None)  # -1 says "no limit"
+    return next((value for value in found if isinstance(value, int) and value > 0), None)  # -1 says "no limit"
+
+
+def _resolve_length(model: nn.Module, max_length: int | None) -> int:
+    limit = _length_limit(model)
     if max_length is None:
         if limit is None:
             raise OptionError("max_length is needed: the model's config states no longest sequence")

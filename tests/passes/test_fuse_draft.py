@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emssd_compile.drafters import Draft, DraftContext, Drafter, TensorSpec
+from emssd_compile.drafters import Draft, DraftContext, Drafter, PartSizes, TensorSpec
 from emssd_compile.errors import DrafterError
 from emssd_compile.passes.graph import inputs
 from emssd_compile.step.state import StepState
@@ -16,8 +16,8 @@ from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, returned, 
 class _Counts(Scripted):
     """Remembers how often it was asked."""
 
-    def state_spec(self) -> dict[str, TensorSpec]:
-        return {"asked": TensorSpec((BATCH.rows,), torch.int64)}
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        return {"asked": TensorSpec((sizes.rows,), torch.int64)}
 
     def forward(self, context: DraftContext) -> Draft:
         draft = super().forward(context)
@@ -35,8 +35,8 @@ def _first_step(drafter: Drafter, limits: list[int]) -> dict[str, Tensor]:
     for node in inputs(step.graph):
         if node.target not in state:
             shape = [int(s) if isinstance(s, int) else 8 for s in node.meta["val"].shape]
-            state[str(node.target)] = torch.arange(8) if "slots" in str(node.target) else torch.zeros(shape)
-    state["asked"] = torch.zeros(BATCH.rows, dtype=torch.int64)
+            state[str(node.target)] = torch.arange(8) if "range" in str(node.target) else torch.zeros(shape)
+    state["drafter_asked"] = torch.zeros(BATCH.rows, dtype=torch.int64)
     with torch.inference_mode():
         results: dict[str, Tensor] = step(*(state[str(node.target)] for node in inputs(step.graph)))
     return results
@@ -58,9 +58,9 @@ def test_a_draft_ends_at_its_first_id_outside_the_vocabulary():
 
 def test_a_drafters_state_goes_in_and_comes_out():
     step = step_of(_Counts([7]))
-    assert "asked" in {node.target for node in inputs(step.graph)}
-    assert "asked" in returned(step)
-    assert _first_step(_Counts([7]), limits=[20, 20, 20])["asked"].tolist() == [1, 1, 1]
+    assert "drafter_asked" in {node.target for node in inputs(step.graph)}
+    assert "drafter_asked" in returned(step)
+    assert _first_step(_Counts([7]), limits=[20, 20, 20])["drafter_asked"].tolist() == [1, 1, 1]
 
 
 class _Raises(Drafter):
@@ -112,7 +112,7 @@ BROKEN = {
     "reads a value to the host": (_ReadsToTheHost(), "_ReadsToTheHost failed while it was traced"),
     "wrong shape": (_WrongShape([1, 2]), r"tokens of shape \(3, 7\); expected \[B, K\] = \[3, 2\]"),
     "wrong shape of grades": (_WrongGrades([1, 2]), r"grades of shape \(3,\); expected \[B, K\] = \[3, 2\]"),
-    "undeclared state": (_UndeclaredState([1, 2]), r"returned state \['memory'\]; state_spec declares \[\]"),
+    "undeclared state": (_UndeclaredState([1, 2]), r"returned state \['memory'\]; it declares \[\]"),
 }
 
 
