@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,11 +86,7 @@ def compile_model(model: nn.Module, batch: BatchShape, *, may_hold_less: bool = 
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
     load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
-    most = _most_tokens(ids.shape[1])
-    if most < batch.capacity:
-        if not may_hold_less:
-            raise _too_long(batch.capacity, most)
-        batch = replace(batch, capacity=most)
+    batch = replace(batch, capacity=_capacity(batch.capacity, ids.shape[1], may_hold_less=may_hold_less))
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     passes.drop_unused_weights(graph_module)
@@ -103,17 +98,15 @@ def compile_model(model: nn.Module, batch: BatchShape, *, may_hold_less: bool = 
     return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
 
 
-def _most_tokens(tokens: torch.SymInt) -> int:
+def _capacity(wanted: int, tokens: torch.SymInt, *, may_hold_less: bool) -> int:
     """A table or a branch of the forward may end at some number of tokens; the graph is right up to there only."""
     most = tokens.node.shape_env.bound_sympy(tokens.node.expr).upper
-    return int(most) if most.is_finite and most < sys.maxsize else sys.maxsize
-
-
-def _too_long(capacity: int, most: int) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"max_length={capacity}, but the forward has a table or a branch on the length that ends at {most} tokens",
-        remedy=f"pass max_length={most} or less",
-    )
+    if wanted > most and not may_hold_less:
+        raise UnsupportedModelError(
+            f"max_length={wanted}, but the forward has a table or a branch on the length that ends at {most} tokens",
+            remedy=f"pass max_length={most} or less",
+        )
+    return int(most) if wanted > most else wanted
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class OptimizedModel(Decoder):
                 LAYOUTS[options.layout],
                 prefill_chunk=options.prefill_chunk,
                 buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
-            )
+            ),
+            lossless=step.rule.lossless,
         )
 
     @property

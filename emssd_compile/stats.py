@@ -19,6 +19,7 @@ class Stats:
         num_fed_tokens: tokens of rows that went through the model.
         num_padding_tokens: tokens that went through the model for nobody: the inert tails of the buckets.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.
+        lossless: whether the acceptance rule keeps the model's own tokens; not a count, and not reset.
     """
 
     num_steps: int = 0
@@ -30,6 +31,7 @@ class Stats:
     num_fed_tokens: int = 0
     num_padding_tokens: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
+    lossless: bool = True
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -51,4 +53,4 @@ class Stats:
 
     def reset(self) -> None:
         """Start from zero."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(lossless=self.lossless)  # type: ignore[misc]

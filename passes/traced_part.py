@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -95,10 +95,11 @@ class TracedPart:
         read_only = {f"context.{name}": value for name, value in given.items()}
         read_only |= {f"context.state[{name!r}]": state[name] for name in self._returned}
         own = {f"its own {name!r}": value for name, value in [*self.part.named_parameters(), *self.part.named_buffers()]}
-        with _NoWrites(self, read_only | own, fake_mode):
+        with _NoWrites(self, read_only | own):
             answer = self.part(context(**given, state=dict(state)))
         if not isinstance(answer, self.answer):
-            raise self.error(f"{self.name} returned a {type(answer).__name__}; expected a {self.answer.__name__}")
+            found = "Tensor" if isinstance(answer, Tensor) else type(answer).__name__
+            raise self.error(f"{self.name} returned a {found}; expected a {self.answer.__name__}")
         self._check(answer, next(iter(given.values())).device)
         results = {f.name: getattr(answer, f.name) for f in fields(self.answer) if f.name != "state"}
         # A result takes the input's place in the next step, where compiled code reads it as contiguous memory.
@@ -148,36 +149,48 @@ class _NoWrites(TorchDispatchMode):
 
     Args:
         traced: the part that is running.
-        read_only: what it must not write to, by what a message calls it.
-        fake_mode: that the part runs in.
+        read_only: what it must not write to, by what a message calls it. Real tensors, which are weights, are read only
+            even if they are not named.
     """
 
-    def __init__(self, traced: TracedPart, read_only: Tensors, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, traced: TracedPart, read_only: Tensors) -> None:
         super().__init__()
         self.traced = traced
-        convert = fake_mode.fake_tensor_converter.from_real_tensor  # what an op sees of a weight
-        fakes = {n: v if isinstance(v, FakeTensor) else convert(fake_mode, v) for n, v in read_only.items()}
-        self._owners = {_storage(value): name for name, value in reversed(fakes.items())}
+        self._owners = {_storage(value): name for name, value in read_only.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in _written(func, args, kwargs):
-            owner = self._owners.get(_storage(value), None if isinstance(value, FakeTensor) else "a tensor from outside")
-            if owner is not None:
+        for value in _aliased(func, args, kwargs):
+            if value.is_write and (owner := self._owner(value.tensor)) is not None:
                 raise self.traced.error(
                     f"{self.traced.name}.forward writes to {owner} in place, with {func}. A {self.traced.kind} reads "
-                    "what it is given and returns new values; it may write to tensors that it declared with in_place=True"
+                    "what it is given and returns new values; it may write to tensors declared with in_place=True"
                 )
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        for value in _aliased(func, args, kwargs):  # a view of a real tensor is a fake one, with memory of its own
+            if isinstance(result, FakeTensor) and not isinstance(value.tensor, FakeTensor):
+                self._owners[_storage(result)] = self._owner(value.tensor) or ""
+        return result
+
+    def _owner(self, value: Tensor) -> str | None:
+        return self._owners.get(_storage(value), None if isinstance(value, FakeTensor) else "a tensor from outside")
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that a call changes, as the op's schema says."""
+class _Aliased(NamedTuple):
+    """A tensor that a call writes to or gives a view of."""
+
+    tensor: Tensor
+    is_write: bool
+
+
+def _aliased(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Aliased]:
+    """What a call changes, or what its result may lie in, as the op's schema says."""
     arguments = func._schema.arguments
     values = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
     for argument, value in values:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from (item for item in (value if isinstance(value, (list, tuple)) else [value]) if item is not None)
+        if argument.alias_info is not None:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            yield from (_Aliased(item, argument.alias_info.is_write) for item in items if item is not None)
 
 
 def _storage(value: Tensor) -> int:
