@@ -167,9 +167,10 @@ class _NoWrites(TorchDispatchMode):
                     "what it is given and returns new values; it may write to tensors declared with in_place=True"
                 )
         result = func(*args, **kwargs)
-        for value in _aliased(func, args, kwargs):  # a view of a real tensor is a fake one, with memory of its own
-            if isinstance(result, FakeTensor) and not isinstance(value.tensor, FakeTensor):
-                self._owners[_storage(result)] = self._owner(value.tensor) or ""
+        if func is not torch.ops.aten.lift_fresh.default and isinstance(result, FakeTensor):  # that is a new constant
+            for value in _aliased(func, args, kwargs):
+                if not isinstance(value.tensor, FakeTensor):  # its views are fake ones, with memory of their own
+                    self._owners[_storage(result)] = self._owner(value.tensor) or ""
         return result
 
     def _owner(self, value: Tensor) -> str | None:
