@@ -94,7 +94,9 @@ class TracedPart:
         given = {name: value for name, value in tensors.items() if not name.startswith(_STATE)}
         read_only = {f"context.{name}": value for name, value in given.items()}
         read_only |= {f"context.state[{name!r}]": state[name] for name in self._returned}
-        own = {f"its own {name!r}": value for name, value in [*self.part.named_parameters(), *self.part.named_buffers()]}
+        own = {
+            f"its own {name!r}": value for name, value in [*self.part.named_parameters(), *self.part.named_buffers()]
+        }
         with _NoWrites(self, read_only | own):
             answer = self.part(context(**given, state=dict(state)))
         if not isinstance(answer, self.answer):

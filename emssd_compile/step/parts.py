@@ -68,7 +68,9 @@ def gather_tensors(parts: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
     """
     for part in parts:
         if _BETWEEN in part or part.endswith("_"):
-            raise PartError(f"a part within a part cannot be called {part!r}: {_BETWEEN!r} ends its name; choose another")
+            raise PartError(
+                f"a part within a part cannot be called {part!r}: {_BETWEEN!r} ends its name; choose another"
+            )
     return {f"{part}{_BETWEEN}{name}": value for part, own in parts.items() for name, value in own.items()}
 
 

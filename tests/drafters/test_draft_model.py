@@ -52,7 +52,9 @@ def _with_vocabulary(size: int) -> TinyModel:
 
 @pytest.mark.parametrize(("own", "targets"), [(40, 32), (32, 40), (5000, 4400), (33, 32), (4096, 4096 + 512)])
 def test_another_vocabulary_is_refused(own, targets):
-    with pytest.raises(DrafterError, match=f"predicts {own} tokens and the target {targets}, which differ by more than"):
+    with pytest.raises(
+        DrafterError, match=f"predicts {own} tokens and the target {targets}, which differ by more than"
+    ):
         DraftModel(model_with_attention()).prepare(lambda _: SimpleNamespace(vocabulary=own), 2, 48, targets)
 
 

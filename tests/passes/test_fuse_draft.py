@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from emssd_compile.drafters import Draft, DraftContext, Drafter, PartSizes, TensorSpec
 from emssd_compile.errors import DrafterError
 from emssd_compile.passes.graph import inputs
+from emssd_compile.policies import LengthPolicy, PolicyContext, Ranking
+from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import StepState
-from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, returned, step_of
+from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, returned, step_of, step_with
 
 
 class _Counts(Scripted):
@@ -26,8 +28,12 @@ class _Counts(Scripted):
 
 def _first_step(drafter: Drafter, limits: list[int]) -> dict[str, Tensor]:
     """What the first step returns for three rows whose prompt is token 5."""
-    step = step_of(drafter)
-    state = StepState.empty(BATCH.rows, LONGEST, VOCABULARY, drafter.num_draft_tokens, torch.device("cpu")).tensors()
+    return _run(step_of(drafter), drafter.num_draft_tokens, limits)
+
+
+def _run(step: fx.GraphModule, num_draft_tokens: int, limits: list[int], draft_budget: int = 99) -> dict[str, Tensor]:
+    state = StepState.empty(BATCH.rows, LONGEST, VOCABULARY, num_draft_tokens, torch.device("cpu")).tensors()
+    state["draft_budget"] = torch.tensor(draft_budget)
     state["history"][:, 0] = 5
     state["known"][:] = 1
     state["limits"][:] = torch.tensor(limits)
@@ -120,3 +126,23 @@ BROKEN = {
 def test_a_drafter_that_breaks_its_contract_is_named(drafter, reason):
     with pytest.raises(DrafterError, match=reason):
         step_of(drafter)
+
+
+class _Wild(LengthPolicy):
+    """Gives every draft the same rank, and wants as many as it is told."""
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__()
+        self.wanted = wanted
+
+    def forward(self, context: PolicyContext) -> Ranking:
+        return Ranking(torch.zeros_like(context.grades), torch.full_like(context.num_tokens, self.wanted))
+
+
+@pytest.mark.parametrize(("wanted", "told", "lengths"), [(10**12, 9, [3, 1, 0]), (-5, 0, [0, 0, 0]), (2, 2, [2, 0, 0])])
+def test_a_policy_that_ranks_wrongly_makes_no_step_too_large(wanted, told, lengths):
+    """The host gives the next step room for so many drafts, and no more."""
+    step = step_with(Scripted([7, 8, 9]), policy=_Wild(wanted)).graph_module
+    results = _run(step, 3, limits=[20, 20, 20], draft_budget=4)
+    assert results["report"][:, REPORT_FIELDS.index("wanted")].tolist() == [told] * 3
+    assert results["draft_lengths"].tolist() == lengths

@@ -36,9 +36,7 @@ def times(draw, most: int):
 def _survival(state, grades) -> list[list[float]]:
     """s_j of each row, from the definition."""
     row = (state["row_accepted"] + PRIOR * ROW_PRIOR_WEIGHT) / (state["row_tried"] + ROW_PRIOR_WEIGHT)
-    grade = (state["grade_accepted"] + PRIOR * GRADE_PRIOR_WEIGHT) / (
-        state["grade_tried"] + GRADE_PRIOR_WEIGHT
-    )
+    grade = (state["grade_accepted"] + PRIOR * GRADE_PRIOR_WEIGHT) / (state["grade_tried"] + GRADE_PRIOR_WEIGHT)
     survivals = []
     for b in range(len(grades)):
         rates = [float(row[b] * grade[grades[b][j], j]) ** 0.5 for j in range(LIMIT)]
