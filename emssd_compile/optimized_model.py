@@ -68,8 +68,9 @@ def optimize(
         RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
         CapacityError: the KV caches do not fit into memory.
     """
-    from emssd_compile.compiler import BatchShape, compile_model, compile_step  # brings sympy: not needed to import us
+    from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
+    from emssd_compile.step.batch import BatchShape
 
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)

@@ -27,13 +27,13 @@ from emssd_compile.passes.raise_attention import RaiseAttention
 from emssd_compile.passes.restore_all_logits import RestoreAllLogits
 from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
-from emssd_compile.passes.unpad_tokens import BatchShape, UnpadTokens
+from emssd_compile.passes.unpad_tokens import UnpadTokens
 from emssd_compile.step.acceptance import Rule, check_rule
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, check_drafter
 from emssd_compile.step.policy import LengthPolicy
 
 __all__ = [
-    "BatchShape",
     "Level",
     "PassManager",
     "PassRecord",

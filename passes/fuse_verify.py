@@ -12,8 +12,8 @@ from emssd_compile.errors import RuleError
 from emssd_compile.passes.graph import caches, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
 from emssd_compile.passes.traced_part import TracedPart, sizes_of
-from emssd_compile.passes.unpad_tokens import BatchShape
 from emssd_compile.step.acceptance import Rule, Verdict, Verification
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.commit import bar_eos, commit, draft_tokens
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack

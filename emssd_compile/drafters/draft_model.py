@@ -60,8 +60,8 @@ class DraftModel(Drafter):
         larger, difference = max(packed.vocabulary, vocabulary), abs(packed.vocabulary - vocabulary)
         if difference >= MOST_PADDING or difference > MOST_PADDING_SHARE * larger:
             raise DrafterError(
-                f"the draft model predicts {packed.vocabulary} tokens and the target {vocabulary}, which differ by "
-                "more than padding: drafts would mean other tokens; use a draft model that shares the target's tokenizer"
+                f"the draft model predicts {packed.vocabulary} tokens and the target {vocabulary}, which differ "
+                "by more than padding: drafts would mean other tokens; use a model that shares the target's tokenizer"
             )
         self._packed = packed
         self._notes = (

@@ -16,10 +16,11 @@ from emssd_compile.acceptance import GreedyMatch, Rule
 from emssd_compile.capture import capture
 from emssd_compile.compiler import CompiledModel, CompiledStep, compile_model, compile_step
 from emssd_compile.drafters import Draft, DraftContext, Drafter, PromptLookup
-from emssd_compile.passes import BatchShape, Level
+from emssd_compile.passes import Level
 from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
 from emssd_compile.policies import AllDrafts, LengthPolicy
+from emssd_compile.step.batch import BatchShape
 
 VOCABULARY, HIDDEN, HEADS, LONGEST = 32, 16, 4, 64
 

@@ -41,7 +41,7 @@ def _run(step: fx.GraphModule, num_draft_tokens: int, limits: list[int], draft_b
     for node in inputs(step.graph):
         if node.target not in state:
             shape = [int(s) if isinstance(s, int) else 8 for s in node.meta["val"].shape]
-            state[str(node.target)] = torch.arange(8) if "range" in str(node.target) else torch.zeros(shape)
+            state[str(node.target)] = torch.arange(8) if "_range" in str(node.target) else torch.zeros(shape)
     state["drafter_asked"] = torch.zeros(BATCH.rows, dtype=torch.int64)
     with torch.inference_mode():
         results: dict[str, Tensor] = step(*(state[str(node.target)] for node in inputs(step.graph)))
