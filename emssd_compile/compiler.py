@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,13 +71,8 @@ class CompiledModel:
         return hidden, logits
 
 
-def compile_model(model: nn.Module, batch: BatchShape, *, may_hold_less: bool = False) -> CompiledModel:
+def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     """Capture `model` and rewrite it to level L2.
-
-    Args:
-        model: a causal LM.
-        batch: B and C.
-        may_hold_less: whether a row may hold fewer than C tokens where the forward ends before that.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
@@ -87,7 +82,7 @@ def compile_model(model: nn.Module, batch: BatchShape, *, may_hold_less: bool = 
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
     load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
-    batch = replace(batch, capacity=_capacity(batch.capacity, ids.shape[1], may_hold_less=may_hold_less))
+    _check_capacity(batch.capacity, ids.shape[1])
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     passes.drop_unused_weights(graph_module)
@@ -99,15 +94,15 @@ def compile_model(model: nn.Module, batch: BatchShape, *, may_hold_less: bool = 
     return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
 
 
-def _capacity(wanted: int, tokens: torch.SymInt, *, may_hold_less: bool) -> int:
+def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
     """A table or a branch of the forward may end at some number of tokens; the graph is right up to there only."""
     most = tokens.node.shape_env.bound_sympy(tokens.node.expr).upper
-    if wanted > most and not may_hold_less:
+    if capacity > most:
         raise UnsupportedModelError(
-            f"max_length={wanted}, but the forward has a table or a branch on the length that ends at {most} tokens",
+            f"max_length={capacity}, but the forward has a table or a branch on the length that ends at {most} tokens",
             remedy=f"pass max_length={most} or less",
+            longest=int(most),
         )
-    return int(most) if wanted > most else wanted
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from emssd_compile.acceptance import make_rule
 from emssd_compile.capture import check_model
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
@@ -21,6 +21,7 @@ from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.consumer import progress_bar
 from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ def optimize(
     """
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
-    from emssd_compile.step.batch import BatchShape
 
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)
@@ -80,15 +80,27 @@ def optimize(
     check_against(model, compiled)
 
     def compile_draft_model(draft_model: nn.Module) -> CompiledModel:
-        check_model(draft_model)
         most = min(batch.capacity, _length_limit(draft_model) or batch.capacity)
-        draft = compile_model(draft_model, BatchShape(batch.rows, most), may_hold_less=True)
+        draft = _compile_as_far(draft_model, BatchShape(batch.rows, most))
         check_against(draft_model, draft)
         return draft
 
     proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
     step = compile_step(compiled, batch, rule, proposer, LAYOUTS[layout].policy())
     return OptimizedModel(model, step, options)
+
+
+def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
+    """A draft model for rows of C tokens, or of fewer where it cannot be right for so many."""
+    from emssd_compile.compiler import compile_model
+
+    try:
+        return compile_model(model, batch)
+    except UnsupportedModelError as error:
+        if error.longest is None or not 0 < error.longest < batch.capacity:
+            raise
+        shorter = BatchShape(batch.rows, error.longest)
+    return _compile_as_far(model, shorter)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -65,9 +65,8 @@ def test_a_vocabulary_that_is_padded_otherwise_is_taken_and_said(own, targets):
     assert drafter.notes() == (f"vocabularies of {own} and {targets}: taken for padding",)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize(("own", "targets"), [(4096, 4100), (4100, 4096)])
-def test_ids_that_only_one_of_the_models_has_do_no_harm(own, targets, backend):
+def test_ids_that_only_one_of_the_models_has_do_no_harm(own, targets):
     """Prompts hold the target's last ids, which the smaller draft model cannot read; the larger one drafts its last."""
     torch.manual_seed(0)
     target, draft = _with_vocabulary(targets), _with_vocabulary(own)
@@ -79,7 +78,7 @@ def test_ids_that_only_one_of_the_models_has_do_no_harm(own, targets, backend):
         target.embed.weight.normal_()
         draft.embed.weight[: min(own, targets)] = target.embed.weight[: min(own, targets)]
     prompts = [[targets - 1, 5, targets - 2], [7], [targets - 3] * 4]
-    fast = emssd_compile.optimize(target, DraftModel(draft, 3), max_batch=2, max_length=32, backend=backend)
+    fast = emssd_compile.optimize(target, DraftModel(draft, 3), max_batch=2, max_length=32, backend="eager")
     reference = Reference(target)
     assert fast.generate(prompts, max_new_tokens=12) == [[*ids, *reference(ids, 12)] for ids in prompts]
     assert fast.stats.num_draft_tokens > 0
@@ -98,13 +97,12 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("name", SHORT)
-def test_a_draft_model_of_fewer_positions_drafts_as_far_as_they_go(name, backend):
+def test_a_draft_model_of_fewer_positions_drafts_as_far_as_they_go(name):
     """Rows pass position 32 while they decode, begin just before it, and have prompts longer than that."""
     target = toy_model(name, vocab_size=160)
     prompts = [prompt(n) for n in (3, 25, 29, 31, 32, 33, 50)]
-    fast = emssd_compile.optimize(target, DraftModel(SHORT[name](), 4), max_batch=3, max_length=96, backend=backend)
+    fast = emssd_compile.optimize(target, DraftModel(SHORT[name](), 4), max_batch=3, max_length=96, backend="eager")
     reference = Reference(target)
     assert fast.generate(prompts, max_new_tokens=24) == [[*ids, *reference(ids, 24)] for ids in prompts]
     assert fast._engine.tensors["drafter_k_cache_0"].shape[1] == 32, "it holds no more than it can read"
@@ -142,15 +140,15 @@ def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it():
 
 
 @pytest.mark.parametrize("target", ["onnx", "aot"])
-def test_artifacts_carry_a_draft_model_of_fewer_positions(target, tmp_path):
+def test_artifacts_carry_a_draft_model_of_fewer_positions_and_a_smaller_vocabulary(target, tmp_path):
     if target == "onnx":
         pytest.importorskip("onnxruntime")
-    model, draft = toy_model("gpt2", vocab_size=160), SHORT["gpt2"]()
+    model, draft = toy_model("gpt2", vocab_size=160), toy_model("gpt2", n_positions=32, vocab_size=159)
     fast = emssd_compile.optimize(model, DraftModel(draft, 3), max_batch=2, max_length=64, backend="eager")
     with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
         getattr(fast, f"export_{target}")(tmp_path / "artifact")
     loaded = emssd_compile.load(tmp_path / "artifact")
-    prompts = [prompt(n) for n in (3, 29, 31, 33, 50)]
+    prompts = [[159, 159, 3], *(prompt(n) for n in (29, 31, 33, 50))]
     assert loaded.generate(prompts, max_new_tokens=12) == fast.generate(prompts, max_new_tokens=12)
     assert loaded.stats == fast.stats
     assert loaded.stats.num_draft_tokens > 0
