@@ -102,7 +102,7 @@ class _AcceptAll(Rule):
         return replace(
             verdict,
             accept_lengths=verification.draft_lengths,
-            next_tokens=choice[last.clamp(max=len(choice) - 1)],
+            next_tokens=choice[last.clamp(max=choice.shape[0] - 1)],
         )
 
 
@@ -124,7 +124,7 @@ def test_a_lossy_rule_is_taken_by_its_name_and_everything_says_so(monkeypatch, t
     assert fast.stats.lossless is False, "a reset forgets counts only"
     note = "_AcceptAll is lossy: the tokens need not be the model's own"
     assert note in fast.explain().record("fuse_verify").notes
-    assert note in str(fast.explain())
+    assert "_AcceptAll is lossy" in str(fast.explain())
     pytest.importorskip("onnxruntime")
     fast.export_onnx(tmp_path / "artifact", check=False)
     loaded = emssd_compile.load(tmp_path / "artifact")
