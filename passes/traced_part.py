@@ -35,7 +35,7 @@ class TracedPart:
         PartError: its `tensors` make no sense; of the type `error`, as all errors here.
     """
 
-    def __init__(self, kind: str, part: Part, answer: type, error: type[PartError], sizes: PartSizes) -> None:
+    def __init__(self, kind: str, part: Part, answer: type[Any], error: type[PartError], sizes: PartSizes) -> None:
         self.kind, self.part, self.answer, self.error, self.sizes = kind, part, answer, error, sizes
         self.name = type(part).__name__
         with self._blamed("`tensors` failed", "It is to return a dict of TensorSpecs by name"):
@@ -156,7 +156,7 @@ class _NoWrites(TorchDispatchMode):
     """
 
     def __init__(self, traced: TracedPart, read_only: Tensors) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.traced = traced
         self._owners = {_storage(value): name for name, value in read_only.items()}
 
@@ -198,4 +198,4 @@ def _aliased(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 
 def _storage(value: Tensor) -> int:
     """What tells memory apart: equal for a tensor and its views."""
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)

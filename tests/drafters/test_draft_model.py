@@ -109,7 +109,7 @@ def test_a_draft_model_of_fewer_positions_drafts_as_far_as_they_go(name):
     assert fast.explain().record("fuse_draft").notes == ("the draft model drafts up to position 32",)
 
 
-def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it():
+def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeypatch):
     """The same model with fewer positions is always right while it drafts: of 20 tokens 1 to 16 are drafted, no more.
 
     With the root at position 15, the last there is, one token can still be drafted: that at position 16.
@@ -133,7 +133,7 @@ def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it():
         return report
 
     fast.warmup()
-    fast._engine.launcher.launch = watched
+    monkeypatch.setattr(fast._engine.launcher, "launch", watched)
     assert fast.generate([[3]], max_new_tokens=30) == [[3, *reference([3], 30)]]
     assert seen[:-1] == [(k, max(0, min(3, 17 - k))) for k, _ in seen[:-1]]
     assert fast.stats.num_accepted_draft_tokens == fast.stats.num_draft_tokens > 0

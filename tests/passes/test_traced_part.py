@@ -30,6 +30,7 @@ Change = Callable[[Any, Any], Any]
 
 class _Drafter(Drafter):
     num_draft_tokens = K
+    weight: Tensor
 
     def __init__(self, change: Change, tensors: Any = None) -> None:
         super().__init__()

@@ -109,7 +109,8 @@ class Longest(Drafter):
 
     def __init__(self, **drafters: Drafter) -> None:
         super().__init__()
-        self.held = torch.nn.ModuleDict(drafters)
+        self.held = drafters
+        self.modules_held = torch.nn.ModuleDict(drafters)
         self.num_draft_tokens = next(iter(drafters.values())).num_draft_tokens
         self.reads_ahead = any(drafter.reads_ahead for drafter in drafters.values())
 
