@@ -14,14 +14,14 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_kernels
 from emssd_compile.passes import PassManager, PassRecord
-from emssd_compile.passes.graph import caches, output, placeholder, results
+from emssd_compile.passes.graph import caches, inputs, output, placeholder, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import Drafter, TensorSpec
+from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.policy import LengthPolicy
-from emssd_compile.step.signature import step_roles
+from emssd_compile.step.tensor_spec import TensorSpec
 
 
 @dataclass
@@ -41,6 +41,11 @@ class CompiledModel:
     vocabulary: int
     cache_shapes: dict[str, TensorSpec]
     records: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> int:
+        """C, tokens that a row of its KV caches can hold."""
+        return next(iter(self.cache_shapes.values())).shape[1]
 
     def named(self) -> fx.GraphModule:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""
@@ -81,7 +86,10 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     passes.drop_unused_weights(graph_module)
-    specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in caches(graph_module.graph).items()}
+    specs = {
+        name: TensorSpec(tuple(value.shape), value.dtype, kept="forever", in_place=True)
+        for name, value in caches(graph_module.graph).items()
+    }
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
     return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
 
@@ -93,6 +101,7 @@ def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
         raise UnsupportedModelError(
             f"max_length={capacity}, but the forward has a table or a branch on the length that ends at {most} tokens",
             remedy=f"pass max_length={most} or less",
+            longest=int(most),
         )
 
 
@@ -123,12 +132,7 @@ class CompiledStep:
     @property
     def roles(self) -> dict[str, str]:
         """Roles of the step's inputs (`signature.ROLES`)."""
-        rows, drafts = len(placeholder(self.graph_module.graph, "known").meta["val"]), self.drafter.num_draft_tokens
-        return step_roles(
-            row={**self.drafter.state_spec(), **self.policy.row_spec(rows, drafts)},
-            memory=self.policy.memory_spec(drafts, self.drafter.num_grades),
-            caches={**self.compiled.cache_shapes, **self.drafter.cache_spec()},
-        )
+        return {str(node.target): node.meta["role"] for node in inputs(self.graph_module.graph)}
 
 
 def compile_step(

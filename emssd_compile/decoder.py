@@ -34,8 +34,8 @@ class Decoder(ABC):
 
     input_modalities, output_modalities = "text", ("text",)  # read by `repr` of a `transformers.pipeline`
 
-    def __init__(self, engine: Engine) -> None:
-        self.stats = Stats()
+    def __init__(self, engine: Engine, *, lossless: bool) -> None:
+        self.stats = Stats(lossless=lossless)
         self._engine = engine
         self._vocabulary = len(engine.tensors["is_eos"])
         self._is_warm = False

@@ -18,8 +18,9 @@ class UnsupportedModelError(EmssdError):
         op: the operator of that node, e.g. `"aten.cumsum.default"`.
         module: qualified name of the submodule that produced the node, e.g. `"model.layers.0.mlp"`.
         remedy: what the user can do instead, as one sentence.
+        longest: tokens a row could hold for the model to be taken, where that is all that is wrong.
 
-    All five stay readable as attributes; those not given are `None` and left out of the message.
+    All six stay readable as attributes; those not given are `None` and left out of the message.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class UnsupportedModelError(EmssdError):
         op: str | None = None,
         module: str | None = None,
         remedy: str | None = None,
+        longest: int | None = None,
     ) -> None:
         self.reason = reason
         self.node = node
         self.op = op
         self.module = module
         self.remedy = remedy
+        self.longest = longest
         super().__init__(self._message())
 
     def _message(self) -> str:
@@ -65,5 +68,17 @@ class ArtifactError(EmssdError):
     """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
 
 
-class DrafterError(EmssdError):
+class PartError(EmssdError):
+    """A part of the step (drafter, acceptance rule or length policy) does not keep to its contract; says how."""
+
+
+class DrafterError(PartError):
     """A drafter does not fit the target model (vocabulary, hidden size), or broke the `Draft` contract."""
+
+
+class RuleError(PartError):
+    """An acceptance rule broke the `Verdict` contract."""
+
+
+class PolicyError(PartError):
+    """A length policy broke the `Ranking` contract."""

@@ -192,6 +192,7 @@ def _manifest(
         layout="" if verify_only else what.options.layout,
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
+        lossless=verify_only or what.step.rule.lossless,
         chunk=what.chunk,
         deterministic=what.options.deterministic,
         buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],

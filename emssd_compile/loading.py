@@ -63,7 +63,8 @@ class LoadedModel(Decoder):
                 buckets=tuple(StepSizes(*b) for b in manifest.buckets)
                 if find_target(manifest.target).is_captured
                 else (),
-            )
+            ),
+            lossless=manifest.lossless,
         )
 
     @property

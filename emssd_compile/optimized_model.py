@@ -12,7 +12,7 @@ from emssd_compile.acceptance import make_rule
 from emssd_compile.capture import check_model
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.numeric import integer
@@ -23,6 +23,7 @@ from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def optimize(
         layout: `"auto"`: each step verifies the drafts that, by measured times and acceptance, make tokens come faster,
             and none where plain decoding is faster. `"packed"`: all drafts, without padding. `"padded"`: K + 1 tokens
             for each row, used or not. The tokens that come out never differ.
-        acceptance: `"auto"` (the best lossless rule), a rule's name, or a `Rule`.
+        acceptance: `"auto"` (the best lossless rule), a rule's name, or a lossless `Rule`. A rule that changes what the
+            model says is taken by name only.
         prefill_chunk: most packed tokens of a step: at least `max_batch` x (drafts + 1). Default: 512, or that.
         deterministic: choose the sizes of steps without a clock: from assumed times where `layout` measures, and always
             from the same start. Then a call with the same prompts and options gives the same bits in half precision,
@@ -69,12 +71,12 @@ def optimize(
         InvalidInputError: the model is in training mode or its weights are unusable.
         OptionError: an option is unknown or out of range.
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
-        DrafterError: the drafter does not fit the model.
+        DrafterError: the drafter does not fit the model, or breaks its contract.
+        RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
         CapacityError: the KV caches do not fit into memory.
     """
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
-    from emssd_compile.step.batch import BatchShape
 
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)
@@ -87,7 +89,8 @@ def optimize(
     check_against(model, compiled)
 
     def compile_draft_model(draft_model: nn.Module) -> CompiledModel:
-        draft = compile_model(draft_model, batch)
+        most = min(batch.capacity, _length_limit(draft_model) or batch.capacity)
+        draft = _compile_as_far(draft_model, BatchShape(batch.rows, most))
         check_against(draft_model, draft)
         return draft
 
@@ -96,14 +99,32 @@ def optimize(
     return OptimizedModel(model, step, options)
 
 
+def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
+    """A draft model for rows of C tokens, or of fewer where it cannot be right for so many."""
+    from emssd_compile.compiler import compile_model
+
+    try:
+        return compile_model(model, batch)
+    except UnsupportedModelError as error:
+        if error.longest is None or not 0 < error.longest < batch.capacity:
+            raise
+        shorter = BatchShape(batch.rows, error.longest)
+    return _compile_as_far(model, shorter)
+
+
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _resolve_length(model: nn.Module, max_length: int | None) -> int:
+def _length_limit(model: nn.Module) -> int | None:
+    """The longest sequence that the model's config allows, if it says."""
     config = getattr(model, "config", None)
     found = [getattr(config, name, None) for name in _LENGTH_ATTRIBUTES]
-    limit = next((value for value in found if isinstance(value, int) and value > 0), None)  # -1 says "no limit"
+    return next((value for value in found if isinstance(value, int) and value > 0), None)  # -1 says "no limit"
+
+
+def _resolve_length(model: nn.Module, max_length: int | None) -> int:
+    limit = _length_limit(model)
     if max_length is None:
         if limit is None:
             raise OptionError("max_length is needed: the model's config states no longest sequence")
@@ -143,7 +164,8 @@ class OptimizedModel(Decoder):
                 prefill_chunk=options.chunk(step.drafter.num_draft_tokens),
                 deterministic=options.deterministic,
                 buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
-            )
+            ),
+            lossless=step.rule.lossless,
         )
 
     @property

@@ -9,8 +9,8 @@ from emssd_compile.capture import PlainForward
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.runtime.memory import allocate
-from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.pack import pack
+from emssd_compile.step.tensor_spec import TensorSpec
 
 _LENGTHS = (1, 6, 19)
 _FIRST_CHUNK = (1, 2, 11)

@@ -24,6 +24,7 @@ class Stats:
         num_fed_tokens: tokens of rows that went through the model.
         num_padding_tokens: tokens that went through the model for nobody: the inert tails of the buckets.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.
+        lossless: whether the acceptance rule keeps the model's own tokens; not a count, and not reset.
     """
 
     num_steps: int = 0
@@ -35,6 +36,7 @@ class Stats:
     num_fed_tokens: int = 0
     num_padding_tokens: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
+    lossless: bool = True
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -57,4 +59,4 @@ class Stats:
     def reset(self) -> None:
         """Start from zero."""
         with _CHANGING:
-            self.__init__()  # type: ignore[misc]
+            self.__init__(lossless=self.lossless)  # type: ignore[misc]

@@ -138,10 +138,10 @@ def origin(node: fx.Node) -> str:
     return "the model's forward"
 
 
-def refuse(node: fx.Node, reason: str, remedy: str = "") -> UnsupportedModelError:
+def refuse(node: fx.Node, reason: str, remedy: str = "", longest: int | None = None) -> UnsupportedModelError:
     """The error for a node that no pass can handle: which node, its op, its module, and why."""
     return UnsupportedModelError(
-        reason, node=node.name, op=str(node.target), module=origin(node), remedy=remedy or None
+        reason, node=node.name, op=str(node.target), module=origin(node), remedy=remedy or None, longest=longest
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emssd_compile.errors import CapacityError
-from emssd_compile.step.drafting import TensorSpec
+from emssd_compile.step.tensor_spec import TensorSpec
 
 
 def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

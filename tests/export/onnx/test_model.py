@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import emssd_compile
-from emssd_compile.drafters import Draft, DraftContext, Drafter, TensorSpec
+from emssd_compile.drafters import Draft, DraftContext, Drafter, PartSizes, TensorSpec
 from emssd_compile.errors import ArtifactError, OptionError, UnsupportedModelError
 from emssd_compile.export import open_graph
 from emssd_compile.export.onnx import model as onnx_model
@@ -33,9 +33,9 @@ class Alternating(Drafter):
 
     num_draft_tokens = 2
 
-    def state_spec(self) -> dict[str, TensorSpec]:
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
         """See the base class."""
-        return {"turn": TensorSpec((ROWS_OF_STEP,), torch.int64), "kept": TensorSpec((ROWS_OF_STEP,), torch.float32)}
+        return {"turn": TensorSpec((sizes.rows,), torch.int64), "kept": TensorSpec((sizes.rows,), torch.float32)}
 
     def forward(self, context: DraftContext) -> Draft:
         """See the base class."""

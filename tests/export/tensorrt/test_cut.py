@@ -93,4 +93,4 @@ def test_a_cache_that_is_written_again_is_an_input_again():
     assert len(added) == 4 * (K - 1)
     assert parts.caches.keys() == added | {site.result for site in updates}
     assert set(parts.caches.values()) == {name for name in given if "_cache_" in name}
-    assert parts.results["draft_model_k_cache_0"] == updates[-4].result, "that of the last pass over the text"
+    assert parts.results["drafter_k_cache_0"] == updates[-4].result, "that of the last pass over the text"
