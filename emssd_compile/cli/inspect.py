@@ -52,7 +52,7 @@ def describe(manifest: Manifest) -> list[Table]:
 
 def _facts(manifest: Manifest) -> Table:
     table = Table(title=f"{manifest.target}: {manifest.kind}", show_header=False)
-    names = "emssd_compile format device dtype layout drafter acceptance lossless chunk deterministic".split()
+    names = ["emssd_compile", "format", "device", "dtype", "layout", "drafter", "acceptance", "lossless", "chunk", "deterministic"]
     details = {name: value for name, value in manifest.details.items() if name != "profiles"}
     values = {name: getattr(manifest, name) for name in names} | manifest.environment | details
     for name, value in values.items():
