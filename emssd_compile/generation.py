@@ -9,7 +9,6 @@ those names.
 
 from __future__ import annotations
 
-import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from emssd_compile import keywords
 from emssd_compile.errors import OptionError
-from emssd_compile.numeric import INT64_MIN, flag, integer, seconds
+from emssd_compile.numeric import INT64_MIN, flag, integer, seconds, shown
 
 DEFAULT_NEW_TOKENS = 20  # what transformers generates when nobody sets a length
 
@@ -102,14 +101,13 @@ def resolve_options(
     keywords.refuse_unsupported(merged, kwargs)
     keywords.refuse_without_effect(kwargs)
     keywords.check_harmless(kwargs)
-    _warn_overridden(merged, kwargs)
     eos = keywords.token_ids("eos_token_id", merged["eos_token_id"])
     if "eos_token_id" in kwargs and not all(0 <= token < vocab_size for token in eos):
         raise OptionError(f"eos_token_id={eos} has ids outside the vocabulary of {vocab_size}; pass None for no EOS")
     pad = _optional("pad_token_id", merged["pad_token_id"])
     of_batch, of_rows = _stopping_criteria(merged)
-    limit = merged["max_time"]
-    return GenerateOptions(
+    limit, as_dict = merged["max_time"], merged["return_dict_in_generate"]
+    options = GenerateOptions(
         max_new_tokens=_optional("max_new_tokens", merged["max_new_tokens"], least=1),
         max_length=_optional("max_length", merged["max_length"], least=1),
         min_new_tokens=_optional("min_new_tokens", merged["min_new_tokens"], least=0),
@@ -121,8 +119,10 @@ def resolve_options(
         row_criteria=of_rows,
         max_time=None if limit is None else seconds("max_time", limit),
         streamer=_streamer(merged["streamer"]),
-        return_dict_in_generate=flag("return_dict_in_generate", merged["return_dict_in_generate"] or False),
+        return_dict_in_generate=as_dict is not None and flag("return_dict_in_generate", as_dict),
     )
+    _warn_overridden(options, kwargs)
+    return options
 
 
 def _lookup(name: str, kwargs: Mapping[str, object], *configs: object | None) -> object:
@@ -132,14 +132,13 @@ def _lookup(name: str, kwargs: Mapping[str, object], *configs: object | None) ->
     return next((value for value in values if value is not None), None)
 
 
-def _warn_overridden(merged: Mapping[str, object], kwargs: Mapping[str, object]) -> None:
+def _warn_overridden(options: GenerateOptions, kwargs: Mapping[str, object]) -> None:
     for loser, winner in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if kwargs.get(loser) is not None and merged[winner] is not None:
-            message = (
-                f"{loser}={kwargs[loser]} gives way to {winner}={merged[winner]}, as in transformers; pass only one"
-            )
+        lost, won = getattr(options, loser), getattr(options, winner)
+        if kwargs.get(loser) is not None and won is not None:
+            message = f"{loser}={lost} gives way to {winner}={won}, as in transformers; pass only one"
             warnings.warn(message, UserWarning, stacklevel=4)
-    if merged["max_new_tokens"] is None and merged["max_length"] is None:
+    if options.max_new_tokens is None and options.max_length is None:
         message = f"no length was asked for, so up to {DEFAULT_NEW_TOKENS} tokens are generated; pass max_new_tokens"
         warnings.warn(message, UserWarning, stacklevel=4)
 
@@ -150,7 +149,7 @@ def _optional(name: str, value: object, *, least: int = INT64_MIN) -> int | None
 
 def _streamer(value: object) -> Streamer | None:
     if value is not None and not (callable(getattr(value, "put", None)) and callable(getattr(value, "end", None))):
-        raise OptionError(f"streamer={reprlib.repr(value)} has no put and end as transformers.TextStreamer has")
+        raise OptionError(f"streamer={shown(value)} has no put and end as transformers.TextStreamer has")
     return value  # type: ignore[return-value]  # checked by duck typing just above
 
 
@@ -183,7 +182,7 @@ def _stop_strings(given: object, tokenizer: object) -> tuple[StoppingCriterion, 
         return ()
     strings = [given] if isinstance(given, str) else given
     if not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) and each for each in strings):
-        raise OptionError(f"stop_strings={reprlib.repr(given)} is no text and no list of texts")
+        raise OptionError(f"stop_strings={shown(given)} is no text and no list of texts")
     if tokenizer is None:
         raise OptionError("stop_strings can only be found with the model's tokenizer; pass tokenizer=... as well")
     try:
@@ -193,4 +192,4 @@ def _stop_strings(given: object, tokenizer: object) -> tuple[StoppingCriterion, 
     try:
         return (StopStringCriteria(stop_strings=list(strings), tokenizer=tokenizer),)
     except (AttributeError, TypeError, ValueError) as error:
-        raise OptionError(f"stop_strings cannot be found with {reprlib.repr(tokenizer)}: {error}") from error
+        raise OptionError(f"stop_strings cannot be found with {shown(tokenizer)}: {error}") from error

@@ -6,7 +6,6 @@ The names are the fields of transformers 5's `GenerationConfig` and the argument
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -14,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from emssd_compile.errors import OptionError
-from emssd_compile.numeric import flag, integer, plain
+from emssd_compile.numeric import flag, integer, plain, shown
 
 _HONOURED = """
     max_new_tokens max_length min_new_tokens min_length eos_token_id pad_token_id stop_strings tokenizer max_time
@@ -90,14 +89,14 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
 def _settings(name: str, value: object) -> None:
     """Take a dict or an object of transformers' own."""
     if isinstance(value, (str, bool, int, float)):
-        raise OptionError(f"{name}={reprlib.repr(value)} is no configuration; leave it out")
+        raise OptionError(f"{name}={shown(value)} is no configuration; leave it out")
 
 
 def _cache_implementation(name: str, value: object) -> None:
     if value == "quantized":
         raise NotImplementedError(f"{name}='quantized' is not supported: the step keeps keys and values as they are")
     if value not in _CACHES:
-        raise OptionError(f"{name}={reprlib.repr(value)} is none of transformers' {list(_CACHES)}; leave it out")
+        raise OptionError(f"{name}={shown(value)} is none of transformers' {list(_CACHES)}; leave it out")
 
 
 # How transformers is to run the model, and from where it would start: no token depends on it, so code written for
@@ -145,7 +144,7 @@ def refuse_unsupported(merged: Mapping[str, object], kwargs: Mapping[str, object
         if not _is_off(name, merged[name]):
             off = _OFF.get(name, (None,))[0]
             origin = "" if name in kwargs else f", set in generation_config (generate({name}={off}) overrides it),"
-            raise NotImplementedError(f"{name}={reprlib.repr(merged[name])}{origin} is not supported: {reason}")
+            raise NotImplementedError(f"{name}={shown(merged[name])}{origin} is not supported: {reason}")
 
 
 def refuse_without_effect(kwargs: Mapping[str, object]) -> None:
@@ -153,7 +152,7 @@ def refuse_without_effect(kwargs: Mapping[str, object]) -> None:
     for name, value in kwargs.items():
         reason = _REASON_WITHOUT_EFFECT.get(name)
         if reason is not None and not _is_off(name, value):
-            raise OptionError(f"{name}={reprlib.repr(value)} would have no effect: {reason}; leave it out")
+            raise OptionError(f"{name}={shown(value)} would have no effect: {reason}; leave it out")
 
 
 def check_harmless(kwargs: Mapping[str, object]) -> None:

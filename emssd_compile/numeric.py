@@ -26,10 +26,10 @@ def integer(name: str, value: object, *, least: int = INT64_MIN, most: int = INT
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # that is what is being asked
     except (TypeError, RuntimeError):  # a tensor without values raises the latter
-        raise OptionError(f"{name}={reprlib.repr(value)} is not an integer") from None
+        raise OptionError(f"{name}={shown(value)} is not an integer") from None
     if not least <= number <= most:
         bound = f"at least {least}" if number < least else f"at most {most}"
-        raise OptionError(f"{name}={_shown(number)} is out of range; pass {bound}")
+        raise OptionError(f"{name}={shown(number)} is out of range; pass {bound}")
     return number
 
 
@@ -37,7 +37,7 @@ def seconds(name: str, value: object) -> float:
     """`value` as a duration in seconds, at least 0 and perhaps infinite. Raises OptionError if it is none."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise OptionError(f"{name}={reprlib.repr(value)} is not a number of seconds")
+        raise OptionError(f"{name}={shown(value)} is not a number of seconds")
     if isinstance(value, Integral):
         return float(integer(name, value, least=0))
     duration = float(value)
@@ -50,7 +50,7 @@ def flag(name: str, value: object) -> bool:
     """`value` as a bool. Raises OptionError if it is none: "no" would count as true."""
     value = plain(value)
     if not isinstance(value, bool):
-        raise OptionError(f"{name}={reprlib.repr(value)} is not True or False")
+        raise OptionError(f"{name}={shown(value)} is not True or False")
     return value
 
 
@@ -62,6 +62,11 @@ def plain(value: object) -> object:
     return value.item() if is_scalar else value  # type: ignore[attr-defined]  # checked just above
 
 
-def _shown(number: int) -> str:
-    """Python refuses to write out integers of thousands of digits."""
-    return str(number) if number.bit_length() < 256 else f"(an integer of {number.bit_length()} bits)"
+def shown(value: object) -> str:
+    """`value` as it is written, cut short; Python itself refuses to write out integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() >= 256:
+        return f"(an integer of {value.bit_length()} bits)"
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"(a {type(value).__name__})"

@@ -335,6 +335,10 @@ def test_a_number_that_turns_an_option_off_may_be_of_any_kind_but_no_bool():
     assert resolve(num_beams=np.int64(1), do_sample=np.False_, temperature=torch.tensor(1.0)) == resolve()
     with pytest.raises(NotImplementedError, match="num_beams=True"):
         resolve(num_beams=True)
+    with pytest.raises(NotImplementedError, match=r"num_beams=\(an integer of 16610 bits\)"):
+        resolve(num_beams=10**5000)
+    with pytest.raises(NotImplementedError, match="bad_words_ids="):
+        resolve(bad_words_ids=[[10**5000]])
     with pytest.raises(NotImplementedError, match="repetition_penalty=nan"):
         resolve(repetition_penalty=math.nan)
 

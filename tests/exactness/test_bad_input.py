@@ -226,7 +226,7 @@ BAD_PROMPTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
     "NaN seconds": ((ONE,), {"max_time": math.nan}, OptionError, "max_time=nan is out of range"),
     "huge minimum": ((ONE,), {"min_new_tokens": 10**30}, OptionError, f"min_new_tokens={10**30} is out of range"),
     "huge pad": ((ONE,), {"pad_token_id": 10**30}, OptionError, f"pad_token_id={10**30} is out of range"),
-    "huge length": ((ONE,), {"max_length": 2**62}, CapacityError, "do not fit a row"),
+    "huge length": ((ONE,), {"max_new_tokens": None, "max_length": 2**62}, CapacityError, "do not fit a row"),
     "no new tokens": ((ONE,), {"max_new_tokens": 0}, OptionError, "max_new_tokens=0 is out of range"),
 }
 

@@ -16,7 +16,7 @@ from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import target
 from tests.exactness.models import prompt
 
-PAD, EOS, NEW = 0, 3, 10
+PAD, NEW, ROWS = 0, 10, 2
 
 
 class Counting:
@@ -61,7 +61,7 @@ def test_criteria_are_asked_in_lockstep_whatever_order_the_tokens_come_in(data):
 
 def test_rows_that_ran_ahead_are_cut_back_and_make_room():
     """Also where the third prompt starts when another row has ended, so that criteria are asked late."""
-    compiled = target("llama", 2)
+    compiled = target("llama", ROWS)
     fast = compiled.optimize(compiled.drafter("sometimes-wrong"))
     reference = compiled.reference
     criterion = Counting([3, 7, 5])
@@ -74,7 +74,7 @@ def test_rows_that_ran_ahead_are_cut_back_and_make_room():
 @pytest.mark.parametrize("side", ["left", "none"])
 def test_stateful_criteria_do_what_they_do_to_transformers(side):
     """The same criterion sees the same calls, and the same tokens come out."""
-    compiled = target("llama")
+    compiled = target("llama", ROWS)
     fast, model = compiled.optimize(compiled.drafter("sometimes-wrong")), cast("Any", compiled.model)
     lengths = (5, 17, 2) if side == "left" else (17, 17)
     width = max(lengths)
@@ -92,7 +92,7 @@ def test_stateful_criteria_do_what_they_do_to_transformers(side):
 
 
 def test_a_bool_ends_all_rows():
-    compiled = target("llama")
+    compiled = target("llama", ROWS)
     fast = compiled.optimize(compiled.drafter("always-right"))
     prompts = [prompt(n) for n in (17, 40)]
     out = fast.generate(prompts, max_new_tokens=NEW, stopping_criteria=[lambda ids, scores: ids.shape[1] == 40 + 4])
@@ -118,7 +118,7 @@ def test_a_time_limit_ends_each_row_with_its_next_token(monkeypatch):
 
 
 def test_no_time_limit_is_set_by_infinity():
-    compiled = target("llama")
+    compiled = target("llama", ROWS)
     fast = compiled.optimize(compiled.drafter("none"))
     expected = [[*prompt(5), *compiled.reference(prompt(5), NEW)]]
     assert fast.generate([prompt(5)], max_new_tokens=NEW, max_time=float("inf")) == expected
