@@ -64,8 +64,11 @@ class TileAttention:
     chunks, ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by
     all layers.
 
-    No result of a tile slot without a token is ever read. Inert tail tokens read the last slot of the last row, which
-    is finite, because `kv_lengths` is at least 1 and caches hold finite values.
+    No result of a tile slot without a token is ever read, and nothing reads what inert tail tokens give.
+
+    A token that overflows must not reach those who do not see it: not a draft the tokens before it, nor a request the
+    next one in its row. So no value that is written to a cache is infinite or NaN; instead the token's key is NaN, and
+    so is what attends to it.
 
         before:  emssd.append_kv(%k_cache_0[B,C,Hkv,D], %v_cache_0, %k[T,Hkv,D], %v, %row_ids, %slots)
                  %o[T,Hq,D] = emssd.ragged_attention(%q[T,Hq,D], %k_cache_0, %v_cache_0, %offsets, %lengths, ...)
@@ -138,9 +141,11 @@ class _Rewrite:
         query, k_cache, v_cache, offsets, lengths = (argument(site, index) for index in range(5))
         row_ids, slots = argument(append, 4), argument(append, 5)
         with self.graph.inserting_before(site):
+            given = {"keys": argument(append, 2), "values": argument(append, 3)}
+            new = inline_function(self.graph_module, _mark_broken, given, self.fake_mode)
             caches = [
-                self._update(cache, argument(append, 2 + index), row_ids, slots, offsets, lengths)
-                for index, cache in enumerate((k_cache, v_cache))
+                self._update(cache, new[name], row_ids, slots, offsets, lengths)
+                for name, cache in (("keys", k_cache), ("values", v_cache))
             ]
             self.graph.erase_node(append)
             result = self._attend(site, query, caches, self._tile(offsets, lengths, row_ids))
@@ -220,6 +225,16 @@ class _Rewrite:
             make = partial(_make_mask, rule=key[0], capacity=cache.shape[2], dtype=cache.dtype)
             tile.masks[key] = inline_function(self.graph_module, make, given, self.fake_mode)["mask"]
         return tile.masks[key]
+
+
+def _mark_broken(given: Tensors) -> Tensors:
+    """Keys and values whose values are finite: where one is not, the key is NaN in its place.
+
+    A weight of 0 does not hide a value that is not finite; a score is hidden whatever it is.
+    """
+    keys, values = given["keys"], given["values"]
+    nothing = (values * 0).sum(-1, keepdim=True)  # 0, or NaN where a value is not finite
+    return {"keys": keys + nothing, "values": torch.where(nothing == 0, values, 0)}
 
 
 def _lay_out(given: Tensors) -> Tensors:
