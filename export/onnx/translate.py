@@ -63,11 +63,12 @@ def _tiled_attention(
     if is_causal and mask is not None:
         raise NotImplementedError("a mask besides causal order")
     heads, groups = _sizes(q)[1], _sizes(q)[1] // _sizes(k_cache)[1]
+    assert q.dtype is not None
     wide = ir.DataType.DOUBLE if q.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     longest = op.ReduceMax(kv_lengths, keepdims=1)
-    keys, values = (op.Cast(_used_slots(cache, kv_lengths, longest), to=wide) for cache in (k_cache, v_cache))
+    keys, values = (_cast(_used_slots(cache, kv_lengths, longest), q.dtype, wide) for cache in (k_cache, v_cache))
     queries: Any = q if groups == 1 else op.Reshape(q, _ints(0, heads // groups, -1, _sizes(q)[3]))
-    queries = op.Mul(op.Cast(queries, to=wide), _scalar(scale, wide))
+    queries = op.Mul(_cast(queries, q.dtype, wide), _scalar(scale, wide))
     scores = op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2]))  # [B, Hkv, G * S, L]
     if softcap > 0:
         cap = _scalar(softcap, wide)
@@ -77,7 +78,7 @@ def _tiled_attention(
         seen = _grouped(op.Slice(mask, _ints(0), longest, _ints(3)), _sizes(mask)[1], longest, groups)
         if mask.dtype != ir.DataType.BOOL:
             assert mask.dtype is not None
-            scores = op.Add(scores, op.Cast(seen, to=wide))
+            scores = op.Add(scores, _cast(seen, mask.dtype, wide))
             seen = op.Greater(seen, _scalar(mask.dtype.min / 2, mask.dtype))
         visible = op.And(visible, seen)
     scores = op.Where(visible, scores, _scalar(wide.min, wide))
@@ -85,7 +86,7 @@ def _tiled_attention(
         weights = op.Softmax(scores, axis=-1)
     else:
         weights = _softmax_with_sinks(scores, op.Cast(sinks, to=wide), q, longest, groups)
-    result: TensorType = op.Cast(op.MatMul(weights, values), to=q.dtype)
+    result: TensorType = _cast(op.MatMul(weights, values), wide, q.dtype)
     if groups > 1:
         result = op.Reshape(result, _ints(0, heads, -1, _sizes(v_cache)[3]))
     return result
@@ -100,7 +101,7 @@ def _used_slots(cache: TensorType, kv_lengths: TensorType, longest: Any) -> Any:
 
 
 def _slots_up_to(kv_lengths: TensorType, q: TensorType | None, longest: Any, groups: int) -> Any:
-    """Bool `[B, 1, G * S or 1, L]`: slots below each row's length; with right-aligned queries `q`, up to each one's own."""
+    """Bool `[B, 1, G * S or 1, L]`: slots below the row's length; with right-aligned queries, up to each one's own."""
     last = op.Sub(op.Unsqueeze(kv_lengths, _ints(1)), _int(1))  # [B, 1]
     if q is not None:
         width = op.Shape(q, start=2, end=3)
@@ -126,6 +127,10 @@ def _softmax_with_sinks(scores: Any, sinks: Any, q: TensorType, longest: Any, gr
     column = op.Reshape(column, _ints(rows, heads // groups, -1, 1))
     weights = op.Softmax(op.Concat(scores, column, axis=3), axis=-1)
     return op.Slice(weights, _ints(0), longest, _ints(3))
+
+
+def _cast(value: Any, dtype: ir.DataType, to: ir.DataType) -> Any:
+    return value if dtype == to else op.Cast(value, to=to)
 
 
 def _scalar(value: float, dtype: ir.DataType) -> Any:
