@@ -16,7 +16,8 @@ from emssd_compile.ops._scores import AttentionAttributes, in_use
 from emssd_compile.passes.graph import argument, aten, attribute, call, fresh_index, inputs, output, refuse
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
 
-_ATTRIBUTES = {"scale", "softcap", "sinks"}  # that `tiled_attention` has, too; what others mean, masks say
+_KEPT = {"scale", "softcap", "sinks"}  # attributes that `tiled_attention` has, too
+_MASKED = {"window", "chunk", "alibi_slopes"}  # attributes that masks say
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class _Rewrite:
 
     def attention(self, site: fx.Node) -> None:
         """Rewrite one `ragged_attention` and the `append_kv` before it."""
+        for name in sorted(in_use(site.kwargs) - _KEPT - _MASKED):
+            raise refuse(site, f"its attribute {name} has no form for a tile of queries")
         append = self._append(site)
         query, k_cache, v_cache, offsets, lengths = (argument(site, index) for index in range(5))
         row_ids, slots = argument(append, 4), argument(append, 5)
@@ -188,7 +191,7 @@ class _Rewrite:
             *caches,
             tile.kv_lengths,
             mask,
-            **{name: site.kwargs[name] for name in _ATTRIBUTES if name in site.kwargs},
+            **{name: value for name, value in site.kwargs.items() if name in _KEPT},
             is_causal=mask is None,
         )
         return self._take(result, picks.results)
@@ -208,7 +211,7 @@ class _Rewrite:
     def _mask(self, site: fx.Node, k_cache: fx.Node, tile: _Tile) -> fx.Node | None:
         """The mask that `site` needs, causal order included; None if that is all there is to it."""
         slopes, ancestors = site.kwargs.get("alibi_slopes"), site.kwargs.get("ancestors")
-        if in_use(site.kwargs) <= _ATTRIBUTES and ancestors is None:
+        if in_use(site.kwargs) <= _KEPT and ancestors is None:
             return None
         reach: Any = {name: site.kwargs[name] for name in ("window", "chunk") if name in site.kwargs}
         given = {"row_slots": self.row_slots, "kv_lengths": tile.kv_lengths}

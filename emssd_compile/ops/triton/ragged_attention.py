@@ -14,6 +14,8 @@ from emssd_compile.ops.triton.merge_kernel import merge_splits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute with; float32 in full precision, not as TF32."""
+ATTRIBUTES = {"scale", "window", "chunk", "softcap", "alibi_slopes", "sinks"}
+"""Of attention, those that the kernels know."""
 
 
 @torch.no_grad()
