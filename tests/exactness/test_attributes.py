@@ -14,7 +14,7 @@ import emssd_compile
 from emssd_compile import ops
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import PromptLookup
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from tests.exactness.models import Reference
 from tests.export.subjects import HEADS, WIDTH, Small, prompt
 

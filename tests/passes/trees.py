@@ -94,7 +94,7 @@ def tiled_inputs(inputs: dict[str, Tensor], width: int, spare_slots: int = 1) ->
             return value
         return nn.functional.pad(value.transpose(1, 2), (0, 0, 0, spare_slots), value=torch.nan).contiguous()
 
-    return {name: tiled(name, value) for name, value in inputs.items()} | {"row_slots": torch.arange(width)}
+    return {name: tiled(name, value) for name, value in inputs.items()} | {"row_range": torch.arange(width)}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
