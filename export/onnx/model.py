@@ -36,7 +36,7 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.opset_version != OPSET:
             raise OptionError(
-                f"opset_version={self.opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
+                f"opset_version={self.opset_version!r}: the step is written in opset {OPSET}; pass {OPSET}"
             )
 
 
