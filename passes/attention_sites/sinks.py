@@ -1,0 +1,197 @@
+"""Attention with sinks: a learned logit per head takes part in the softmax's sum, and has no value.
+
+Written as a column beside the scores that is dropped after the softmax (2309.17453, section 3), or as a factor on the
+output, `sigmoid(logsumexp(scores) - sink)`, which is the share of the sum that is not the sink's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from emssd_compile.passes.attention_sites.form import AttentionSite, Form, Miss, Subject
+from emssd_compile.passes.attention_sites.products import Product
+from emssd_compile.passes.attention_sites.softmax import (
+    Given,
+    SoftmaxPath,
+    Weights,
+    check_products,
+    site_of,
+    softmax_path,
+)
+from emssd_compile.passes.graph import Evaluator, argument, aten, call, shape, token_dims, token_symbol
+
+_TOKENS = 12
+_CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
+_SPREAD = frozenset({aten.expand.default, aten.reshape.default, aten.unsqueeze.default, aten.repeat.default})
+
+
+@dataclass(frozen=True)
+class SinkPath:
+    """A softmax path with a sink beside its scores.
+
+    Attributes:
+        path: the path.
+        sink: the operand that holds the sinks, spread over the queries or not.
+        factor: what the output is multiplied by, or None for a column of the softmax.
+        result: the node that holds the attention's output.
+    """
+
+    path: SoftmaxPath
+    sink: fx.Node
+    factor: fx.Node | None
+    result: fx.Node
+
+    @property
+    def heads(self) -> int:
+        """Hq."""
+        out, tokens = self.path.scores.out, self.path.scores.left.tokens + self.path.scores.right.tokens
+        return math.prod(self.path.scores.sizes("".join(c for c in out if c not in tokens)))
+
+
+class _Sinks(Form[SinkPath]):
+    """What both forms share: the sinks' own tensor, and the proof that they are sinks."""
+
+    def check(self, subject: Subject, match: SinkPath) -> Miss | None:
+        """Evaluates the weights with and without the sinks: they must differ by the sinks' share of the sum."""
+        miss = check_products(match.path)
+        if miss is not None:
+            return miss
+        sinks = _per_head(subject, match)
+        if sinks is None:
+            reason = "what joins the scores in their softmax is not one logit a head, the same for every query"
+            return Miss(match.sink, reason, match.path.length)
+        if not _are_sinks(subject, match, sinks):
+            reason = "what joins the scores in their softmax does not act as an attention sink"
+            return Miss(match.sink, reason, match.path.length)
+        return None
+
+    def rewrite(self, subject: Subject, match: SinkPath) -> AttentionSite:
+        """See the class."""
+        site = site_of(subject, _weights(subject, match, with_sinks=False), match.result)
+        sinks = _per_head(subject, match)
+        assert sinks is not None
+        graph = subject.graph_module.graph
+        with graph.inserting_before(match.result):
+            site.sinks = sinks if len(shape(sinks) or ()) == 1 else call(graph, aten.reshape.default, sinks, [-1])
+        return site
+
+
+class SinkColumn(_Sinks):
+    """`%all = cat([%scores, %sinks], -1); %w = slice(softmax(%all, -1), 3, 0, -1); %o = matmul(%w, %v)`."""
+
+    def match(self, subject: Subject, node: fx.Node) -> SinkPath | Miss | None:
+        """See the class."""
+        path = softmax_path(subject, node)
+        if not isinstance(path, SoftmaxPath):
+            return path
+        joins = [n for n in path.above if n.target == aten.cat.default]
+        if len(joins) != 1:
+            return Miss(joins[0], "scores are joined with others more than once", path.length) if joins else None
+        parts = joins[0].args[0]
+        assert isinstance(parts, (list, tuple))
+        beside = [n for n in parts if isinstance(n, fx.Node) and n not in subject.dependent]
+        if len(beside) != 1:
+            return Miss(joins[0], "more than one tensor joins the scores in their softmax", path.length)
+        return SinkPath(path, beside[0], None, path.output.node)
+
+
+class SinkFactor(_Sinks):
+    """`%o = mul(matmul(softmax(%scores), %v), unsqueeze(sigmoid(sub(logsumexp(%scores, -1), %sinks)), -1))`."""
+
+    def match(self, subject: Subject, node: fx.Node) -> SinkPath | Miss | None:
+        """See the class."""
+        path = softmax_path(subject, node)
+        if not isinstance(path, SoftmaxPath):
+            return path
+        output = path.output.node
+        while len(output.users) == 1 and next(iter(output.users)).target in _CASTS:
+            output = next(iter(output.users))
+        users = list(output.users)
+        if len(users) != 1 or users[0].target != aten.mul.Tensor:
+            return None
+        factor = next((n for n in users[0].all_input_nodes if n is not output), None)
+        if factor is None or factor not in subject.dependent:
+            return None
+        sink = _beside_logsumexp(subject, factor)
+        return None if sink is None else SinkPath(path, sink, factor, users[0])
+
+
+def _beside_logsumexp(subject: Subject, factor: fx.Node) -> fx.Node | None:
+    """The tensor that the log of the softmax's sum meets on its way to `factor`."""
+    node, sink = factor, None
+    while node.target != aten.logsumexp.default:
+        sources = subject.varying(node)
+        if len(sources) != 1:
+            return None
+        beside = [n for n in node.all_input_nodes if n not in subject.dependent and shape(n)]
+        if node.target in (aten.sub.Tensor, aten.add.Tensor) and beside:
+            sink = beside[0]
+        node = sources[0]
+    return sink
+
+
+def _per_head(subject: Subject, match: SinkPath) -> fx.Node | None:
+    """The tensor of Hq logits that `match.sink` spreads over the queries."""
+    symbol = token_symbol(subject.graph_module.graph)
+    node = match.sink
+    while token_dims(node, symbol) or math.prod(shape(node) or ()) != match.heads:
+        if node.target not in _SPREAD or not isinstance(node.args[0], fx.Node):
+            return _constant_logit(subject, match)
+        node = argument(node, 0)
+    return node
+
+
+def _constant_logit(subject: Subject, match: SinkPath) -> fx.Node | None:
+    return None
+
+
+def _weights(subject: Subject, match: SinkPath, *, with_sinks: bool) -> Weights:
+    value = match.sink.meta["val"]
+
+    def none(tokens: int) -> Tensor:
+        size = Evaluator(subject.graph_module, tokens).concrete_shape(match.sink)
+        return torch.full(size, -torch.inf, dtype=value.dtype, device=value.device)
+
+    given: dict[fx.Node, Given] = {} if with_sinks else {match.sink: none}
+    return Weights(subject, match.path, given) if match.factor is None else _Scaled(subject, match, given)
+
+
+class _Scaled(Weights):
+    """Weights of a path whose output is multiplied by a factor."""
+
+    def __init__(self, subject: Subject, match: SinkPath, given: dict[fx.Node, Given]) -> None:
+        assert match.factor is not None
+        self.factor = match.factor
+        super().__init__(subject, match.path, given)
+
+    def __call__(self, tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
+        """See the class."""
+        weights = super().__call__(tokens, scores, constants)
+        output: Product = self.path.output
+        value: Tensor = self.evaluator(tokens, scores, constants)(self.factor)
+        sizes = Evaluator(self.graph_module, tokens).concrete_shape(output.node)
+        return weights * self.per_query(value.float().expand(sizes))
+
+    def per_query(self, factor: Tensor) -> Tensor:
+        """A factor in the layout of the output as [Hq, T, 1]; NaN where it differs from feature to feature."""
+        raise NotImplementedError
+
+
+def _are_sinks(subject: Subject, match: SinkPath, sinks: fx.Node) -> bool:
+    without, with_sinks = (_weights(subject, match, with_sinks=given) for given in (False, True))
+    logits: Tensor = Evaluator(subject.graph_module, _TOKENS)(sinks)
+    generator = torch.Generator(logits.device).manual_seed(0)
+    raw = torch.randn(match.heads, _TOKENS, _TOKENS, device=logits.device, generator=generator) * 3
+    scaled = raw * match.path.scale
+    if match.path.softcap:
+        scaled = match.path.softcap * torch.tanh(scaled / match.path.softcap)
+    plain = without(_TOKENS, raw, {})
+    total = (scaled - plain.log()).diagonal(dim1=-2, dim2=-1)  # log of the sum over visible keys, the query's among them
+    share = torch.sigmoid(total - logits.float().flatten()[:, None])[..., None]
+    exact = match.path.scores.node.meta["val"].dtype in (torch.float32, torch.float64)
+    tolerance = 1e-5 if exact else 2e-2
+    return torch.allclose(with_sinks(_TOKENS, raw, {}), plain * share, rtol=tolerance, atol=tolerance)
