@@ -21,6 +21,7 @@ from emssd_compile.passes.levels import (
     verify_unpadded,
 )
 from emssd_compile.passes.lift_positions import LiftPositions
+from emssd_compile.passes.lower_flex_attention import LowerFlexAttention
 from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
 from emssd_compile.passes.raise_attention import RaiseAttention
@@ -48,8 +49,8 @@ __all__ = [
 
 
 def captured() -> Level:
-    """L0: what `capture` gives."""
-    return Level("L0", (), verify_captured)
+    """L0: what `capture` gives, in ATen ops."""
+    return Level("L0", (LowerFlexAttention(),), verify_captured)
 
 
 def canonical(batch: BatchShape) -> Level:

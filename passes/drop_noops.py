@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -62,11 +63,13 @@ class DropNoops:
 
 
 def _normalise_view(node: fx.Node) -> bool:
-    """Make any view a reshape to known sizes, with -1 for the one that depends on the number of tokens."""
+    """Make any view a reshape, to known sizes and -1 where one size alone depends on the number of tokens."""
     sizes = shape(node)
-    if node.target not in _VIEWS or sizes is None or sum(isinstance(s, torch.SymInt) for s in sizes) > 1:
+    if node.target not in _VIEWS or sizes is None:
         return False
-    known = [-1 if isinstance(s, torch.SymInt) else s for s in sizes]
+    known: Any = [-1 if isinstance(s, torch.SymInt) else s for s in sizes]
+    if known.count(-1) > 1:  # a relation of tokens to tokens: sizes stay as the model computes them
+        known = node.args[1]
     if node.target == aten.reshape.default and node.args[1] == known:
         return False
     node.target = aten.reshape.default

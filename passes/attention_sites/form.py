@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from emssd_compile.passes.mask_family import Probe
 
@@ -69,7 +69,7 @@ class AttentionSite:
     place: Callable[[fx.Graph, fx.Node], fx.Node]
     scale: float
     softcap: float
-    sinks: fx.Node | None
+    sinks: fx.Node | Tensor | None
     probe: Probe
     literals: set[int]
 

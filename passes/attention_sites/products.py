@@ -260,4 +260,4 @@ def laid_like(graph: fx.Graph, node: fx.Node, sizes: list[int], order: list[int]
     kept = [-1 if isinstance(size, torch.SymInt) else size for size in found]
     if kept != sizes:
         node = call(graph, aten.reshape.default, node, sizes)
-    return node if order == sorted(order) else call(graph, aten.permute.default, node, order)
+    return permuted(graph, node, order)

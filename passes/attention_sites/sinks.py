@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.passes.attention_sites.form import AttentionSite, Form, Miss, Subject
-from emssd_compile.passes.attention_sites.products import Product
 from emssd_compile.passes.attention_sites.softmax import (
     Given,
     SoftmaxPath,
     Weights,
     check_products,
+    laid_out,
     site_of,
     softmax_path,
 )
-from emssd_compile.passes.graph import Evaluator, argument, aten, call, shape, token_dims, token_symbol
+from emssd_compile.passes.graph import Evaluator, ancestors, argument, aten, call, shape, token_dims, token_symbol
 
 _TOKENS = 12
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
@@ -57,7 +57,7 @@ class _Sinks(Form[SinkPath]):
 
     def check(self, subject: Subject, match: SinkPath) -> Miss | None:
         """Evaluates the weights with and without the sinks: they must differ by the sinks' share of the sum."""
-        miss = check_products(match.path)
+        miss = check_products(subject, match.path)
         if miss is not None:
             return miss
         sinks = _per_head(subject, match)
@@ -72,11 +72,11 @@ class _Sinks(Form[SinkPath]):
     def rewrite(self, subject: Subject, match: SinkPath) -> AttentionSite:
         """See the class."""
         site = site_of(subject, _weights(subject, match, with_sinks=False), match.result)
-        sinks = _per_head(subject, match)
-        assert sinks is not None
-        graph = subject.graph_module.graph
-        with graph.inserting_before(match.result):
-            site.sinks = sinks if len(shape(sinks) or ()) == 1 else call(graph, aten.reshape.default, sinks, [-1])
+        site.sinks = _per_head(subject, match)
+        if isinstance(site.sinks, fx.Node) and len(shape(site.sinks) or ()) != 1:
+            graph = subject.graph_module.graph
+            with graph.inserting_before(match.result):
+                site.sinks = call(graph, aten.reshape.default, site.sinks, [-1])
         return site
 
 
@@ -134,19 +134,25 @@ def _beside_logsumexp(subject: Subject, factor: fx.Node) -> fx.Node | None:
     return sink
 
 
-def _per_head(subject: Subject, match: SinkPath) -> fx.Node | None:
-    """The tensor of Hq logits that `match.sink` spreads over the queries."""
+def _per_head(subject: Subject, match: SinkPath) -> fx.Node | Tensor | None:
+    """What `match.sink` spreads over the queries: a tensor of Hq logits in the graph, or constants."""
     symbol = token_symbol(subject.graph_module.graph)
     node = match.sink
     while token_dims(node, symbol) or math.prod(shape(node) or ()) != match.heads:
         if node.target not in _SPREAD or not isinstance(node.args[0], fx.Node):
-            return _constant_logit(subject, match)
+            return _constants(subject, match)
         node = argument(node, 0)
     return node
 
 
-def _constant_logit(subject: Subject, match: SinkPath) -> fx.Node | None:
-    return None
+def _constants(subject: Subject, match: SinkPath) -> Tensor | None:
+    """Sinks that are computed from nothing, as `zeros` in a softmax with one more in its sum."""
+    if any(n.op == "get_attr" for n in ancestors([match.sink])):
+        return None
+    value: Tensor = Evaluator(subject.graph_module, _TOKENS)(match.sink)
+    if value.numel() == 0 or not bool((value == value.flatten()[0]).all()):
+        return None
+    return value.flatten()[:1].expand(match.heads).contiguous()
 
 
 def _weights(subject: Subject, match: SinkPath, *, with_sinks: bool) -> Weights:
@@ -171,26 +177,24 @@ class _Scaled(Weights):
     def __call__(self, tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
         """See the class."""
         weights = super().__call__(tokens, scores, constants)
-        output: Product = self.path.output
-        value: Tensor = self.evaluator(tokens, scores, constants)(self.factor)
-        sizes = Evaluator(self.graph_module, tokens).concrete_shape(output.node)
-        return weights * self.per_query(value.float().expand(sizes))
-
-    def per_query(self, factor: Tensor) -> Tensor:
-        """A factor in the layout of the output as [Hq, T, 1]; NaN where it differs from feature to feature."""
-        raise NotImplementedError
+        output = self.path.output
+        factor: Tensor = self.evaluator(tokens, scores, constants)(self.factor)
+        factor = factor.float().expand(Evaluator(self.graph_module, tokens).concrete_shape(output.node))
+        factor = laid_out(factor, output.out, self.rows + self.features).reshape(*weights.shape[:2], -1)
+        same = factor == factor[..., :1]
+        return weights * factor.masked_fill(~same, torch.nan).mean(-1, keepdim=True)
 
 
-def _are_sinks(subject: Subject, match: SinkPath, sinks: fx.Node) -> bool:
+def _are_sinks(subject: Subject, match: SinkPath, sinks: fx.Node | Tensor) -> bool:
     without, with_sinks = (_weights(subject, match, with_sinks=given) for given in (False, True))
-    logits: Tensor = Evaluator(subject.graph_module, _TOKENS)(sinks)
+    logits: Tensor = sinks if isinstance(sinks, Tensor) else Evaluator(subject.graph_module, _TOKENS)(sinks)
     generator = torch.Generator(logits.device).manual_seed(0)
     raw = torch.randn(match.heads, _TOKENS, _TOKENS, device=logits.device, generator=generator) * 3
     scaled = raw * match.path.scale
     if match.path.softcap:
         scaled = match.path.softcap * torch.tanh(scaled / match.path.softcap)
     plain = without(_TOKENS, raw, {})
-    total = (scaled - plain.log()).diagonal(dim1=-2, dim2=-1)  # log of the sum over visible keys, the query's among them
+    total = (scaled - plain.log()).diagonal(dim1=-2, dim2=-1)  # log of the sum over keys
     share = torch.sigmoid(total - logits.float().flatten()[:, None])[..., None]
     exact = match.path.scores.node.meta["val"].dtype in (torch.float32, torch.float64)
     tolerance = 1e-5 if exact else 2e-2

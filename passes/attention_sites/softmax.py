@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.passes.attention_sites.form import AttentionSite, Form, Miss, Subject
-from emssd_compile.passes.attention_sites.products import Operand, Product, arrange, lay_out, product
+from emssd_compile.passes.attention_sites.products import Operand, Product, arrange, laid_like, product
 from emssd_compile.passes.graph import (
     Evaluator,
     ancestors,
     aten,
-    call,
     literals,
     scalar,
     token_dims,
@@ -77,7 +76,10 @@ class SoftmaxOfProducts(Form[SoftmaxPath]):
 
     def check(self, subject: Subject, match: SoftmaxPath) -> Miss | None:
         """See the class."""
-        return check_products(match)
+        for node in match.above:
+            if node.target == aten.cat.default:
+                return Miss(node, "scores are joined with others before their softmax", match.length)
+        return check_products(subject, match)
 
     def rewrite(self, subject: Subject, match: SoftmaxPath) -> AttentionSite:
         """See the class."""
@@ -171,7 +173,7 @@ def _down(subject: Subject, softmax: fx.Node, matched: int) -> tuple[tuple[fx.No
         node = user
 
 
-def check_products(path: SoftmaxPath) -> Miss | None:
+def check_products(subject: Subject, path: SoftmaxPath) -> Miss | None:
     """Why the two products are not those of an attention; None if they are."""
     scores, output = path.scores, path.output
     left, right = scores.left, scores.right
@@ -183,6 +185,9 @@ def check_products(path: SoftmaxPath) -> Miss | None:
     weights, values = output.other(path.weights)
     if len(weights.tokens) != 2 or len(values.tokens) != 1 or output.contracted != values.tokens:
         return Miss(output.node, "the weights' product with the values does not sum over keys alone", path.length)
+    heads = set(scores.out) - set(tokens)
+    if not heads <= set(Weights(subject, path).query.letters):
+        return Miss(scores.node, "keys have heads that queries do not have", path.length)
     return None
 
 
@@ -200,34 +205,45 @@ class Weights:
         self.path = path
         self.given = given or {}
         self.query, self.key = path.scores.left, path.scores.right
+        self.entering, self.values = path.output.other(path.weights)
         if not self._answers_to_rows():
             self.query, self.key = self.key, self.query
 
     @property
     def heads(self) -> str:
         """Letters of the scores' heads: those that queries and keys share, then those of a group of queries."""
-        return _heads(self.path.scores, self.key)
+        tokens = self.query.tokens + self.key.tokens
+        return _ordered("".join(c for c in self.path.scores.out if c not in tokens), self.key)
 
     @property
     def num_heads(self) -> int:
         """Hq."""
         return math.prod(self.path.scores.sizes(self.heads))
 
+    @property
+    def rows(self) -> str:
+        """Letters of the heads and of the query as they enter the product with the values."""
+        (query,) = set(self.entering.tokens) - set(self.values.tokens)
+        heads = "".join(c for c in self.entering.letters if c not in self.entering.tokens)
+        return _ordered(heads, self.values) + query
+
+    @property
+    def features(self) -> str:
+        """Letters of the values' features."""
+        return "".join(c for c in self.path.output.out if c not in self.entering.letters)
+
     def __call__(self, tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
         """Weights for raw scores; `constants` replace integers in the graph."""
         evaluator = self.evaluator(tokens, scores, constants)
-        weights, values = self.path.output.other(self.path.weights)
-        (row,) = set(weights.tokens) - set(values.tokens)
-        wanted = _heads(self.path.output, values) + row + values.tokens
-        value: Tensor = evaluator(weights.node)
-        return _lay_out(value.float(), weights.letters, wanted).reshape(scores.shape)
+        value: Tensor = evaluator(self.entering.node)
+        return laid_out(value.float(), self.entering.letters, self.rows + self.values.tokens).reshape(scores.shape)
 
     def evaluator(self, tokens: int, scores: Tensor, constants: dict[int, int] | None = None) -> Evaluator:
         """Computes nodes of the path for raw scores."""
         product = self.path.scores
         sizes = [tokens if n == -1 else n for n in product.sizes(self.heads)]
         raw = scores.to(product.node.meta["val"].dtype).reshape(*sizes, tokens, tokens)
-        raw = _lay_out(raw, self.heads + self.query.tokens + self.key.tokens, product.out)
+        raw = laid_out(raw, self.heads + self.query.tokens + self.key.tokens, product.out)
         if product.added is not None:  # the raw scores stand for the product alone
             bias: Tensor = Evaluator(self.graph_module, tokens)(product.added)
             raw = product.beta() * bias + product.alpha() * raw
@@ -255,17 +271,13 @@ def site_of(subject: Subject, weights: Weights, result: fx.Node | None = None) -
     """
     path = weights.path
     graph, output = subject.graph_module.graph, path.output
-    entering, values = output.other(path.weights)
-    (row,) = set(entering.tokens) - set(values.tokens)
-    features = "".join(c for c in values.letters if c in output.out and c not in entering.letters)
-    heads = _heads(output, values)
     with graph.inserting_before(output.node):
         query = arrange(graph, weights.query, weights.heads, path.scores.contracted)
         key = arrange(graph, weights.key, _shared(weights.heads, weights.key), path.scores.contracted)
-        value = arrange(graph, values, _shared(heads, values), features)
+        value = arrange(graph, weights.values, _shared(weights.rows[:-1], weights.values), weights.features)
 
     def place(graph: fx.Graph, attended: fx.Node) -> fx.Node:
-        letters = heads + row + features
+        letters = weights.rows + weights.features
         return laid_like(graph, attended, output.sizes(letters), [letters.index(c) for c in output.out])
 
     return AttentionSite(
@@ -282,11 +294,8 @@ def site_of(subject: Subject, weights: Weights, result: fx.Node | None = None) -
     )
 
 
-def _heads(product: Product, second: Operand) -> str:
-    """Letters of the heads of a product's result: those that its second operand has, then the others."""
-    tokens = product.left.tokens + product.right.tokens
-    shared = product.left.letters if second is product.right else product.right.letters
-    heads = [c for c in shared if c not in tokens and c in product.out and c != BROADCAST]
+def _ordered(heads: str, second: Operand) -> str:
+    """Letters of heads: those that the second operand shares, then those that differ within its groups."""
     return "".join(sorted(heads, key=lambda c: c not in second.letters))
 
 
@@ -294,6 +303,6 @@ def _shared(heads: str, operand: Operand) -> str:
     return "".join(c for c in heads if c in operand.letters)
 
 
-def _lay_out(value: Tensor, letters: str, wanted: str) -> Tensor:
+def laid_out(value: Tensor, letters: str, wanted: str) -> Tensor:
     """A tensor with dimensions `letters` permuted to `wanted`."""
     return value.permute([letters.index(c) for c in wanted])
