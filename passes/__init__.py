@@ -21,6 +21,7 @@ from emssd_compile.passes.levels import (
     verify_unpadded,
 )
 from emssd_compile.passes.lift_positions import LiftPositions
+from emssd_compile.passes.lower_einsum import LowerEinsum
 from emssd_compile.passes.lower_flex_attention import LowerFlexAttention
 from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
@@ -61,6 +62,7 @@ def canonical(batch: BatchShape) -> Level:
             DropNoops(),
             RestoreAllLogits(),
             RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on 0, 1, 2, ...
+            LowerEinsum(),  # after attention is raised, which reads einsums as they are
             LiftPositions(),
             ProveTokenPointwise(),  # last: what was wrongly left over is caught here
         ),

@@ -94,15 +94,16 @@ def data_dependent(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """`nodes` and everything they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], *, values_only: bool = False) -> set[fx.Node]:
+    """`nodes` and everything they are computed from; with `values_only`, not what they take a shape from."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.all_input_nodes)
+            if not (values_only and node.target in SHAPE_ONLY):
+                stack.extend(node.all_input_nodes)
     return found
 
 

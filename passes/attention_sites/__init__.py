@@ -37,10 +37,14 @@ def find_site(graph_module: fx.GraphModule, node: fx.Node, dependent: set[fx.Nod
         found = form.match(subject, node)
         if found is None:
             continue
-        miss = found if isinstance(found, Miss) else form.check(subject, found)
-        if miss is None:
+        if isinstance(found, Miss):
+            misses.append(found)
+            continue
+        objection = form.check(subject, found)
+        if objection is None:
             return form.rewrite(subject, found)
-        misses.append(miss)
+        misses.append(objection)
+        break  # all of the form is there, so it is meant: no other form is tried
     if misses:
         nearest = max(misses, key=lambda miss: miss.matched)
         raise refuse(nearest.node, nearest.reason)

@@ -86,6 +86,11 @@ def product(node: fx.Node, dependent: set[fx.Node]) -> Product | None:
     return None
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether `node` multiplies and sums, of whatever."""
+    return any(node.target in spelling.targets for spelling in _SPELLINGS)
+
+
 class _Spelling:
     """One way of writing a product."""
 

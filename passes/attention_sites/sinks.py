@@ -147,7 +147,7 @@ def _per_head(subject: Subject, match: SinkPath) -> fx.Node | Tensor | None:
 
 def _constants(subject: Subject, match: SinkPath) -> Tensor | None:
     """Sinks that are computed from nothing, as `zeros` in a softmax with one more in its sum."""
-    if any(n.op == "get_attr" for n in ancestors([match.sink])):
+    if any(n.op == "get_attr" for n in ancestors([match.sink], values_only=True)):
         return None
     value: Tensor = Evaluator(subject.graph_module, _TOKENS)(match.sink)
     if value.numel() == 0 or not bool((value == value.flatten()[0]).all()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.passes.attention_sites.form import AttentionSite, Form, Miss, Subject
-from emssd_compile.passes.attention_sites.products import Operand, Product, arrange, laid_like, product
+from emssd_compile.passes.attention_sites.products import Operand, Product, arrange, is_product, laid_like, product
 from emssd_compile.passes.graph import (
     Evaluator,
     ancestors,
@@ -111,7 +111,7 @@ def _up(subject: Subject, softmax: fx.Node) -> tuple[Product, tuple[fx.Node, ...
         source = _shifted(node) or _only(subject.varying(node))
         if source is None:
             reason = "a softmax over tokens whose scores are not a product of queries and keys"
-            if any(product(n, subject.dependent) for n in subject.varying(node)):
+            if len(subject.varying(node)) > 1 and not is_product(node):
                 reason = "scores are combined with values that depend on the token ids before their softmax"
             return Miss(node, reason, len(between) + 1)
         factor = _factor(subject.graph_module, node, source)
