@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from emssd_compile.passes.graph import argument, refuse
+from emssd_compile.passes.graph import aten, call
 from emssd_compile.passes.splice import Tensors, inline_function
 
 _FLEX = torch.ops.higher_order.flex_attention
-_RESULTS = ("output", "logsumexp", "largest")
 
 
 class LowerFlexAttention:
@@ -40,65 +39,59 @@ class LowerFlexAttention:
 
 def _spell_out(graph_module: fx.GraphModule, site: fx.Node) -> None:
     query, key, value, score_mod, block_mask, scale, _, score_buffers, mask_buffers = site.args
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     assert isinstance(block_mask, tuple)
-    if not isinstance(scale, float):
-        raise refuse(site, "flex_attention has a scale that is not a constant")
-    functions = [getattr(graph_module, str(node.target)) for node in (score_mod, block_mask[-1])]  # type: ignore[union-attr]
-    buffers = {f"score_{i}": node for i, node in enumerate(score_buffers)}  # type: ignore[arg-type]
-    buffers |= {f"mask_{i}": node for i, node in enumerate(mask_buffers)}  # type: ignore[arg-type]
-    inputs = {"query": query, "key": key, "value": value, **buffers}
-    fake_mode = argument(site, 0).meta["val"].fake_mode
-
-    def attend(given: Tensors) -> Tensors:
-        extra = [[given[n] for n in buffers if n.startswith(kind)] for kind in ("score_", "mask_")]
-        return _attend(given["query"], given["key"], given["value"], scale, functions, extra)
-
-    with graph_module.graph.inserting_before(site):
-        results = inline_function(graph_module, attend, inputs, fake_mode)  # type: ignore[arg-type]
+    graph = graph_module.graph
+    before = set(graph.nodes)
+    with graph.inserting_before(site):
+        groups = query.meta["val"].shape[1] // key.meta["val"].shape[1]
+        if groups > 1:
+            key, value = (call(graph, aten.repeat_interleave.self_int, n, groups, 1) for n in (key, value))
+        product = call(graph, aten.matmul.default, query, call(graph, aten.transpose.int, key, -1, -2))
+        scores = call(graph, aten.mul.Tensor, product, scale)
+        scores = _for_each(graph_module, score_mod, scores, [scores], score_buffers)
+        visible = _for_each(graph_module, block_mask[-1], scores, [], mask_buffers)
+        hidden = call(graph, aten.logical_not.default, visible)
+        scores = call(graph, aten.masked_fill.Scalar, scores, hidden, -torch.inf)
+        output = call(graph, aten.matmul.default, call(graph, aten.softmax.int, scores, -1), value)
+        results = [
+            _laid_out_as(graph, output, query),
+            call(graph, aten.div.Tensor, call(graph, aten.logsumexp.default, scores, [-1]), math.log(2)),
+            call(graph, aten.amax.default, scores, [-1]),
+        ]
+    for node in set(graph.nodes) - before:
+        node.meta["nn_module_stack"] = site.meta.get("nn_module_stack")  # where a refusal says it is
     for user in list(site.users):
-        user.replace_all_uses_with(results[_RESULTS[user.args[1]]])  # type: ignore[index]
-        graph_module.graph.erase_node(user)
-    for result in results.values():
-        result.meta.setdefault("nn_module_stack", site.meta.get("nn_module_stack"))
-    graph_module.graph.erase_node(site)
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        graph.erase_node(user)
+    graph.erase_node(site)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    functions: list[Callable[..., Tensor]],
-    buffers: list[list[Tensor]],
-) -> Tensors:
-    """What flex_attention computes. Shapes: `[1, Hq, T, Dk]`, `[1, Hkv, T, Dk]`, `[1, Hkv, T, Dv]`."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    device = query.device
-    places = [torch.arange(n, device=device) for n in (query.shape[0], query.shape[1], query.shape[2], key.shape[2])]
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scale
-    scores = _for_each(functions[0], [scores], places, buffers[0])
-    visible = _for_each(functions[1], [], places, buffers[1])
-    scores = scores.masked_fill(~visible, -torch.inf)
-    output = torch.matmul(scores.softmax(-1), value)
-    if statically_known_true(query.stride(1) <= query.stride(2)):  # the op's result lies in memory as its queries do
-        output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    return {
-        "output": output,
-        "logsumexp": scores.logsumexp(-1) / math.log(2),
-        "largest": scores.amax(-1),
-    }
+def _laid_out_as(graph: fx.Graph, output: fx.Node, query: fx.Node) -> fx.Node:
+    """The op's result lies in memory as its queries do, and the model may view it so."""
+    strides = query.meta["val"].stride()
+    if not statically_known_true(strides[1] <= strides[2]):
+        return output
+    tokens_first = call(graph, aten.transpose.int, output, 1, 2)
+    copied = call(graph, aten.clone.default, tokens_first, memory_format=torch.contiguous_format)
+    return call(graph, aten.transpose.int, copied, 1, 2)
 
 
 def _for_each(
-    function: Callable[..., Any], scores: list[Tensor], places: list[Tensor], buffers: list[Tensor]
-) -> Tensor:
-    """`function` of each score, its batch, head, query and key, as one tensor."""
-    unmapped = [None] * len(buffers)
-    inner = function
+    graph_module: fx.GraphModule, function: Any, scores: fx.Node, first: list[fx.Node], buffers: Any
+) -> fx.Node:
+    """`function` of each score (or of none), its batch, head, query and key, as one tensor `[1, Hq, T, T]`."""
+    inner: Callable[..., Any] = getattr(graph_module, function.target)
     for dim in (3, 2, 1, 0):
         along = [0 if d == dim else None for d in range(4)]
-        inner = torch.vmap(inner, in_dims=(*(0 for _ in scores), *along, *unmapped))
-    result: Tensor = inner(*scores, *places, *buffers)
-    return result
+        inner = torch.vmap(inner, in_dims=(*(0 for _ in first), *along, *(None for _ in buffers)))
+    inputs = {"scores": scores, **{f"buffer_{i}": node for i, node in enumerate(buffers)}}
+
+    def spread(given: Tensors) -> Tensors:
+        values = list(given.values())
+        places = [torch.arange(size, device=values[0].device) for size in values[0].shape]
+        return {"result": inner(*values[: len(first)], *places, *values[1:])}
+
+    return inline_function(graph_module, spread, inputs, scores.meta["val"].fake_mode)["result"]
