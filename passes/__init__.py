@@ -60,8 +60,8 @@ def canonical(batch: BatchShape) -> Level:
             DropNoops(),
             RestoreAllLogits(),
             RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on 0, 1, 2, ...
-            LiftPositions(),
-            ProveTokenPointwise(),  # last: what was wrongly left over is caught here
+            LiftPositions(batch.capacity),
+            ProveTokenPointwise(batch.capacity),  # last: what was wrongly left over is caught here
         ),
         verify_canonical,
     )

@@ -10,11 +10,9 @@ from torch import Tensor, fx
 
 from emssd_compile.passes.graph import (
     Evaluator,
-    ancestors,
     argument,
     aten,
     call,
-    literals,
     refuse,
     scalar,
     shape,
@@ -22,6 +20,7 @@ from emssd_compile.passes.graph import (
     token_symbol,
 )
 from emssd_compile.passes.mask_family import MaskFamily, Probe
+from emssd_compile.passes.sampled_evaluator import SampledEvaluator
 
 _SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
@@ -38,7 +37,6 @@ class AttentionSite:
         scale: factor on the products of queries and keys.
         softcap: 0, or c in `c * tanh(scaled / c)`.
         probe: computes its probabilities for given raw scores.
-        literals: integers in its mask's subgraph.
     """
 
     result: fx.Node
@@ -48,7 +46,6 @@ class AttentionSite:
     scale: float
     softcap: float
     probe: Probe
-    literals: set[int]
 
 
 def find_site(graph_module: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> AttentionSite | None:
@@ -81,16 +78,15 @@ def _sdpa_site(graph_module: fx.GraphModule, node: fx.Node) -> AttentionSite:
     scale = given.get("scale")
     factor = float(given["query"].meta["val"].shape[-1]) ** -0.5 if scale is None else float(scale)
 
-    def probe(tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
+    def probe(places: Tensor, scores: Tensor) -> Tensor:
         scaled = scores * factor
         if mask is None:
             return MaskFamily().probabilities(scaled)
-        value: Tensor = Evaluator(graph_module, tokens, constants=constants)(mask)
+        value: Tensor = SampledEvaluator(graph_module, places)(mask)
         bias = torch.zeros(()).masked_fill(~value, -torch.inf) if value.dtype == torch.bool else value.float()
         return (scaled + bias.to(scaled.device)).softmax(-1).reshape(scores.shape)
 
-    integers = set() if mask is None else _literals(mask)
-    return AttentionSite(node, given["query"], given["key"], given["value"], factor, 0.0, probe, integers)
+    return AttentionSite(node, given["query"], given["key"], given["value"], factor, 0.0, probe)
 
 
 def _eager_site(graph_module: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node]) -> AttentionSite:
@@ -101,22 +97,23 @@ def _eager_site(graph_module: fx.GraphModule, softmax: fx.Node, dependent: set[f
         key = _untransposed(graph_module.graph, key_transposed)
     dtype = product.meta["val"].dtype
 
-    def probe(tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
-        given_shape = Evaluator(graph_module, tokens).concrete_shape(product)
-        given = _given(graph_module, product, scores.to(dtype).reshape(given_shape))
-        value: Tensor = Evaluator(graph_module, tokens, given, constants)(weights)
+    def probe(places: Tensor, scores: Tensor) -> Tensor:
+        given_shape = Evaluator(graph_module, len(places)).concrete_shape(product)
+        given = _given(graph_module, product, scores.to(dtype).reshape(given_shape), places)
+        value: Tensor = SampledEvaluator(graph_module, places, given)(weights)
         return value.float().reshape(scores.shape)
 
-    integers = _literals(weights, stop=product)
-    return AttentionSite(result, query, key, argument(result, 1), scale, softcap, probe, integers)
+    return AttentionSite(result, query, key, argument(result, 1), scale, softcap, probe)
 
 
-def _given(graph_module: fx.GraphModule, product: fx.Node, scores: Tensor) -> dict[fx.Node, Tensor]:
+def _given(
+    graph_module: fx.GraphModule, product: fx.Node, scores: Tensor, places: Tensor
+) -> dict[fx.Node, Tensor]:
     """`baddbmm` adds its first input to the product: the raw scores stand for the product alone."""
     if product.target != aten.baddbmm.default:
         return {product: scores}
     beta, alpha = (float(product.kwargs.get(name, 1.0)) for name in ("beta", "alpha"))  # type: ignore[arg-type]
-    value: Tensor = Evaluator(graph_module, scores.shape[-1])(argument(product, 0))
+    value: Tensor = SampledEvaluator(graph_module, places)(argument(product, 0))
     return {product: beta * value + alpha * scores}
 
 
@@ -180,7 +177,3 @@ def _untransposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
             return argument(node, 0)
     return call(graph, aten.transpose.int, node, -1, -2)
 
-
-def _literals(node: fx.Node, stop: fx.Node | None = None) -> set[int]:
-    """Integer literals in the subgraph of `node` (without what `stop` is computed from)."""
-    return literals(ancestors([node]) - (ancestors(stop.all_input_nodes) if stop is not None else set()))
