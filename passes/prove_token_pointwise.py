@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.ops import attention
+from emssd_compile.passes.bar_unreadable import readable
 from emssd_compile.passes.graph import (
     aten,
     has_symbol,
@@ -200,7 +201,7 @@ class _Trials:
             return "half of the tokens alone gave other outputs"
         elsewhere = positions.clone()
         elsewhere[half:] = self.start(trial + 1, half) + steps
-        if bool(_differs(base[:half], self.run(ids, elsewhere))[:half].any()):
+        if bool(_differs(base[:half], self.run(ids, elsewhere)[:half]).any()):
             return "the positions of one row changed the outputs of another"
         return ""
 
@@ -269,15 +270,9 @@ def _token_local(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
 
 
 def _vocabulary(graph_module: fx.GraphModule) -> int:
-    ids = placeholder(graph_module.graph, "input_ids")
-    for node in ids.users:
-        if node.target == aten.embedding.default:
-            table = node.args[0]
-            assert isinstance(table, fx.Node)
-            return int(table.meta["val"].shape[0])
     logits = output(graph_module.graph).args[0]
     assert isinstance(logits, fx.Node)
-    return int(logits.meta["val"].shape[-1])
+    return readable(graph_module.graph) or int(logits.meta["val"].shape[-1])
 
 
 __all__ = ["ProveTokenPointwise", "find_mixing", "influence"]

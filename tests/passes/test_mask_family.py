@@ -54,7 +54,7 @@ KNOWN = {
     "window shorter than the probe": (5, lambda m, t: _seen(t, 5)),
     "window of one token": (1, lambda m, t: _seen(t, 1)),
     "window as a literal beyond the probe": (30, lambda m, t: _seen(t, 30)),
-    "window as a literal beyond the longest row": (4096, lambda m, t: _seen(t, 4096)),
+    "window as a literal that no row reaches": (0, lambda m, t: _seen(t, 4096)),
     "window including its end": (31, lambda m, t: (_distance(t) >= 0) & (_distance(t) <= 30)),
     "window in a buffer": (30, lambda m, t: m.band30[:t, :t]),
     "window as a float": (31, lambda m, t: (_distance(t) >= 0) & (_distance(t) < 30.5)),
@@ -94,6 +94,10 @@ def test_recognises_slopes(window, mask):
     torch.testing.assert_close(run(graph_module, LONGEST), eager(model, LONGEST), rtol=1e-5, atol=1e-5)
 
 
+def _log2(positions: Tensor) -> Tensor:
+    return (positions + 1.0).log2().long()
+
+
 def _per_head(m: TinyModel, t: int) -> Tensor:
     return (_distance(t) >= 0) & (_distance(t) < torch.tensor([2, 3, 4, 5])[:, None, None])
 
@@ -102,17 +106,25 @@ UNKNOWN = {
     "prefix": ("neither causal nor", lambda m, t: (_distance(t) >= 0) | (torch.arange(t) < 4)),
     "one token of lookahead": ("neither causal nor", lambda m, t: _distance(t) >= -1),
     "not even oneself": ("neither causal nor", lambda m, t: (_distance(t) > 0) | (torch.arange(t)[:, None] == 0)),
-    "chunks": (
+    "chunks, both ways": (
         "neither causal nor",
-        lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 8 == torch.arange(t) // 8),
+        lambda m, t: torch.arange(t)[:, None] // 8 == torch.arange(t) // 8,
     ),
-    "chunks longer than the probe": (
-        "the literal 30 shapes the mask",
-        lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 30 == torch.arange(t) // 30),
+    "chunks that begin within the first one": (
+        "neither causal nor",
+        lambda m, t: m.tril[:t, :t] & ((torch.arange(t)[:, None] + 3) // 8 == (torch.arange(t) + 3) // 8),
+    ),
+    "chunks of growing length": (
+        "neither causal nor",
+        lambda m, t: m.tril[:t, :t] & (_log2(torch.arange(t)[:, None]) == _log2(torch.arange(t))),
+    ),
+    "the chunk before, too": (
+        "neither causal nor",
+        lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 8 - torch.arange(t) // 8 <= 1),
     ),
     "every second token": ("neither causal nor", lambda m, t: (_distance(t) >= 0) & (_distance(t) % 2 == 0)),
     "window with first tokens kept": (
-        "the literal 30 shapes the mask",
+        "neither causal nor",
         lambda m, t: (_distance(t) >= 0) & ((_distance(t) < 30) | (torch.arange(t) < 4)),
     ),
     "another window per head": ("heads see different tokens", lambda m, t: _per_head(m, t)[None]),
