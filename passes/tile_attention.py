@@ -12,8 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, ragged_attention, tiled_attention, update_kv
 from emssd_compile.ops._ancestors import unpack_ancestors
+from emssd_compile.ops._scores import AttentionAttributes, in_use
 from emssd_compile.passes.graph import argument, aten, attribute, call, fresh_index, inputs, output, refuse
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
+
+_ATTRIBUTES = {"scale", "softcap", "sinks"}  # that `tiled_attention` has, too; what others mean, masks say
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class _Tile:
         places: int64 `[T]`, the tile slot of each packed token; the last slot for inert tail tokens.
         kv_lengths: int64 `[B]`, slots of each row's cache that its last token sees; at least 1.
         picks: which vectors of which head go where, by the number of query heads.
-        masks: the masks made so far, by window, ALiBi slopes and what else they are made of.
+        masks: the masks made so far, by how far a query sees, ALiBi slopes and what else they are made of.
     """
 
     tokens: fx.Node
@@ -47,7 +50,7 @@ class _Tile:
     places: fx.Node
     kv_lengths: fx.Node
     picks: dict[int, _Picks] = field(default_factory=dict)
-    masks: dict[tuple[int, bytes, tuple[fx.Node, ...]], fx.Node] = field(default_factory=dict)
+    masks: dict[tuple[AttentionAttributes, bytes, tuple[fx.Node, ...]], fx.Node] = field(default_factory=dict)
 
 
 class TileAttention:
@@ -58,8 +61,8 @@ class TileAttention:
     to the same memory. S is the length of the input `row_slots`, the most tokens of a row; a graph that has none yet (a
     model without the step around it) gets it. Rows are right-aligned, since then causal order needs no mask: the last
     query sees all of the row's slots, the one before it one less, and so on. What is not plain causal order (windows,
-    ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by all
-    layers.
+    chunks, ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by
+    all layers.
 
     No result of a tile slot without a token is ever read. Inert tail tokens read the last slot of the last row, which
     is finite, because `kv_lengths` is at least 1 and caches hold finite values.
@@ -180,8 +183,7 @@ class _Rewrite:
             *caches,
             tile.kv_lengths,
             mask,
-            scale=site.kwargs["scale"],
-            softcap=site.kwargs.get("softcap", 0.0),
+            **{name: site.kwargs[name] for name in _ATTRIBUTES if name in site.kwargs},
             is_causal=mask is None,
         )
         return self._take(result, picks.results)
@@ -200,11 +202,10 @@ class _Rewrite:
 
     def _mask(self, site: fx.Node, k_cache: fx.Node, tile: _Tile) -> fx.Node | None:
         """The mask that `site` needs, causal order included; None if that is all there is to it."""
-        window, slopes = site.kwargs.get("window", 0), site.kwargs.get("alibi_slopes")
-        ancestors = site.kwargs.get("ancestors")
-        assert isinstance(window, int)
-        if window == 0 and slopes is None and ancestors is None:
+        slopes, ancestors = site.kwargs.get("alibi_slopes"), site.kwargs.get("ancestors")
+        if in_use(site.kwargs) <= _ATTRIBUTES and ancestors is None:
             return None
+        reach: Any = {name: site.kwargs[name] for name in ("window", "chunk") if name in site.kwargs}
         given = {"row_slots": self.row_slots, "kv_lengths": tile.kv_lengths}
         if isinstance(ancestors, fx.Node):
             given |= {"tokens": tile.tokens, "ancestors": ancestors}
@@ -213,10 +214,10 @@ class _Rewrite:
         if isinstance(slopes, fx.Node):  # each layer has a copy of its own
             given["slopes"] = slopes
             slope_bytes = attribute(self.graph_module, slopes).double().cpu().numpy().tobytes()
-        key = (window, slope_bytes, sources)
+        key = (AttentionAttributes(1.0, **reach), slope_bytes, sources)
         if key not in tile.masks:
             cache = k_cache.meta["val"]
-            make = partial(_make_mask, window=window, capacity=cache.shape[2], dtype=cache.dtype)
+            make = partial(_make_mask, rule=key[0], capacity=cache.shape[2], dtype=cache.dtype)
             tile.masks[key] = inline_function(self.graph_module, make, given, self.fake_mode)["mask"]
         return tile.masks[key]
 
@@ -244,14 +245,13 @@ def _pick(given: Tensors, num_rows: int, heads: int) -> Tensors:
     return {"queries": queries, "results": results}
 
 
-def _make_mask(given: Tensors, window: int, capacity: int, dtype: torch.dtype) -> Tensors:
+def _make_mask(given: Tensors, rule: AttentionAttributes, capacity: int, dtype: torch.dtype) -> Tensors:
     """Bool `[B, 1, S, C + 1]`, or with ALiBi `slopes[Hq]` what is added to the scores, `[B, Hq, S, C + 1]`."""
     is_tree = "ancestors" in given
-    visible, distance = (_tree if is_tree else _chain)(given, capacity)
-    if window > 0:
-        visible = visible & (distance > -window)
+    visible, own, key_positions = (_tree if is_tree else _chain)(given, capacity)
+    visible = visible & rule.reaches(own, key_positions)
     if "slopes" in given:
-        bias = given["slopes"].to(torch.float32)[:, None, None] * distance[:, None]
+        bias = given["slopes"].to(torch.float32)[:, None, None] * (key_positions - own)[:, None]
         # Half of the lowest number: with a score added to it, it is still finite.
         return {"mask": torch.where(visible[:, None], bias.to(dtype), torch.finfo(dtype).min / 2)}
     if is_tree:  # a query that sees nothing gets slot 0, since a softmax over nothing may be NaN
@@ -260,24 +260,24 @@ def _make_mask(given: Tensors, window: int, capacity: int, dtype: torch.dtype) -
     return {"mask": visible[:, None]}
 
 
-def _chain(given: Tensors, capacity: int) -> tuple[Tensor, Tensor]:
-    """What a query in each tile slot sees, before any window, where each token follows the one before it.
+def _chain(given: Tensors, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a query in each tile slot sees, before any window or chunk, where each token follows the one before it.
 
     Positions of tokens and queries are slots then: the last query's is `kv_lengths - 1`. A tile slot without a token
     counts as one at position 0.
 
     Returns:
         visible: bool `[B, S, C + 1]`.
-        distance: `[B, S, C + 1]`, the position of the token in each cache slot minus that of the query.
+        own: `[B, S, 1]`, the position of each query.
+        key_positions: the position of the token in each cache slot, in a shape that broadcasts to `[B, S, C + 1]`.
     """
     kv_lengths, row_slots = given["kv_lengths"], given["row_slots"]
     slots = torch.arange(capacity, device=kv_lengths.device)
-    own = (kv_lengths[:, None] - row_slots.shape[0] + row_slots).clamp(min=0)
-    distance = slots - own[:, :, None]
-    return distance <= 0, distance
+    own = (kv_lengths[:, None] - row_slots.shape[0] + row_slots).clamp(min=0)[:, :, None]
+    return slots <= own, own, slots
 
 
-def _tree(given: Tensors, capacity: int) -> tuple[Tensor, Tensor]:
+def _tree(given: Tensors, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `_chain`, where the row's tokens of this step are a tree: `emssd::ragged_attention` says who sees whom.
 
     A tile slot without a token sees what the bits of another row's token say, of this row's tokens.
@@ -296,4 +296,4 @@ def _tree(given: Tensors, capacity: int) -> tuple[Tensor, Tensor]:
     step_token = (offsets[:-1, None] + step_index).clamp(0, positions.shape[0] - 1)
     key_positions = torch.where(committed, slots, positions[step_token])
     own = positions.index_select(0, given["tokens"]).view(rows, width)
-    return visible, key_positions[:, None] - own[:, :, None]
+    return visible, own[:, :, None], key_positions[:, None]

@@ -1,16 +1,18 @@
 """``emssd::ragged_attention``: packed query tokens attend to their own row's KV cache, with no padding anywhere."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from emssd_compile.ops._ancestors import unpack_ancestors
-from emssd_compile.ops._scores import accumulation_dtype, attention_weights
+from emssd_compile.ops._scores import SCHEMA, AttentionAttributes, accumulation_dtype
 
 torch.library.define(
     "emssd::ragged_attention",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor offsets, Tensor lengths, Tensor positions, *, float scale,"
-    " int window=0, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? ancestors=None) -> Tensor",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor offsets, Tensor lengths, Tensor positions, *,"
+    f" {SCHEMA}, Tensor? ancestors=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -23,11 +25,8 @@ def reference(
     lengths: Tensor,
     positions: Tensor,
     *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
     ancestors: Tensor | None = None,
+    **attributes: Any,
 ) -> Tensor:
     """Each token attends to its row's committed slots and to its ancestors among the row's tokens of this step.
 
@@ -42,32 +41,27 @@ def reference(
         offsets: int64 ``[B + 1]``, jagged offsets of the rows in ``T``. Tokens from ``offsets[B]`` on are inert tail.
         lengths: int64 ``[B]``, committed tokens of each row.
         positions: int64 ``[T]``, true position of each token in its row.
-        scale: multiplies the dot products.
-        window: if positive, a key is seen only if ``query position - window < key position``.
-        softcap: if positive, caps the scaled scores with ``softcap * tanh(score / softcap)``.
-        alibi_slopes: ``[Hq]``, adds ``slope * (key position - query position)`` after the softcap, or None.
         ancestors: int32 ``[T, W]``, made by `pack_ancestors`: bit ``j % 32`` of word ``j // 32`` says whether token
             ``t`` sees the ``j``-th token of its row in this step (itself included); tokens from ``32 * W`` on are not
             seen. None is a chain: every token sees itself and those before it.
+        **attributes: the fields of `AttentionAttributes`.
 
     Returns:
         ``[T, Hq, Dv]`` contiguous, in the dtype of ``q``; zeros for tail tokens. Scores, softmax and sums are float32
         (float64 for float64 inputs).
     """
+    rule = AttentionAttributes(**attributes)
     num_rows, capacity, num_kv_heads, _ = k_cache.shape
     dtype = accumulation_dtype(q.dtype)
-    row, distance, visible = _sight(offsets, lengths, positions, capacity, ancestors)
-    if window > 0:
-        visible = visible & (distance > -window)
+    row, key_positions, visible = _sight(offsets, lengths, positions, capacity, ancestors)
+    visible = visible & rule.reaches(positions[:, None], key_positions)
 
     row = row.clamp(max=num_rows - 1)  # a tail token reads some row, but sees nothing of it
     keys = k_cache[row].to(dtype)
     # A slot nobody wrote may hold NaN, and 0 * NaN is NaN.
     values = v_cache[row].to(dtype).masked_fill(~visible[:, :, None, None], 0.0)
     scores = torch.einsum("tkgd,tskd->kgts", q.to(dtype).unflatten(1, (num_kv_heads, -1)), keys)
-    weights = attention_weights(
-        scores.flatten(0, 1), distance, visible, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes
-    )
+    weights = rule.weights(scores.flatten(0, 1), key_positions - positions[:, None], visible)
     out = torch.einsum("kgts,tskd->tkgd", weights.unflatten(0, (num_kv_heads, -1)), values)
     return out.flatten(1, 2).to(q.dtype).contiguous()
 
@@ -75,11 +69,11 @@ def reference(
 def _sight(
     offsets: Tensor, lengths: Tensor, positions: Tensor, capacity: int, ancestors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each token sees, before any window.
+    """What each token sees, before any window or chunk.
 
     Returns:
         row: ``[T]``, the row of each token; ``B`` for tail tokens.
-        distance: ``[T, C]``, position of the key in each slot of the token's row minus the token's position.
+        key_positions: ``[T, C]``, position of the key in each slot of the token's row.
         visible: bool ``[T, C]``.
     """
     tokens = torch.arange(positions.shape[0], device=positions.device)
@@ -102,7 +96,7 @@ def _sight(
 
     step_token = (begin[:, None] + step_index).clamp(0, positions.shape[0] - 1)
     key_positions = torch.where(committed, slots, positions[step_token])
-    return row, key_positions - positions[:, None], visible
+    return row, key_positions, visible
 
 
 torch.library.impl("emssd::ragged_attention", "default", reference)
@@ -117,11 +111,8 @@ def _fake(
     lengths: Tensor,
     positions: Tensor,
     *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
     ancestors: Tensor | None = None,
+    **attributes: Any,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
 

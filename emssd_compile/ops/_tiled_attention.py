@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from emssd_compile.ops._scores import accumulation_dtype
+from emssd_compile.ops._scores import accumulation_dtype, softmax_with_sinks
 
 torch.library.define(
     "emssd::tiled_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_lengths, Tensor? mask, *, float scale, float softcap=0.0,"
-    " bool is_causal) -> Tensor",
+    " Tensor? sinks=None, bool is_causal) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -23,6 +23,7 @@ def reference(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     is_causal: bool,
 ) -> Tensor:
     """Attention as ONNX (opset 24, `nonpad_kv_seqlen`) and TensorRT (`LOWER_RIGHT`) define it for external caches.
@@ -35,7 +36,7 @@ def reference(
         mask: ``[B, 1 or Hq, S, C + 1]``, bool (whether the query may see the slot) or in the dtype of ``q`` (added to
             the scores after the softcap), or None.
         scale: multiplies the dot products.
-        softcap: if positive, caps the scaled scores with ``softcap * tanh(score / softcap)``.
+        softcap, sinks: as in `AttentionAttributes`.
         is_causal: query ``i`` of row ``b`` sees only slots up to ``kv_lengths[b] - S + i``.
 
     Returns:
@@ -53,7 +54,7 @@ def reference(
         visible = visible & mask
     elif mask is not None:
         scores = scores + mask
-    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1).masked_fill(~visible, 0.0)
+    weights = softmax_with_sinks(scores.masked_fill(~visible, -torch.inf), sinks).masked_fill(~visible, 0.0)
     # A slot that nobody wrote may hold NaN, and 0 * NaN is NaN.
     unused = torch.arange(capacity, device=q.device) >= kv_lengths[:, None]
     values = v_cache.to(dtype).masked_fill(unused[:, None, :, None], 0.0)
@@ -82,6 +83,7 @@ def _fake(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     is_causal: bool,
 ) -> Tensor:
     return q.new_empty((*q.shape[:3], v_cache.shape[-1]))

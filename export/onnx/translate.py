@@ -47,6 +47,7 @@ def _tiled_attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks: TensorType | None = None,
     is_causal: bool,
 ) -> TensorType:
     """`Attention` on the caches as far as the longest row goes, with the heads of a group behind one another.
@@ -61,6 +62,8 @@ def _tiled_attention(
     """
     if is_causal and mask is not None:
         raise NotImplementedError("a mask besides causal order")
+    if sinks is not None:
+        raise NotImplementedError("attention sinks")
     heads, groups = _sizes(q)[1], _sizes(q)[1] // _sizes(k_cache)[1]
     longest = op.ReduceMax(kv_lengths, keepdims=1)
     keys, values = (op.Gather(cache, _range(longest), axis=2) for cache in (k_cache, v_cache))

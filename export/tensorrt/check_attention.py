@@ -7,7 +7,11 @@ from torch import fx
 
 from emssd_compile.errors import OptionError
 from emssd_compile.ops import ragged_attention
+from emssd_compile.ops._scores import in_use
 from emssd_compile.passes.graph import argument, refuse
+
+_MASKABLE = {"scale", "window", "chunk", "alibi_slopes"}  # queries are scaled beforehand, the others become masks
+_MEANING = {"softcap": "scores are capped", "sinks": "attention has sinks"}
 
 
 class CheckAttention:
@@ -23,7 +27,7 @@ class CheckAttention:
 
         Raises:
             OptionError: it is in float32 or float64, and the options do not ask for matrix products in its place.
-            UnsupportedModelError: scores are capped, or keys and values differ in size.
+            UnsupportedModelError: scores are capped, there are attention sinks, or keys and values differ in size.
         """
         for node in graph_module.graph.find_nodes(op="call_function", target=ragged_attention):
             _check(node)
@@ -38,7 +42,7 @@ def _check(node: fx.Node) -> None:
             f"TensorRT's attention has no kernel for {value.dtype}: convert the model to float16 or bfloat16, or "
             f"{remedy}"
         )
-    if node.kwargs.get("softcap"):
-        raise refuse(node, "scores are capped, which TensorRT's attention cannot do", remedy)
+    for name in sorted(in_use(node.kwargs) - _MASKABLE):
+        raise refuse(node, f"{_MEANING.get(name, name)}, which TensorRT's attention cannot do", remedy)
     if query.shape[-1] != value.shape[-1]:
         raise refuse(node, "keys and values differ in size, which TensorRT's attention cannot do", remedy)

@@ -10,6 +10,8 @@ from emssd_compile.ops import tiled_attention
 from emssd_compile.ops._tiled_attention import reference
 from emssd_compile.passes.splice import Tensors, inline_function
 
+_OPERANDS = ("q", "k_cache", "v_cache", "kv_lengths", "mask")
+
 
 class DecomposeAttention:
     """Put the definition of `tiled_attention` in its place: slower, but it caps scores and runs in float32.
@@ -24,15 +26,16 @@ class DecomposeAttention:
         """See the class."""
         sites = [node for node in graph_module.graph.nodes if node.target == tiled_attention]
         for node in sites:
-            given = {f"operand_{i}": a for i, a in enumerate(node.args) if isinstance(a, fx.Node)}
+            arguments = {**dict(zip(_OPERANDS, node.args, strict=True)), **node.kwargs}
+            given = {name: value for name, value in arguments.items() if isinstance(value, fx.Node)}
+            others = {name: value for name, value in arguments.items() if name not in given}
             fake_mode = node.meta["val"].fake_mode
             with graph_module.graph.inserting_before(node):
-                traced = inline_function(graph_module, partial(_attention, kwargs=node.kwargs), given, fake_mode)
+                traced = inline_function(graph_module, partial(_attention, others=others), given, fake_mode)
             node.replace_all_uses_with(traced["result"])
             graph_module.graph.erase_node(node)
         return len(sites)
 
 
-def _attention(given: Tensors, kwargs: dict[str, object]) -> Tensors:
-    operands = [*given.values(), *([None] * (5 - len(given)))]
-    return {"result": reference(*operands, **kwargs)}  # type: ignore[arg-type]
+def _attention(given: Tensors, others: dict[str, object]) -> Tensors:
+    return {"result": reference(**given, **others)}  # type: ignore[arg-type]

@@ -80,11 +80,12 @@ inline void check_shapes(const at::Tensor& q, const at::Tensor& k_cache, const a
               k_cache.scalar_type(), ", ", v_cache.scalar_type());
 }
 
-inline void check_options(const at::Tensor& q, const std::optional<at::Tensor>& alibi_slopes,
-                          const std::optional<at::Tensor>& ancestors) {
-  TORCH_CHECK(!alibi_slopes || alibi_slopes->numel() == q.size(1),
-              "emssd::ragged_attention: alibi_slopes must be [Hq], got ", alibi_slopes->sizes(), " for ", q.size(1),
-              " heads");
+inline void check_per_head(const char* name, const std::optional<at::Tensor>& values, int64_t num_heads) {
+  TORCH_CHECK(!values || values->numel() == num_heads, "emssd::ragged_attention: ", name, " must be [Hq], got ",
+              values->sizes(), " for ", num_heads, " heads");
+}
+
+inline void check_ancestors(const at::Tensor& q, const std::optional<at::Tensor>& ancestors) {
   TORCH_CHECK(!ancestors || (ancestors->dim() == 2 && ancestors->size(0) == q.size(0) &&
                              ancestors->scalar_type() == at::kInt),
               "emssd::ragged_attention: ancestors must be Int [T, W], got ", ancestors->scalar_type(), " ",
@@ -115,11 +116,14 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
 
 inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cache_, const at::Tensor& v_cache_,
                                    const at::Tensor& offsets_, const at::Tensor& lengths_, const at::Tensor& positions_,
-                                   double scale, int64_t window, double softcap,
+                                   double scale, int64_t window, int64_t chunk, double softcap,
                                    const std::optional<at::Tensor>& alibi_slopes,
+                                   const std::optional<at::Tensor>& sinks_,
                                    const std::optional<at::Tensor>& ancestors) {
   check_shapes(q_, k_cache_, v_cache_, offsets_, lengths_, positions_);
-  check_options(q_, alibi_slopes, ancestors);
+  check_per_head("alibi_slopes", alibi_slopes, q_.size(1));
+  check_per_head("sinks", sinks_, q_.size(1));
+  check_ancestors(q_, ancestors);
   const at::Tensor q = with_contiguous_rows(q_);
   const at::Tensor k_cache = with_contiguous_rows(k_cache_), v_cache = with_contiguous_rows(v_cache_);
   const at::Tensor offsets = offsets_.contiguous(), lengths = lengths_.contiguous();
@@ -130,8 +134,9 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
   zero_tail(out, offsets.const_data_ptr<int64_t>()[rows]);
 
   const auto run = [&]<typename scalar_t, typename T>(scalar_t, T) {
-    at::Tensor slopes, tree;
+    at::Tensor slopes, sinks, tree;
     if (alibi_slopes) slopes = alibi_slopes->to(c10::CppTypeToScalarType<T>::value).contiguous();
+    if (sinks_) sinks = sinks_->to(c10::CppTypeToScalarType<T>::value).contiguous();
     if (ancestors) tree = ancestors->contiguous();
     const Arguments<scalar_t, T> args{
         .q = q.const_data_ptr<scalar_t>(),
@@ -146,8 +151,9 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
         .num_rows = rows, .num_heads = q.size(1), .num_kv_heads = k_cache.size(2),
         .head_size = q.size(2), .value_size = v_cache.size(3),
         .rule = {static_cast<T>(scale), static_cast<T>(softcap)},
-        .window = window,
+        .reach = {window, chunk},
         .alibi_slopes = alibi_slopes ? slopes.const_data_ptr<T>() : nullptr,
+        .sinks = sinks_ ? sinks.const_data_ptr<T>() : nullptr,
         .ancestors = ancestors ? tree.const_data_ptr<int32_t>() : nullptr,
         .ancestor_words = ancestors ? tree.size(1) : 0,
         .out = out.mutable_data_ptr<scalar_t>()};

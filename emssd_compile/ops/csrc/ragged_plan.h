@@ -21,6 +21,19 @@ constexpr int64_t kKeySpan = 1024;   // keys after which the running softmax sta
 constexpr int64_t kTilesPerThread = 4;
 constexpr int64_t kWordBits = 32;  // of an ancestor mask
 
+// How far back a query sees: to the start of its window and of its chunk.
+struct Reach {
+  int64_t window, chunk;  // in tokens; not positive: none
+
+  bool is_limited() const { return window > 0 || chunk > 0; }
+  // Position of the first key that a query sees. Never falls as the query's position rises.
+  int64_t first_seen(int64_t position) const {
+    const int64_t of_window = window > 0 ? position - window + 1 : 0;
+    const int64_t of_chunk = chunk > 0 ? position / chunk * chunk : 0;
+    return std::max<int64_t>({of_window, of_chunk, 0});
+  }
+};
+
 // The op's arguments as raw pointers; strides in elements.
 template <typename scalar_t, typename T>
 struct Arguments {
@@ -29,8 +42,9 @@ struct Arguments {
   const int64_t *offsets, *lengths, *positions;
   int64_t num_rows, num_heads, num_kv_heads, head_size, value_size;
   ScoreRule<T> rule;
-  int64_t window;         // 0: none
+  Reach reach;
   const T* alibi_slopes;  // [num_heads] or null
+  const T* sinks;         // [num_heads] or null
   const int32_t* ancestors;  // [T, ancestor_words] or null; bit j % 32 of word j / 32: sees the row's token j
   int64_t ancestor_words;
   scalar_t* out;  // [T, num_heads, value_size]
@@ -85,8 +99,7 @@ class Plan {
     tile.lowest_position = *lowest;
     tile.highest_position = *highest;
     const int64_t length = args_.lengths[tile.row];
-    const int64_t first_seen = args_.window == 0 ? 0 : std::clamp<int64_t>(*lowest - args_.window + 1, 0, length);
-    tile.begin_slot = first_seen / kKeyBlock * kKeyBlock;
+    tile.begin_slot = std::min(args_.reach.first_seen(*lowest), length) / kKeyBlock * kKeyBlock;
     tile.end_slot = length + (args_.ancestors ? args_.num_tokens(tile.row) : tile.last_token + 1);
     multiply_adds += tile.num_queries * (tile.end_slot - tile.begin_slot) * (args_.head_size + args_.value_size);
     return tile;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
 #include "ragged_plan.h"
@@ -35,8 +34,8 @@ class TileAttention {
   void store() {
     for (int64_t m = 0; m < tile_.num_queries; ++m) {
       T* values = scratch_.total.values + m * scratch_.total.stride;
-      const T sum = scratch_.total.softmax[m].sum;
-      scale_row(values, scratch_.total.stride, sum == 0 ? T(0) : T(1) / sum);
+      const T* sink = args_.sinks == nullptr ? nullptr : args_.sinks + head_of(m);
+      scale_row(values, scratch_.total.stride, normaliser(scratch_.total.softmax[m], sink));
       scalar_t* out = args_.out + ((first_packed_ + token_of(m)) * args_.num_heads + head_of(m)) * args_.value_size;
       at::vec::convert(values, out, args_.value_size);
     }
@@ -75,28 +74,27 @@ class TileAttention {
 
   // Whether every token of the tile sees every one of these slots. May say no where the answer is yes.
   bool sees_all(int64_t slot, int64_t num_keys) const {
-    if (args_.window > 0) return slot + num_keys <= length_ && slot > tile_.highest_position - args_.window;
+    if (args_.reach.is_limited())
+      return slot + num_keys <= length_ && slot >= args_.reach.first_seen(tile_.highest_position);
     return slot + num_keys <= length_ + (args_.ancestors ? 0 : tile_.first_token + 1);
   }
 
   // Fills scratch.visible and scratch.distance.
   void describe_block(int64_t slot, int64_t num_keys) {
     const int64_t num_committed = std::clamp<int64_t>(length_ - slot, 0, num_keys);
-    const int64_t too_far = args_.window > 0 ? -args_.window : std::numeric_limits<int64_t>::min();
     const int64_t* positions = args_.positions + first_packed_;
     for (int64_t token = tile_.first_token; token <= tile_.last_token; ++token) {
       T* visible = scratch_.visible + (token - tile_.first_token) * kKeyBlock;
       T* distance = scratch_.distance + (token - tile_.first_token) * kKeyBlock;
+      const int64_t first_seen = args_.reach.first_seen(positions[token]);
       for (int64_t j = 0; j < num_committed; ++j) {
-        const int64_t apart = slot + j - positions[token];
-        visible[j] = apart > too_far;
-        distance[j] = static_cast<T>(apart);
+        visible[j] = slot + j >= first_seen;
+        distance[j] = static_cast<T>(slot + j - positions[token]);
       }
       for (int64_t j = num_committed; j < num_keys; ++j) {
         const int64_t other = slot + j - length_;  // token of this step whose key lies in the slot
-        const int64_t apart = positions[other] - positions[token];
-        visible[j] = is_ancestor(other, token) && apart > too_far;
-        distance[j] = static_cast<T>(apart);
+        visible[j] = is_ancestor(other, token) && positions[other] >= first_seen;
+        distance[j] = static_cast<T>(positions[other] - positions[token]);
       }
       std::fill(visible + num_keys, visible + kKeyBlock, T(0));
       std::fill(distance + num_keys, distance + kKeyBlock, T(0));

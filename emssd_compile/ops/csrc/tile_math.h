@@ -7,6 +7,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -128,6 +129,17 @@ T update_softmax(
   const T shrink = state.max == old_max ? T(1) : std::exp(old_max - state.max);
   state.sum = state.sum * shrink + block_sum;
   return shrink;
+}
+
+// What a weighted sum of values is multiplied by to become their mean; 0 where nothing was seen. A `sink`, which may be
+// null, is the score of one more key, whose value is 0.
+template <typename T>
+T normaliser(const Softmax<T>& state, const T* sink) {
+  if (state.sum == 0) return 0;
+  if (sink == nullptr) return T(1) / state.sum;
+  const T max = std::max(state.max, *sink);
+  const T shrink = std::exp(state.max - max);
+  return shrink / (state.sum * shrink + std::exp(*sink - max));
 }
 
 // values[columns] *= factor; `columns` is a multiple of the vector size.

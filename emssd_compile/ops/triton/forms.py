@@ -1,7 +1,8 @@
 """What the ops call on a GPU."""
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,37 +24,21 @@ def ragged_attention(
     offsets: Tensor,
     lengths: Tensor,
     positions: Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    ancestors: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """`emssd::ragged_attention` by the fastest form that can do it; by the reference in float64."""
     tensors = (q, k_cache, v_cache, offsets, lengths, positions)
     if q.dtype not in DTYPES:
-        return _ragged_attention.reference(
-            *tensors, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, ancestors=ancestors
-        )
-    forms = {
-        "triton": functools.partial(
-            ragged_attention_triton,
-            *tensors,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            ancestors=ancestors,
-        )
-    }
-    if applies(q, k_cache, v_cache, softcap=softcap, alibi_slopes=alibi_slopes, ancestors=ancestors):
-        forms["varlen_attn"] = functools.partial(ragged_attention_varlen, *tensors, scale=scale, window=window)
+        return _ragged_attention.reference(*tensors, **options)
+    forms = {"triton": functools.partial(ragged_attention_triton, *tensors, **options)}
+    if applies(q, k_cache, v_cache, **options):
+        forms["varlen_attn"] = functools.partial(ragged_attention_varlen, *tensors, **options)
     with torch.cuda.device_of(q):  # events, and the question whether a graph is captured, are of the current device
-        return attention_selection.run(_call_class(q, k_cache, window), forms)
+        return attention_selection.run(_call_class(q, k_cache, options), forms)
 
 
-def _call_class(q: Tensor, k_cache: Tensor, window: int) -> Hashable:
+def _call_class(q: Tensor, k_cache: Tensor, options: Mapping[str, object]) -> Hashable:
     """Calls alike enough to have one fastest form: the numbers of tokens up to the next power of two are one class."""
     tokens = 1 << max(0, q.shape[0] - 1).bit_length()
-    return tokens, q.shape[1:], k_cache.shape, window, q.dtype, q.device
+    kind = tuple(sorted((name, isinstance(value, Tensor) or value) for name, value in options.items()))
+    return tokens, q.shape[1:], k_cache.shape, kind, q.dtype, q.device

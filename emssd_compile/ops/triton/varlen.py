@@ -1,15 +1,18 @@
 """``emssd::ragged_attention`` by ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention of PyTorch.
 
-It serves chains in half precision without caps and biases. From torch 2.12 on it takes the number of keys of each row
-(``seqused_k``), so that a slab per row can be read as it lies.
+It serves chains in half precision, windows included, but nothing else that changes scores. From torch 2.12 on it takes
+the number of keys of each row (``seqused_k``), so that a slab per row can be read as it lies.
 """
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from emssd_compile.ops._scores import in_use
 
 _MAX_HEAD_SIZE = 256
 
@@ -25,12 +28,11 @@ def applies(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
     ancestors: Tensor | None = None,
+    **attributes: Any,
 ) -> bool:
     """Whether `ragged_attention_varlen` can do what `emssd::ragged_attention` is asked to."""
-    plain = softcap <= 0 and alibi_slopes is None and ancestors is None
+    plain = in_use(attributes) <= {"scale", "window"} and ancestors is None
     head_size = q.shape[2]
     fits = head_size == v_cache.shape[3] and head_size % 8 == 0 and head_size <= _MAX_HEAD_SIZE
     half = q.dtype in (torch.float16, torch.bfloat16)
@@ -49,9 +51,7 @@ def ragged_attention_varlen(
     *,
     scale: float,
     window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    ancestors: Tensor | None = None,
+    **others: Any,
 ) -> Tensor:
     """Arguments and result as `emssd_compile.ops.ragged_attention` has them.
 
@@ -62,10 +62,10 @@ def ragged_attention_varlen(
     Raises:
         ValueError: `applies` says no.
     """
-    if not applies(q, k_cache, v_cache, softcap=softcap, alibi_slopes=alibi_slopes, ancestors=ancestors):
+    if not applies(q, k_cache, v_cache, scale=scale, window=window, **others):
         raise ValueError(
             "varlen_attn cannot do this: it needs torch >= 2.12, contiguous float16 or bfloat16 caches, keys and "
-            "values of one head size (a multiple of 8, at most 256), and neither softcap, alibi_slopes nor ancestors"
+            "values of one head size (a multiple of 8, at most 256), and nothing but scale and window besides"
         )
     num_rows, capacity = k_cache.shape[:2]
     row_starts = torch.arange(num_rows + 1, device=q.device, dtype=torch.int32) * capacity
