@@ -263,10 +263,15 @@ def _localised(source: fx.Graph) -> fx.Graph:
 
 
 def _token_local(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
-    """Stands in for attention: depends on the token's own query, key and value only."""
+    """Stands in for attention: depends on the token's own query, key and value only, and on each element of them.
+
+    Their product alone would not do: it is the same however far queries and keys are turned.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return (v * torch.tanh((q * k).sum(-1, keepdim=True))).transpose(1, 2).contiguous().transpose(1, 2)
+    weights = torch.linspace(1, 2, q.shape[-1], dtype=q.dtype, device=q.device)
+    weight = torch.tanh((q * k + (q + 0.7 * k) * weights).sum(-1, keepdim=True) * q.shape[-1] ** -0.5)
+    return (v * weight).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _vocabulary(graph_module: fx.GraphModule) -> int:

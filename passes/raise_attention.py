@@ -90,7 +90,7 @@ class RaiseAttention:
                 value,
                 scale=site.scale,
                 window=family.window,
-                **({"chunk": family.chunk} if family.chunk else {}),
+                chunk=family.chunk,
                 softcap=site.softcap,
                 alibi_slopes=slopes,
             )
