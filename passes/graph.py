@@ -32,6 +32,21 @@ SHAPE_ONLY = frozenset(
 """Ops whose result depends on the shape of their first argument, never on its values."""
 
 
+_UNTAGGED_POINTWISE = frozenset(
+    {
+        *(aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar),
+        *(aten.__xor__.Tensor, aten.__xor__.Scalar, aten.rsub.Tensor, aten.masked_fill.Tensor),
+        *(aten.floor_divide.default, aten.floor_divide.Scalar),
+        *(aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther),
+    }
+)
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an op computes each element of its result from the elements of its operands at the same place."""
+    return target in _UNTAGGED_POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
 def inputs(graph: fx.Graph) -> list[fx.Node]:
     """The inputs, in order."""
     return [n for n in graph.nodes if n.op == "placeholder"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from emssd_compile.passes.graph import SHAPE_ONLY, Evaluator, aten, token_dims
+from emssd_compile.passes.graph import SHAPE_ONLY, Evaluator, aten, is_pointwise, token_dims
 
 _LARGEST = 2**26
 """Elements of a relation of tokens to tokens that are computed in full where its op has no rule."""
@@ -35,6 +35,7 @@ _PER_PLACE = frozenset(
         aten.flatten.using_ints,
         aten.repeat_interleave.self_int,
         aten.to.dtype,
+        aten.to.dtype_layout,
         aten._to_copy.default,
         aten.type_as.default,
         aten.expand_as.default,
@@ -74,7 +75,7 @@ class SampledEvaluator(Evaluator):
         self.complete = len(places) == tokens
         super().__init__(graph_module, tokens, given if self.complete else None)
         self.places = places.to(self.device)
-        self.sizes = Evaluator(graph_module, len(places))
+        self.sizes, self.longer = Evaluator(graph_module, len(places)), Evaluator(graph_module, tokens + 1)
         self.chosen: dict[fx.Node, Any] = dict(given or {})
         self.from_given = set(self.chosen)
         for node in graph_module.graph.nodes:
@@ -102,11 +103,19 @@ class SampledEvaluator(Evaluator):
                 stack.extend(current.all_input_nodes)
         return [n for n in self.graph_module.graph.nodes if n in needed]
 
+    def _dims(self, node: fx.Node) -> tuple[int, ...]:
+        """Dimensions that grow with the number of tokens. (`1 - max(0, 1 - T)` is the size of one that does not.)"""
+        found = token_dims(node, self.symbol)
+        if not found:
+            return found
+        sizes, longer = self.concrete_shape(node), self.longer.concrete_shape(node)
+        return tuple(dim for dim in found if sizes[dim] != longer[dim])
+
     def _is_partial(self, node: fx.Node) -> bool:
         """Whether `node` is computed at the places only: it relates tokens to tokens, or comes from given values."""
         if not isinstance(node.meta.get("val"), Tensor):
             return False
-        return node in self.from_given or len(token_dims(node, self.symbol)) > 1
+        return node in self.from_given or len(self._dims(node)) > 1
 
     def _full(self, node: Any) -> Any:
         """The value for all T tokens of a node or a literal."""
@@ -115,7 +124,7 @@ class SampledEvaluator(Evaluator):
     def _pick(self, node: fx.Node) -> Any:
         """The places of a full value."""
         value = self._full(node)
-        for dim in token_dims(node, self.symbol):
+        for dim in self._dims(node):
             if value.shape[dim] != self.tokens:
                 raise UnevaluatedError(f"%{node.name} has a dimension that depends on the number of tokens")
             value = value.index_select(dim, self.places)
@@ -129,7 +138,7 @@ class SampledEvaluator(Evaluator):
         return value
 
     def _compute(self, node: fx.Node) -> Any:
-        if len(token_dims(node, self.symbol)) > 1 and node.op == "call_function":
+        if len(self._dims(node)) > 1 and node.op == "call_function":
             elements = torch.Size(self.concrete_shape(node)).numel()
             if elements > _LARGEST:
                 raise UnevaluatedError(
@@ -142,7 +151,7 @@ class SampledEvaluator(Evaluator):
         target = node.target
         if target in _SIZED:
             return self._apply(node, self.sizes)
-        if target in _PER_PLACE or torch.Tag.pointwise in getattr(target, "tags", ()):
+        if target in _PER_PLACE or is_pointwise(target):
             return self._apply(node)
         rules = {
             aten.triu.default: self._triangle,
@@ -173,7 +182,7 @@ class SampledEvaluator(Evaluator):
         source, diagonal = (*node.args, 0)[:2]
         assert isinstance(source, fx.Node)
         rank = len(self.concrete_shape(source))
-        if token_dims(source, self.symbol)[-2:] != (rank - 2, rank - 1):
+        if self._dims(source)[-2:] != (rank - 2, rank - 1):
             return None
         ahead = self.places - self.places[:, None]  # [n, n], key place minus query place
         shift = self._full(diagonal)
@@ -186,8 +195,8 @@ class SampledEvaluator(Evaluator):
         source, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
         assert isinstance(source, fx.Node)
         assert isinstance(dim, int)
-        of_tokens = dim in token_dims(source, self.symbol)
-        if dim not in token_dims(node, self.symbol):
+        of_tokens = dim in self._dims(source)
+        if dim not in self._dims(node):
             return None if of_tokens else self._apply(node)
         first, last = self._full(start) or 0, self._full(end)
         if step != 1 or first < 0 or self.concrete_shape(node)[dim] != self.tokens:
@@ -202,7 +211,7 @@ class SampledEvaluator(Evaluator):
         source, indices = node.args
         assert isinstance(source, fx.Node)
         assert isinstance(indices, (list, tuple))
-        if self._is_partial(source) or any(d >= len(indices) or indices[d] is None for d in token_dims(source, self.symbol)):
+        if self._is_partial(source) or any(d >= len(indices) or indices[d] is None for d in self._dims(source)):
             return None
         found = [self(i) if isinstance(i, fx.Node) else None for i in indices]
         value: Tensor = aten.index.Tensor(self._full(source), found)
