@@ -43,8 +43,7 @@ class PlainForward(nn.Module):
     def __init__(self, model: nn.Module, branches: DecideBranches | None = None) -> None:
         super().__init__()
         self.model, self.branches = model, branches
-        parameters = inspect.signature(model.forward).parameters
-        self.options = {"use_cache": False} if "use_cache" in parameters else {}
+        self.options = {"use_cache": False} if _takes_use_cache(model) else {}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of the ids."""
@@ -60,6 +59,15 @@ class PlainForward(nn.Module):
 
     def _logits(self, input_ids: Tensor) -> Tensor:
         return _logits_of(self.model(input_ids, **self.options), type(self.model).__name__)
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether the forward has a `use_cache`, by name or, as its config tells, among its keywords."""
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        return True
+    keywords = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return keywords and hasattr(getattr(model, "config", None), "use_cache")
 
 
 def _logits_of(output: Any, model_name: str) -> Tensor:
@@ -214,13 +222,18 @@ def _bind_weights(program: ExportedProgram) -> fx.GraphModule:
             continue
         if spec.target is None:
             raise UnsupportedModelError(f"input `{node.name}` of kind {spec.kind.name} cannot be bound to a tensor")
-        name = spec.target.removeprefix("model.").replace(".", "_")
+        name = _free_name(root, spec.target.removeprefix("model.").replace(".", "_"))
         _register(root, name, _lookup(program, spec.target))
         values[node] = graph.get_attr(name)
         values[node].meta = dict(node.meta)
     for node in program.graph.nodes:
         if node.op == "output":
             graph.output(values[node.args[0][0]])
+        elif node.op == "get_attr":  # what a higher-order op calls is a graph of its own
+            name = _free_name(root, node.target)
+            setattr(root, name, getattr(program.graph_module, node.target))
+            values[node] = graph.get_attr(name)
+            values[node].meta = dict(node.meta)
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, lambda n: values[n])
     with warnings.catch_warnings():
@@ -233,6 +246,13 @@ def _lookup(program: ExportedProgram, target: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise UnsupportedModelError(f"constant `{target}` is a {type(value).__name__}, not a tensor")
     return value
+
+
+def _free_name(root: nn.Module, name: str) -> str:
+    """`name`, lengthened until nothing in `root` has it: `w.1` and `w_1` are two weights."""
+    while hasattr(root, name):
+        name += "_"
+    return name
 
 
 def _register(root: nn.Module, name: str, value: Tensor) -> None:

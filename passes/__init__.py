@@ -22,6 +22,8 @@ from emssd_compile.passes.levels import (
     verify_unpadded,
 )
 from emssd_compile.passes.lift_positions import LiftPositions
+from emssd_compile.passes.lower_einsum import LowerEinsum
+from emssd_compile.passes.lower_flex_attention import LowerFlexAttention
 from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
 from emssd_compile.passes.raise_attention import RaiseAttention
@@ -49,8 +51,8 @@ __all__ = [
 
 
 def captured() -> Level:
-    """L0: what `capture` gives."""
-    return Level("L0", (), verify_captured)
+    """L0: what `capture` gives, in ATen ops."""
+    return Level("L0", (LowerFlexAttention(),), verify_captured)
 
 
 def canonical(batch: BatchShape) -> Level:
@@ -62,6 +64,7 @@ def canonical(batch: BatchShape) -> Level:
             RestoreAllLogits(),
             BarUnreadable(),  # behind it: the logits are [1, T, V] now
             RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on 0, 1, 2, ...
+            LowerEinsum(),  # after attention is raised, which reads einsums as they are
             LiftPositions(batch.capacity),
             ProveTokenPointwise(batch.capacity),  # last: what was wrongly left over is caught here
         ),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from emssd_compile.passes.graph import aten, call, output, placeholder, shape
+from emssd_compile.passes.graph import argument, aten, call, output, placeholder, shape
 
 _VIEWS = frozenset({aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints})
 
@@ -41,15 +40,14 @@ class BarUnreadable:
 
 def readable(graph: fx.Graph) -> int | None:
     """How many token ids every table that is looked up by them holds; None if there is no such table."""
-    sizes = []
+    tables: list[fx.Node] = []
     waiting = [placeholder(graph, "input_ids")]
     while waiting:
         ids = waiting.pop()
         for user in ids.users:
             if user.target in _VIEWS:
                 waiting.append(user)
-            elif user.target == aten.embedding.default and user.args[1] is ids:
-                sizes.append((shape(user.args[0]) or ())[0])  # type: ignore[arg-type]
-            elif user.target == aten.index.Tensor and user.args[1] == [ids] and user.args[0] is not ids:
-                sizes.append((shape(user.args[0]) or ())[0])  # type: ignore[arg-type]
-    return min((size for size in sizes if isinstance(size, int) and not isinstance(size, torch.SymInt)), default=None)
+            elif user.target in (aten.embedding.default, aten.index.Tensor) and user.args[1] in (ids, [ids]):
+                tables.append(argument(user, 0))
+    rows = [(shape(table) or ())[0] for table in tables]
+    return min((n for n in rows if isinstance(n, int)), default=None)

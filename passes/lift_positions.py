@@ -90,7 +90,7 @@ class LiftPositions:
 
 
 def _shift(graph_module: fx.GraphModule, node: fx.Node, tokens: int) -> int | None:
-    """c if `node` holds c, c + 1, c + 2, ... for that many tokens; None if it holds something else."""
+    """C if `node` holds c, c + 1, c + 2, ... for that many tokens; None if it holds something else."""
     try:
         value = Evaluator(graph_module, tokens)(node)
     except (IndexError, RuntimeError):  # a table that ends before

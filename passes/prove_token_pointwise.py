@@ -64,9 +64,9 @@ class ProveTokenPointwise:
         leak = influence(graph_module, self.longest)
         if leak:
             raise refuse(node, f"tokens are mixed outside attention: {reason} ({leak})")
+        tested = f"among up to {_MANY + _TOKENS} tokens, at positions up to {self.longest}"
         self.notes = (
-            f"tested: no token influences another, among up to {_MANY + _TOKENS} tokens, at positions up to "
-            f"{self.longest}; not proved, because of %{node.name} ({node.target})",
+            f"tested: no token influences another, {tested}; not proved, because of %{node.name} ({node.target})",
         )
         return 0
 

@@ -104,7 +104,7 @@ class SampledEvaluator(Evaluator):
         return [n for n in self.graph_module.graph.nodes if n in needed]
 
     def _dims(self, node: fx.Node) -> tuple[int, ...]:
-        """Dimensions that grow with the number of tokens. (`1 - max(0, 1 - T)` is the size of one that does not.)"""
+        """Dimensions that grow with the number of tokens; `1 - max(0, 1 - T)` is the size of one that does not."""
         found = token_dims(node, self.symbol)
         if not found:
             return found
@@ -191,10 +191,12 @@ class SampledEvaluator(Evaluator):
         return value.masked_fill(~kept, 0)
 
     def _slice(self, node: fx.Node) -> Tensor | None:
-        """A slice along another dimension than the tokens'; all of the tokens; or the first T rows of a longer table."""
+        """A slice along another dimension than the tokens', one of all tokens, or of T rows of a longer table."""
         source, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
         assert isinstance(source, fx.Node)
         assert isinstance(dim, int)
+        if node in self.from_given:
+            return self._apply(node, self.sizes)
         of_tokens = dim in self._dims(source)
         if dim not in self._dims(node):
             return None if of_tokens else self._apply(node)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from emssd_compile.ops import attention
+from emssd_compile.passes.attention_sites.products import einsum_terms
 from emssd_compile.passes.graph import argument, aten, is_pointwise, same_size, shape
 
 Rule = Callable[[fx.Node, dict[fx.Node, int], int], str | None]
@@ -166,6 +167,17 @@ def _index_select(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | No
     return None
 
 
+def _einsum(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
+    """One letter stands for the tokens, in every operand and in the result."""
+    terms = einsum_terms(node)
+    if terms is None:
+        return "it takes the diagonal of an operand"
+    for source, letters in terms.operands:
+        if source in dims and letters[dims[source]] != terms.out[out]:
+            return "it sums over tokens, or multiplies tokens with tokens"
+    return None
+
+
 def _attention(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     if all(dims.get(n) == 2 for n in node.args[:3] if isinstance(n, fx.Node)) and out == 2:
         return None
@@ -180,6 +192,7 @@ RULES: dict[Any, Rule] = {
     aten.bmm.default: _matmul,
     aten.addmm.default: _matmul,
     aten.baddbmm.default: _matmul,
+    aten.einsum.default: _einsum,
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,

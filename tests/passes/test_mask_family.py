@@ -108,7 +108,11 @@ LONG = {
     "window as a float": (61, 0, lambda m, t: (_distance(t) >= 0) & (_distance(t) < 60.5)),
     "window by a band": (4096, 0, lambda m, t: torch.ones(t, t).tril().triu(-4095).bool()),
     "chunks": (0, 8192, lambda m, t: _seen(t, t) & (_chunk(t, 8192)[:, None] == _chunk(t, 8192))),
-    "chunks of which two fit": (0, 60_000, lambda m, t: _seen(t, t) & (_chunk(t, 60_000)[:, None] == _chunk(t, 60_000))),
+    "chunks of which two fit": (
+        0,
+        60_000,
+        lambda m, t: _seen(t, t) & (_chunk(t, 60_000)[:, None] == _chunk(t, 60_000)),
+    ),
 }
 
 
@@ -137,7 +141,9 @@ def test_refuses_what_begins_late(mask):
 
 
 def test_refuses_a_mask_that_cannot_be_computed_to_the_end():
-    with pytest.raises(UnsupportedModelError, match="cannot be evaluated at the end of rows of 100000 tokens") as caught:
+    with pytest.raises(
+        UnsupportedModelError, match="cannot be evaluated at the end of rows of 100000 tokens"
+    ) as caught:
         _family(_sdpa(lambda m, t: _seen(t, t).flip(0).flip(0)), 100_000)
     assert caught.value.remedy == "pass a smaller max_length"
 
