@@ -150,8 +150,8 @@ def _packed_logits(compiled: CompiledModel, prompts: _Prompts, dtype: torch.dtyp
     for starts, stops in ((torch.zeros(rows, dtype=torch.int64), prompts.first), (prompts.first, prompts.lengths)):
         start, stop = (torch.as_tensor(n, device=ids.device) for n in (starts, stops))
         total = int((stop - start).sum())
-        slots = torch.arange(total + 1, device=ids.device)  # one inert tail token
-        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, slots, slots, share=total)
+        token_range = torch.arange(total + 1, device=ids.device)  # one inert tail token
+        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, token_range, token_range, share=total)
         wanted = [
             places[(places >= a) & (places < b)] - a + offset
             for places, a, b, offset in zip(
