@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from emssd_compile.passes.bar_unreadable import BarUnreadable
 from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.fuse_draft import FuseDraft
 from emssd_compile.passes.fuse_projections import FuseProjections
@@ -61,10 +62,11 @@ def canonical(batch: BatchShape) -> Level:
         (
             DropNoops(),
             RestoreAllLogits(),
+            BarUnreadable(),  # behind it: the logits are [1, T, V] now
             RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on 0, 1, 2, ...
             LowerEinsum(),  # after attention is raised, which reads einsums as they are
-            LiftPositions(),
-            ProveTokenPointwise(),  # last: what was wrongly left over is caught here
+            LiftPositions(batch.capacity),
+            ProveTokenPointwise(batch.capacity),  # last: what was wrongly left over is caught here
         ),
         verify_canonical,
     )

@@ -20,6 +20,8 @@ from emssd_compile.passes.graph import (
     token_symbol,
 )
 from emssd_compile.passes.mask_family import MaskFamily, UnknownMaskError, recognise
+from emssd_compile.passes.sampled_evaluator import UnevaluatedError
+from emssd_compile.precision import coarsest
 
 _REPEAT = frozenset(
     {
@@ -53,20 +55,25 @@ class RaiseAttention:
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
+        self.notes: tuple[str, ...] = ()
 
     def run(self, graph_module: fx.GraphModule) -> int:
         """See the class. Raises UnsupportedModelError for an attention whose mask is of no known family."""
         dependent = data_dependent(graph_module.graph)
-        changed = 0
-        for node in list(graph_module.graph.nodes):
-            site = find_site(graph_module, node, dependent)
-            if site is not None:
-                self._replace(graph_module, site)
-                changed += 1
-        return changed
+        families = [
+            self._replace(graph_module, site)
+            for node in list(graph_module.graph.nodes)
+            if (site := find_site(graph_module, node, dependent)) is not None
+        ]
+        if families:
+            fewest = min(family.probed for family in families)
+            among = "all" if fewest == self.longest else f"{fewest} of {self.longest}, the last ones included"
+            self.notes = (f"tested: masks among positions up to {self.longest} ({among})",)
+        return len(families)
 
-    def _replace(self, graph_module: fx.GraphModule, site: AttentionSite) -> None:
+    def _replace(self, graph_module: fx.GraphModule, site: AttentionSite) -> MaskFamily:
         graph = graph_module.graph
+        result_dtype = site.result.meta["val"].dtype
         with graph.inserting_before(site.result):
             key, value = _peel_repeats(graph_module, site.key, site.value)
         family = _family(site, self.longest)
@@ -79,25 +86,33 @@ class RaiseAttention:
                 value,
                 scale=site.scale,
                 window=family.window,
+                chunk=family.chunk,
                 softcap=site.softcap,
                 alibi_slopes=_as_node(graph_module, f"{site.result.name}_alibi_slopes", family.alibi_slopes),
                 sinks=_as_node(graph_module, f"{site.result.name}_sinks", site.sinks),
-                chunk=getattr(family, "chunk", 0),
             )
             result.meta = {**site.result.meta, **result.meta}
+            if result.meta["val"].dtype != result_dtype:  # queries and keys in float32, values in the model's dtype
+                result = call(graph, aten._to_copy.default, result, dtype=result_dtype)
             result = site.place(graph, result)
         site.result.replace_all_uses_with(result)
         graph.erase_node(site.result)  # dead-code elimination keeps SDPA: it could have drawn random numbers
+        return family
 
 
 def _family(site: AttentionSite, longest: int) -> MaskFamily:
     value = site.query.meta["val"]
+    dtype = coarsest(n.meta["val"].dtype for n in (site.query, site.key, site.value, site.result))
     try:
-        return recognise(
-            site.probe, value.shape[1], longest, site.scale, site.softcap, site.literals, value.dtype, value.device
-        )
+        return recognise(site.probe, value.shape[1], longest, site.scale, site.softcap, dtype, value.device)
     except UnknownMaskError as error:
         raise refuse(site.result, f"the attention mask is not supported: {error}") from error
+    except UnevaluatedError as error:
+        raise refuse(
+            site.result,
+            f"the attention mask cannot be evaluated at the end of rows of {longest} tokens: {error}",
+            remedy="pass a smaller max_length",
+        ) from error
     except KeyError as error:
         raise refuse(site.result, f"the attention mask depends on token ids: {error.args[0]}") from error
 

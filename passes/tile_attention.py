@@ -61,8 +61,8 @@ class TileAttention:
     to the same memory. S is the length of the input `row_range`, the most tokens of a row; a graph that has none yet (a
     model without the step around it) gets it. Rows are right-aligned, since then causal order needs no mask: the last
     query sees all of the row's slots, the one before it one less, and so on. What is not plain causal order (windows,
-    chunks, ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by all
-    layers.
+    chunks, ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by
+    all layers.
 
     No result of a tile slot without a token is ever read. Inert tail tokens read the last slot of the last row, which
     is finite, because `kv_lengths` is at least 1 and caches hold finite values.

@@ -10,12 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from emssd_compile.ops import attention
 from emssd_compile.passes.attention_sites.products import einsum_terms
-from emssd_compile.passes.graph import argument, aten, same_size, shape
+from emssd_compile.passes.graph import argument, aten, is_pointwise, same_size, shape
 
 TokenRule = Callable[[fx.Node, dict[fx.Node, int], int], str | None]
 
@@ -30,7 +29,7 @@ def check(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     """
     if node.target in RULES:
         return RULES[node.target](node, dims, out)
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if is_pointwise(node.target):
         return _broadcast(node, dims, out)
     return "no rule proves that this op treats each token by itself"
 

@@ -59,7 +59,6 @@ class AttentionSite:
         softcap: 0, or c in `c * tanh(scaled / c)`.
         sinks: None, or a logit per head `[Hq]` that joins the softmax's sum and has no value.
         probe: computes its probabilities for given raw scores, as they are without sinks.
-        literals: integers in its mask's subgraph.
     """
 
     result: fx.Node
@@ -71,7 +70,6 @@ class AttentionSite:
     softcap: float
     sinks: fx.Node | Tensor | None
     probe: Probe
-    literals: set[int]
 
 
 class Form(ABC, Generic[Match]):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.passes.attention_sites.form import AttentionSite, Form, Miss, Subject
-from emssd_compile.passes.graph import Evaluator, ancestors, aten, call, literals, shape
+from emssd_compile.passes.graph import aten, call, shape
 from emssd_compile.passes.mask_family import MaskFamily
+from emssd_compile.passes.sampled_evaluator import SampledEvaluator
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -61,11 +62,11 @@ class ScaledDotProduct(Form[Call]):
         """See the class."""
         graph, node, mask, scale = subject.graph_module.graph, match.node, match.mask, match.scale
 
-        def probe(tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
+        def probe(places: Tensor, scores: Tensor) -> Tensor:
             scaled = scores * scale
             if mask is None:
                 return MaskFamily().probabilities(scaled)
-            value: Tensor = Evaluator(subject.graph_module, tokens, constants=constants)(mask)
+            value: Tensor = SampledEvaluator(subject.graph_module, places)(mask)
             if value.dtype == torch.bool:
                 value = torch.zeros((), device=value.device).masked_fill(~value, -torch.inf)
             return (scaled + value.float()).softmax(-1).reshape(scores.shape)
@@ -82,7 +83,6 @@ class ScaledDotProduct(Form[Call]):
             softcap=0.0,
             sinks=None,
             probe=probe,
-            literals=set() if mask is None else literals(ancestors([mask])),
         )
 
 

@@ -23,6 +23,7 @@ from emssd_compile.passes.attention_sites.softmax import (
     softmax_path,
 )
 from emssd_compile.passes.graph import Evaluator, ancestors, argument, aten, call, shape, token_dims, token_symbol
+from emssd_compile.precision import coarsest
 
 _TOKENS = 12
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
@@ -174,12 +175,12 @@ class _Scaled(Weights):
         self.factor = match.factor
         super().__init__(subject, match.path, given)
 
-    def __call__(self, tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
+    def __call__(self, places: Tensor, scores: Tensor) -> Tensor:
         """See the class."""
-        weights = super().__call__(tokens, scores, constants)
+        weights = super().__call__(places, scores)
         output = self.path.output
-        factor: Tensor = self.evaluator(tokens, scores, constants)(self.factor)
-        factor = factor.float().expand(Evaluator(self.graph_module, tokens).concrete_shape(output.node))
+        factor: Tensor = self.evaluator(places, scores)(self.factor)
+        factor = factor.float().expand(Evaluator(self.graph_module, len(places)).concrete_shape(output.node))
         factor = laid_out(factor, output.out, self.rows + self.features).reshape(*weights.shape[:2], -1)
         same = factor == factor[..., :1]
         return weights * factor.masked_fill(~same, torch.nan).mean(-1, keepdim=True)
@@ -193,9 +194,11 @@ def _are_sinks(subject: Subject, match: SinkPath, sinks: fx.Node | Tensor) -> bo
     scaled = raw * match.path.scale
     if match.path.softcap:
         scaled = match.path.softcap * torch.tanh(scaled / match.path.softcap)
-    plain = without(_TOKENS, raw, {})
+    places = torch.arange(_TOKENS, device=logits.device)
+    plain = without(places, raw)
     total = (scaled - plain.log()).diagonal(dim1=-2, dim2=-1)  # log of the sum over keys
     share = torch.sigmoid(total - logits.float().flatten()[:, None])[..., None]
-    exact = match.path.scores.node.meta["val"].dtype in (torch.float32, torch.float64)
-    tolerance = 1e-5 if exact else 2e-2
-    return torch.allclose(with_sinks(_TOKENS, raw, {}), plain * share, rtol=tolerance, atol=tolerance)
+    path = match.path
+    dtype = coarsest(n.meta["val"].dtype for n in (path.scores.node, path.weights, path.output.node))
+    tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
+    return torch.allclose(with_sinks(places, raw), plain * share, rtol=tolerance, atol=tolerance)

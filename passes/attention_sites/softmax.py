@@ -14,13 +14,12 @@ from emssd_compile.passes.attention_sites.form import AttentionSite, Form, Miss,
 from emssd_compile.passes.attention_sites.products import Operand, Product, arrange, is_product, laid_like, product
 from emssd_compile.passes.graph import (
     Evaluator,
-    ancestors,
     aten,
-    literals,
     scalar,
     token_dims,
     token_symbol,
 )
+from emssd_compile.passes.sampled_evaluator import SampledEvaluator
 
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 _SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar})
@@ -232,31 +231,31 @@ class Weights:
         """Letters of the values' features."""
         return "".join(c for c in self.path.output.out if c not in self.entering.letters)
 
-    def __call__(self, tokens: int, scores: Tensor, constants: dict[int, int]) -> Tensor:
-        """Weights for raw scores; `constants` replace integers in the graph."""
-        evaluator = self.evaluator(tokens, scores, constants)
-        value: Tensor = evaluator(self.entering.node)
+    def __call__(self, places: Tensor, scores: Tensor) -> Tensor:
+        """Weights for raw scores of the tokens at `places`."""
+        value: Tensor = self.evaluator(places, scores)(self.entering.node)
         return laid_out(value.float(), self.entering.letters, self.rows + self.values.tokens).reshape(scores.shape)
 
-    def evaluator(self, tokens: int, scores: Tensor, constants: dict[int, int] | None = None) -> Evaluator:
-        """Computes nodes of the path for raw scores."""
-        product = self.path.scores
+    def evaluator(self, places: Tensor, scores: Tensor) -> SampledEvaluator:
+        """Computes nodes of the path for raw scores of the tokens at `places`."""
+        product, tokens = self.path.scores, len(places)
         sizes = [tokens if n == -1 else n for n in product.sizes(self.heads)]
         raw = scores.to(product.node.meta["val"].dtype).reshape(*sizes, tokens, tokens)
         raw = laid_out(raw, self.heads + self.query.tokens + self.key.tokens, product.out)
         if product.added is not None:  # the raw scores stand for the product alone
-            bias: Tensor = Evaluator(self.graph_module, tokens)(product.added)
+            bias: Tensor = SampledEvaluator(self.graph_module, places)(product.added)
             raw = product.beta() * bias + product.alpha() * raw
         given = {product.node: raw.contiguous(), **{n: value(tokens) for n, value in self.given.items()}}
-        return Evaluator(self.graph_module, tokens, given, constants)
+        return SampledEvaluator(self.graph_module, places, given)
 
     def _answers_to_rows(self) -> bool:
         """Whether the left operand holds the queries: a score of its fourth token changes the fourth row of weights."""
-        scores = torch.zeros(self.num_heads, _FEW, _FEW, device=self.path.scores.node.meta["val"].device)
+        device = self.path.scores.node.meta["val"].device
+        places, scores = torch.arange(_FEW, device=device), torch.zeros(self.num_heads, _FEW, _FEW, device=device)
         try:
-            before = self(_FEW, scores, {})
+            before = self(places, scores)
             scores[:, 3, 1] = 1.0 / (self.path.scale or 1.0)
-            return not torch.equal(before[:, 3], self(_FEW, scores, {})[:, 3])
+            return not torch.equal(before[:, 3], self(places, scores)[:, 3])
         except KeyError:  # it depends on the token ids, and is refused for that where the mask is recognised
             return True
 
@@ -290,7 +289,6 @@ def site_of(subject: Subject, weights: Weights, result: fx.Node | None = None) -
         softcap=path.softcap,
         sinks=None,
         probe=weights,
-        literals=literals(ancestors([result or path.weights]) - ancestors([path.scores.node])),
     )
 
 

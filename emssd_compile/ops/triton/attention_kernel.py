@@ -8,7 +8,8 @@ are split among programs whose results `merge_splits` weighs by their log-sum-ex
 
 Nothing here depends on other rows: with the same sizes a row's result has the same bits, whatever the others hold.
 
-Scores are kept in units of log2, since a GPU has exp2 and no exp: the launcher scales scores, caps and slopes to that.
+Scores are kept in units of log2, since a GPU has exp2 and no exp: the launcher scales scores, caps, slopes and sinks to
+that.
 """
 
 import triton
@@ -18,7 +19,7 @@ from emssd_compile.ops._ancestors import WORD_BITS
 
 _WORD_BITS = tl.constexpr(WORD_BITS)
 # Sizes that differ from step to step: Triton would compile anew where one happens to be 1 or a multiple of 16.
-_UNSPECIALIZED = ["num_tokens", "num_rows", "num_splits", "capacity", "window", "ancestor_words"]
+_UNSPECIALIZED = ["num_tokens", "num_rows", "num_splits", "capacity", "window", "chunk", "ancestor_words"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -32,6 +33,7 @@ def attend(
     lengths,
     positions,
     alibi_slopes,  # [Hq] in log2, or None
+    sinks,  # [Hq] in log2, or None; with several splits, `merge_splits` has them
     ancestors,  # int32 [T, ancestor_words], or None for chains
     q_strides,
     k_strides,
@@ -41,6 +43,7 @@ def attend(
     num_splits,
     capacity,
     window,  # or None
+    chunk,  # or None
     ancestor_words,
     score_scale,
     score_cap,  # or None
@@ -85,13 +88,15 @@ def attend(
     # From here to `seen_by_all_stop` every query of the tile sees every slot.
     seen_by_all = first_slot
     position = step_index
-    if window is not None or alibi_slopes is not None:
+    if window is not None or chunk is not None or alibi_slopes is not None:
         position = tl.load(positions + token, mask=valid, other=0).to(tl.int32)
-    if window is not None:
-        lowest = tl.min(tl.where(valid, position, capacity * 2))
-        highest = tl.max(tl.where(valid, position, 0))
-        first_slot = _clamp(lowest - window + 1, 0, length) // BLOCK_SLOTS * BLOCK_SLOTS
-        seen_by_all = tl.cdiv(_clamp(highest - window + 1, 0, length), BLOCK_SLOTS) * BLOCK_SLOTS
+    first_seen = None
+    if window is not None or chunk is not None:
+        first_seen = _first_seen(position, window, chunk)
+        lowest = tl.minimum(tl.min(tl.where(valid, first_seen, capacity)), length)
+        highest = tl.minimum(tl.max(tl.where(valid, first_seen, 0)), length)
+        first_slot = lowest // BLOCK_SLOTS * BLOCK_SLOTS
+        seen_by_all = tl.cdiv(highest, BLOCK_SLOTS) * BLOCK_SLOTS
 
     blocks_per_split = tl.cdiv(tl.cdiv(stop_slot - first_slot, BLOCK_SLOTS), num_splits)
     first_slot += split * blocks_per_split * BLOCK_SLOTS
@@ -125,14 +130,20 @@ def attend(
     peak = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     bounds = (first_slot, seen_by_all, seen_by_all_stop, stop_slot)
     for part in tl.static_range(3):
-        if part > 0 or window is not None:
+        if part > 0 or first_seen is not None:
             acc, total, peak = _attend_slots(
                 acc, total, peak, bounds[part], bounds[part + 1], queries, keys, values, k_strides, v_strides,
-                step_index, position, slope, length, end - begin, positions + begin, ancestors, ancestor_words,
-                window, score_scale, score_cap,
+                step_index, position, first_seen, slope, length, end - begin, positions + begin, ancestors,
+                ancestor_words, score_scale, score_cap,
                 HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, MASKED=part != 1,
             )  # fmt: skip
 
+    if sinks is not None and logsumexp is None:
+        sink = tl.load(sinks + head, mask=valid, other=0.0)
+        top = tl.maximum(peak, sink)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        acc *= tl.exp2(peak - base)[:, None]
+        total = total * tl.exp2(peak - base) + tl.exp2(sink - base)
     result = acc / tl.where(total == 0, 1.0, total)[:, None]  # a query that sees nothing gets zeros
     tl.store(out_pointers, result.to(out.dtype.element_ty), mask=out_mask)
     if logsumexp is not None:
@@ -166,8 +177,8 @@ def _find_tile(
 @triton.jit
 def _attend_slots(
     acc, total, peak, first_slot, stop_slot, queries, keys, values, k_strides, v_strides,
-    step_index, position, slope, length, num_step, step_positions, ancestors, ancestor_words,
-    window, score_scale, score_cap,
+    step_index, position, first_seen, slope, length, num_step, step_positions, ancestors,
+    ancestor_words, score_scale, score_cap,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +200,7 @@ def _attend_slots(
         if score_cap is not None:
             scores = score_cap * _tanh(scores)
         key_position = slots
-        if MASKED and (window is not None or slope is not None):
+        if MASKED and (first_seen is not None or slope is not None):
             in_step = (slots >= length) & (slots < stop_slot)
             key_position = tl.load(step_positions + (slots - length), mask=in_step, other=0).to(tl.int32)
             key_position = tl.where(slots < length, slots, key_position)
@@ -198,8 +209,8 @@ def _attend_slots(
         if MASKED:
             visible = _visible(slots, step_index, length, num_step, ancestors, ancestor_words)
             visible &= (slots < stop_slot)[None, :]
-            if window is not None:
-                visible &= key_position[None, :] > position[:, None] - window
+            if first_seen is not None:
+                visible &= key_position[None, :] >= first_seen[:, None]
             scores = tl.where(visible, scores, float("-inf"))
 
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -226,7 +237,7 @@ def _attend_slots(
 
 @triton.jit
 def _visible(slots, step_index, length, num_step, ancestors, ancestor_words):
-    """Whether each query sees each slot, before any window and up to the row's last slot."""
+    """Whether each query sees each slot, before any window or chunk and up to the row's last slot."""
     if ancestors is None:
         visible = slots[None, :] <= length + step_index[:, None]
     else:
@@ -249,5 +260,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _clamp(x, low, high):
-    return tl.minimum(tl.maximum(x, low), high)
+def _first_seen(position, window, chunk):
+    """Position of the first key that a query sees, by its window and its chunk; never less for a later query."""
+    first = tl.zeros_like(position)
+    if window is not None:
+        first = tl.maximum(first, position - window + 1)
+    if chunk is not None:
+        first = tl.maximum(first, position // chunk * chunk)
+    return first

@@ -1,11 +1,13 @@
 """``emssd::ragged_attention`` by the Triton kernels."""
 
 import math
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from emssd_compile.ops._scores import AttentionAttributes
 from emssd_compile.ops.triton.attention_kernel import attend
 from emssd_compile.ops.triton.launch import AttentionSizes, LaunchConfig, block_size, plan_launch
 from emssd_compile.ops.triton.merge_kernel import merge_splits
@@ -23,12 +25,9 @@ def ragged_attention_triton(
     lengths: Tensor,
     positions: Tensor,
     *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
     ancestors: Tensor | None = None,
     launch: LaunchConfig | None = None,
+    **attributes: Any,
 ) -> Tensor:
     """Arguments and result as `emssd_compile.ops.ragged_attention` has them, in one of `DTYPES` and of any strides.
 
@@ -36,12 +35,14 @@ def ragged_attention_triton(
     (a row that reaches past its cache) cannot be reported from a GPU: slots outside the cache are not read.
 
     Args:
+        ancestors, **attributes: as the op has them.
         launch: how the work is cut up; None: as `plan_launch` has it.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit.
     """
-    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, alibi_slopes, ancestors)
+    rule = AttentionAttributes(**attributes)
+    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, rule, ancestors)
     launch = launch or plan_launch(sizes, num_processors(q.device))
     query_shape = (sizes.num_tokens, sizes.num_heads)
     out = q.new_empty(*query_shape, sizes.value_size)
@@ -50,7 +51,8 @@ def ragged_attention_triton(
     splits = launch.num_splits
     partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     logsumexp = None if splits == 1 else out.new_empty(splits, *query_shape, dtype=torch.float32)
-    score_scale, score_cap = _in_log2(scale, softcap)
+    score_scale, score_cap = _scale_in_log2(rule)
+    sinks = _in_log2(rule.sinks)
     with torch.cuda.device_of(q):
         attend[launch.num_tiles, sizes.num_kv_heads, splits](
             q,
@@ -61,7 +63,8 @@ def ragged_attention_triton(
             offsets.contiguous(),
             lengths.contiguous(),
             positions.contiguous(),
-            None if alibi_slopes is None else alibi_slopes.float().contiguous() * math.log2(math.e),
+            _in_log2(rule.alibi_slopes),
+            sinks,
             None if ancestors is None else ancestors.contiguous(),
             q.stride(),
             k_cache.stride(),
@@ -70,7 +73,8 @@ def ragged_attention_triton(
             sizes.num_rows,
             splits,
             sizes.capacity,
-            window if window > 0 else None,
+            rule.window if rule.window > 0 else None,
+            rule.chunk if rule.chunk > 0 else None,
             0 if ancestors is None else ancestors.shape[1],
             score_scale,
             score_cap,
@@ -90,6 +94,7 @@ def ragged_attention_triton(
                 partial,
                 logsumexp,
                 out,
+                sinks,
                 offsets[-1:],
                 splits,
                 NUM_HEADS=sizes.num_heads,
@@ -107,7 +112,7 @@ def check_arguments(
     offsets: Tensor,
     lengths: Tensor,
     positions: Tensor,
-    alibi_slopes: Tensor | None = None,
+    rule: AttentionAttributes | None = None,
     ancestors: Tensor | None = None,
 ) -> AttentionSizes:
     """The sizes of a call whose arguments fit together.
@@ -121,8 +126,10 @@ def check_arguments(
     (num_tokens, num_heads, head_size), (num_rows, capacity, num_kv_heads, value_size) = q.shape, v_cache.shape
     fits = offsets.shape == (num_rows + 1,) and lengths.shape == (num_rows,) and positions.shape == (num_tokens,)
     _check(fits, "offsets [B + 1], lengths [B] and positions [T]", offsets, lengths, positions)
-    if alibi_slopes is not None:
-        _check(alibi_slopes.shape == (num_heads,), "q [T, Hq, Dk] and alibi_slopes [Hq]", q, alibi_slopes)
+    for name in ("alibi_slopes", "sinks"):
+        values = getattr(rule, name, None)
+        if values is not None:
+            _check(values.shape == (num_heads,), f"q [T, Hq, Dk] and {name} [Hq]", q, values)
     if ancestors is not None:
         fits = ancestors.dim() == 2 and ancestors.shape[0] == num_tokens and ancestors.dtype == torch.int32
         _check(fits, "q [T, Hq, Dk] and ancestors int32 [T, W]", q, ancestors)
@@ -142,8 +149,13 @@ def _check(fits: bool, what: str, *tensors: Tensor) -> None:
         raise RuntimeError(f"emssd::ragged_attention: {what} do not fit: {found}")
 
 
-def _in_log2(scale: float, softcap: float) -> tuple[float, float | None]:
+def _scale_in_log2(rule: AttentionAttributes) -> tuple[float, float | None]:
     """What to multiply dot products with, and the cap of the result, for scores whose power of 2 is the weight."""
-    if softcap > 0:
-        return scale / softcap, softcap * math.log2(math.e)
-    return scale * math.log2(math.e), None
+    if rule.softcap > 0:
+        return rule.scale / rule.softcap, rule.softcap * math.log2(math.e)
+    return rule.scale * math.log2(math.e), None
+
+
+def _in_log2(values: Tensor | None) -> Tensor | None:
+    """What is added to scores, for such scores."""
+    return None if values is None else values.float().contiguous() * math.log2(math.e)

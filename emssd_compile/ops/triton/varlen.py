@@ -1,7 +1,7 @@
 """``emssd::ragged_attention`` by ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention of PyTorch.
 
-It serves chains in half precision, windows included, without what else changes scores. From torch 2.12 on it takes the number of keys of each row
-(``seqused_k``), so that a slab per row can be read as it lies.
+It serves chains in half precision, windows included, but nothing else that changes scores. From torch 2.12 on it takes
+the number of keys of each row (``seqused_k``), so that a slab per row can be read as it lies.
 """
 
 import functools
@@ -65,7 +65,7 @@ def ragged_attention_varlen(
     if not applies(q, k_cache, v_cache, scale=scale, window=window, **others):
         raise ValueError(
             "varlen_attn cannot do this: it needs torch >= 2.12, contiguous float16 or bfloat16 caches, keys and "
-            "values of one head size (a multiple of 8, at most 256), and no ancestors or attributes but scale and window"
+            "values of one head size (a multiple of 8, at most 256), and nothing but scale and window besides"
         )
     num_rows, capacity = k_cache.shape[:2]
     row_starts = torch.arange(num_rows + 1, device=q.device, dtype=torch.int32) * capacity
