@@ -94,6 +94,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "names that collide": lambda: _loud(_Names),
     "gpt_oss": lambda: _zoo("gpt_oss"),
     "mimo_v2_flash": lambda: _zoo("mimo_v2_flash"),
+    "llama4_text": lambda: _zoo("llama4_text"),
+    "granite_swa": lambda: _zoo("granite_swa"),
     "diffllama": lambda: _zoo("diffllama"),
     "diffllama, eager": lambda: _zoo("diffllama", "eager"),
     "llama, eager": lambda: _zoo("llama", "eager"),
