@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,24 +19,55 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from emssd_compile.branches import DecideBranches
 from emssd_compile.errors import InvalidInputError, UnsupportedModelError
 
 _EXAMPLE_TOKENS = 11
 """Length of the example sequence: not 0 or 1 (which export specialises) and unlikely to equal another dimension."""
+_LONGEST_REASON = 300
+"""Characters of an export's own error that are worth reading."""
+
+
+class _ForwardFailed(Exception):
+    """The forward raised while it was captured; the cause says what."""
 
 
 class PlainForward(nn.Module):
-    """`ids[1, T] -> logits`, whatever the model's own signature and return type are."""
+    """`ids[1, T] -> logits`, whatever the model's own signature and return type are.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        branches: while it is captured, what decides its branches.
+    """
+
+    def __init__(self, model: nn.Module, branches: DecideBranches | None = None) -> None:
         super().__init__()
-        self.model = model
-        parameters = inspect.signature(model.forward).parameters
-        self.options = {"use_cache": False} if "use_cache" in parameters else {}
+        self.model, self.branches = model, branches
+        self.options = {"use_cache": False} if _takes_use_cache(model) else {}
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """See the class."""
+        """Logits of the ids."""
+        if self.branches is None:
+            return self._logits(input_ids)
+        try:
+            with self.branches:
+                return self._logits(input_ids)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # export prints its whole graph for some of the model's own errors
+            raise _ForwardFailed from error
+
+    def _logits(self, input_ids: Tensor) -> Tensor:
         return _logits_of(self.model(input_ids, **self.options), type(self.model).__name__)
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether the forward has a `use_cache`, by name or, as its config tells, among its keywords."""
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        return True
+    keywords = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return keywords and hasattr(getattr(model, "config", None), "use_cache")
 
 
 def _logits_of(output: Any, model_name: str) -> Tensor:
@@ -74,41 +106,61 @@ def check_model(model: nn.Module) -> None:
             raise InvalidInputError(f"weight {name} holds NaN or infinite values; reload the checkpoint")
 
 
-def capture(model: nn.Module) -> fx.GraphModule:
+def capture(model: nn.Module, longest: int = _EXAMPLE_TOKENS) -> fx.GraphModule:
     """Capture `model` as a level-L0 graph `forward(input_ids[1, T], positions[1, T]) -> logits`.
 
     The graph holds ATen ops only; `T` is symbolic; weights are attributes that *are* the model's own parameters.
     `positions` is an input that nothing reads yet (`lift_positions` connects it).
+
+    Args:
+        model: in eval mode.
+        longest: most tokens of a row: a branch on the number of tokens must go one way up to there.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
         UnsupportedModelError: the forward cannot be captured for a symbolic number of tokens.
     """
     check_model(model)
-    program = _export(model)
-    graph_module = _bind_weights(program)
+    graph_module = _bind_weights(_export_one_way(model, longest))
     _add_positions(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
 
 
-def _export(model: nn.Module) -> ExportedProgram:
+def _export_one_way(model: nn.Module, longest: int) -> ExportedProgram:
+    """The forward as it is for every number of tokens up to `longest`."""
+    branches = DecideBranches(longest, longest)
+    program = _export(model, branches)
+    if branches.changing:  # which may not matter: another way may compute the same
+        short = _export(model, DecideBranches(1, longest))
+        if str(program.graph) != str(short.graph):
+            first = min(branches.changing, key=lambda branch: branch.limit)
+            raise UnsupportedModelError(
+                f"max_length={longest}, but the forward of {type(model).__name__} computes something else for more "
+                f"than {first.limit} tokens than for fewer (it branches on %{first.node.name}): tokens of a short row "
+                "and of a long one cannot share a step",
+                remedy=f"pass max_length={first.limit} or less",
+            )
+    return program
+
+
+def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
     try:
         with torch.no_grad(), _quiet():
             program: ExportedProgram = torch.export.export(
-                PlainForward(model), (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False
+                PlainForward(model, branches), (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False
             ).run_decompositions({})
     except UnsupportedModelError:
         raise
     except Exception as error:  # export raises many types; the user needs one that says what to do
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ if isinstance(error, _ForwardFailed) and error.__cause__ else error
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured: torch.export failed with {type(error).__name__}: {reason}. "
+            f"{type(model).__name__} cannot be captured: {_reason(cause)}. "
             "The forward must map ids[1, T] to logits without control flow on tensor values"
-        ) from error
+        ) from cause
     ids = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "input_ids")
     tokens = ids.meta["val"].shape[1]
     if isinstance(tokens, int) or not tokens.node.expr.free_symbols:  # a symbol that export fixed stays a SymInt
@@ -117,6 +169,17 @@ def _export(model: nn.Module) -> ExportedProgram:
             f"{tokens}); its forward must work for any length"
         )
     return program
+
+
+def _reason(error: BaseException) -> str:
+    """What export says, in a line without the graph that it may append, and the line of the forward."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:_LONGEST_REASON]
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        text = "a branch or a size depends on the value of a tensor"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "/emssd_compile/"))]
+    where = f", at {own[-1].filename}:{own[-1].lineno} `{own[-1].line}`" if own else ""
+    return f"torch.export failed with {type(error).__name__}{f': {text}' if text else ''}{where}"
 
 
 def _vocabulary_hint(model: nn.Module) -> int:
@@ -159,13 +222,18 @@ def _bind_weights(program: ExportedProgram) -> fx.GraphModule:
             continue
         if spec.target is None:
             raise UnsupportedModelError(f"input `{node.name}` of kind {spec.kind.name} cannot be bound to a tensor")
-        name = spec.target.removeprefix("model.").replace(".", "_")
+        name = _free_name(root, spec.target.removeprefix("model.").replace(".", "_"))
         _register(root, name, _lookup(program, spec.target))
         values[node] = graph.get_attr(name)
         values[node].meta = dict(node.meta)
     for node in program.graph.nodes:
         if node.op == "output":
             graph.output(values[node.args[0][0]])
+        elif node.op == "get_attr":  # what a higher-order op calls is a graph of its own
+            name = _free_name(root, node.target)
+            setattr(root, name, getattr(program.graph_module, node.target))
+            values[node] = graph.get_attr(name)
+            values[node].meta = dict(node.meta)
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, lambda n: values[n])
     with warnings.catch_warnings():
@@ -178,6 +246,13 @@ def _lookup(program: ExportedProgram, target: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise UnsupportedModelError(f"constant `{target}` is a {type(value).__name__}, not a tensor")
     return value
+
+
+def _free_name(root: nn.Module, name: str) -> str:
+    """`name`, lengthened until nothing in `root` has it: `w.1` and `w_1` are two weights."""
+    while hasattr(root, name):
+        name += "_"
+    return name
 
 
 def _register(root: nn.Module, name: str, value: Tensor) -> None:

@@ -78,7 +78,7 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
         InvalidInputError: the model is in training mode or its weights are unusable.
         UnsupportedModelError: the model cannot be captured, or a pass cannot prove its rewrite right.
     """
-    graph_module = capture(model)
+    graph_module = capture(model, batch.capacity)
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
     load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too

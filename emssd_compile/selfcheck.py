@@ -2,71 +2,163 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from emssd_compile.capture import PlainForward
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.runtime.memory import allocate
+from emssd_compile.passes import PassRecord
+from emssd_compile.precision import Precision, coarsest
+from emssd_compile.runtime.memory import allocate, available
 from emssd_compile.step.pack import pack
 from emssd_compile.step.tensor_spec import TensorSpec
 
-_LENGTHS = (1, 6, 19)
-_FIRST_CHUNK = (1, 2, 11)
+_SHORT = (1, 6, 19)
+_SHORT_FIRST = (1, 2, 11)
+_LONGEST = 2048
+_COMPARED = 64
+"""Tokens of the long row whose logits are compared: spread over it, its last one among them."""
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
+_HALF_TOLERANCE = 5e-2
+_SHARE = 4
+"""The check takes at most one part in so many of the memory that is available."""
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Ragged random prompts, read in two chunks.
+
+    Attributes:
+        ids: int64 `[B, longest]`.
+        lengths: tokens of each row.
+        first: of them in the first chunk.
+        compared: positions of each row whose logits are compared, ascending.
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    first: tuple[int, ...]
+    compared: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, vocabulary: int, longest: int, device: torch.device) -> _Prompts:
+        """Three short rows and one of `longest` tokens."""
+        lengths = tuple(min(n, longest) for n in (*_SHORT, longest))
+        first = tuple(min(a, b) for a, b in zip((*_SHORT_FIRST, max(1, longest // 2)), lengths, strict=True))
+        ids = torch.randint(vocabulary, (len(lengths), longest), generator=torch.Generator().manual_seed(0))
+        spread = torch.linspace(0, longest - 1, min(longest, _COMPARED), dtype=torch.float64).long()
+        compared = (*(torch.arange(n) for n in lengths[:-1]), spread.unique())
+        return cls(ids.to(device), lengths, first, compared)
 
 
 def check_against(model: nn.Module, compiled: CompiledModel) -> None:
-    """Run a few ragged random prompts in two chunks through `compiled` and one by one through `model`.
+    """Run ragged random prompts in two chunks through `compiled` and one by one through `model`.
 
     The proofs of the passes rest on what a graph says; this rests on what the model does. It catches a forward whose
-    graph depends on the length it was captured with. Costs six short forward passes.
+    graph depends on the length it was captured with, and rows that influence one another: three short rows stand
+    beside one as long as a row can be (2,048 tokens at most, fewer where memory is short), half of it in the first
+    chunk. A model in half precision is compared in float32, weight by weight, so that a mistake does not pass as
+    rounding; where that is impossible, with the rounding of its coarsest dtype. What was compared is noted in the
+    compiled model's records.
 
     Raises:
         UnsupportedModelError: logits differ by more than rounding.
     """
-    capacity = min(max(_LENGTHS), next(iter(compiled.cache_shapes.values())).shape[1])
-    lengths = torch.tensor([min(n, capacity) for n in _LENGTHS])
+    start = time.perf_counter()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ids = torch.randint(compiled.vocabulary, (len(lengths), capacity), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device)
-    with torch.inference_mode():
-        packed = _packed_logits(compiled, ids, lengths.to(device))
-        forward = PlainForward(model)
-        for row, length in enumerate(lengths.tolist()):
-            expected = forward(ids[row : row + 1, :length]).reshape(-1, compiled.vocabulary)
-            actual = packed[row][-len(expected) :]  # a forward may give the last position's logits only
-            _compare(model, expected, actual)
-
-
-def _packed_logits(compiled: CompiledModel, ids: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Logits of every token, per row."""
-    rows, capacity = ids.shape
-    specs = {
-        name: TensorSpec((rows, capacity, *spec.shape[2:]), spec.dtype) for name, spec in compiled.cache_shapes.items()
-    }
-    caches = allocate(specs, ids.device)
-    first = torch.minimum(torch.tensor(_FIRST_CHUNK, device=ids.device), lengths)
-    found: list[list[Tensor]] = [[] for _ in range(rows)]
-    for start, stop in ((torch.zeros_like(lengths), first), (first, lengths)):
-        total = int((stop - start).sum())
-        token_range = torch.arange(total + 1, device=ids.device)  # one inert tail token
-        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, token_range, token_range, share=total)
-        _, logits = compiled(packed, start, token_range[:total], caches)
-        for row, part in enumerate(logits.split((stop - start).tolist())):
-            found[row].append(part)
-    return [torch.cat(parts) for parts in found]
-
-
-def _compare(model: nn.Module, expected: Tensor, actual: Tensor) -> None:
-    tolerance = _TOLERANCE.get(expected.dtype, 5e-2)
-    scale = expected.abs().max().clamp(min=1e-6)
-    error = float((actual.to(expected.dtype) - expected).abs().max() / scale)
+    own = _coarsest(compiled)
+    prompts = _Prompts.of(compiled.vocabulary, _longest(compiled, device), device)
+    raised = own not in _TOLERANCE and _room_for_float32(model, device)
+    try:
+        error, dtype = _error(model, compiled, prompts, torch.float32 if raised else None), own
+        dtype = torch.float32 if raised else own
+    except (RuntimeError, TypeError, NotImplementedError):
+        if not raised:
+            raise
+        error, dtype = _error(model, compiled, prompts, None), own
+    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes something else on packed rows than on single prompts: logits differ by "
-            f"{error:.1e} of their largest value (allowed {tolerance:.0e}). Its forward may depend on the length of "
-            "the sequence in a way the capture does not show",
+            f"{error:.1e} of their largest value (allowed {tolerance:.0e}), in rows of {prompts.lengths} tokens. Its "
+            "forward may depend on the length of the sequence, or on other rows, in a way the capture does not show",
             remedy="report this model; until then use it without compiling",
         )
+    nodes = len(compiled.graph_module.graph.nodes)
+    note = f"tested: logits of rows of {prompts.lengths} tokens side by side, in {str(dtype).removeprefix('torch.')}"
+    compiled.records.append(
+        PassRecord("selfcheck", "L2", 0, nodes, nodes, time.perf_counter() - start, (f"{note}: {error:.0e} apart",))
+    )
+
+
+def _coarsest(compiled: CompiledModel) -> torch.dtype:
+    """The dtype on the way from tokens to logits that rounds most."""
+    values = (n.meta.get("val") for n in compiled.graph_module.graph.nodes)
+    return coarsest(v.dtype for v in values if isinstance(v, Tensor))
+
+
+def _longest(compiled: CompiledModel, device: torch.device) -> int:
+    """Tokens of the long row: what a row can hold, as far as caches and logits of the check fit into memory."""
+    shapes = [spec.shape for spec in compiled.cache_shapes.values()]
+    capacity = shapes[0][1]
+    cached = (len(_SHORT) + 1) * sum(torch.Size(s[2:]).numel() for s in shapes)
+    elements = available(device) // _SHARE // 4  # of float32
+    return max(1, min(capacity, _LONGEST, elements // (cached + 2 * compiled.vocabulary)))
+
+
+def _room_for_float32(model: nn.Module, device: torch.device) -> bool:
+    """Whether the largest weight can be held in float32 beside the model."""
+    largest = max((p.numel() for p in model.parameters()), default=0)
+    return largest * 4 <= available(device) // _SHARE
+
+
+def _error(model: nn.Module, compiled: CompiledModel, prompts: _Prompts, dtype: torch.dtype | None) -> float:
+    """Largest difference of logits, as a part of the largest logit of the row; computed in `dtype` at least."""
+    worst = 0.0
+    with torch.inference_mode(), Precision(dtype) if dtype is not None else contextlib.nullcontext():
+        packed = _packed_logits(compiled, prompts, dtype)
+        forward = PlainForward(model)
+        for row, length in enumerate(prompts.lengths):
+            expected = forward(prompts.ids[row : row + 1, :length])[..., : compiled.vocabulary]
+            expected = expected.reshape(-1, compiled.vocabulary)
+            # a forward may give the last position's logits only
+            places = prompts.compared[row].to(expected.device) - (length - len(expected))
+            actual, expected = packed[row][places.to(packed[row].device) >= 0], expected[places[places >= 0]]
+            scale = expected.abs().max().clamp(min=1e-6)
+            error = float((actual.to(expected.dtype) - expected).abs().max() / scale)
+            worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+def _packed_logits(compiled: CompiledModel, prompts: _Prompts, dtype: torch.dtype | None) -> list[Tensor]:
+    """Logits of the compared tokens, per row."""
+    ids = prompts.ids
+    rows, capacity = ids.shape
+    specs = {
+        name: TensorSpec(
+            (rows, capacity, *spec.shape[2:]), spec.dtype if dtype is None else torch.promote_types(spec.dtype, dtype)
+        )
+        for name, spec in compiled.cache_shapes.items()
+    }
+    caches = allocate(specs, ids.device)
+    found: list[list[Tensor]] = [[] for _ in range(rows)]
+    for starts, stops in ((torch.zeros(rows, dtype=torch.int64), prompts.first), (prompts.first, prompts.lengths)):
+        start, stop = (torch.as_tensor(n, device=ids.device) for n in (starts, stops))
+        total = int((stop - start).sum())
+        token_range = torch.arange(total + 1, device=ids.device)  # one inert tail token
+        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, token_range, token_range, share=total)
+        wanted = [
+            places[(places >= a) & (places < b)] - a + offset
+            for places, a, b, offset in zip(
+                prompts.compared, start.tolist(), stop.tolist(), packed.offsets.tolist(), strict=False
+            )
+        ]
+        _, logits = compiled(packed, start, torch.cat(wanted).to(ids.device), caches)
+        for row, part in enumerate(logits.split([len(w) for w in wanted])):
+            found[row].append(part)
+    return [torch.cat(parts) for parts in found]

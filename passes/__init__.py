@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from emssd_compile.passes.bar_unreadable import BarUnreadable
 from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.fuse_draft import FuseDraft
 from emssd_compile.passes.fuse_projections import FuseProjections
@@ -21,6 +22,8 @@ from emssd_compile.passes.levels import (
     verify_unpadded,
 )
 from emssd_compile.passes.lift_positions import LiftPositions
+from emssd_compile.passes.lower_einsum import LowerEinsum
+from emssd_compile.passes.lower_flex_attention import LowerFlexAttention
 from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
 from emssd_compile.passes.raise_attention import RaiseAttention
@@ -48,8 +51,8 @@ __all__ = [
 
 
 def captured() -> Level:
-    """L0: what `capture` gives."""
-    return Level("L0", (), verify_captured)
+    """L0: what `capture` gives, in ATen ops."""
+    return Level("L0", (LowerFlexAttention(),), verify_captured)
 
 
 def canonical(batch: BatchShape) -> Level:
@@ -59,9 +62,11 @@ def canonical(batch: BatchShape) -> Level:
         (
             DropNoops(),
             RestoreAllLogits(),
+            BarUnreadable(),  # behind it: the logits are [1, T, V] now
             RaiseAttention(batch.capacity),  # before positions are lifted: masks are recognised on 0, 1, 2, ...
-            LiftPositions(),
-            ProveTokenPointwise(),  # last: what was wrongly left over is caught here
+            LowerEinsum(),  # after attention is raised, which reads einsums as they are
+            LiftPositions(batch.capacity),
+            ProveTokenPointwise(batch.capacity),  # last: what was wrongly left over is caught here
         ),
         verify_canonical,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
-from emssd_compile.passes.graph import aten, same_size, shape
+from emssd_compile.passes.graph import argument, aten, same_size, shape
 
 _CHECKS = frozenset(
     {
@@ -32,11 +33,12 @@ _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.d
 
 
 class DropNoops:
-    """Remove assertions, copies, same-dtype casts, full slices and same-shape expands; make every view a reshape.
+    """Remove what does nothing, and make every view a reshape.
 
-    Export leaves many behind. They hide the patterns that later passes look for, and a copy made only for its memory
-    layout would be made again by whoever needs that layout. Views become reshapes because dropping a copy may change
-    strides under them; -1 stands for the token dimension in all of them.
+    Assertions, copies, same-dtype casts, full slices, same-shape expands, transposes that undo each other: export
+    leaves many behind. They hide the patterns that later passes look for, and a copy made only for its memory layout
+    would be made again by whoever needs that layout. Views become reshapes because dropping a copy may change strides
+    under them; -1 stands for the token dimension in all of them.
 
         before:  %s = slice(%x[1,T,8], 1, 0, maxint); %c = clone(%s); %v = view(%c, [1, T, 2, 4])
         after:   %v = reshape(%x[1,T,8], [1, -1, 2, 4])
@@ -62,11 +64,13 @@ class DropNoops:
 
 
 def _normalise_view(node: fx.Node) -> bool:
-    """Make any view a reshape to known sizes, with -1 for the one that depends on the number of tokens."""
+    """Make any view a reshape, to known sizes and -1 where one size alone depends on the number of tokens."""
     sizes = shape(node)
-    if node.target not in _VIEWS or sizes is None or sum(isinstance(s, torch.SymInt) for s in sizes) > 1:
+    if node.target not in _VIEWS or sizes is None:
         return False
-    known = [-1 if isinstance(s, torch.SymInt) else s for s in sizes]
+    known: Any = [-1 if isinstance(s, torch.SymInt) else s for s in sizes]
+    if known.count(-1) > 1:  # a relation of tokens to tokens: sizes stay as the model computes them
+        known = node.args[1]
     if node.target == aten.reshape.default and node.args[1] == known:
         return False
     node.target = aten.reshape.default
@@ -85,8 +89,16 @@ def _source_if_noop(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if node.target in _ALWAYS:
         return source
+    if node.target == aten.transpose.int == source.target:
+        return argument(source, 0) if _swapped(node) == _swapped(source) else None
     rule = _RULES.get(node.target)
     return source if rule is not None and rule(node, source) else None
+
+
+def _swapped(node: fx.Node) -> set[int]:
+    """The two dimensions that a transpose swaps."""
+    rank = len(shape(node) or ())
+    return {d % rank for d in node.args[1:] if isinstance(d, int)}
 
 
 def _same_dtype(node: fx.Node, source: fx.Node) -> bool:

@@ -32,6 +32,21 @@ SHAPE_ONLY = frozenset(
 """Ops whose result depends on the shape of their first argument, never on its values."""
 
 
+_UNTAGGED_POINTWISE = frozenset(
+    {
+        *(aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar),
+        *(aten.__xor__.Tensor, aten.__xor__.Scalar, aten.rsub.Tensor, aten.masked_fill.Tensor),
+        *(aten.floor_divide.default, aten.floor_divide.Scalar),
+        *(aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther),
+    }
+)
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an op computes each element of its result from the elements of its operands at the same place."""
+    return target in _UNTAGGED_POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
 def inputs(graph: fx.Graph) -> list[fx.Node]:
     """The inputs, in order."""
     return [n for n in graph.nodes if n.op == "placeholder"]
@@ -94,15 +109,16 @@ def data_dependent(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """`nodes` and everything they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], *, values_only: bool = False) -> set[fx.Node]:
+    """`nodes` and everything they are computed from; with `values_only`, not what they take a shape from."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.all_input_nodes)
+            if not (values_only and node.target in SHAPE_ONLY):
+                stack.extend(node.all_input_nodes)
     return found
 
 
@@ -155,7 +171,6 @@ class Evaluator:
         graph_module: an L0 or L1 graph.
         tokens: the value of T.
         given: values to take for some nodes instead of computing them.
-        constants: replacements for integer literals in the graph (`{4096: 5}`), to see what a literal means.
     """
 
     def __init__(
@@ -163,11 +178,9 @@ class Evaluator:
         graph_module: fx.GraphModule,
         tokens: int,
         given: dict[fx.Node, Tensor] | None = None,
-        constants: dict[int, int] | None = None,
     ) -> None:
         self.graph_module = graph_module
         self.tokens = tokens
-        self.constants = constants or {}
         self.symbol = token_symbol(graph_module.graph)
         self.values: dict[fx.Node, Any] = dict(given or {})
         ids = placeholder(graph_module.graph, "input_ids")
@@ -211,8 +224,6 @@ class Evaluator:
         def value(leaf: Any) -> Any:
             if isinstance(leaf, fx.Node):
                 return self.values[leaf] if leaf in self.values else self(leaf)
-            if type(leaf) is int:
-                return self.constants.get(leaf, leaf)
             return leaf
 
         return fx.node.map_aggregate(arguments, value)

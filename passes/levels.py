@@ -39,11 +39,18 @@ def verify_captured(graph_module: fx.GraphModule) -> None:
 
 
 def verify_canonical(graph_module: fx.GraphModule) -> None:
-    """L1: one attention op, no relation of tokens to tokens, nothing but attention mixes tokens."""
+    """L1: one attention op, no relation of tokens to tokens, no shape that depends on data, only attention mixes."""
     verify_captured(graph_module)
     graph = graph_module.graph
     symbol = token_symbol(graph)
     for node in graph.nodes:
+        if _shape_of_values(node):
+            raise refuse(
+                node,
+                "the shape of a tensor depends on values (experts whose tokens are cut out by how many there are, with "
+                "`tolist()`, `item()` or `nonzero()`): one graph has to serve every step",
+                "write it for fixed shapes: sorted tokens and a grouped product, or every expert with a weight a token",
+            )
         if len(token_dims(node, symbol)) > 1:
             raise refuse(node, "a relation of tokens to tokens is left: an attention was not recognised")
     mixing = find_mixing(graph_module)
@@ -88,11 +95,17 @@ def verify_lowerable(graph_module: fx.GraphModule) -> None:
     for node in graph.nodes:
         if node.target in (aten._local_scalar_dense.default, aten.item.default):
             raise refuse(node, "the step reads a value back to the host")
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and any(_unbacked(s) for s in value.shape):
+        if _shape_of_values(node):
             raise refuse(node, "the step holds a shape that depends on data")
     if not isinstance(output(graph).args[0], dict):
         raise refuse(output(graph), "the results have no names")
+
+
+def _shape_of_values(node: fx.Node) -> bool:
+    """Whether a tensor that `node` gives has a size that only running it tells."""
+    value = node.meta.get("val")
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(t, torch.Tensor) and any(map(_unbacked, t.shape)) for t in tensors)
 
 
 def _unbacked(size: int | torch.SymInt) -> bool:

@@ -20,6 +20,8 @@ from emssd_compile.passes.graph import (
     token_symbol,
 )
 from emssd_compile.passes.mask_family import MaskFamily, UnknownMaskError, recognise
+from emssd_compile.passes.sampled_evaluator import UnevaluatedError
+from emssd_compile.precision import coarsest
 
 _REPEAT = frozenset(
     {
@@ -53,77 +55,86 @@ class RaiseAttention:
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
+        self.notes: tuple[str, ...] = ()
 
     def run(self, graph_module: fx.GraphModule) -> int:
         """See the class. Raises UnsupportedModelError for an attention whose mask is of no known family."""
         dependent = data_dependent(graph_module.graph)
-        changed = 0
-        for node in list(graph_module.graph.nodes):
-            site = find_site(graph_module, node, dependent)
-            if site is not None:
-                self._replace(graph_module, site)
-                changed += 1
-        return changed
+        families = [
+            self._replace(graph_module, site)
+            for node in list(graph_module.graph.nodes)
+            if (site := find_site(graph_module, node, dependent)) is not None
+        ]
+        if families:
+            fewest = min(family.probed for family in families)
+            among = "all" if fewest == self.longest else f"{fewest} of {self.longest}, the last ones included"
+            self.notes = (f"tested: masks among positions up to {self.longest} ({among})",)
+        return len(families)
 
-    def _replace(self, graph_module: fx.GraphModule, site: AttentionSite) -> None:
+    def _replace(self, graph_module: fx.GraphModule, site: AttentionSite) -> MaskFamily:
         graph = graph_module.graph
-        result_shape = shape(site.result) or ()
+        result_dtype = site.result.meta["val"].dtype
         with graph.inserting_before(site.result):
-            query = _four_dimensional(graph, site.query)
-            key, value = (_four_dimensional(graph, node) for node in _peel_repeats(graph_module, site.key, site.value))
-        family = _family(site, query, self.longest)
+            key, value = _peel_repeats(graph_module, site.key, site.value)
+        family = _family(site, self.longest)
         with graph.inserting_before(site.result):
-            slopes = None
-            if family.alibi_slopes is not None:
-                slopes = _constant(graph_module, f"{site.result.name}_alibi_slopes", family.alibi_slopes)
             result = call(
                 graph,
                 attention,
-                query,
+                site.query,
                 key,
                 value,
                 scale=site.scale,
                 window=family.window,
+                chunk=family.chunk,
                 softcap=site.softcap,
-                alibi_slopes=slopes,
+                alibi_slopes=_as_node(graph_module, f"{site.result.name}_alibi_slopes", family.alibi_slopes),
+                sinks=_as_node(graph_module, f"{site.result.name}_sinks", site.sinks),
             )
             result.meta = {**site.result.meta, **result.meta}
-            if len(result_shape) == 3:
-                result = call(graph, aten.squeeze.dim, result, 0)
-            elif len(result_shape) == 5:
-                _, groups, each, _, size = result_shape
-                result = call(graph, aten.reshape.default, result, [1, groups, each, -1, size])
+            if result.meta["val"].dtype != result_dtype:  # queries and keys in float32, values in the model's dtype
+                result = call(graph, aten._to_copy.default, result, dtype=result_dtype)
+            result = site.place(graph, result)
         site.result.replace_all_uses_with(result)
         graph.erase_node(site.result)  # dead-code elimination keeps SDPA: it could have drawn random numbers
+        return family
 
 
-def _family(site: AttentionSite, query: fx.Node, longest: int) -> MaskFamily:
-    value = query.meta["val"]
+def _family(site: AttentionSite, longest: int) -> MaskFamily:
+    value = site.query.meta["val"]
+    dtype = coarsest(n.meta["val"].dtype for n in (site.query, site.key, site.value, site.result))
     try:
-        return recognise(
-            site.probe, value.shape[1], longest, site.scale, site.softcap, site.literals, value.dtype, value.device
-        )
+        return recognise(site.probe, value.shape[1], longest, site.scale, site.softcap, dtype, value.device)
     except UnknownMaskError as error:
         raise refuse(site.result, f"the attention mask is not supported: {error}") from error
+    except UnevaluatedError as error:
+        raise refuse(
+            site.result,
+            f"the attention mask cannot be evaluated at the end of rows of {longest} tokens: {error}",
+            remedy="pass a smaller max_length",
+        ) from error
     except KeyError as error:
         raise refuse(site.result, f"the attention mask depends on token ids: {error.args[0]}") from error
-
-
-def _four_dimensional(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """[heads, T, D] or [1, groups, heads a group, T, D] as [1, heads, T, D]."""
-    rank = len(shape(node) or ())
-    if rank == 3:
-        return call(graph, aten.unsqueeze.default, node, 0)
-    if rank == 5:
-        return call(graph, aten.flatten.using_ints, node, 1, 2)
-    return node
 
 
 def _peel_repeats(graph_module: fx.GraphModule, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Keys and values before their heads were repeated, if both were repeated alike."""
     peeled = _peel_repeat(graph_module, key), _peel_repeat(graph_module, value)
-    heads = {(shape(node) or ())[-3] for node in peeled}
-    return peeled if len(heads) == 1 else (key, value)
+    for keys, values in (peeled, (key, value)):
+        if _num_heads(keys) == _num_heads(values):
+            return keys, values
+    most = max(_num_heads(key), _num_heads(value))  # keys for every query head beside values for a group, or reversed
+    return _repeated(key, most), _repeated(value, most)
+
+
+def _num_heads(node: fx.Node) -> int:
+    return int((shape(node) or ())[1])
+
+
+def _repeated(node: fx.Node, heads: int) -> fx.Node:
+    if _num_heads(node) == heads:
+        return node
+    return call(node.graph, aten.repeat_interleave.self_int, node, heads // _num_heads(node), 1)
 
 
 def _peel_repeat(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -154,7 +165,10 @@ def _is_repeat(graph_module: fx.GraphModule, source: fx.Node, repeated: fx.Node)
     return torch.equal(evaluator(repeated), labels.repeat_interleave(b[1] // a[1], dim=1))
 
 
-def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+def _as_node(graph_module: fx.GraphModule, name: str, value: fx.Node | Tensor | None) -> fx.Node | None:
+    """A tensor as a buffer of the graph; what is a node already, or None, as it is."""
+    if not isinstance(value, Tensor):
+        return value
     graph_module.register_buffer(name, value, persistent=False)
     node = graph_module.graph.get_attr(name)
     fake = next(n.meta["val"] for n in graph_module.graph.nodes if "val" in n.meta)

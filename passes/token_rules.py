@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from emssd_compile.ops import attention
-from emssd_compile.passes.graph import argument, aten, same_size, shape
+from emssd_compile.passes.attention_sites.products import einsum_terms
+from emssd_compile.passes.graph import argument, aten, is_pointwise, same_size, shape
 
 TokenRule = Callable[[fx.Node, dict[fx.Node, int], int], str | None]
 
@@ -29,7 +29,7 @@ def check(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     """
     if node.target in RULES:
         return RULES[node.target](node, dims, out)
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if is_pointwise(node.target):
         return _broadcast(node, dims, out)
     return "no rule proves that this op treats each token by itself"
 
@@ -167,6 +167,17 @@ def _index_select(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | No
     return None
 
 
+def _einsum(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
+    """One letter stands for the tokens, in every operand and in the result."""
+    terms = einsum_terms(node)
+    if terms is None:
+        return "it takes the diagonal of an operand"
+    for source, letters in terms.operands:
+        if source in dims and letters[dims[source]] != terms.out[out]:
+            return "it sums over tokens, or multiplies tokens with tokens"
+    return None
+
+
 def _attention(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     if all(dims.get(n) == 2 for n in node.args[:3] if isinstance(n, fx.Node)) and out == 2:
         return None
@@ -181,6 +192,7 @@ RULES: dict[Any, TokenRule] = {
     aten.bmm.default: _matmul,
     aten.addmm.default: _matmul,
     aten.baddbmm.default: _matmul,
+    aten.einsum.default: _einsum,
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,

@@ -78,6 +78,54 @@ def test_a_cache_is_not_asked_for():
     assert ops(capture(Cached().eval()))["linear"] == 1
 
 
+def test_a_cache_is_not_asked_for_among_keywords():
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = TinyModel()
+            self.config = SimpleNamespace(use_cache=True)
+
+        def forward(self, input_ids: Tensor, **kwargs: bool) -> Tensor:
+            assert not kwargs.get("use_cache", self.config.use_cache)
+            return self.inner(input_ids)
+
+    assert ops(capture(Cached().eval()))["linear"] == 1
+
+
+def test_keywords_are_not_given_what_no_config_knows():
+    class Strict(TinyModel):
+        def forward(self, input_ids: Tensor, **kwargs: bool) -> Tensor:
+            assert not kwargs
+            return super().forward(input_ids)
+
+    assert ops(capture(Strict()))["linear"] == 1
+
+
+class _Colliding(TinyModel):
+    """`w.1` and `w_1` are two weights; so are `w_1_` and the name that the second would get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList([torch.randn(16) for _ in range(2)])
+        self.w_1 = nn.Parameter(torch.randn(16))
+        self.w_1_ = nn.Parameter(torch.randn(16))
+        self.register_buffer("w_0", torch.randn(16))
+        self.w_0: Tensor
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids) * self.w[1] + self.w_1
+        return self.lm_head(hidden * self.w[0] + self.w_1_ * self.w_0)
+
+
+def test_weights_whose_names_collide_are_two_weights():
+    model = _Colliding()
+    graph_module = capture(model)
+    held = [*graph_module.parameters(), *graph_module.buffers()]
+    own = {t.data_ptr() for t in (*model.w, model.w_1, model.w_1_, model.w_0)}
+    assert own <= {t.data_ptr() for t in held}
+    torch.testing.assert_close(run(graph_module, 7), eager(model, 7), rtol=1e-6, atol=1e-6)
+
+
 class _FixedLength(TinyModel):
     """The length becomes a Python float: the graph would be right for one length only."""
 

@@ -1,6 +1,7 @@
 """The public surface: what `generate` takes and gives back, what it counts, and that the user's model stays theirs."""
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
 from emssd_compile.errors import CapacityError, OptionError
+from emssd_compile.optimized_model import _resolve_length
 from tests.exactness.compiled import K, target
 from tests.exactness.models import Reference, build, prompt
+from tests.zoo import POSITIONS, toy_config, toy_model
 
 NEW = 10
 LENGTHS = (5, 17, 2)
@@ -241,3 +244,42 @@ def test_a_negative_number_of_positions_in_the_config_is_no_limit():
     assert emssd_compile.optimize(model, "none", max_batch=1, max_length=16, backend="eager").options.max_length == 16
     with pytest.raises(OptionError, match="max_length is needed"):
         emssd_compile.optimize(model, "none", max_batch=1, backend="eager")
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+CONFIGS = {
+    "its own": (SimpleNamespace(n_positions=48), 48, 48),
+    "no limit": (SimpleNamespace(max_position_embeddings=-1), None, None),
+    "of the text": (SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=40)), 40, 40),
+    "as transformers finds it": (toy_config("gemma4"), POSITIONS, POSITIONS),
+    "scaled": (SimpleNamespace(max_position_embeddings=32, rope_parameters=YARN), 32, 128),
+    "scaled, by its old name": (SimpleNamespace(max_position_embeddings=32, rope_scaling={"factor": 2.0}), 32, 64),
+    "scaled for each type of layer": (
+        SimpleNamespace(max_position_embeddings=32, rope_parameters={"full": YARN, "sliding": {"rope_theta": 1.0}}),
+        32,
+        128,
+    ),
+    "scaled already": (SimpleNamespace(max_position_embeddings=128, rope_parameters=YARN), 128, 128),
+}
+
+
+@pytest.mark.parametrize(("config", "default", "most"), CONFIGS.values(), ids=CONFIGS)
+def test_the_longest_row_is_what_the_config_allows(config, default, most):
+    model = torch.nn.Linear(2, 2)
+    model.config = config
+    if default is None:
+        with pytest.raises(OptionError, match="max_length is needed"):
+            _resolve_length(model, None)
+        return
+    assert _resolve_length(model, None) == default
+    assert _resolve_length(model, most) == most
+    with pytest.raises(OptionError, match=f"more than the {most} positions"):
+        _resolve_length(model, most + 1)
+
+
+def test_a_row_longer_than_trained_decodes_where_rotary_scaling_reaches():
+    model = toy_model("llama", max_position_embeddings=32, rope_parameters=YARN)
+    reference = Reference(model)
+    fast = emssd_compile.optimize(model, max_batch=2, max_length=128, backend="eager")
+    prompts = [prompt(90), prompt(7)]
+    assert fast.generate(prompts, max_new_tokens=NEW) == [[*ids, *reference(ids, NEW)] for ids in prompts]

@@ -1,9 +1,11 @@
 """`check_against`: what proofs on the graph cannot see shows when the model itself is asked."""
 
 import pytest
+import torch
 from torch import Tensor
 
 import emssd_compile
+from emssd_compile import selfcheck
 from emssd_compile.compiler import compile_model
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.selfcheck import check_against
@@ -68,3 +70,51 @@ def test_a_changed_weight_is_noticed():
     other = model_with_attention()
     with pytest.raises(UnsupportedModelError, match="logits differ by"):
         check_against(other, compiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_in_float32(dtype):
+    model = model_with_attention().to(dtype)
+    compiled = compile_model(model, BATCH)
+    check_against(model, compiled)
+    (note,) = compiled.records[-1].notes
+    assert note.startswith("tested: logits of rows of (1, 6, 19, 32) tokens side by side, in float32: ")
+    assert float(note.split()[-2]) < 1e-5
+
+
+def test_a_mistake_as_small_as_rounding_is_found_in_half_precision():
+    """One of 1 % would pass where logits may differ by 5 %."""
+    model = model_with_attention().bfloat16()
+    compiled = compile_model(model, BATCH)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 1.01)
+    with pytest.raises(UnsupportedModelError, match=r"logits differ by .*\(allowed 2e-04\)"):
+        check_against(model, compiled)
+
+
+class _Float32Head(TinyModel):
+    """A body in bfloat16 and a head in float32."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        q, k, v = (part(hidden).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.lm_head((hidden + causal(self, q, k, v).transpose(1, 2).flatten(2)).float())
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_several_dtypes_are_compared_as_the_coarsest_rounds(monkeypatch, room):
+    monkeypatch.setattr(selfcheck, "_room_for_float32", lambda model, device: room)
+    model = _Float32Head().bfloat16()
+    model.lm_head.float()
+    compiled = compile_model(model, BATCH)
+    check_against(model, compiled)
+    assert f"in {'float32' if room else 'bfloat16'}: " in compiled.records[-1].notes[0]
+
+
+def test_the_long_row_is_as_long_as_memory_allows(monkeypatch):
+    model = model_with_attention()
+    compiled = compile_model(model, BATCH)
+    per_token = 4 * (4 * 2 * 2 * 4 + 2 * 32)  # bytes: 4 rows of keys and values of 2 heads of 4, and logits twice
+    monkeypatch.setattr(selfcheck, "available", lambda device: 4 * 21 * per_token)
+    check_against(model, compiled)
+    assert "rows of (1, 6, 19, 21) tokens" in compiled.records[-1].notes[0]

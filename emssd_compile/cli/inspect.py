@@ -52,9 +52,9 @@ def describe(manifest: Manifest) -> list[Table]:
 
 def _facts(manifest: Manifest) -> Table:
     table = Table(title=f"{manifest.target}: {manifest.kind}", show_header=False)
-    names = ["emssd_compile", "format", "device", "dtype", "layout", "drafter", "acceptance", "lossless", "chunk", "deterministic"]
+    names = ["emssd_compile", "format", "device", "dtype", "layout", "deterministic", "drafter", "acceptance", "lossless"]
     details = {name: value for name, value in manifest.details.items() if name != "profiles"}
-    values = {name: getattr(manifest, name) for name in names} | manifest.environment | details
+    values = {name: getattr(manifest, name) for name in (*names, "chunk")} | manifest.environment | details
     for name, value in values.items():
         text = _plain(value)
         if 0 < len(text) <= MOST_CHARACTERS:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from emssd_compile.errors import CapacityError
 from emssd_compile.step.tensor_spec import TensorSpec
+
+
+def available(device: torch.device) -> int:
+    """Bytes of memory that can be taken now, without what others hold."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with Path("/proc/meminfo").open() as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

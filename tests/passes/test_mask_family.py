@@ -54,16 +54,31 @@ KNOWN = {
     "window shorter than the probe": (5, lambda m, t: _seen(t, 5)),
     "window of one token": (1, lambda m, t: _seen(t, 1)),
     "window as a literal beyond the probe": (30, lambda m, t: _seen(t, 30)),
-    "window as a literal beyond the longest row": (4096, lambda m, t: _seen(t, 4096)),
+    "window as a literal that no row reaches": (0, lambda m, t: _seen(t, 4096)),
     "window including its end": (31, lambda m, t: (_distance(t) >= 0) & (_distance(t) <= 30)),
     "window in a buffer": (30, lambda m, t: m.band30[:t, :t]),
     "window as a float": (31, lambda m, t: (_distance(t) >= 0) & (_distance(t) < 30.5)),
 }
 
 
-def _family(attend) -> tuple[TinyModel, fx.GraphModule, dict[str, Any]]:
+CHUNKS = {
+    "chunks shorter than the first probe": (8, lambda m, t: _seen(t, t) & (_chunk(t, 8)[:, None] == _chunk(t, 8))),
+    "chunks longer than the first probe": (30, lambda m, t: _seen(t, t) & (_chunk(t, 30)[:, None] == _chunk(t, 30))),
+    "chunks of one token": (1, lambda m, t: torch.eye(t, dtype=torch.bool)),
+    "chunks by where they begin": (30, lambda m, t: _seen(t, t) & (torch.arange(t) >= _chunk(t, 30)[:, None] * 30)),
+    "chunks in a buffer": (16, lambda m, t: m.chunk16[:t, :t]),
+}
+
+
+def _chunk(tokens: int, length: int) -> Tensor:
+    return torch.arange(tokens) // length
+
+
+def _family(attend, longest: int = LONGEST) -> tuple[TinyModel, fx.GraphModule, dict[str, Any]]:
     model = TinyModel(attend=attend)
-    graph_module, _ = capture_and_apply(model, DropNoops(), RaiseAttention(LONGEST))
+    places = torch.arange(LONGEST)
+    model.register_buffer("chunk16", (places <= places[:, None]) & (places // 16 == places[:, None] // 16))
+    graph_module, _ = capture_and_apply(model, DropNoops(), RaiseAttention(longest))
     (site,) = (n for n in graph_module.graph.nodes if n.target == attention)
     return model, graph_module, dict(site.kwargs)
 
@@ -75,11 +90,92 @@ def test_recognises_causal_masks_and_windows(window, mask):
     torch.testing.assert_close(run(graph_module, LONGEST), eager(model, LONGEST), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("chunk", "mask"), CHUNKS.values(), ids=CHUNKS)
+def test_recognises_chunks(chunk, mask):
+    model, graph_module, found = _family(_sdpa(mask))
+    assert (found["chunk"], found["window"] if chunk > 1 else 0, found["alibi_slopes"]) == (
+        chunk if chunk > 1 else 0,
+        0,
+        None,
+    )
+    torch.testing.assert_close(run(graph_module, LONGEST), eager(model, LONGEST), rtol=1e-5, atol=1e-5)
+
+
+LONG = {
+    "causal": (0, 0, lambda m, t: _distance(t) >= 0),
+    "causal, -inf above the diagonal": (0, 0, lambda m, t: torch.full((t, t), -torch.inf).triu(1)),
+    "window": (70_001, 0, lambda m, t: _seen(t, 70_001)),
+    "window as a float": (61, 0, lambda m, t: (_distance(t) >= 0) & (_distance(t) < 60.5)),
+    "window by a band": (4096, 0, lambda m, t: torch.ones(t, t).tril().triu(-4095).bool()),
+    "chunks": (0, 8192, lambda m, t: _seen(t, t) & (_chunk(t, 8192)[:, None] == _chunk(t, 8192))),
+    "chunks of which two fit": (
+        0,
+        60_000,
+        lambda m, t: _seen(t, t) & (_chunk(t, 60_000)[:, None] == _chunk(t, 60_000)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("window", "chunk", "mask"), LONG.values(), ids=LONG)
+def test_rows_of_100_000_tokens_are_looked_at_to_their_end(window, chunk, mask):
+    """The whole relation would hold 10,000,000,000 elements."""
+    _, _, found = _family(_sdpa(mask), 100_000)
+    assert (found["window"], found["chunk"]) == (window, chunk)
+
+
+LATE = {
+    "a window from the 50,000th token on": lambda m, t: (
+        (_distance(t) >= 0) & ((_distance(t) < 100) | (torch.arange(t)[:, None] < 50_000))
+    ),
+    "a bias that begins 90,000 tokens away": lambda m, t: torch.where(_distance(t) > 90_000, -5.0, 0.0).masked_fill(
+        _distance(t) < 0, MIN
+    ),
+    "one token that later ones do not see": lambda m, t: (_distance(t) >= 0) & (torch.arange(t) != 99_990),
+}
+
+
+@pytest.mark.parametrize("mask", LATE.values(), ids=LATE)
+def test_refuses_what_begins_late(mask):
+    with pytest.raises(UnsupportedModelError, match="the attention mask is not supported: "):
+        _family(_sdpa(mask), 100_000)
+
+
+def test_refuses_a_mask_that_cannot_be_computed_to_the_end():
+    with pytest.raises(
+        UnsupportedModelError, match="cannot be evaluated at the end of rows of 100000 tokens"
+    ) as caught:
+        _family(_sdpa(lambda m, t: _seen(t, t).flip(0).flip(0)), 100_000)
+    assert caught.value.remedy == "pass a smaller max_length"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fill", [-1e4, -torch.inf, None])
+def test_scores_in_float32_beside_weights_in_half_precision(dtype, fill):
+    """Weights that are rounded on their way to the values differ from float32 ones by more than its rounding."""
+
+    def attend(m, q, k, v):
+        seen = _distance(q.shape[2]) >= 0
+        scores = (q.float() @ k.float().transpose(-1, -2)) * 0.5
+        lowest = torch.finfo(dtype).min if fill is None else fill
+        return scores.masked_fill(~seen, lowest).softmax(-1).to(v.dtype) @ v
+
+    model = TinyModel(attend=attend).to(dtype)
+    graph_module, _ = capture_and_apply(model, DropNoops(), RaiseAttention(LONGEST))
+    (site,) = (n for n in graph_module.graph.nodes if n.target == attention)
+    assert (site.kwargs["window"], site.kwargs["alibi_slopes"]) == (0, None)
+    assert run(graph_module, LONGEST).dtype == dtype
+
+
 ALIBI = {
     "ALiBi": (0, lambda m, t: _alibi(t).masked_fill(_distance(t) < 0, MIN)),
     "ALiBi by key position": (
         0,
         lambda m, t: (SLOPES[:, None, None] * torch.arange(t))[None] + _additive(_distance(t) >= 0),
+    ),
+    "ALiBi in a window as long as the row": (0, lambda m, t: _alibi(t).masked_fill(~_seen(t, LONGEST), -torch.inf)),
+    "ALiBi in a window as a float": (
+        31,
+        lambda m, t: _alibi(t).masked_fill((_distance(t) < 0) | (_distance(t) > 30.5), -torch.inf),
     ),
     "ALiBi in a window": (7, lambda m, t: _alibi(t).masked_fill(~_seen(t, 7), -torch.inf)),
 }
@@ -94,6 +190,10 @@ def test_recognises_slopes(window, mask):
     torch.testing.assert_close(run(graph_module, LONGEST), eager(model, LONGEST), rtol=1e-5, atol=1e-5)
 
 
+def _log2(positions: Tensor) -> Tensor:
+    return (positions + 1.0).log2().long()
+
+
 def _per_head(m: TinyModel, t: int) -> Tensor:
     return (_distance(t) >= 0) & (_distance(t) < torch.tensor([2, 3, 4, 5])[:, None, None])
 
@@ -102,17 +202,25 @@ UNKNOWN = {
     "prefix": ("neither causal nor", lambda m, t: (_distance(t) >= 0) | (torch.arange(t) < 4)),
     "one token of lookahead": ("neither causal nor", lambda m, t: _distance(t) >= -1),
     "not even oneself": ("neither causal nor", lambda m, t: (_distance(t) > 0) | (torch.arange(t)[:, None] == 0)),
-    "chunks": (
+    "chunks, both ways": (
         "neither causal nor",
-        lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 8 == torch.arange(t) // 8),
+        lambda m, t: torch.arange(t)[:, None] // 8 == torch.arange(t) // 8,
     ),
-    "chunks longer than the probe": (
-        "the literal 30 shapes the mask",
-        lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 30 == torch.arange(t) // 30),
+    "chunks that begin within the first one": (
+        "neither causal nor",
+        lambda m, t: m.tril[:t, :t] & ((torch.arange(t)[:, None] + 3) // 8 == (torch.arange(t) + 3) // 8),
+    ),
+    "chunks of growing length": (
+        "neither causal nor",
+        lambda m, t: m.tril[:t, :t] & (_log2(torch.arange(t)[:, None]) == _log2(torch.arange(t))),
+    ),
+    "the chunk before, too": (
+        "neither causal nor",
+        lambda m, t: m.tril[:t, :t] & (torch.arange(t)[:, None] // 8 - torch.arange(t) // 8 <= 1),
     ),
     "every second token": ("neither causal nor", lambda m, t: (_distance(t) >= 0) & (_distance(t) % 2 == 0)),
     "window with first tokens kept": (
-        "the literal 30 shapes the mask",
+        "neither causal nor",
         lambda m, t: (_distance(t) >= 0) & ((_distance(t) < 30) | (torch.arange(t) < 4)),
     ),
     "another window per head": ("heads see different tokens", lambda m, t: _per_head(m, t)[None]),

@@ -32,7 +32,7 @@ POINTWISE = {
 def test_proves_what_acts_on_each_token_by_itself(local):
     model = TinyModel(local)
     before = eager(model, 9)
-    graph_module, records = capture_and_apply(model, DropNoops(), LiftPositions(), ProveTokenPointwise())
+    graph_module, records = capture_and_apply(model, DropNoops(), LiftPositions(LONGEST), ProveTokenPointwise(LONGEST))
     assert records[-1].notes == ("proved: nothing but attention mixes tokens",)
     assert records[-1].changed == 0
     torch.testing.assert_close(run(graph_module, 9), before, rtol=1e-6, atol=1e-6)
@@ -40,7 +40,9 @@ def test_proves_what_acts_on_each_token_by_itself(local):
 
 def test_attention_may_mix():
     model = TinyModel(attend=lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    _, records = capture_and_apply(model, DropNoops(), RaiseAttention(LONGEST), LiftPositions(), ProveTokenPointwise())
+    _, records = capture_and_apply(
+        model, DropNoops(), RaiseAttention(LONGEST), LiftPositions(LONGEST), ProveTokenPointwise(LONGEST)
+    )
     assert records[-1].notes == ("proved: nothing but attention mixes tokens",)
 
 
@@ -58,13 +60,16 @@ def test_a_token_that_switches_something_for_all_is_found(token):
     """Random ids of a large vocabulary would hardly ever hit it: it is drawn because it stands in the graph."""
     model = TinyModel(lambda m, x, ids: x * (1 + (ids == token).any()))
     with pytest.raises(UnsupportedModelError, match="mixed outside attention: the token dimension disappears"):
-        capture_and_apply(model, DropNoops(), LiftPositions(), ProveTokenPointwise())
+        capture_and_apply(model, DropNoops(), LiftPositions(LONGEST), ProveTokenPointwise(LONGEST))
 
 
 def test_tokens_sorted_and_put_back_are_tested():
-    _, records = capture_and_apply(TinyModel(_mixture_of_experts), DropNoops(), LiftPositions(), ProveTokenPointwise())
+    _, records = capture_and_apply(
+        TinyModel(_mixture_of_experts), DropNoops(), LiftPositions(LONGEST), ProveTokenPointwise(LONGEST)
+    )
     (note,) = records[-1].notes
-    assert note.startswith("tested: no token influences another; not proved, because of %argsort")
+    assert note.startswith("tested: no token influences another, among up to 2060 tokens, at positions up to 64; ")
+    assert "not proved, because of %argsort" in note
 
 
 def _not_quite_put_back(m: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ MIXING = {
 def test_refuses_what_mixes_tokens_and_names_the_op(op, local):
     graph_module = capture(TinyModel(local))
     with pytest.raises(UnsupportedModelError, match="tokens are mixed outside attention") as caught:
-        apply(graph_module, DropNoops(), LiftPositions(), ProveTokenPointwise())
+        apply(graph_module, DropNoops(), LiftPositions(LONGEST), ProveTokenPointwise(LONGEST))
     assert caught.value.op is not None
     assert caught.value.op.split(".")[1] == op
     assert caught.value.node in {n.name for n in graph_module.graph.nodes}
@@ -153,7 +158,7 @@ LENGTH_AS_VALUE = {
 
 @pytest.mark.parametrize("local", LENGTH_AS_VALUE.values(), ids=LENGTH_AS_VALUE)
 def test_the_number_of_tokens_as_a_value_is_not_proved(local):
-    graph_module, _ = capture_and_apply(TinyModel(local), DropNoops(), LiftPositions())
+    graph_module, _ = capture_and_apply(TinyModel(local), DropNoops(), LiftPositions(LONGEST))
     objection = find_mixing(graph_module)
     assert objection is not None
     assert objection[1] == "it computes with the number of tokens"

@@ -108,7 +108,14 @@ def test_attention_gets_scale_window_and_softcap_as_attributes():
     attend = FORMS["softcap"][1]
     graph_module, _ = capture_and_apply(TinyModel(attend=attend), DropNoops(), RaiseAttention(LONGEST))
     (site,) = (n for n in graph_module.graph.nodes if n.target == attention)
-    assert site.kwargs == {"scale": 0.5, "window": 0, "softcap": 2.0, "alibi_slopes": None}
+    assert site.kwargs == {
+        "scale": 0.5,
+        "window": 0,
+        "chunk": 0,
+        "softcap": 2.0,
+        "alibi_slopes": None,
+        "sinks": None,
+    }
 
 
 def test_a_second_run_changes_nothing():
