@@ -144,7 +144,9 @@ def test_artifacts_carry_a_draft_model_of_fewer_positions_and_a_smaller_vocabula
     if target == "onnx":
         pytest.importorskip("onnxruntime")
     model, draft = toy_model("gpt2", vocab_size=160), toy_model("gpt2", n_positions=32, vocab_size=159)
-    fast = emssd_compile.optimize(model, DraftModel(draft, 3), max_batch=2, max_length=64, backend="eager")
+    fast = emssd_compile.optimize(
+        model, DraftModel(draft, 2), max_batch=2, max_length=64, backend="eager", layout="packed"
+    )
     with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
         getattr(fast, f"export_{target}")(tmp_path / "artifact")
     loaded = emssd_compile.load(tmp_path / "artifact")
