@@ -100,8 +100,10 @@ class DraftModel(Drafter):
         lengths = lengths + packed.fed
         for index in range(1, self.num_draft_tokens):
             going = drafting & (index < max_drafts)
-            single, order = _one_token_each(token, known + index - 1, going)
-            token, grade = self._predict(single, known + index - 1, order, context)
+            # Rows that do not go on may be longer than the cache, which no target may be told.
+            position = (known + index - 1).clamp(max=capacity)  # [B]
+            single, order = _one_token_each(token, position, going)
+            token, grade = self._predict(single, position, order, context)
             tokens.append(token)
             grades.append(grade)
             lengths = lengths + going

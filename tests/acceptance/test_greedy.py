@@ -116,7 +116,9 @@ def test_a_lossy_rule_is_refused_as_an_object_before_any_work(monkeypatch):
 def test_a_lossy_rule_is_taken_by_its_name_and_everything_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(RULES, "accept-all", _AcceptAll)
     model, drafter = model_with_attention(), Scripted([7, 8])
-    fast = emssd_compile.optimize(model, drafter, max_batch=2, max_length=32, backend="eager", acceptance="accept-all")
+    fast = emssd_compile.optimize(
+        model, drafter, max_batch=2, max_length=32, backend="eager", layout="packed", acceptance="accept-all"
+    )
     (row,) = fast.generate([[3]], max_new_tokens=9)
     assert row[2:4] == [7, 8], "it does what it says"
     assert fast.stats.lossless is False

@@ -78,7 +78,9 @@ def test_ids_that_only_one_of_the_models_has_do_no_harm(own, targets):
         target.embed.weight.normal_()
         draft.embed.weight[: min(own, targets)] = target.embed.weight[: min(own, targets)]
     prompts = [[targets - 1, 5, targets - 2], [7], [targets - 3] * 4]
-    fast = emssd_compile.optimize(target, DraftModel(draft, 3), max_batch=2, max_length=32, backend="eager")
+    fast = emssd_compile.optimize(
+        target, DraftModel(draft, 3), max_batch=2, max_length=32, backend="eager", layout="packed"
+    )
     reference = Reference(target)
     assert fast.generate(prompts, max_new_tokens=12) == [[*ids, *reference(ids, 12)] for ids in prompts]
     assert fast.stats.num_draft_tokens > 0
@@ -122,7 +124,9 @@ def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeyp
     short.load_state_dict({**target.state_dict(), "table": short.table})
     seen: list[tuple[int, int]] = []
 
-    fast = emssd_compile.optimize(target, DraftModel(short, 3), max_batch=1, max_length=48, backend="eager")
+    fast = emssd_compile.optimize(
+        target, DraftModel(short, 3), max_batch=1, max_length=48, backend="eager", layout="packed"
+    )
     reference = Reference(target)
     launch = fast._engine.launcher.launch
 
@@ -144,7 +148,9 @@ def test_artifacts_carry_a_draft_model_of_fewer_positions_and_a_smaller_vocabula
     if target == "onnx":
         pytest.importorskip("onnxruntime")
     model, draft = toy_model("gpt2", vocab_size=160), toy_model("gpt2", n_positions=32, vocab_size=159)
-    fast = emssd_compile.optimize(model, DraftModel(draft, 3), max_batch=2, max_length=64, backend="eager")
+    fast = emssd_compile.optimize(
+        model, DraftModel(draft, 2), max_batch=2, max_length=64, backend="eager", layout="packed"
+    )
     with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
         getattr(fast, f"export_{target}")(tmp_path / "artifact")
     loaded = emssd_compile.load(tmp_path / "artifact")

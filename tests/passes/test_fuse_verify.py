@@ -128,6 +128,7 @@ def test_a_rule_may_have_state():
         PromptLookup(4, 2),
         max_batch=3,
         max_length=LONGEST,
+        layout="packed",
         backend="eager",
         acceptance=_Counts(),
     )

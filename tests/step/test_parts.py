@@ -158,7 +158,7 @@ def test_two_drafters_of_one_kind_live_in_one(backend):
     model = model_with_attention()
     models = Longest(right=DraftModel(model, 3), other=DraftModel(_other_model(), 3))
     drafter = Longest(models=models, often=CountingLookup(2), seldom=CountingLookup(3))
-    fast = emssd_compile.optimize(model, drafter, max_batch=2, max_length=40, backend=backend)
+    fast = emssd_compile.optimize(model, drafter, max_batch=2, max_length=40, backend=backend, layout="packed")
     reference = Reference(model)
     assert fast.generate(PROMPTS, max_new_tokens=12) == [[*ids, *reference(ids, 12)] for ids in PROMPTS]
     names = {name for name in fast._engine.tensors if name.startswith("drafter_")}
