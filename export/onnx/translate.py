@@ -79,9 +79,9 @@ def _tiled_attention(
         if mask.dtype != ir.DataType.BOOL:
             assert mask.dtype is not None
             scores = op.Add(scores, _cast(seen, mask.dtype, wide))
-            seen = op.Greater(seen, _scalar(mask.dtype.min / 2, mask.dtype))
+            seen = op.Greater(seen, _scalar(float(mask.dtype.min) / 2, mask.dtype))
         visible = op.And(visible, seen)
-    scores = op.Where(visible, scores, _scalar(wide.min, wide))
+    scores = op.Where(visible, scores, _scalar(float(wide.min), wide))
     if sinks is None:
         weights = op.Softmax(scores, axis=-1)
     else:
@@ -105,9 +105,8 @@ def _slots_up_to(kv_lengths: TensorType, q: TensorType | None, longest: Any, gro
     last = op.Sub(op.Unsqueeze(kv_lengths, _ints(1)), _int(1))  # [B, 1]
     if q is not None:
         width = op.Shape(q, start=2, end=3)
-        last = op.Add(
-            op.Sub(op.Unsqueeze(kv_lengths, _ints(1)), width), _range(width)
-        )  # [B, S], the slot of each query
+        behind = op.Sub(op.Add(_range(width), _int(1)), width)  # [S], from 1 - S to 0
+        last = op.Add(last, behind)  # [B, S], the slot of each query
         last = op.Concat(*[last] * groups, axis=1)
     return op.LessOrEqual(_range(longest), op.Unsqueeze(last, _ints(1, 3)))
 

@@ -44,7 +44,7 @@ def ragged_attention_triton(
         RuntimeError: shapes or dtypes do not fit.
     """
     rule = AttentionAttributes(**attributes)
-    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, rule, ancestors)
+    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, rule=rule, ancestors=ancestors)
     launch = launch or plan_launch(sizes, num_processors(q.device))
     query_shape = (sizes.num_tokens, sizes.num_heads)
     out = q.new_empty(*query_shape, sizes.value_size)
@@ -114,6 +114,7 @@ def check_arguments(
     offsets: Tensor,
     lengths: Tensor,
     positions: Tensor,
+    *,
     rule: AttentionAttributes | None = None,
     ancestors: Tensor | None = None,
 ) -> AttentionSizes:
