@@ -94,7 +94,7 @@ def _device(model: nn.Module) -> torch.device:
 def _resolve_length(model: nn.Module, max_length: int | None) -> int:
     config = _text_config(getattr(model, "config", None))
     found = [getattr(config, name, None) for name in _LENGTH_ATTRIBUTES]
-    limit = next((value for value in found if _is_length(value)), None)
+    limit: int | None = next((value for value in found if _is_length(value)), None)
     if max_length is None:
         if limit is None:
             raise OptionError("max_length is needed: the model's config states no longest sequence")

@@ -35,8 +35,8 @@ _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.d
 class DropNoops:
     """Remove what does nothing, and make every view a reshape.
 
-    Assertions, copies, same-dtype casts, full slices, same-shape expands, transposes that undo each other: export leaves
-    many behind. They hide the patterns that later passes look for, and a copy made only for its memory
+    Assertions, copies, same-dtype casts, full slices, same-shape expands, transposes that undo each other: export
+    leaves many behind. They hide the patterns that later passes look for, and a copy made only for its memory
     layout would be made again by whoever needs that layout. Views become reshapes because dropping a copy may change
     strides under them; -1 stands for the token dimension in all of them.
 
