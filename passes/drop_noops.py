@@ -36,9 +36,9 @@ class DropNoops:
     """Remove what does nothing, and make every view a reshape.
 
     Assertions, copies, same-dtype casts, full slices, same-shape expands, transposes that undo each other: export
-    leaves many behind. They hide the patterns that later passes look for, and a copy made only for its memory
-    layout would be made again by whoever needs that layout. Views become reshapes because dropping a copy may change
-    strides under them; -1 stands for the token dimension in all of them.
+    leaves many behind. They hide the patterns that later passes look for, and a copy made only for its memory layout
+    would be made again by whoever needs that layout. Views become reshapes because dropping a copy may change strides
+    under them; -1 stands for the token dimension in all of them.
 
         before:  %s = slice(%x[1,T,8], 1, 0, maxint); %c = clone(%s); %v = view(%c, [1, T, 2, 4])
         after:   %v = reshape(%x[1,T,8], [1, -1, 2, 4])

@@ -49,7 +49,7 @@ def verify_canonical(graph_module: fx.GraphModule) -> None:
                 node,
                 "the shape of a tensor depends on values (experts whose tokens are cut out by how many there are, with "
                 "`tolist()`, `item()` or `nonzero()`): one graph has to serve every step",
-                "write it for fixed shapes: sorted tokens and a grouped product, or every expert for each token",
+                "write it for fixed shapes: sorted tokens and a grouped product, or every expert with a weight a token",
             )
         if len(token_dims(node, symbol)) > 1:
             raise refuse(node, "a relation of tokens to tokens is left: an attention was not recognised")

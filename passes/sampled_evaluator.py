@@ -113,9 +113,7 @@ class SampledEvaluator(Evaluator):
 
     def _is_partial(self, node: fx.Node) -> bool:
         """Whether `node` is computed at the places only: it relates tokens to tokens, or comes from given values."""
-        if not isinstance(node.meta.get("val"), Tensor):
-            return False
-        return node in self.from_given or len(self._dims(node)) > 1
+        return _holds_values(node) and (node in self.from_given or len(self._dims(node)) > 1)
 
     def _full(self, node: Any) -> Any:
         """The value for all T tokens of a node or a literal."""
@@ -167,7 +165,7 @@ class SampledEvaluator(Evaluator):
         def value(leaf: Any) -> Any:
             if not isinstance(leaf, fx.Node):
                 return leaf
-            if not isinstance(leaf.meta.get("val"), Tensor):
+            if not _holds_values(leaf):
                 return sizes(leaf) if sizes is not None else self._full(leaf)
             if node.target in SHAPE_ONLY and leaf not in self.chosen:
                 return self.sizes.concrete(leaf)
@@ -219,6 +217,11 @@ class SampledEvaluator(Evaluator):
         found = [self(i) if isinstance(i, fx.Node) else None for i in indices]
         value: Tensor = aten.index.Tensor(self._full(source), found)
         return value
+
+
+def _holds_values(node: fx.Node) -> bool:
+    """Whether `node` computes a tensor, or several (as `max` along a dimension does), and no size."""
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
 
 
 __all__ = ["SampledEvaluator", "UnevaluatedError"]

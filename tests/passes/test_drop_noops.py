@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from emssd_compile.capture import capture
 from emssd_compile.passes.drop_noops import DropNoops
@@ -58,3 +59,23 @@ def test_a_second_run_changes_nothing():
     graph_module, _ = capture_and_apply(model, DropNoops())
     (record,) = apply(graph_module, DropNoops())
     assert record.changed == 0
+
+
+def test_a_relation_of_tokens_keeps_its_sizes_as_it_becomes_a_reshape():
+    def local(m: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
+        relation = (x @ x.transpose(1, 2)).contiguous().view(x.shape[1], x.shape[1])
+        return x + 0 * relation.transpose(0, 1).contiguous().view(1, x.shape[1], x.shape[1]).sum(-1, keepdim=True)
+
+    model = TinyModel(local)
+    graph_module, _ = capture_and_apply(model, DropNoops())
+    assert not ops(graph_module).keys() & {"view", "clone", "_unsafe_view"}
+    torch.testing.assert_close(run(graph_module, 9), eager(model, 9), rtol=1e-5, atol=1e-5)
+
+
+def test_transposes_that_undo_each_other_go():
+    model = TinyModel(lambda m, x, ids: x.transpose(1, 2).contiguous().transpose(-1, 1) * 2)
+    graph_module, _ = capture_and_apply(model, DropNoops())
+    assert not ops(graph_module)["transpose"]
+    torch.testing.assert_close(run(graph_module, 9), eager(model, 9), rtol=1e-5, atol=1e-5)
+    other = TinyModel(lambda m, x, ids: (x @ x.transpose(1, 2)).transpose(0, 1).transpose(1, 2).mean(1)[..., None] + x)
+    assert ops(capture_and_apply(other, DropNoops())[0])["transpose"] == 3

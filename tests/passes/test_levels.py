@@ -81,7 +81,14 @@ def _running_sum(graph_module: fx.GraphModule) -> None:
     _replace(graph_module, _first(graph_module, aten.embedding.default), aten.cumsum.default, 1)
 
 
+def _cut_by_values(graph_module: fx.GraphModule) -> None:
+    ids = placeholder(graph_module.graph, "input_ids")
+    with graph_module.graph.inserting_before(output(graph_module.graph)):
+        call(graph_module.graph, aten.nonzero.default, ids)
+
+
 CANONICAL = {
+    "a shape of values": (_cut_by_values, "the shape of a tensor depends on values"),
     "T x T left": (_tokens_against_tokens, "a relation of tokens to tokens is left"),
     "tokens reversed": (_reversed_tokens, "it works along the token dimension"),
     "a running sum over tokens": (_running_sum, "it works along the token dimension"),
