@@ -132,17 +132,21 @@ def _export_one_way(model: nn.Module, longest: int) -> ExportedProgram:
     """The forward as it is for every number of tokens up to `longest`."""
     branches = DecideBranches(longest, longest)
     program = _export(model, branches)
-    if branches.changing:  # which may not matter: another way may compute the same
-        short = _export(model, DecideBranches(1, longest))
-        if str(program.graph) != str(short.graph):
-            first = min(branches.changing, key=lambda branch: branch.limit)
-            raise UnsupportedModelError(
-                f"max_length={longest}, but the forward of {type(model).__name__} computes something else for more "
-                f"than {first.limit} tokens than for fewer (it branches on %{first.node.name}): tokens of a short row "
-                "and of a long one cannot share a step",
-                remedy=f"pass max_length={first.limit} or less",
-            )
-    return program
+    if not branches.changing:
+        return program
+    short = str(_export(model, DecideBranches(1, longest)).graph)
+    if str(program.graph) == short:  # the branches change nothing
+        return program
+    limits = sorted({branch.limit for branch in branches.changing})
+    limit = next((n for n in reversed(limits) if str(_export(model, DecideBranches(n, n)).graph) == short), limits[0])
+    node = next((branch.node for branch in branches.changing if branch.limit == limit), branches.changing[0].node)
+    raise UnsupportedModelError(
+        f"max_length={longest}, but the forward of {type(model).__name__} computes something else for more than "
+        f"{limit} tokens than for fewer (it branches on %{node.name}): tokens of a short row and of a long one cannot "
+        "share a step",
+        remedy=f"pass max_length={limit} or less",
+        longest=limit,
+    )
 
 
 def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:

@@ -120,7 +120,7 @@ def _room_for_float32(model: nn.Module, device: torch.device) -> bool:
 def _error(model: nn.Module, compiled: CompiledModel, prompts: _Prompts, dtype: torch.dtype | None) -> float:
     """Largest difference of logits, as a part of the largest logit of the row; computed in `dtype` at least."""
     worst = 0.0
-    with torch.inference_mode(), Precision(dtype) if dtype is not None else contextlib.nullcontext():
+    with torch.no_grad(), Precision(dtype) if dtype is not None else contextlib.nullcontext():
         packed = _packed_logits(compiled, prompts, dtype)
         forward = PlainForward(model)
         for row, length in enumerate(prompts.lengths):

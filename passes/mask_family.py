@@ -145,7 +145,8 @@ class _Recogniser:
         quarter = room // 4
         between = torch.linspace(0, self.longest - 1, quarter, dtype=torch.float64, device=self.device).long()
         parts = [self._range(0, quarter), between, self._range(self.longest - quarter, self.longest)]
-        return torch.cat(parts).unique()
+        places: Tensor = torch.cat(parts).unique()
+        return places
 
     def _distance(self, places: Tensor) -> Tensor:
         return places[:, None] - places
@@ -220,7 +221,8 @@ class _Recogniser:
         else:
             edges = torch.linspace(1, self.longest // width, 16, dtype=torch.float64, device=self.device).long() * width
         found = (edges[:, None] + around).flatten()
-        return torch.cat([places, found[(found >= 0) & (found < self.longest)]]).unique()
+        both: Tensor = torch.cat([places, found[(found >= 0) & (found < self.longest)]]).unique()
+        return both
 
     def _slopes(self, short: Tensor) -> Tensor | None:
         """ALiBi slopes [H] of the bias over the first tokens; None if there is none."""
