@@ -86,7 +86,8 @@ def _sdpa_site(graph_module: fx.GraphModule, node: fx.Node) -> AttentionSite:
         if mask is None:
             return MaskFamily().probabilities(scaled)
         value: Tensor = Evaluator(graph_module, tokens, constants=constants)(mask)
-        bias = torch.zeros(()).masked_fill(~value, -torch.inf) if value.dtype == torch.bool else value.float()
+        visible = torch.zeros((), dtype=torch.float32)
+        bias = visible.masked_fill(~value, -torch.inf) if value.dtype == torch.bool else value.float()
         return (scaled + bias.to(scaled.device)).softmax(-1).reshape(scores.shape)
 
     integers = set() if mask is None else _literals(mask)

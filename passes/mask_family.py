@@ -79,7 +79,8 @@ def recognise(
     if not window and slopes is None:
         window = _probe_window(probe, heads, long, {}, device)  # written in a table or a float, not in a literal
     family = MaskFamily(window, slopes)
-    scores = torch.randn(heads, _TOKENS, _TOKENS, device=device, generator=torch.Generator(device).manual_seed(0)) * 3
+    generator = torch.Generator(device).manual_seed(0)
+    scores = torch.randn(heads, _TOKENS, _TOKENS, dtype=torch.float32, device=device, generator=generator) * 3
     tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
     for raw in (scores, _zeros(heads, long, device)):
         scaled = raw * scale
@@ -97,7 +98,7 @@ def _visible(distance: Tensor, window: int) -> Tensor:
 
 
 def _zeros(heads: int, tokens: int, device: torch.device) -> Tensor:
-    return torch.zeros(heads, tokens, tokens, device=device)
+    return torch.zeros(heads, tokens, tokens, dtype=torch.float32, device=device)
 
 
 def _window(probe: Probe, heads: int, literals: set[int], device: torch.device) -> int:
