@@ -8,7 +8,7 @@ from torch import nn
 import emssd_compile
 from bench.baselines.common import BaselineResult
 from bench.command import timed
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 
 
 def compile_ours(

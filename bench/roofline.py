@@ -46,7 +46,7 @@ from emssd_compile import OptimizedModel
 
 
 @dataclass(frozen=True)
-class Step:
+class MeasuredStep:
     """A measured step.
 
     Attributes:
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             context = {"shape": options.shape, "layers": options.layers, "dtype": str(options.dtype)}
             save(options.json, "bench.roofline", tables, **context)
 
-    steps: list[Step] = []
+    steps: list[MeasuredStep] = []
     places = list(itertools.product(options.contexts, options.batches))
     with make_progress(console) as progress:
         for context, batch in progress.track(places, description="timing steps"):
@@ -158,12 +158,12 @@ def compile_steps(options: argparse.Namespace) -> dict[int, OptimizedModel]:
 
 def measure(
     compiled: dict[int, OptimizedModel], batch: int, context: int, num_steps: int, repeats: int, bandwidth: float
-) -> list[Step]:
+) -> list[MeasuredStep]:
     """Every compiled step at one place, alternating."""
     runs = {drafts: partial(steady_step, fast, batch, context, num_steps) for drafts, fast in compiled.items()}
     found = {drafts: timed for drafts, (_, *timed) in alternate(runs, repeats).items()}
     return [
-        Step(
+        MeasuredStep(
             drafts,
             batch,
             context,
@@ -193,7 +193,7 @@ def show_attention(
     console.print(kernels.table(found, bandwidth, str(options.dtype)))
 
 
-def table(steps: Iterable[Step], shape: str, dtype: str, bandwidth: float) -> Table:
+def table(steps: Iterable[MeasuredStep], shape: str, dtype: str, bandwidth: float) -> Table:
     """For `rich`."""
     shown = Table(
         title=f"a decoding step of {shape}, {dtype}; measured bandwidth {bandwidth / 1e9:.1f} GB/s",

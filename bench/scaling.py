@@ -31,7 +31,7 @@ from bench.command import argument_parser, at_least, describe, hardware, make_co
 from bench.measure import memory_bandwidth
 from bench.memory import Memory, peak_memory
 from bench.replay import FullWidthDrafter, plant_continuation
-from bench.roofline import Step
+from bench.roofline import MeasuredStep
 from emssd_compile import OptimizedModel
 
 
@@ -48,7 +48,7 @@ class Model:
 
     shape: str
     parameters: int
-    steps: list[Step]
+    steps: list[MeasuredStep]
     memory: Memory | None
 
 
@@ -112,7 +112,7 @@ def measure(console: Console, shape: str, options: argparse.Namespace, bandwidth
     compiled = {options.at_drafts: compile_step(options.at_drafts)}
     memory = _memory(compiled[options.at_drafts], options)  # first: nothing else is compiled yet
     compiled |= {count: compile_step(count) for count in sorted({0, *drafts} - compiled.keys())}
-    steps: list[Step] = []
+    steps: list[MeasuredStep] = []
     for place in sorted(places):
         counts = sorted({0, *drafts} if place == base else {0, options.at_drafts})
         with console.status("timing {}, batch {}, context {}".format(shape, *place)):
@@ -205,7 +205,7 @@ def draw(path: Path, models: Sequence[Model], options: argparse.Namespace) -> No
     figure.savefig(path, dpi=120)
 
 
-def _is_base(step: Step, base: dict[str, int], drafts: int) -> bool:
+def _is_base(step: MeasuredStep, base: dict[str, int], drafts: int) -> bool:
     return (step.batch, step.context, step.drafts) == (base["batch"], base["context"], drafts)
 
 

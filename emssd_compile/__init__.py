@@ -7,7 +7,7 @@ out = fast.generate(inputs, max_new_tokens=128)
 from emssd_compile import drafters, errors
 from emssd_compile.dumping import dump
 from emssd_compile.loading import LoadedModel, load
-from emssd_compile.optimize import OptimizedModel, optimize
+from emssd_compile.optimized_model import OptimizedModel, optimize
 from emssd_compile.stats import Stats
 
 __version__ = "0.1.0"

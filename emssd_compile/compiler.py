@@ -13,7 +13,8 @@ from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_kernels
-from emssd_compile.passes import BatchShape, PassManager, PassRecord
+from emssd_compile.step.batch import BatchShape
+from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.graph import caches, output, placeholder, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
@@ -115,9 +116,9 @@ class CompiledStep:
     policy: LengthPolicy
     records: list[PassRecord]
 
-    def suited(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
+    def for_target(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
         """A copy of the step in the form that a target's passes give it; what they did is added to `records`."""
-        return suit(self.graph_module, self.compiled, target, records)
+        return apply_target_passes(self.graph_module, self.compiled, target, records)
 
     @property
     def roles(self) -> dict[str, str]:
@@ -140,7 +141,7 @@ def compile_step(
     return CompiledStep(graph_module, compiled, rule, drafter, policy, manager.records)
 
 
-def suit(
+def apply_target_passes(
     graph_module: fx.GraphModule, compiled: CompiledModel, target: tuple[Pass, ...], records: list[PassRecord]
 ) -> fx.GraphModule:
     """A copy of a graph of `compiled` in the form that a target's passes give it; what they did goes to `records`."""
@@ -156,4 +157,4 @@ def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
     return fx.GraphModule(source, graph, class_name=name)
 
 
-__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "compile_model", "compile_step", "suit"]
+__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "compile_model", "compile_step", "apply_target_passes"]

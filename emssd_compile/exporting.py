@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 import emssd_compile
-from emssd_compile.compiler import CompiledModel, CompiledStep, suit
+from emssd_compile.compiler import CompiledModel, CompiledStep, apply_target_passes
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export import Target, find_target
 from emssd_compile.export.folder import new_folder, seal
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.generation import saved_options
 from emssd_compile.layouts import LAYOUTS
-from emssd_compile.lowering import Step
+from emssd_compile.lowering import StepFunction
 from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
-from emssd_compile.runtime.buckets import Sizes, decode_buckets
+from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.engine import Request
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 
@@ -51,10 +51,10 @@ class Exportable:
     generation_config: object
 
     @property
-    def sizes(self) -> tuple[Sizes, ...]:
+    def sizes(self) -> tuple[StepSizes, ...]:
         """Sizes of the steps that will run: those of decoding, ascending, and last a chunk of prompts."""
         rows, drafts = self.options.max_batch, self.step.drafter.num_draft_tokens
-        chunk = Sizes(self.chunk, min(self.chunk, rows * (drafts + 1)), self.chunk + rows, self.chunk)
+        chunk = StepSizes(self.chunk, min(self.chunk, rows * (drafts + 1)), self.chunk + rows, self.chunk)
         return (*decode_buckets(rows, drafts), chunk)
 
 
@@ -124,7 +124,7 @@ def export(
     with new_folder(folder) as draft:
         records = [*(compiled if verify_only else what.step).records]
         source = compiled.named() if verify_only else what.step.graph_module
-        graph_module = suit(source, compiled, target.passes(what.sizes, chosen), records)
+        graph_module = apply_target_passes(source, compiled, target.passes(what.sizes, chosen), records)
         advance(1)
         details = target.write(graph_module, draft, what.sizes, chosen)
         advance(1)
@@ -139,7 +139,7 @@ def export(
         advance(1)
 
 
-def _compare(what: Exportable, signature: Signature, step: Step) -> None:
+def _compare(what: Exportable, signature: Signature, step: StepFunction) -> None:
     """Decode random prompts with the graph before any target's passes, then with `step`.
 
     Raises:
@@ -156,7 +156,7 @@ def _compare(what: Exportable, signature: Signature, step: Step) -> None:
         )
 
 
-def _decode(what: Exportable, step: Step, signature: Signature) -> list[list[int]]:
+def _decode(what: Exportable, step: StepFunction, signature: Signature) -> list[list[int]]:
     """A few new tokens for random prompts, in KV caches of their own that are given back at the end."""
     vocabulary, capacity = what.step.compiled.vocabulary, what.options.max_length
     count = min(_NEW_TOKENS, capacity - 1)

@@ -6,7 +6,7 @@ from emssd_compile.policies import AllDrafts, LengthPolicy, Throughput
 from emssd_compile.runtime.step_times import StepTimes
 
 
-class Packed:
+class PackedLayout:
     """Every row verifies what its drafter proposes, and a step holds those tokens and no others.
 
     Where the host is a step behind, room is made for as many drafts as it last heard of: what suddenly exceeds that is
@@ -28,7 +28,7 @@ class Packed:
         return needed
 
 
-class Padded(Packed):
+class PaddedLayout(PackedLayout):
     """Every row takes K + 1 tokens, used or not: the sizes of a step depend on nothing but the number of rows."""
 
     def room(self, num_rows: int, num_draft_tokens: int, wanted: int) -> int:
@@ -36,7 +36,7 @@ class Padded(Packed):
         return num_rows * num_draft_tokens
 
 
-class Auto(Packed):
+class AutoLayout(PackedLayout):
     """What was measured to be fastest: draft lengths by `Throughput`, padding where a larger step takes less time."""
 
     is_measured = True
@@ -50,4 +50,4 @@ class Auto(Packed):
         return times.cheapest(needed)
 
 
-LAYOUTS = {"auto": Auto(), "packed": Packed(), "padded": Padded()}
+LAYOUTS = {"auto": AutoLayout(), "packed": PackedLayout(), "padded": PaddedLayout()}

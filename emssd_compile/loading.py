@@ -13,10 +13,10 @@ from emssd_compile.export import find_target
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.export.opening import open_artifact
 from emssd_compile.layouts import LAYOUTS
-from emssd_compile.lowering import Step
+from emssd_compile.lowering import StepFunction
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> LoadedModel:
@@ -49,7 +49,7 @@ class LoadedModel(Decoder):
         generation_config, device, dtype: those of the model when it was exported.
     """
 
-    def __init__(self, manifest: Manifest, device: torch.device, step: Step) -> None:
+    def __init__(self, manifest: Manifest, device: torch.device, step: StepFunction) -> None:
         self.manifest = manifest
         self._generation_config = SimpleNamespace(**manifest.generation_config)
         super().__init__(
@@ -59,7 +59,9 @@ class LoadedModel(Decoder):
                 device,
                 LAYOUTS[manifest.layout],
                 prefill_chunk=manifest.chunk,
-                buckets=tuple(Sizes(*b) for b in manifest.buckets) if find_target(manifest.target).is_captured else (),
+                buckets=tuple(StepSizes(*b) for b in manifest.buckets)
+                if find_target(manifest.target).is_captured
+                else (),
             )
         )
 

@@ -51,9 +51,9 @@ def _packed_logits(compiled: CompiledModel, ids: Tensor, lengths: Tensor) -> lis
     found: list[list[Tensor]] = [[] for _ in range(rows)]
     for start, stop in ((torch.zeros_like(lengths), first), (first, lengths)):
         total = int((stop - start).sum())
-        slots = torch.arange(total + 1, device=ids.device)  # one inert tail token
-        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, slots, slots, share=total)
-        _, logits = compiled(packed, start, slots[:total], caches)
+        token_range = torch.arange(total + 1, device=ids.device)  # one inert tail token
+        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, token_range, token_range, share=total)
+        _, logits = compiled(packed, start, token_range[:total], caches)
         for row, part in enumerate(logits.split((stop - start).tolist())):
             found[row].append(part)
     return [torch.cat(parts) for parts in found]

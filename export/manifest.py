@@ -12,7 +12,7 @@ import torch
 
 from emssd_compile.errors import ArtifactError
 from emssd_compile.layouts import LAYOUTS
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import ROLES, Binding, Signature
 from emssd_compile.step.state import COUNTERS, StepState
@@ -41,7 +41,7 @@ class Manifest:
         layout: how much room a step gives to drafts; empty for `"verify"`.
         drafter, acceptance: names of their classes; empty for `"verify"`.
         chunk: most packed tokens of a step.
-        buckets: `Sizes` of the steps that are run as one launch where the device can capture them, ascending.
+        buckets: `StepSizes` of the steps that are run as one launch where the device can capture them, ascending.
         generation_config: defaults of the options of `generate`.
         explanation: what `explain()` shows.
         details: what the target keeps.
@@ -139,7 +139,7 @@ def _unreadable(manifest: Manifest) -> list[str]:
         "dtype": isinstance(getattr(torch, manifest.dtype, None), torch.dtype),
         "layout": manifest.layout in (LAYOUTS if manifest.kind == "step" else ("",)),
         "chunk": manifest.chunk > 0,
-        "buckets": all(len(bucket) == len(Sizes._fields) for bucket in manifest.buckets),
+        "buckets": all(len(bucket) == len(StepSizes._fields) for bucket in manifest.buckets),
         "inputs": all(map(_is_binding, manifest.inputs)) and (manifest.kind == "verify" or _names(manifest) >= _STATE),
         "results": all(map(_is_binding, manifest.results)),
         "files": all(

@@ -11,13 +11,15 @@ import emssd_compile.export as targets
 from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
 from emssd_compile.export.folder import check_files, read_manifest
 from emssd_compile.export.manifest import Manifest
-from emssd_compile.lowering import Step
+from emssd_compile.lowering import StepFunction
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import ROLES, Binding
 from emssd_compile.step.state import COUNTERS
 
 
-def open_artifact(folder: str | Path, device: str | torch.device | None = None) -> tuple[Manifest, torch.device, Step]:
+def open_artifact(
+    folder: str | Path, device: str | torch.device | None = None
+) -> tuple[Manifest, torch.device, StepFunction]:
     """Check an artifact against its manifest and this machine, and open it.
 
     Args:
@@ -76,7 +78,7 @@ class LoadedGraph:
         device: where it runs.
     """
 
-    def __init__(self, manifest: Manifest, device: torch.device, step: Step) -> None:
+    def __init__(self, manifest: Manifest, device: torch.device, step: StepFunction) -> None:
         self.manifest = manifest
         self.device = torch.empty(0, device=device).device  # "cuda" is one of them, which has an index
         self._inputs = manifest.signature.inputs

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emssd_compile.errors import OptionError
-from emssd_compile.lowering import Step
+from emssd_compile.lowering import StepFunction
 
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
-    from emssd_compile.runtime.buckets import Sizes
+    from emssd_compile.runtime.buckets import StepSizes
 
 
 def option(flag: str, default: Any, **argument: Any) -> Any:
@@ -58,9 +58,9 @@ class Target:
     """
 
     name: str
-    passes: Callable[[Sequence[Sizes], Any], tuple[Pass, ...]]
+    passes: Callable[[Sequence[StepSizes], Any], tuple[Pass, ...]]
     write: Callable[..., dict[str, Any]]
-    open: Callable[..., Step]
+    open: Callable[..., StepFunction]
     environment: Callable[[dict[str, Any], torch.device], dict[str, str]]
     require: Callable[[Any, torch.device, bool], None]
     options: type[Any] = NoOptions

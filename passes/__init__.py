@@ -1,6 +1,6 @@
 """The compile order, from a captured forward to one decoding step.
 
-    L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step --suit--> L3 for a target
+    L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step --target--> L3 for a target
 
 Each tuple below is one stage; each level is verified when it is reached (`levels`).
 """
@@ -26,7 +26,8 @@ from emssd_compile.passes.raise_attention import RaiseAttention
 from emssd_compile.passes.restore_all_logits import RestoreAllLogits
 from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
-from emssd_compile.passes.unpad_tokens import BatchShape, UnpadTokens
+from emssd_compile.passes.unpad_tokens import UnpadTokens
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.policy import LengthPolicy

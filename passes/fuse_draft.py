@@ -44,8 +44,8 @@ class FuseDraft:
         done: dict[str, fx.Node] = dict(result.args[0])  # type: ignore[arg-type]
         device = placeholder(graph, "history").meta["val"].device
         given = {name: done[name] for name in (*_STATE, *_INTERNAL)}
-        given["row_slots"] = placeholder(graph, "row_slots")
-        given["draft_slots"] = add_input(graph, "draft_slots", fresh_index(self.fake_mode, device))
+        given["row_range"] = placeholder(graph, "row_range")
+        given["draft_range"] = add_input(graph, "draft_range", fresh_index(self.fake_mode, device))
         rows, limit = len(placeholder(graph, "known").meta["val"]), self.drafter.num_draft_tokens
         own = {**self.drafter.state_spec(), **self.drafter.cache_spec()}
         own |= {**self.policy.row_spec(rows, limit), **self.policy.memory_spec(limit, self.drafter.num_grades)}
@@ -85,8 +85,8 @@ class FuseDraft:
                 active=given["active"],
                 can_draft=can_draft,
                 max_drafts=max_drafts,
-                slots=given["draft_slots"],
-                row_slots=given["row_slots"],
+                draft_range=given["draft_range"],
+                row_range=given["row_range"],
                 state={name: given[name] for name in own},
             )
         )

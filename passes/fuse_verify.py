@@ -10,13 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.graph import caches, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
-from emssd_compile.passes.unpad_tokens import BatchShape
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.acceptance import Rule, Verification
 from emssd_compile.step.commit import bar_eos, commit, draft_tokens
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
 from emssd_compile.step.state import StepState
 
-_SLOTS = ("token_slots", "logit_slots", "row_slots")
+_RANGES = ("token_range", "logit_range", "row_range")
 _STATE = tuple(f.name for f in fields(StepState))
 _PACKED = tuple(f.name for f in fields(Packed))
 _ROWS = tuple(f.name for f in fields(LogitRows))
@@ -29,7 +29,7 @@ class FuseVerify:
     that needs nothing from the host but sizes: T, R and the most tokens of a row, given by the lengths of `arange`s.
 
         before:  forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R], caches)
-        after:   forward(history[B,C], known[B], ..., token_slots[T], logit_slots[R], row_slots, caches)
+        after:   forward(history[B,C], known[B], ..., token_range[T], logit_range[R], row_range, caches)
                      -> {history, known, ..., tokens[B,K+1], counts[B], hidden[B,H]}
     """
 
@@ -53,7 +53,7 @@ class FuseVerify:
                 self.batch.rows, self.batch.capacity, vocabulary, self.num_draft_tokens, device
             ).tensors()
         inputs = {name: add_input(graph, name, value) for name, value in state.items()}
-        for name in _SLOTS:
+        for name in _RANGES:
             inputs[name] = add_input(graph, name, fresh_index(self.fake_mode, device))
         for name, value in caches(model.graph).items():
             inputs[name] = add_input(graph, name, value)
@@ -62,15 +62,15 @@ class FuseVerify:
 
     def _step(self, into: fx.GraphModule, model: fx.GraphModule, inputs: dict[str, fx.Node]) -> dict[str, fx.Node]:
         state = {name: inputs[name] for name in _STATE}
-        slots = {name: inputs[name] for name in _SLOTS}
-        packed = inline_function(into, self._pack, {**state, **slots}, self.fake_mode)
+        ranges = {name: inputs[name] for name in _RANGES}
+        packed = inline_function(into, self._pack, {**state, **ranges}, self.fake_mode)
         fed = {**{n: inputs[n] for n in inputs if "_cache_" in n}, **packed}
         fed.update(lengths=state["lengths"], logit_index=packed["rows_index"])
         hidden, logits = inline(into, model, fed)
         for node in (hidden, logits):
             assert "val" in node.meta
-        with self.fake_mode:  # the model's graph knew its own T and R; the step's are the sizes of the slots
-            tokens, rows = slots["token_slots"].meta["val"].shape[0], slots["logit_slots"].meta["val"].shape[0]
+        with self.fake_mode:  # the model's graph knew its own T and R; the step's are the lengths of the ranges
+            tokens, rows = ranges["token_range"].meta["val"].shape[0], ranges["logit_range"].meta["val"].shape[0]
             hidden.meta["val"] = hidden.meta["val"].new_empty((tokens, hidden.meta["val"].shape[-1]))
             logits.meta["val"] = logits.meta["val"].new_empty((rows, logits.meta["val"].shape[-1]))
         return inline_function(
@@ -80,9 +80,9 @@ class FuseVerify:
     def _pack(self, given: Tensors) -> Tensors:
         state = {name: given[name] for name in ("history", "known", "lengths", "draft_lengths", "active")}
         packed = pack(
-            **state, slots=given["token_slots"], row_slots=given["row_slots"], share=self.num_draft_tokens + 1
+            **state, token_range=given["token_range"], row_range=given["row_range"], share=self.num_draft_tokens + 1
         )
-        rows = logit_rows(packed, given["known"], given["logit_slots"])
+        rows = logit_rows(packed, given["known"], given["logit_range"])
         return {
             **{name: getattr(packed, name) for name in _PACKED},
             **{f"rows_{name}": getattr(rows, name) for name in _ROWS},

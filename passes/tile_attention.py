@@ -36,7 +36,7 @@ class _Tile:
     Attributes:
         tokens: int64 `[B * S]`, the packed token of each tile slot; any token where the row has fewer than S.
         rows: int64 `[T]`, the row of each packed token; the last one for inert tail tokens.
-        places: int64 `[T]`, the tile slot of each packed token; the last slot for inert tail tokens.
+        tile_slots: int64 `[T]`, the tile slot of each packed token; the last slot for inert tail tokens.
         kv_lengths: int64 `[B]`, slots of each row's cache that its last token sees; at least 1.
         picks: which vectors of which head go where, by the number of query heads.
         masks: the masks made so far, by window, ALiBi slopes and what else they are made of.
@@ -44,7 +44,7 @@ class _Tile:
 
     tokens: fx.Node
     rows: fx.Node
-    places: fx.Node
+    tile_slots: fx.Node
     kv_lengths: fx.Node
     picks: dict[int, _Picks] = field(default_factory=dict)
     masks: dict[tuple[int, bytes, tuple[fx.Node, ...]], fx.Node] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class TileAttention:
 
     ONNX and TensorRT know no packed queries, and their graphs hold values, not memory. So around attention, and only
     there, the tokens of each row are put into a row of a tile of S queries; the caches go in and come out, to be bound
-    to the same memory. S is the length of the input `row_slots`, the most tokens of a row; a graph that has none yet (a
+    to the same memory. S is the length of the input `row_range`, the most tokens of a row; a graph that has none yet (a
     model without the step around it) gets it. Rows are right-aligned, since then causal order needs no mask: the last
     query sees all of the row's slots, the one before it one less, and so on. What is not plain causal order (windows,
     ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by all
@@ -70,7 +70,7 @@ class TileAttention:
         after:   %k_1 = emssd.update_kv(%k_cache_0[B,Hkv,C+1,D], %k, %row_ids, %slots, %offsets, %lengths)
                  %v_1 = emssd.update_kv(%v_cache_0, %v, ...)
                  %t[B,Hq,S,D] = emssd.tiled_attention(%q[tokens], %k_1, %v_1, %kv_lengths, mask, ...)
-                 %o[T,Hq,D] = %t[places]
+                 %o[T,Hq,D] = %t[tile_slots]
                  return {..., k_cache_0: %k_1, v_cache_0: %v_1}
 
     Args:
@@ -91,7 +91,7 @@ class TileAttention:
         if not isinstance(output(graph).args[0], dict):
             raise refuse(output(graph), "the graph must return its results by name, to return the KV caches with them")
         fake_mode: FakeTensorMode = inputs(graph)[0].meta["val"].fake_mode
-        rewrite = _Rewrite(graph_module, fake_mode, _row_slots(graph, fake_mode), self.spare_slots)
+        rewrite = _Rewrite(graph_module, fake_mode, _row_range(graph, fake_mode), self.spare_slots)
         for site in sites:
             rewrite.attention(site)
         results: Any = output(graph).args[0]
@@ -105,13 +105,13 @@ class TileAttention:
                 raise refuse(node, "a KV cache is written or read in the packed form")
 
 
-def _row_slots(graph: fx.Graph, fake_mode: FakeTensorMode) -> fx.Node:
+def _row_range(graph: fx.Graph, fake_mode: FakeTensorMode) -> fx.Node:
     """The input that says how wide a tile is: a step has it, a model alone gets it."""
-    found = [node for node in inputs(graph) if node.target == "row_slots"]
+    found = [node for node in inputs(graph) if node.target == "row_range"]
     return (
         found[0]
         if found
-        else add_input(graph, "row_slots", fresh_index(fake_mode, inputs(graph)[0].meta["val"].device))
+        else add_input(graph, "row_range", fresh_index(fake_mode, inputs(graph)[0].meta["val"].device))
     )
 
 
@@ -119,12 +119,12 @@ class _Rewrite:
     """The state of one run of the pass: the tiles made so far, and the newest value of each cache."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, fake_mode: FakeTensorMode, row_slots: fx.Node, spare_slots: int
+        self, graph_module: fx.GraphModule, fake_mode: FakeTensorMode, row_range: fx.Node, spare_slots: int
     ) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.fake_mode = fake_mode
-        self.row_slots = row_slots
+        self.row_range = row_range
         self.spare_slots = spare_slots
         self.caches: dict[fx.Node, fx.Node] = {}
         self.tiles: dict[tuple[fx.Node, ...], _Tile] = {}
@@ -165,9 +165,9 @@ class _Rewrite:
     def _tile(self, offsets: fx.Node, lengths: fx.Node, row_ids: fx.Node) -> _Tile:
         key = (offsets, lengths, row_ids)
         if key not in self.tiles:
-            given = {"offsets": offsets, "lengths": lengths, "row_ids": row_ids, "row_slots": self.row_slots}
+            given = {"offsets": offsets, "lengths": lengths, "row_ids": row_ids, "row_range": self.row_range}
             found = inline_function(self.graph_module, _lay_out, given, self.fake_mode)
-            self.tiles[key] = _Tile(found["tokens"], found["rows"], found["places"], found["kv_lengths"])
+            self.tiles[key] = _Tile(found["tokens"], found["rows"], found["tile_slots"], found["kv_lengths"])
         return self.tiles[key]
 
     def _attend(self, site: fx.Node, query: fx.Node, caches: list[fx.Node], tile: _Tile) -> fx.Node:
@@ -188,7 +188,12 @@ class _Rewrite:
 
     def _picks(self, tile: _Tile, heads: int) -> _Picks:
         if heads not in tile.picks:
-            given = {"tokens": tile.tokens, "rows": tile.rows, "places": tile.places, "row_slots": self.row_slots}
+            given = {
+                "tokens": tile.tokens,
+                "rows": tile.rows,
+                "tile_slots": tile.tile_slots,
+                "row_range": self.row_range,
+            }
             pick = partial(_pick, num_rows=len(tile.kv_lengths.meta["val"]), heads=heads)
             tile.picks[heads] = _Picks(**inline_function(self.graph_module, pick, given, self.fake_mode))
         return tile.picks[heads]
@@ -205,7 +210,7 @@ class _Rewrite:
         assert isinstance(window, int)
         if window == 0 and slopes is None and ancestors is None:
             return None
-        given = {"row_slots": self.row_slots, "kv_lengths": tile.kv_lengths}
+        given = {"row_range": self.row_range, "kv_lengths": tile.kv_lengths}
         if isinstance(ancestors, fx.Node):
             given |= {"tokens": tile.tokens, "ancestors": ancestors}
             given |= {name: argument(site, index) for index, name in enumerate(("offsets", "lengths", "positions"), 3)}
@@ -223,24 +228,24 @@ class _Rewrite:
 
 def _lay_out(given: Tensors) -> Tensors:
     """The fields of `_Tile`. Row b's tokens end at tile slot S - 1, so slot i holds token `offsets[b + 1] - S + i`."""
-    offsets, row_ids, row_slots = given["offsets"], given["row_ids"], given["row_slots"]
-    rows, width = given["lengths"].shape[0], row_slots.shape[0]
+    offsets, row_ids, row_range = given["offsets"], given["row_ids"], given["row_range"]
+    rows, width = given["lengths"].shape[0], row_range.shape[0]
     ends = offsets[1:]
-    tokens = (ends[:, None] - width + row_slots).clamp(min=0)
+    tokens = (ends[:, None] - width + row_range).clamp(min=0)
     row = row_ids.clamp(max=rows - 1)
     packed = torch.arange(row_ids.shape[0], device=row_ids.device)
-    places = (row + 1) * width - torch.where(row_ids < rows, ends[row] - packed, 1)
+    tile_slots = (row + 1) * width - torch.where(row_ids < rows, ends[row] - packed, 1)
     kv_lengths = (given["lengths"] + ends - offsets[:-1]).clamp(min=1)
-    return {"tokens": tokens.reshape(-1), "rows": row, "places": places, "kv_lengths": kv_lengths}
+    return {"tokens": tokens.reshape(-1), "rows": row, "tile_slots": tile_slots, "kv_lengths": kv_lengths}
 
 
 def _pick(given: Tensors, num_rows: int, heads: int) -> Tensors:
     """The fields of `_Picks`."""
-    tokens, width = given["tokens"], given["row_slots"].shape[0]
+    tokens, width = given["tokens"], given["row_range"].shape[0]
     head = torch.arange(heads, device=tokens.device)
     queries = tokens.view(num_rows, 1, width) * heads + head[:, None]
     # A place is row * width + slot; with heads it is (row * heads + head) * width + slot.
-    results = given["places"][:, None] + (given["rows"][:, None] * (heads - 1) + head) * width
+    results = given["tile_slots"][:, None] + (given["rows"][:, None] * (heads - 1) + head) * width
     return {"queries": queries, "results": results}
 
 
@@ -270,9 +275,9 @@ def _chain(given: Tensors, capacity: int) -> tuple[Tensor, Tensor]:
         visible: bool `[B, S, C + 1]`.
         distance: `[B, S, C + 1]`, the position of the token in each cache slot minus that of the query.
     """
-    kv_lengths, row_slots = given["kv_lengths"], given["row_slots"]
+    kv_lengths, row_range = given["kv_lengths"], given["row_range"]
     slots = torch.arange(capacity, device=kv_lengths.device)
-    own = (kv_lengths[:, None] - row_slots.shape[0] + row_slots).clamp(min=0)
+    own = (kv_lengths[:, None] - row_range.shape[0] + row_range).clamp(min=0)
     distance = slots - own[:, :, None]
     return distance <= 0, distance
 
@@ -283,7 +288,7 @@ def _tree(given: Tensors, capacity: int) -> tuple[Tensor, Tensor]:
     A tile slot without a token sees what the bits of another row's token say, of this row's tokens.
     """
     lengths, positions, offsets = given["lengths"], given["positions"], given["offsets"]
-    rows, width = lengths.shape[0], given["row_slots"].shape[0]
+    rows, width = lengths.shape[0], given["row_range"].shape[0]
     slots = torch.arange(capacity, device=lengths.device)
     step_index = slots - lengths[:, None]  # [B, C + 1], which token of the row's in this step lies in the slot
     committed = step_index < 0

@@ -16,7 +16,7 @@ from torch import fx
 from emssd_compile.ops import attention
 from emssd_compile.passes.graph import argument, aten, same_size, shape
 
-Rule = Callable[[fx.Node, dict[fx.Node, int], int], str | None]
+TokenRule = Callable[[fx.Node, dict[fx.Node, int], int], str | None]
 
 
 def check(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
@@ -50,7 +50,7 @@ def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _reduces(index: int, name: str, default: Any = None) -> Rule:
+def _reduces(index: int, name: str, default: Any = None) -> TokenRule:
     """An op that works along the dimensions in its argument `index`: tokens must not lie along them."""
 
     def rule(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
@@ -67,7 +67,7 @@ def _reduces(index: int, name: str, default: Any = None) -> Rule:
     return rule
 
 
-def _trailing(index: int) -> Rule:
+def _trailing(index: int) -> TokenRule:
     """An op that normalises over the trailing dimensions given by its argument `index`."""
 
     def rule(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
@@ -117,7 +117,7 @@ def _moves(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     return None
 
 
-def _cuts(index: int, name: str) -> Rule:
+def _cuts(index: int, name: str) -> TokenRule:
     """An op that cuts, joins or picks along the dimension in its argument `index`."""
 
     def rule(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
@@ -173,7 +173,7 @@ def _attention(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     return "queries, keys and values are not laid out by token"
 
 
-RULES: dict[Any, Rule] = {
+RULES: dict[Any, TokenRule] = {
     attention: _attention,
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, attention, ragged_attention
 from emssd_compile.passes.graph import aten, call, placeholder, refuse, shape
-from emssd_compile.passes.unpad_tokens import BatchShape
+from emssd_compile.step.batch import BatchShape
 
 
 class UnpadKVCache:

@@ -73,8 +73,8 @@ class DraftModel(Drafter):
             lengths=lengths,
             draft_lengths=torch.zeros_like(known),
             active=context.active,
-            slots=context.slots,
-            row_slots=context.row_slots,
+            token_range=context.draft_range,
+            row_range=context.row_range,
             share=2,
         )
         drafting = context.can_draft & packed.ready

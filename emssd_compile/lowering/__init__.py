@@ -14,7 +14,7 @@ from emssd_compile.lowering import eager, inductor
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
 
-Step = Callable[..., dict[str, Tensor]]
+StepFunction = Callable[..., dict[str, Tensor]]
 """What runs a step: inputs in the order of the graph's placeholders, results by name."""
 
 
@@ -29,7 +29,7 @@ class Backend:
     """
 
     passes: Callable[[torch.device], tuple[Pass, ...]]
-    lower: Callable[[fx.GraphModule], Step]
+    lower: Callable[[fx.GraphModule], StepFunction]
     is_captured: bool = True
 
 
@@ -38,4 +38,4 @@ BACKENDS = {
     "inductor": Backend(inductor.passes, inductor.lower),
 }
 
-__all__ = ["BACKENDS", "Backend", "Step"]
+__all__ = ["BACKENDS", "Backend", "StepFunction"]

@@ -14,5 +14,5 @@ class AllDrafts(LengthPolicy):
         """See the class."""
         limit = context.grades.shape[1]
         is_proposed = torch.arange(limit, device=context.proposed.device)[:, None] < context.proposed
-        places = is_proposed.view(-1).cumsum(0).view(is_proposed.shape) - 1  # by position, then by row
-        return Ranking(places.T, context.proposed.sum())
+        ranks = is_proposed.view(-1).cumsum(0).view(is_proposed.shape) - 1  # by position, then by row
+        return Ranking(ranks.T, context.proposed.sum())

@@ -60,8 +60,8 @@ class Throughput(LengthPolicy):
         rate = (row[:, None] * grade[context.grades, position]).sqrt()
         # The products are in memory, in the order in which `_rank` reads them: else each comparison computes its index.
         survival = torch.where(position < context.proposed[:, None], rate, 0.0).cumprod(1).view(-1)
-        places = _rank(survival)
-        return Ranking(places.view_as(context.grades), _best_count(survival, places, context), state)
+        ranks = _rank(survival)
+        return Ranking(ranks.view_as(context.grades), _best_count(survival, ranks, context), state)
 
 
 def _rank(merit: Tensor) -> Tensor:
@@ -94,10 +94,10 @@ def _learn(context: PolicyContext) -> dict[str, Tensor]:
     }
 
 
-def _best_count(survival: Tensor, places: Tensor, context: PolicyContext) -> Tensor:
-    """The n* of the class's docstring, int64 `[]`, for the survivals of all drafts and their places."""
+def _best_count(survival: Tensor, ranks: Tensor, context: PolicyContext) -> Tensor:
+    """The n* of the class's docstring, int64 `[]`, for the survivals of all drafts and their ranks."""
     count = torch.arange(len(survival) + 1, device=survival.device)
-    ordered = survival.new_zeros(len(count)).scatter(0, places + 1, survival)
+    ordered = survival.new_zeros(len(count)).scatter(0, ranks + 1, survival)
     speed = (context.num_emitting + ordered.cumsum(0)) / _time(context.seconds, context.num_tokens + count)
     speed = torch.where(count <= context.proposed.sum(), speed, 0.0)
     return torch.where(speed >= (1 - TIE) * speed.max(), count, 0).max()

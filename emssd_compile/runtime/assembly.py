@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from emssd_compile.layouts import Packed
-from emssd_compile.lowering import Step
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.layouts import PackedLayout
+from emssd_compile.lowering import StepFunction
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import make_launcher
 from emssd_compile.runtime.memory import allocate
@@ -15,13 +15,13 @@ from emssd_compile.step.state import StepState
 
 
 def assemble(
-    step: Step,
+    step: StepFunction,
     signature: Signature,
     device: torch.device,
-    layout: Packed,
+    layout: PackedLayout,
     *,
     prefill_chunk: int,
-    buckets: tuple[Sizes, ...] = (),
+    buckets: tuple[StepSizes, ...] = (),
 ) -> Engine:
     """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from emssd_compile.layouts import Packed
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.layouts import PackedLayout
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.launch import Launcher, Report
-from emssd_compile.runtime.planning import Launch, Planner, Row
-from emssd_compile.runtime.rehearsal import Rehearsal, rehearse
+from emssd_compile.runtime.planning import RunningStep, Planner, Row
+from emssd_compile.runtime.dry_run import DryRun, dry_run
 from emssd_compile.runtime.step_times import StepTimes, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import COUNTERS, StepState
@@ -69,7 +69,7 @@ class Engine:
         launcher: Launcher,
         row_state: Collection[str],
         memory: Collection[str],
-        layout: Packed,
+        layout: PackedLayout,
         *,
         prefill_chunk: int,
         lag: int,
@@ -79,7 +79,7 @@ class Engine:
         self.num_draft_tokens = launcher.tensors["histogram"].shape[0] - 1
         self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1))
         self.lag = lag
-        self.sizes_used: set[Sizes] = set()
+        self.sizes_used: set[StepSizes] = set()
         self.times = StepTimes(self.num_rows * (self.num_draft_tokens + 1))
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
         self._row_state = tuple(row_state)
@@ -96,7 +96,7 @@ class Engine:
         """
         self._set_eos(eos_token_ids)
         waiting = deque(requests)
-        launched: deque[Launch] = deque()
+        launched: deque[RunningStep] = deque()
         try:
             while waiting or launched or any(self._rows):
                 self._admit(waiting)
@@ -119,30 +119,30 @@ class Engine:
 
     def warmup(self) -> None:
         """Compile: run the step once."""
-        with self._rehearsal() as rehearsal:
+        with self._dry_run() as dry:
             # Not more than a step of these rows can ever have: an artifact may be made for no more.
             size = min(2, self.num_rows * (self.num_draft_tokens + 1))
-            rehearsal.step(Sizes(size, size, size, size))
+            dry.step(StepSizes(size, size, size, size))
 
-    def capture(self) -> Iterator[Sizes]:
+    def capture(self) -> Iterator[StepSizes]:
         """Run every bucket of sizes once, so that none is captured later; yields each when done."""
-        with self._rehearsal() as rehearsal:
+        with self._dry_run() as dry:
             for sizes in self.launcher.buckets:
-                rehearsal.step(sizes)
+                dry.step(sizes)
                 yield sizes
 
     def calibrate(self) -> None:
         """Measure steps of some sizes with nothing in them, if the layout asks for times."""
         if not self.is_measured:
             return
-        captured = [bucket.token_slots for bucket in self.launcher.buckets]
-        with self._rehearsal() as rehearsal:
-            seconds = rehearsal.idle_seconds(captured or sizes_to_measure(self.times.most))
+        captured = [bucket.token_range for bucket in self.launcher.buckets]
+        with self._dry_run() as dry:
+            seconds = dry.idle_seconds(captured or sizes_to_measure(self.times.most))
         self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
         self._publish_times()
 
-    def _rehearsal(self) -> AbstractContextManager[Rehearsal]:
-        return rehearse(self.launcher, self._kept, self.num_draft_tokens)
+    def _dry_run(self) -> AbstractContextManager[DryRun]:
+        return dry_run(self.launcher, self._kept, self.num_draft_tokens)
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
         """The counters and the acceptance histogram, read from the device, and reset there."""
@@ -185,14 +185,14 @@ class Engine:
         for b, request in zip(free, started, strict=True):
             self._rows[b] = Row(request, pending=len(request.prompt) - request.num_read)
 
-    def _launch(self, launched: Collection[Launch]) -> Launch:
+    def _launch(self, launched: Collection[RunningStep]) -> RunningStep:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
         sizes = self.planner.sizes(self._rows, launched, drafts)
         if self.lag:
             self._make_room()
         started = time.perf_counter()
         report = self._run_step(sizes)
-        return Launch(report, sizes, tuple(row.request if row else None for row in self._rows), started)
+        return RunningStep(report, sizes, tuple(row.request if row else None for row in self._rows), started)
 
     def _make_room(self) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
@@ -201,15 +201,15 @@ class Engine:
             self._room = room
             self.launcher.assign("draft_budget", self.launcher.upload(torch.tensor(room)))
 
-    def _run_step(self, sizes: Sizes) -> Report:
+    def _run_step(self, sizes: StepSizes) -> Report:
         self.sizes_used.add(sizes)
         return self.launcher.launch(sizes)
 
-    def _observe(self, launch: Launch) -> None:
+    def _observe(self, launch: RunningStep) -> None:
         """Learn what a step took: with steps under way all the time, from the last report to this one."""
         now = time.perf_counter()
         if self.is_measured:
-            self.times.observe(launch.sizes.token_slots, now - max(self._last_read, launch.started))
+            self.times.observe(launch.sizes.token_range, now - max(self._last_read, launch.started))
             self._num_observed += 1
             if self._num_observed % PUBLISH_EVERY == 0:
                 self._publish_times()
@@ -218,12 +218,12 @@ class Engine:
     def _publish_times(self) -> None:
         self.launcher.assign("step_seconds", self.launcher.upload(self.times.table()))
 
-    def _collect(self, launch: Launch) -> Iterator[Request]:
+    def _collect(self, launch: RunningStep) -> Iterator[Request]:
         """Read one report: hand out tokens, free the rows that ended."""
         columns = len(REPORT_FIELDS)
         lines = launch.report.read()
         self._observe(launch)
-        self._hear_wish(launch, lines)
+        self._record_wanted_drafts(launch, lines)
         for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request:
@@ -237,12 +237,12 @@ class Engine:
             if request.finished:
                 self._release(b, active=bool(active))
 
-    def _hear_wish(self, launch: Launch, lines: list[list[int]]) -> None:
+    def _record_wanted_drafts(self, launch: RunningStep, lines: list[list[int]]) -> None:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
         counts, active, _, _, wanted = list(zip(*lines, strict=True))[: len(REPORT_FIELDS)]
         drafting = [(r, n) for r, n, alive in zip(launch.requests, counts, active, strict=True) if r and n and alive]
         if any(r.max_new_tokens - len(r.output) - n > self.num_draft_tokens for r, n in drafting):
-            self.planner.hear(wanted[0], len(drafting))
+            self.planner.record_wanted_drafts(wanted[0], len(drafting))
 
     def _release(self, b: int, *, active: bool) -> None:
         self._rows[b] = None

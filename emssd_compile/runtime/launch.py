@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emssd_compile.lowering import Step
-from emssd_compile.runtime.buckets import Sizes, smallest_cover
+from emssd_compile.lowering import StepFunction
+from emssd_compile.runtime.buckets import StepSizes, smallest_cover
 from emssd_compile.runtime.cuda import CudaDevice
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import CONSTANT_FIELDS
@@ -43,23 +43,23 @@ class Launcher(ABC):
     Args:
         step: the lowered step.
         input_names: its inputs in order.
-        tensors: its inputs by name, but for those named in `Sizes`: state, the drafter's state, caches.
+        tensors: its inputs by name, but for those named in `StepSizes`: state, the drafter's state, caches.
 
     Attributes:
         tensors: the same, as the last launched step leaves them.
         buckets: sizes that are run as one launch, once they have been launched before.
     """
 
-    buckets: tuple[Sizes, ...] = ()
+    buckets: tuple[StepSizes, ...] = ()
 
-    def __init__(self, step: Step, input_names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, step: StepFunction, input_names: Sequence[str], tensors: dict[str, Tensor]) -> None:
         self.step = step
         self.input_names = tuple(input_names)
         self.tensors = dict(tensors)
-        self._slots: dict[tuple[str, int], Tensor] = {}
+        self._ranges: dict[tuple[str, int], Tensor] = {}
 
     @abstractmethod
-    def launch(self, sizes: Sizes) -> Report:
+    def launch(self, sizes: StepSizes) -> Report:
         """Run a step of at least these sizes."""
 
     @abstractmethod
@@ -70,19 +70,19 @@ class Launcher(ABC):
     def upload(self, value: Tensor) -> Tensor:
         """`value`, made on the CPU, where the tensors are."""
 
-    def _run(self, sizes: Sizes) -> dict[str, Tensor]:
-        slots = {name: self._arange(name, size) for name, size in sizes._asdict().items()}
+    def _run(self, sizes: StepSizes) -> dict[str, Tensor]:
+        ranges = {name: self._arange(name, size) for name, size in sizes._asdict().items()}
         with torch.no_grad():
-            return self.step(*(slots[n] if n in slots else self.tensors[n] for n in self.input_names))
+            return self.step(*(ranges[n] if n in ranges else self.tensors[n] for n in self.input_names))
 
     def _arange(self, name: str, length: int) -> Tensor:
         """The input `name` of that length. No two inputs share a tensor: a compiled step would take that for a rule.
 
         Kept for good: a captured step reads it where it lies.
         """
-        if (name, length) not in self._slots:
-            self._slots[name, length] = torch.arange(length, device=self.tensors["history"].device)
-        return self._slots[name, length]
+        if (name, length) not in self._ranges:
+            self._ranges[name, length] = torch.arange(length, device=self.tensors["history"].device)
+        return self._ranges[name, length]
 
 
 class DirectLauncher(Launcher):
@@ -91,7 +91,7 @@ class DirectLauncher(Launcher):
     For the CPU, where a call that returns has done its work.
     """
 
-    def launch(self, sizes: Sizes) -> Report:
+    def launch(self, sizes: StepSizes) -> Report:
         """See the base class."""
         results = self._run(sizes)
         report = results.pop("report")
@@ -144,20 +144,20 @@ class GraphLauncher(Launcher):
 
     def __init__(
         self,
-        step: Step,
+        step: StepFunction,
         input_names: Sequence[str],
         tensors: dict[str, Tensor],
         device: Device,
-        buckets: tuple[Sizes, ...],
+        buckets: tuple[StepSizes, ...],
     ) -> None:
         super().__init__(step, input_names, tensors)
         self.buckets = buckets
         self._device = device
-        self._replays: dict[Sizes, Callable[[], object]] = {}
+        self._replays: dict[StepSizes, Callable[[], object]] = {}
         width = len(REPORT_FIELDS) + len(tensors["histogram"])
         self._report = tensors["history"].new_zeros((len(tensors["history"]), width))
 
-    def launch(self, sizes: Sizes) -> Report:
+    def launch(self, sizes: StepSizes) -> Report:
         """See the base class."""
         bucket = smallest_cover(self.buckets, sizes)
         if bucket is None:
@@ -177,7 +177,7 @@ class GraphLauncher(Launcher):
         """See the base class."""
         return self._device.upload(value)
 
-    def _advance(self, sizes: Sizes) -> None:
+    def _advance(self, sizes: StepSizes) -> None:
         """Run a step and leave its results in the tensors."""
         results = self._run(sizes)
         self._report.copy_(results.pop("report"))
@@ -190,7 +190,7 @@ class GraphLauncher(Launcher):
 
 
 def make_launcher(
-    step: Step, input_names: Sequence[str], tensors: dict[str, Tensor], buckets: tuple[Sizes, ...]
+    step: StepFunction, input_names: Sequence[str], tensors: dict[str, Tensor], buckets: tuple[StepSizes, ...]
 ) -> Launcher:
     """The launcher for the device that `tensors` lie on; `buckets` are captured where that is a CUDA device."""
     device = tensors["history"].device

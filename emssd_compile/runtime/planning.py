@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emssd_compile.layouts import Packed
-from emssd_compile.runtime.buckets import Sizes, smallest_cover
+from emssd_compile.layouts import PackedLayout
+from emssd_compile.runtime.buckets import StepSizes, smallest_cover
 from emssd_compile.runtime.launch import Report
 from emssd_compile.runtime.step_times import StepTimes
 
@@ -31,7 +31,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Launch:
+class RunningStep:
     """A step under way.
 
     Attributes:
@@ -42,7 +42,7 @@ class Launch:
     """
 
     report: Report
-    sizes: Sizes
+    sizes: StepSizes
     requests: tuple[Request | None, ...]
     started: float
 
@@ -58,7 +58,9 @@ class Planner:
         times: what steps take, for the layout.
     """
 
-    def __init__(self, num_rows: int, num_draft_tokens: int, chunk: int, layout: Packed, times: StepTimes) -> None:
+    def __init__(
+        self, num_rows: int, num_draft_tokens: int, chunk: int, layout: PackedLayout, times: StepTimes
+    ) -> None:
         self.num_rows = num_rows
         self.num_draft_tokens = num_draft_tokens
         self.chunk = chunk
@@ -66,11 +68,11 @@ class Planner:
         self.times = times
         self._wanted = (num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
 
-    def hear(self, num_drafts: int, num_rows: int) -> None:
+    def record_wanted_drafts(self, num_drafts: int, num_rows: int) -> None:
         """Take what so many drafting rows (at least one) last wanted together."""
         self._wanted = (num_drafts, num_rows)
 
-    def sizes(self, rows: Sequence[Row | None], launched: Collection[Launch], drafts: int) -> Sizes:
+    def sizes(self, rows: Sequence[Row | None], launched: Collection[RunningStep], drafts: int) -> StepSizes:
         """Sizes of the next step: enough for what its rows may want, within the chunk.
 
         Args:
@@ -78,28 +80,28 @@ class Planner:
             launched: steps whose reports have not been read, oldest first; without any, the sizes are exact.
             drafts: how many the step verifies, or may verify.
         """
-        pending = self._foresee(rows, launched)
+        pending = self._pending_at_launch(rows, launched)
         drafts = self.layout.room(len(pending), self.num_draft_tokens, drafts)
         needed = min(sum(pending) + drafts, self.chunk)
         # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
         # last draft was never fed to it), else what this step feeds.
         reading = sum(2 if count == 1 else count + 1 for count in pending)
-        return Sizes(
-            token_slots=self.layout.tokens(needed, self.times),
-            logit_slots=min(len(pending) + drafts, needed),
-            draft_slots=min(reading, self.chunk + self.num_rows),
-            row_slots=self._row_slots(rows, pending, needed, exact=not launched),
+        return StepSizes(
+            token_range=self.layout.tokens(needed, self.times),
+            logit_range=min(len(pending) + drafts, needed),
+            draft_range=min(reading, self.chunk + self.num_rows),
+            row_range=self._row_range(rows, pending, needed, exact=not launched),
         )
 
-    def room(self, num_rows: int, buckets: Sequence[Sizes]) -> int:
+    def room(self, num_rows: int, buckets: Sequence[StepSizes]) -> int:
         """How many drafts a step of so many busy rows may verify: what they last wanted, and what a bucket has left."""
         drafts, drafting = self._wanted
         room = self.layout.room(num_rows, self.num_draft_tokens, -(-drafts * num_rows // drafting))
         tokens = num_rows + room
-        bucket = smallest_cover(buckets, Sizes(tokens, tokens, 0, 0))
-        return min(bucket.token_slots if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
+        bucket = smallest_cover(buckets, StepSizes(tokens, tokens, 0, 0))
+        return min(bucket.token_range if bucket else tokens, num_rows * (self.num_draft_tokens + 1)) - num_rows
 
-    def _row_slots(self, rows: Sequence[Row | None], pending: Sequence[int], needed: int, *, exact: bool) -> int:
+    def _row_range(self, rows: Sequence[Row | None], pending: Sequence[int], needed: int, *, exact: bool) -> int:
         """The most tokens that one row may take.
 
         Where the host knows what each row wants, it is the least with which the step is filled: rows then read their
@@ -116,7 +118,7 @@ class Planner:
             left -= count
         return max(wanted[-1], least)
 
-    def _foresee(self, rows: Sequence[Row | None], launched: Iterable[Launch]) -> list[int]:
+    def _pending_at_launch(self, rows: Sequence[Row | None], launched: Iterable[RunningStep]) -> list[int]:
         """What each busy row knows but will not have read when the next step starts; with steps under way, at most."""
         share = self.num_draft_tokens + 1
         pending = [row.pending if row else 0 for row in rows]
@@ -125,20 +127,20 @@ class Planner:
             # A request that came since the launch took no part in it; the one it followed decoded, or had ended.
             stays = [row is not None and row.request is it for row, it in zip(rows, launch.requests, strict=True)]
             wanted = [
-                min(pending[b] + drafts[b], launch.sizes.row_slots) if stays[b] else share if request else 0
+                min(pending[b] + drafts[b], launch.sizes.row_range) if stays[b] else share if request else 0
                 for b, request in enumerate(launch.requests)
             ]
             # As `pack` does: a share for each row, then the rest in order.
-            first = _grant([min(count, share) for count in wanted], launch.sizes.token_slots)
-            left = launch.sizes.token_slots - sum(first)
-            rest = _grant([a - b for a, b in zip(wanted, first, strict=True)], left)
+            first = _serve_in_order([min(count, share) for count in wanted], launch.sizes.token_range)
+            left = launch.sizes.token_range - sum(first)
+            rest = _serve_in_order([a - b for a, b in zip(wanted, first, strict=True)], left)
             fed = [(a + b) * stay for a, b, stay in zip(first, rest, stays, strict=True)]
             pending = [max(a - b, min(a, 1)) for a, b in zip(pending, fed, strict=True)]
             drafts = [self.num_draft_tokens] * self.num_rows  # what the step drafts is not known yet
         return [count for count, row in zip(pending, rows, strict=True) if row]
 
 
-def _grant(wanted: Sequence[int], budget: int) -> list[int]:
+def _serve_in_order(wanted: Sequence[int], budget: int) -> list[int]:
     """Serve rows in order until the budget is spent."""
     granted = []
     for count in wanted:

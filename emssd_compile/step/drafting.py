@@ -23,9 +23,9 @@ class DraftContext:
         active: bool `[B]`, rows being decoded.
         can_draft: bool `[B]`, rows whose drafts will be verified in the next step.
         max_drafts: int64 `[B]`, 0 to K: more would run past the row's limit.
-        slots: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model of its
-            own.
-        row_slots: int64, `arange` of the most of these that one row may take.
+        draft_range: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model
+            of its own.
+        row_range: int64, `arange` of the most of these that one row may take.
         state: the drafter's own tensors, as declared by `Drafter.state_spec` and `Drafter.cache_spec`.
     """
 
@@ -35,8 +35,8 @@ class DraftContext:
     active: Tensor
     can_draft: Tensor
     max_drafts: Tensor
-    slots: Tensor
-    row_slots: Tensor
+    draft_range: Tensor
+    row_range: Tensor
     state: dict[str, Tensor]
 
 
@@ -103,7 +103,7 @@ class Drafter(nn.Module):
     Attributes:
         num_draft_tokens: K, the most tokens a row may draft.
         num_grades: how many grades `Draft.grades` may tell apart.
-        reads_ahead: whether the drafter reads the text with a model of its own (it then needs `DraftContext.slots`).
+        reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
     """
 
     num_draft_tokens: int

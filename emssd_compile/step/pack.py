@@ -39,8 +39,8 @@ def pack(
     lengths: Tensor,
     draft_lengths: Tensor,
     active: Tensor,
-    slots: Tensor,
-    row_slots: Tensor,
+    token_range: Tensor,
+    row_range: Tensor,
     share: int,
 ) -> Packed:
     """Choose and lay out the tokens of a step.
@@ -56,25 +56,25 @@ def pack(
         lengths: int64 `[B]`.
         draft_lengths: int64 `[B]`.
         active: bool `[B]`.
-        slots: int64 `[T]`, `arange(T)`: its length is the budget.
-        row_slots: int64, `arange` of the most tokens that a row gets.
+        token_range: int64 `[T]`, `arange(T)`: its length is the budget.
+        row_range: int64, `arange` of the most tokens that a row gets.
         share: tokens each row gets before any row gets more.
 
     Example:
         lengths = [4, 7, 0], known = [5, 8, 3], draft_lengths = [2, 0, 0], T = 8 gives offsets = [0, 3, 4, 7],
         positions = [4, 5, 6, 7, 0, 1, 2, -] and one tail token.
     """
-    budget = slots.shape[0]
+    budget = token_range.shape[0]
     pending = known - lengths
-    wanted = torch.where(active, pending + draft_lengths, 0).clamp(max=row_slots.shape[0])
+    wanted = torch.where(active, pending + draft_lengths, 0).clamp(max=row_range.shape[0])
     first = _grant(wanted.clamp(max=share), budget)
     fed = first + _grant(wanted - first, budget - first.sum())
     ends = fed.cumsum(0)
     offsets = torch.cat([torch.zeros_like(ends[:1]), ends])
-    row_ids = torch.searchsorted(ends, slots, right=True)
+    row_ids = torch.searchsorted(ends, token_range, right=True)
     rows = row_ids.clamp(max=known.shape[0] - 1)
     tail = row_ids >= known.shape[0]
-    positions = torch.where(tail, 0, lengths[rows] + slots - offsets[rows])
+    positions = torch.where(tail, 0, lengths[rows] + token_range - offsets[rows])
     ready = active & (fed >= pending)
     return Packed(
         input_ids=history[rows, positions],
@@ -111,15 +111,15 @@ class LogitRows:
     row_ids: Tensor
 
 
-def logit_rows(packed: Packed, known: Tensor, slots: Tensor) -> LogitRows:
-    """Lay out the logits of a step. `slots` is `arange(R)`; R must be at least the number of logits needed."""
+def logit_rows(packed: Packed, known: Tensor, logit_range: Tensor) -> LogitRows:
+    """Lay out the logits of a step. `logit_range` is `arange(R)`; R must be at least the number of logits needed."""
     counts = torch.where(packed.ready, packed.drafted + 1, 0)
     ends = counts.cumsum(0)
     offsets = torch.cat([torch.zeros_like(ends[:1]), ends])
-    rows = torch.searchsorted(ends, slots, right=True)
+    rows = torch.searchsorted(ends, logit_range, right=True)
     tail = rows >= known.shape[0]
     rows = rows.clamp(max=known.shape[0] - 1)
-    node = slots - offsets[rows]
+    node = logit_range - offsets[rows]
     return LogitRows(
         index=torch.where(tail, 0, packed.roots[rows] + node),
         offsets=offsets,

@@ -40,13 +40,13 @@ class Ranking:
     """What a policy answers.
 
     Attributes:
-        places: int64 `[B, K]`, the order in which proposed drafts are given room: 0 comes first, no place is taken
+        ranks: int64 `[B, K]`, the order in which proposed drafts are given room: 0 comes first, no place is taken
             twice or left out. A row's drafts keep their order: a draft is of use only if those before it are verified.
         wanted: int64 `[]`, how many drafts of all rows together are worth verifying.
         state: new values of the tensors in `row_spec` and `memory_spec`.
     """
 
-    places: Tensor
+    ranks: Tensor
     wanted: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -72,5 +72,5 @@ class LengthPolicy(nn.Module):
 
 def fit(ranking: Ranking, proposed: Tensor, room: Tensor) -> Tensor:
     """Lengths int64 `[B]` when the best `room` (int64 `[]`) of the `proposed` (int64 `[B]`) drafts are verified."""
-    position = torch.arange(ranking.places.shape[1], device=proposed.device)
-    return ((position < proposed[:, None]) & (ranking.places < room)).sum(1)
+    position = torch.arange(ranking.ranks.shape[1], device=proposed.device)
+    return ((position < proposed[:, None]) & (ranking.ranks < room)).sum(1)

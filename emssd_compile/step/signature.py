@@ -11,7 +11,7 @@ from torch import fx
 from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.state import CONSTANT_FIELDS, StepState
 
-SIZE_NAMES = ("token_slots", "logit_slots", "draft_slots", "row_slots")
+SIZE_NAMES = ("token_range", "logit_range", "draft_range", "row_range")
 """Inputs whose length alone matters: the sizes of a step."""
 
 ROLES = {

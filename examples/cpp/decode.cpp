@@ -43,10 +43,10 @@ int main(int argc, char** argv) {
   const auto read = [&](const char* name) { return tensors[name][0].item<int64_t>(); };
   while (read("active")) {
     const int64_t pending = read("known") - read("lengths"), drafts = read("draft_lengths");
-    tensors["token_slots"] = at::arange(pending + drafts);  // the sizes of a step are lengths of inputs
-    tensors["logit_slots"] = at::arange(1 + drafts);
-    tensors["draft_slots"] = at::arange(pending + 1);
-    tensors["row_slots"] = at::arange(pending + drafts);
+    tensors["token_range"] = at::arange(pending + drafts);  // the sizes of a step are lengths of inputs
+    tensors["logit_range"] = at::arange(1 + drafts);
+    tensors["draft_range"] = at::arange(pending + 1);
+    tensors["row_range"] = at::arange(pending + drafts);
     std::vector<at::Tensor> values;
     for (const auto& name : inputs) values.push_back(tensors[name]);
     const auto results = step.run(values);

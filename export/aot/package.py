@@ -19,7 +19,7 @@ from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.graph import inputs, output
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.pack_linears import PackLinears
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 
 PACKAGE, OPS_LIBRARY, BINDINGS = "step.pt2", "libemssd_ops.so", "bindings.txt"
 
@@ -33,13 +33,13 @@ def require(options: object, device: torch.device, runs: bool) -> None:
             raise ArtifactError(f"a package cannot be compiled here: {error}") from error
 
 
-def passes(sizes: Sequence[Sizes], options: object) -> tuple[Pass, ...]:
+def passes(sizes: Sequence[StepSizes], options: object) -> tuple[Pass, ...]:
     """As for Inductor, weights on a CPU are packed. Those elsewhere the pass leaves alone; they are merged."""
     return (PackLinears(), FuseProjections())
 
 
 def write_package(
-    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], options: object
+    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[StepSizes], options: object
 ) -> dict[str, Any]:
     """Compile a graph for this machine, weights included.
 

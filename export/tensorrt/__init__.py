@@ -23,10 +23,10 @@ from emssd_compile.export.tensorrt.runner import open_step
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.tile_attention import TileAttention
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 
 
-def passes(sizes: Sequence[Sizes], options: BuildOptions) -> tuple[Pass, ...]:
+def passes(sizes: Sequence[StepSizes], options: BuildOptions) -> tuple[Pass, ...]:
     """Few wide products, values for memory, rectangles for packed queries, and attention that there is a kernel for.
 
     TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.

@@ -19,7 +19,7 @@ from emssd_compile.export.tensorrt.library import check_capability, find_runtime
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 
 ENGINE = "step.engine"
 _KEPT = ("attention", "weights", "version_compatible", "hardware_compatibility", "profile_per_bucket")
@@ -40,7 +40,9 @@ def require(options: BuildOptions, device: torch.device, runs: bool) -> None:
         check_capability(capabilities, device, "it cannot be checked here; pass check=False")
 
 
-def write(graph_module: fx.GraphModule, folder: Path, sizes: Sequence[Sizes], options: BuildOptions) -> dict[str, Any]:
+def write(
+    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[StepSizes], options: BuildOptions
+) -> dict[str, Any]:
     """Build an engine and write it to `folder`.
 
     Args:

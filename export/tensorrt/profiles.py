@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from emssd_compile.passes.graph import inputs, shape
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Least, usual and largest shape of an input."""
@@ -16,18 +16,18 @@ Profile = dict[str, Range]
 """The range of each input whose shape may differ from call to call, by name."""
 
 
-def make_profiles(graph: fx.Graph, sizes: Sequence[Sizes], *, per_bucket: bool) -> list[Profile]:
+def make_profiles(graph: fx.Graph, sizes: Sequence[StepSizes], *, per_bucket: bool) -> list[Profile]:
     """Optimisation profiles: of the sizes that are captured, and last of all steps up to the largest.
 
     Args:
-        graph: the step; sizes that may differ are symbolic in its inputs. Those that no input of a name in `Sizes` has
-            may be as large as the largest T.
+        graph: the step; sizes that may differ are symbolic in its inputs. Those that no input of a name in `StepSizes`
+            has may be as large as the largest T.
         sizes: of the steps that are captured, and last of the largest step.
         per_bucket: a profile for each captured size, rather than one that spans them all.
     """
     *buckets, most = (size._asdict() for size in sizes)
     spans = [(bucket, bucket) for bucket in buckets] if per_bucket else _span(buckets)
-    return [_profile(graph, low, high, sizes[-1].token_slots) for low, high in [*spans, (dict.fromkeys(most, 1), most)]]
+    return [_profile(graph, low, high, sizes[-1].token_range) for low, high in [*spans, (dict.fromkeys(most, 1), most)]]
 
 
 def choose(profiles: Sequence[Profile], shapes: Mapping[str, tuple[int, ...]]) -> int | None:

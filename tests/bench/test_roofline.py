@@ -27,7 +27,7 @@ def test_the_floor_by_hand():
     # 1000 bytes of weights and 2 rows of 25 tokens, 10 bytes each, at 100 bytes a second.
     floor = roofline.floor_seconds(1000, 10, 2 * 25, 100.0)
     assert floor == 15.0
-    step = roofline.Step(drafts=7, batch=2, context=25, seconds=60.0, floor_seconds=floor)
+    step = roofline.MeasuredStep(drafts=7, batch=2, context=25, seconds=60.0, floor_seconds=floor)
     assert (step.tokens, step.times_floor) == (16, 4.0)
 
 

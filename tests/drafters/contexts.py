@@ -20,7 +20,7 @@ def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int 
         active=rows,
         can_draft=rows,
         max_drafts=torch.full_like(known, limit),
-        slots=torch.arange(8),
-        row_slots=torch.arange(8),
+        draft_range=torch.arange(8),
+        row_range=torch.arange(8),
         state={},
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime.engine import Engine, Request
 from tests.exactness.compiled import NEW_TOKENS, rechunked, target
 from tests.exactness.models import prompt

@@ -10,7 +10,7 @@ import torch
 
 from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
 from emssd_compile.compiler import CompiledModel, compile_step
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
 from emssd_compile.passes import fuse_verify
 from emssd_compile.passes.graph import placeholder

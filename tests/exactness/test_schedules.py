@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime.engine import Engine, Request
 from tests.exactness.compiled import LENGTHS, NEW_TOKENS, rechunked, target
 from tests.exactness.models import Reference, prompt

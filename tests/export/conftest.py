@@ -8,7 +8,7 @@ import pytest
 
 import emssd_compile
 from emssd_compile.drafters import PromptLookup
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from tests.exactness.compiled import K
 from tests.exactness.models import build
 from tests.export import toy

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import emssd_compile
 from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftModel, PromptLookup
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.step.drafting import TensorSpec
 
 VOCABULARY, WIDTH, HEADS, ROWS, CAPACITY, K = 48, 32, 4, 3, 2048, 4

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("toy_target")
     [({"colour": 1}, r"unknown options \['colour'\]; toy knows \['label'\]"), ({"label": ""}, "label is empty")],
 )
 def test_options_are_refused_before_any_work(fast, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("emssd_compile.exporting.suit", None)
+    monkeypatch.setattr("emssd_compile.exporting.apply_target_passes", None)
     with pytest.raises(OptionError, match=message):
         export(fast, tmp_path / "artifact", **options)
 
@@ -40,7 +40,7 @@ def test_what_is_missing_is_found_before_any_work_and_only_if_it_is_needed(
         raise ArtifactError("no toy shop")
 
     monkeypatch.setattr(toy, "require", missing)
-    monkeypatch.setattr("emssd_compile.exporting.suit", None)
+    monkeypatch.setattr("emssd_compile.exporting.apply_target_passes", None)
     with pytest.raises(ArtifactError, match="no toy shop"):
         fast._export("toy", tmp_path / "other", verify_only, check, False)
 

@@ -13,7 +13,7 @@ import torch
 import emssd_compile
 import emssd_compile.export as targets
 from emssd_compile.runtime.assembly import assemble
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from tests.exactness.models import Reference
 from tests.export.toy import PROMPTS
@@ -59,7 +59,7 @@ def test_steps_are_captured_only_where_they_can_be(artifact, monkeypatch, is_cap
     monkeypatch.setitem(sys.modules, "emssd_compile.export.toy", SimpleNamespace(TARGET=target))
     asked: list[int] = []
 
-    def assembled(*args: Any, buckets: tuple[Sizes, ...], **options: Any) -> Engine:
+    def assembled(*args: Any, buckets: tuple[StepSizes, ...], **options: Any) -> Engine:
         asked.append(len(buckets))
         return assemble(*args, buckets=buckets, **options)
 

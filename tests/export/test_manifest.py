@@ -22,7 +22,7 @@ def test_the_manifest_says_what_the_step_was_made_from(artifact):
     assert (manifest.layout, manifest.acceptance, manifest.dtype) == ("auto", "GreedyMatch", "float32")
     bindings = {binding.name: binding for binding in manifest.signature.inputs}
     assert bindings["history"].shape == (2, 64)
-    assert bindings["token_slots"].shape == ("token_slots",)
+    assert bindings["token_range"].shape == ("token_range",)
     assert {b.role for b in bindings.values()} == {"state", "setting", "size", "cache", "row", "memory"}
     assert {b.name for b in manifest.signature.results} == {
         *(name for name, b in bindings.items() if b.role in ("state", "row", "memory")),

@@ -110,7 +110,7 @@ def test_a_graph_that_decides_by_a_size_is_refused():
 
     graph_module = fx.symbolic_trace(Branches())
     step, _ = _step()
-    slots = next(n for n in inputs(step.graph) if n.target == "token_slots")
+    slots = next(n for n in inputs(step.graph) if n.target == "token_range")
     inputs(graph_module.graph)[0].meta["val"] = slots.meta["val"]
     with pytest.raises(UnsupportedModelError, match="cannot be exported for all sizes"):
         exported_program(graph_module)

@@ -16,8 +16,8 @@ import emssd_compile.export as targets
 from emssd_compile.errors import OptionError
 from emssd_compile.export import Target
 from emssd_compile.export.target import option
-from emssd_compile.lowering import Step
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.lowering import StepFunction
+from emssd_compile.optimized_model import OptimizedModel
 from tests.exactness.models import prompt
 
 PROMPTS = [prompt(n) for n in (5, 17, 2, 30)]
@@ -51,7 +51,7 @@ def write(graph_module: fx.GraphModule, folder: Path, sizes: object, options: To
     return {"graph": len(_graphs) - 1}
 
 
-def open_(folder: Path, details: dict[str, Any], input_names: list[str], device: torch.device) -> Step:
+def open_(folder: Path, details: dict[str, Any], input_names: list[str], device: torch.device) -> StepFunction:
     graph_module = _graphs[details["graph"]]
     assert input_names == [n.target for n in graph_module.graph.nodes if n.op == "placeholder"]
 

@@ -88,7 +88,7 @@ def _inputs(step: fx.GraphModule, sizes: dict[str, int]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("sizes", [(40, 6, 9, 31), (25, 25, 25, 25), (5, 4, 1, 2), (1, 1, 1, 1), (2, 1, 7, 1)])
 def test_one_function_serves_sizes_that_differ_and_sizes_that_agree(sizes):
     step, compiled = _steps()
-    inputs = _inputs(step, dict(zip(("token_slots", "logit_slots", "draft_slots", "row_slots"), sizes, strict=True)))
+    inputs = _inputs(step, dict(zip(("token_range", "logit_range", "draft_range", "row_range"), sizes, strict=True)))
     expected = step(*(value.clone() for value in inputs))
     results = compiled(*inputs)
     assert results.keys() == expected.keys()

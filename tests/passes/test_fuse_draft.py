@@ -35,7 +35,7 @@ def _first_step(drafter: Drafter, limits: list[int]) -> dict[str, Tensor]:
     for node in inputs(step.graph):
         if node.target not in state:
             shape = [int(s) if isinstance(s, int) else 8 for s in node.meta["val"].shape]
-            state[str(node.target)] = torch.arange(8) if "slots" in str(node.target) else torch.zeros(shape)
+            state[str(node.target)] = torch.arange(8) if "_range" in str(node.target) else torch.zeros(shape)
     state["asked"] = torch.zeros(BATCH.rows, dtype=torch.int64)
     with torch.inference_mode():
         results: dict[str, Tensor] = step(*(state[str(node.target)] for node in inputs(step.graph)))
@@ -79,12 +79,12 @@ class _ReadsToTheHost(Drafter):
 
 class _ReadsASize(Scripted):
     def forward(self, context: DraftContext) -> Draft:
-        return super().forward(replace(context, known=context.known + int(context.slots.shape[0])))
+        return super().forward(replace(context, known=context.known + int(context.draft_range.shape[0])))
 
 
 class _TakesSizesForEqual(Scripted):
     def forward(self, context: DraftContext) -> Draft:
-        return super().forward(replace(context, known=context.known + (context.slots + context.row_slots).sum()))
+        return super().forward(replace(context, known=context.known + (context.draft_range + context.row_range).sum()))
 
 
 class _WrongShape(Scripted):
@@ -107,7 +107,7 @@ class _UndeclaredState(Scripted):
 
 BROKEN = {
     "raises": (_Raises(), "_Raises failed while it was traced: RuntimeError: no idea"),
-    "reads a size": (_ReadsASize([7, 8]), "_ReadsASize .*: a size of draft_slots differs .* and was taken for 7"),
+    "reads a size": (_ReadsASize([7, 8]), "_ReadsASize .*: a size of draft_range differs .* and was taken for 7"),
     "takes two sizes for equal": (_TakesSizesForEqual([7, 8]), "_TakesSizesForEqual .*: a size of .* was taken for s"),
     "reads a value to the host": (_ReadsToTheHost(), "_ReadsToTheHost failed while it was traced"),
     "wrong shape": (_WrongShape([1, 2]), r"tokens of shape \(3, 7\); expected \[B, K\] = \[3, 2\]"),

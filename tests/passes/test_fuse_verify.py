@@ -39,7 +39,7 @@ def _decode(step: fx.GraphModule, drafts: int, count: int) -> list[list[int]]:
     state["active"][:] = True
     for name, value in caches(step.graph).items():
         state[name] = torch.zeros([int(size) for size in value.shape])
-    sizes = {"token_slots": 24, "logit_slots": 3 * (drafts + 1), "draft_slots": 16, "row_slots": 24}
+    sizes = {"token_range": 24, "logit_range": 3 * (drafts + 1), "draft_range": 16, "row_range": 24}
     state |= {name: torch.arange(size) for name, size in sizes.items()}
     names = [str(node.target) for node in inputs(step.graph)]
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def test_the_step_is_one_graph_of_ops_with_named_inputs_and_outputs():
     step = step_of(PromptLookup(4, 2))
     names = [str(node.target) for node in inputs(step.graph)]
     state = [f.name for f in fields(StepState)]
-    assert names == [*state, "token_slots", "logit_slots", "row_slots", "k_cache_0", "v_cache_0", "draft_slots"]
+    assert names == [*state, "token_range", "logit_range", "row_range", "k_cache_0", "v_cache_0", "draft_range"]
     assert {"report", "history", "draft_lengths"} <= set(returned(step))
     assert "_local_scalar_dense" not in ops(step)
     assert {n.op for n in step.graph.nodes} == {"placeholder", "get_attr", "call_function", "output"}

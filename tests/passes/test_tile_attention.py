@@ -100,7 +100,7 @@ def test_a_model_without_the_step_around_it(tail, width):
     model = model_with_attention()
     graph_module, manager = _verify_only(model)
     manager._run(TileAttention(), "tiled", graph_module)
-    assert [str(n.target) for n in inputs(graph_module.graph)][-1] == "row_slots"
+    assert [str(n.target) for n in inputs(graph_module.graph)][-1] == "row_range"
     found = _run_tiled(graph_module, tail, width)
     torch.testing.assert_close(found["logits"], alone(model), rtol=1e-5, atol=1e-5)
 

@@ -1,12 +1,12 @@
-"""The tiled form of a step, run by whatever calls itself a `Step`, behind the usual `generate`."""
+"""The tiled form of a step, run by whatever calls itself a `StepFunction`, behind the usual `generate`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
 
-from emssd_compile.lowering import Step
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.lowering import StepFunction
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.tile_attention import TileAttention
 from emssd_compile.runtime.launch import DirectLauncher
@@ -14,11 +14,11 @@ from emssd_compile.runtime.launch import DirectLauncher
 
 def tile_step(fast: OptimizedModel) -> fx.GraphModule:
     """The step after `tile_attention`; still a step, or the level's verifier raises."""
-    return fast._step.suited((TileAttention(),), [])
+    return fast._step.for_target((TileAttention(),), [])
 
 
 class EagerStep:
-    """A tiled graph as a `Step`: KV caches are changed in place and are not among the results."""
+    """A tiled graph as a `StepFunction`: KV caches are changed in place and are not among the results."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
@@ -33,7 +33,7 @@ class EagerStep:
         return results
 
 
-def run_with(fast: OptimizedModel, graph_module: fx.GraphModule, step: Step) -> OptimizedModel:
+def run_with(fast: OptimizedModel, graph_module: fx.GraphModule, step: StepFunction) -> OptimizedModel:
     """`fast`, from now on with `step`, which runs the tiled `graph_module`, and zeroed KV caches of that form."""
     nodes = {str(node.target): node.meta["val"] for node in inputs(graph_module.graph)}
     tensors = dict(fast._engine.tensors)

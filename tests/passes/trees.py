@@ -88,7 +88,7 @@ def tiled_inputs(inputs: dict[str, Tensor], width: int, spare_slots: int = 1) ->
         is_cache = "_cache_" in name
         return nn.functional.pad(value.transpose(1, 2), (0, 0, 0, spare_slots)).contiguous() if is_cache else value
 
-    return {name: tiled(name, value) for name, value in inputs.items()} | {"row_slots": torch.arange(width)}
+    return {name: tiled(name, value) for name, value in inputs.items()} | {"row_range": torch.arange(width)}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

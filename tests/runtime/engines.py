@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from emssd_compile.optimize import OptimizedModel
-from emssd_compile.runtime.buckets import Sizes, decode_buckets
+from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import GraphLauncher
 from emssd_compile.step.state import COUNTERS
@@ -26,7 +26,7 @@ def graph_engine(fast: OptimizedModel, prefill_chunk: int, device: TapeDevice) -
 
 
 @dataclass(frozen=True)
-class Step:
+class ObservedStep:
     """One launch.
 
     Attributes:
@@ -39,7 +39,7 @@ class Step:
         idle: rows that took part and read nothing.
     """
 
-    sizes: Sizes
+    sizes: StepSizes
     active: int
     pending: int
     drafts: int
@@ -48,16 +48,16 @@ class Step:
     idle: int
 
 
-def watch(engine: Engine) -> list[Step]:
+def watch(engine: Engine) -> list[ObservedStep]:
     """The steps that the engine launches from now on, as they come."""
-    steps: list[Step] = []
+    steps: list[ObservedStep] = []
     launch, tensors = engine.launcher.launch, engine.tensors
     counter = COUNTERS.index("num_draft_tokens")
 
     def masked(name: str, active: Tensor) -> Tensor:
         return tensors[name].clone() * active
 
-    def watched(sizes: Sizes):
+    def watched(sizes: StepSizes):
         active = tensors["active"].clone()
         lengths, known = masked("lengths", active), masked("known", active)
         drafts, before = masked("draft_lengths", active), int(tensors["counters"][counter])
@@ -65,7 +65,7 @@ def watch(engine: Engine) -> list[Step]:
         verified = int(tensors["counters"][counter]) - before
         idle = int(((tensors["lengths"] == lengths) & active).sum())
         pending, wanted = int((known - lengths).sum()), (known - lengths + drafts).tolist()
-        steps.append(Step(sizes, int(active.sum()), pending, int(drafts.sum()), wanted, verified, idle))
+        steps.append(ObservedStep(sizes, int(active.sum()), pending, int(drafts.sum()), wanted, verified, idle))
         return report
 
     engine.launcher.launch = watched  # type: ignore[method-assign]

@@ -2,13 +2,13 @@
 
 import pytest
 
-from emssd_compile.runtime.buckets import Sizes, decode_buckets, smallest_cover
+from emssd_compile.runtime.buckets import StepSizes, decode_buckets, smallest_cover
 
 
 def test_the_buckets_of_three_rows_with_three_drafts():
     assert decode_buckets(3, 3) == (
-        *(Sizes(1, 1, 2, 4), Sizes(2, 2, 4, 4), Sizes(3, 3, 6, 4), Sizes(4, 4, 6, 4)),
-        *(Sizes(6, 6, 6, 4), Sizes(8, 8, 6, 4), Sizes(12, 12, 6, 4)),
+        *(StepSizes(1, 1, 2, 4), StepSizes(2, 2, 4, 4), StepSizes(3, 3, 6, 4), StepSizes(4, 4, 6, 4)),
+        *(StepSizes(6, 6, 6, 4), StepSizes(8, 8, 6, 4), StepSizes(12, 12, 6, 4)),
     )
 
 
@@ -17,15 +17,15 @@ def test_a_decode_step_takes_at_most_half_more_than_it_wants(rows, drafts):
     buckets = decode_buckets(rows, drafts)
     for active in range(1, rows + 1):
         for tokens in range(active, active * (drafts + 1) + 1):
-            bucket = smallest_cover(buckets, Sizes(tokens, tokens, 2 * active, drafts + 1))
+            bucket = smallest_cover(buckets, StepSizes(tokens, tokens, 2 * active, drafts + 1))
             assert bucket is not None
-            assert bucket.token_slots <= max(1.5 * tokens, tokens + 1)
-            assert bucket.logit_slots == bucket.token_slots
+            assert bucket.token_range <= max(1.5 * tokens, tokens + 1)
+            assert bucket.logit_range == bucket.token_range
 
 
 @pytest.mark.parametrize(("rows", "drafts"), [(1, 0), (8, 4), (24, 7)])
 def test_a_full_batch_is_not_rounded(rows, drafts):
-    full = Sizes(rows * (drafts + 1), rows * (drafts + 1), 2 * rows, drafts + 1)
+    full = StepSizes(rows * (drafts + 1), rows * (drafts + 1), 2 * rows, drafts + 1)
     assert smallest_cover(decode_buckets(rows, drafts), full) == full
 
 
@@ -35,7 +35,7 @@ def test_the_buckets_are_few():
 
 def test_a_chunk_of_a_prompt_is_covered_by_none():
     buckets = decode_buckets(2, 3)
-    assert smallest_cover(buckets, Sizes(9, 2, 2, 4)) is None
-    assert smallest_cover(buckets, Sizes(8, 8, 5, 4)) is None
-    assert smallest_cover(buckets, Sizes(8, 2, 2, 5)) is None
-    assert smallest_cover((), Sizes(1, 1, 1, 1)) is None
+    assert smallest_cover(buckets, StepSizes(9, 2, 2, 4)) is None
+    assert smallest_cover(buckets, StepSizes(8, 8, 5, 4)) is None
+    assert smallest_cover(buckets, StepSizes(8, 2, 2, 5)) is None
+    assert smallest_cover((), StepSizes(1, 1, 1, 1)) is None

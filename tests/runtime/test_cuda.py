@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import emssd_compile
 from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.cuda import CudaDevice
 from emssd_compile.runtime.engine import Request

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine, Request
 from tests.exactness.compiled import LENGTHS, K, rechunked, target
 from tests.exactness.models import prompt
-from tests.runtime.engines import Step, graph_engine, watch
+from tests.runtime.engines import ObservedStep, graph_engine, watch
 from tests.runtime.tape import TapeDevice
 
 ROWS, NEW = 2, 9
@@ -99,7 +99,7 @@ def test_a_run_that_is_broken_off_leaves_no_row_behind(engine):
 def test_no_step_is_larger_than_the_chunk(engine):
     requests = _requests(70, 64, 1)
     list(engine.run(requests))
-    assert max(sizes.token_slots for sizes in engine.sizes_used) <= engine.chunk == 24
+    assert max(sizes.token_range for sizes in engine.sizes_used) <= engine.chunk == 24
     assert [r.output for r in requests] == _expected(70, 64, 1)
 
 
@@ -130,7 +130,7 @@ BATCH = 3
 
 
 @functools.cache
-def _case(layout: str, kind: str, chunk: int, drafter: str = "sometimes-wrong") -> tuple[Engine, list[Step]]:
+def _case(layout: str, kind: str, chunk: int, drafter: str = "sometimes-wrong") -> tuple[Engine, list[ObservedStep]]:
     """One engine for many runs, and the steps that it launches."""
     fast = _compiled(layout, drafter)
     if kind == "graphs":
@@ -173,11 +173,11 @@ def test_every_step_holds_what_its_rows_want(layout, kind, data):
     for step in steps:
         assert step.verified == step.drafts, "no draft that was chosen is cut"
         assert step.idle == 0, "every row reads on"
-        assert step.sizes.token_slots >= min(step.pending + step.drafts, engine.chunk)
-        assert sum(min(count, step.sizes.row_slots) for count in step.wanted) >= min(
-            sum(step.wanted), engine.chunk, step.sizes.token_slots
+        assert step.sizes.token_range >= min(step.pending + step.drafts, engine.chunk)
+        assert sum(min(count, step.sizes.row_range) for count in step.wanted) >= min(
+            sum(step.wanted), engine.chunk, step.sizes.token_range
         ), "the budget of a row leaves no place of the step empty"
-        assert step.sizes.logit_slots >= min(step.active + step.drafts, step.sizes.token_slots)
+        assert step.sizes.logit_range >= min(step.active + step.drafts, step.sizes.token_range)
     prefill = sum(-(-n // engine.chunk) for n, _, _ in drawn)
     assert len(steps) <= prefill + sum(min(most, patience) for _, most, patience in drawn) + 2 * len(drawn)
 
@@ -191,8 +191,8 @@ def test_a_step_is_as_large_as_its_layout_says_where_the_host_is_in_step(layout)
     counts, _ = engine.counters()
     for step in steps:
         drafts = step.drafts if layout == "packed" else step.active * K
-        assert step.sizes.token_slots == step.pending + drafts
-    assert counts["num_padding_tokens"] == sum(s.sizes.token_slots - s.pending - s.drafts for s in steps)
+        assert step.sizes.token_range == step.pending + drafts
+    assert counts["num_padding_tokens"] == sum(s.sizes.token_range - s.pending - s.drafts for s in steps)
     assert (counts["num_padding_tokens"] == 0) == (layout == "packed")
 
 
@@ -225,7 +225,7 @@ def test_a_prompt_that_was_read_makes_no_later_step_larger(kind):
     list(engine.run(_requests(5, 33, 17, 70, 2)))
     for before, step in itertools.pairwise(steps):
         if step.pending == step.active and before.active == BATCH:
-            assert step.sizes.token_slots <= BATCH * (K + 1)
+            assert step.sizes.token_range <= BATCH * (K + 1)
 
 
 def test_a_warm_up_is_no_larger_than_steps_can_be():
@@ -233,4 +233,4 @@ def test_a_warm_up_is_no_larger_than_steps_can_be():
     engine = target("llama", 1).optimize(target("llama", 1).drafter("none"), prefill_chunk=16)._engine
     steps = watch(engine)
     engine.warmup()
-    assert [step.sizes for step in steps] == [Sizes(1, 1, 1, 1)]
+    assert [step.sizes for step in steps] == [StepSizes(1, 1, 1, 1)]

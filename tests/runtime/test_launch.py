@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine, Request
 from emssd_compile.runtime.launch import DirectLauncher, GraphLauncher, Launcher, Report, make_launcher
 from emssd_compile.step.commit import REPORT_FIELDS
@@ -98,14 +98,14 @@ def test_a_bucket_is_captured_when_it_is_first_needed():
 
 def test_chunks_of_prompts_are_not_captured():
     case = _case(chunk=512)
-    largest = case.engine.launcher.buckets[-1].token_slots
+    largest = case.engine.launcher.buckets[-1].token_range
     captures = []
     launch = case.engine.launcher.launch
 
-    def counted(sizes: Sizes) -> Report:
+    def counted(sizes: StepSizes) -> Report:
         before = case.device.captures
         report = launch(sizes)
-        captures.append((sizes.token_slots, case.device.captures - before))
+        captures.append((sizes.token_range, case.device.captures - before))
         return report
 
     case.engine.launcher.launch = counted  # type: ignore[method-assign]
@@ -136,7 +136,7 @@ def test_the_counters_are_those_of_the_steps_that_ran():
     assert not any(case.engine.counters()[0].values())
 
 
-STEP_INPUTS = ("history", "histogram", "a", "b", "token_slots", "logit_slots", "draft_slots", "row_slots")
+STEP_INPUTS = ("history", "histogram", "a", "b", "token_range", "logit_range", "draft_range", "row_range")
 
 
 def _toy_step(history: Tensor, histogram: Tensor, a: Tensor, b: Tensor, *slots: Tensor) -> dict[str, Tensor]:
@@ -159,14 +159,14 @@ def _toy_tensors() -> dict[str, Tensor]:
 def _toy_launchers() -> tuple[Launcher, Launcher]:
     return (
         DirectLauncher(_toy_step, STEP_INPUTS, _toy_tensors()),
-        GraphLauncher(_toy_step, STEP_INPUTS, _toy_tensors(), TapeDevice(), (Sizes(2, 2, 2, 2),)),
+        GraphLauncher(_toy_step, STEP_INPUTS, _toy_tensors(), TapeDevice(), (StepSizes(2, 2, 2, 2),)),
     )
 
 
 @pytest.mark.parametrize("launcher", _toy_launchers(), ids=["direct", "graph"])
 def test_a_result_may_be_another_input(launcher):
     for count in range(1, 6):
-        (line,) = launcher.launch(Sizes(2, 2, 2, 2)).read()
+        (line,) = launcher.launch(StepSizes(2, 2, 2, 2)).read()
         assert line[0] == count
         assert line[5] == (10 if count % 2 else 20)
         assert (int(launcher.tensors["a"]), int(launcher.tensors["b"])) == ((20, 10) if count % 2 else (10, 20))
@@ -174,16 +174,16 @@ def test_a_result_may_be_another_input(launcher):
 
 @pytest.mark.parametrize("launcher", _toy_launchers(), ids=["direct", "graph"])
 def test_a_report_is_that_of_its_own_step_however_late_it_is_read(launcher):
-    reports = [launcher.launch(Sizes(2, 2, 2, 2)) for _ in range(5)]
+    reports = [launcher.launch(StepSizes(2, 2, 2, 2)) for _ in range(5)]
     assert [report.read()[0][0] for report in reports] == [1, 2, 3, 4, 5]
 
 
 def test_sizes_are_rounded_up_only_where_they_are_captured():
     direct, graph = _toy_launchers()
-    assert direct.launch(Sizes(1, 1, 2, 1)).read()[0][1:5] == [1, 1, 2, 1]
-    assert graph.launch(Sizes(1, 1, 2, 1)).read()[0][1:5] == [2, 2, 2, 2]
-    assert graph.launch(Sizes(3, 1, 2, 1)).read()[0][1:5] == [3, 1, 2, 1]
+    assert direct.launch(StepSizes(1, 1, 2, 1)).read()[0][1:5] == [1, 1, 2, 1]
+    assert graph.launch(StepSizes(1, 1, 2, 1)).read()[0][1:5] == [2, 2, 2, 2]
+    assert graph.launch(StepSizes(3, 1, 2, 1)).read()[0][1:5] == [3, 1, 2, 1]
 
 
 def test_on_the_cpu_steps_are_called():
-    assert isinstance(make_launcher(_toy_step, STEP_INPUTS, _toy_tensors(), (Sizes(2, 2, 2, 2),)), DirectLauncher)
+    assert isinstance(make_launcher(_toy_step, STEP_INPUTS, _toy_tensors(), (StepSizes(2, 2, 2, 2),)), DirectLauncher)

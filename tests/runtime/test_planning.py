@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from emssd_compile.layouts import LAYOUTS
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Request
 from emssd_compile.runtime.launch import Report
-from emssd_compile.runtime.planning import Launch, Planner, Row
+from emssd_compile.runtime.planning import RunningStep, Planner, Row
 from emssd_compile.runtime.step_times import StepTimes
 
 B, K, CHUNK = 3, 4, 64
@@ -21,20 +21,22 @@ def _row(pending: int, draft_length: int = 0) -> Row:
     return Row(Request(0, torch.zeros(pending, dtype=torch.int64), 9), pending, draft_length)
 
 
-def _under_way(sizes: Sizes, *rows: Row | None) -> Launch:
-    return Launch(Report(torch.zeros(0), lambda: None), sizes, tuple(row.request if row else None for row in rows), 0.0)
+def _under_way(sizes: StepSizes, *rows: Row | None) -> RunningStep:
+    return RunningStep(
+        Report(torch.zeros(0), lambda: None), sizes, tuple(row.request if row else None for row in rows), 0.0
+    )
 
 
 @pytest.mark.parametrize(
     ("layout", "rows", "expected"),
     [
-        ("packed", [_row(1, 2), None, _row(1, 0)], Sizes(4, 4, 4, 3)),
-        ("padded", [_row(1, 2), None, _row(1, 0)], Sizes(10, 10, 4, 3)),
-        ("packed", [_row(1, 2), _row(20), None], Sizes(23, 4, 23, 20)),
+        ("packed", [_row(1, 2), None, _row(1, 0)], StepSizes(4, 4, 4, 3)),
+        ("padded", [_row(1, 2), None, _row(1, 0)], StepSizes(10, 10, 4, 3)),
+        ("packed", [_row(1, 2), _row(20), None], StepSizes(23, 4, 23, 20)),
         # 5 for the second row, and 59 for two prompts that are read side by side: 30 tokens of each.
-        ("packed", [_row(100), _row(1, 4), _row(30)], Sizes(CHUNK, 7, CHUNK + B, 30)),
-        ("packed", [_row(100), _row(1, 4), _row(90)], Sizes(CHUNK, 7, CHUNK + B, 30)),
-        ("packed", [_row(1), None, None], Sizes(1, 1, 2, 2)),
+        ("packed", [_row(100), _row(1, 4), _row(30)], StepSizes(CHUNK, 7, CHUNK + B, 30)),
+        ("packed", [_row(100), _row(1, 4), _row(90)], StepSizes(CHUNK, 7, CHUNK + B, 30)),
+        ("packed", [_row(1), None, None], StepSizes(1, 1, 2, 2)),
     ],
     ids=["decoding", "padded", "a prompt comes in", "more than the chunk", "two long prompts", "plain decoding"],
 )
@@ -45,32 +47,32 @@ def test_with_nothing_under_way_sizes_are_what_the_rows_want(layout, rows, expec
 
 def test_a_row_that_decodes_has_one_token_to_read_after_any_step_under_way():
     rows = [_row(1, 2), _row(1, 4), _row(1)]
-    launch = _under_way(Sizes(9, 9, 6, K + 1), *rows)
+    launch = _under_way(StepSizes(9, 9, 6, K + 1), *rows)
     for launched in ([launch], [launch, launch]):
-        assert _planner().sizes(rows, launched, drafts=5) == Sizes(8, 8, 6, K + 1)
+        assert _planner().sizes(rows, launched, drafts=5) == StepSizes(8, 8, 6, K + 1)
 
 
 def test_what_a_step_under_way_reads_of_a_prompt_is_not_planned_again():
     rows = [_row(50), _row(1, 3), None]
-    launch = _under_way(Sizes(24, 4, 24, 24), *rows)
+    launch = _under_way(StepSizes(24, 4, 24, 24), *rows)
     # A share of 5 tokens for each row, of which the second needs 4, then the rest of the 24 in order: 20 of the prompt.
-    assert _planner().sizes(rows, [launch], drafts=0) == Sizes(30 + 1, 2, 31 + 2, 30)
+    assert _planner().sizes(rows, [launch], drafts=0) == StepSizes(30 + 1, 2, 31 + 2, 30)
     # The next reads 24 at most: of the 30 that are left, 19 if the second row has as many drafts as it may.
-    second = _under_way(Sizes(24, 4, 24, 24), *rows)
-    assert _planner().sizes(rows, [launch, second], drafts=0) == Sizes(11 + 1, 2, 12 + 2, 11)
+    second = _under_way(StepSizes(24, 4, 24, 24), *rows)
+    assert _planner().sizes(rows, [launch, second], drafts=0) == StepSizes(11 + 1, 2, 12 + 2, 11)
 
 
 def test_a_step_reads_no_more_of_a_row_than_it_has_room_for():
     rows = [_row(50), None, None]
-    launch = _under_way(Sizes(40, 4, 40, 8), *rows)
-    assert _planner().sizes(rows, [launch], drafts=0).token_slots == 50 - 8
+    launch = _under_way(StepSizes(40, 4, 40, 8), *rows)
+    assert _planner().sizes(rows, [launch], drafts=0).token_range == 50 - 8
 
 
 def test_a_request_that_came_after_the_launch_was_not_read_by_it():
     before, new, other = _row(1, 4), _row(20), _row(10)
-    launch = _under_way(Sizes(16, 8, 16, 10), before, other, None)
+    launch = _under_way(StepSizes(16, 8, 16, 10), before, other, None)
     # Of 16 tokens the former request had a share of 5 at most: the other was read, and has the token it then emitted.
-    assert _planner().sizes([new, other, None], [launch], drafts=0).token_slots == 20 + 1
+    assert _planner().sizes([new, other, None], [launch], drafts=0).token_range == 20 + 1
 
 
 @pytest.mark.parametrize(
@@ -89,12 +91,12 @@ def test_a_request_that_came_after_the_launch_was_not_read_by_it():
 )
 def test_room_is_what_was_wanted_for_so_many_rows_and_what_fits_into_the_same_bucket(wish, num_rows, buckets, expected):
     planner = _planner()
-    planner.hear(*wish)
-    assert planner.room(num_rows, [Sizes(size, size, 2 * B, K + 1) for size in buckets]) == expected
+    planner.record_wanted_drafts(*wish)
+    assert planner.room(num_rows, [StepSizes(size, size, 2 * B, K + 1) for size in buckets]) == expected
 
 
 def test_there_is_room_for_all_drafts_before_anything_was_wanted_and_always_where_steps_are_padded():
     assert _planner().room(2, ()) == 2 * K
     padded = _planner("padded")
-    padded.hear(0, 3)
+    padded.record_wanted_drafts(0, 3)
     assert padded.room(2, ()) == 2 * K

@@ -22,9 +22,9 @@ def _pack(
     """Pack rows whose token `t` is `100 * row + t`."""
     history = torch.arange(CAPACITY) + 100 * torch.arange(len(known))[:, None]
     flags = torch.tensor([True] * len(known) if active is None else active)
-    slots, row_slots = torch.arange(tokens), torch.arange(row_tokens)
+    slots, row_range = torch.arange(tokens), torch.arange(row_tokens)
     return pack(
-        history, torch.tensor(known), torch.tensor(lengths), torch.tensor(drafts), flags, slots, row_slots, share
+        history, torch.tensor(known), torch.tensor(lengths), torch.tensor(drafts), flags, slots, row_range, share
     )
 
 

@@ -15,10 +15,10 @@ def test_lengths_hold_the_best_drafts_and_no_more_than_there_is_room_for(data):
     order = [row for row, length in enumerate(proposed) for _ in range(length)]
     order = data.draw(st.permutations(order), label="rows whose next draft comes first")
     room = data.draw(st.integers(0, len(order) + 2), label="room")
-    places = torch.full((len(proposed), LIMIT), -1)  # what is not proposed may stand anywhere
+    ranks = torch.full((len(proposed), LIMIT), -1)  # what is not proposed may stand anywhere
     for place, row in enumerate(order):
-        places[row, order[:place].count(row)] = place
+        ranks[row, order[:place].count(row)] = place
 
-    lengths = fit(Ranking(places, torch.tensor(0)), torch.tensor(proposed), torch.tensor(room))
+    lengths = fit(Ranking(ranks, torch.tensor(0)), torch.tensor(proposed), torch.tensor(room))
 
     assert lengths.tolist() == [order[:room].count(row) for row in range(len(proposed))]

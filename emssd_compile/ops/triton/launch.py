@@ -19,7 +19,7 @@ _MAX_SPLITS = 64  # the merge holds a query's partial results of all splits in r
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AttentionSizes:
     """What the host knows of a call of `emssd::ragged_attention`.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchConfig:
     """The grid is `(num_tiles, Hkv, num_splits)`: a program is a tile of queries, a KV head and a part of the slots.
 
     Attributes:
@@ -65,7 +65,7 @@ class Launch:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_launch(sizes: Sizes, num_processors: int) -> Launch:
+def plan_launch(sizes: AttentionSizes, num_processors: int) -> LaunchConfig:
     """A launch that keeps `num_processors` SMs busy and reads each key once per KV head and tile.
 
     Splits follow Flash-Decoding (https://pytorch.org/blog/flash-decoding): few rows with long contexts leave SMs idle
@@ -79,7 +79,7 @@ def plan_launch(sizes: Sizes, num_processors: int) -> Launch:
     block_slots = min(max(_BLOCK_BYTES[item] // (block_head * item), 16), 128)
     block_queries = min(block_size(queries_per_row), max(_TILE_ELEMENTS[item] // block_head, 16), 128)
     tiles_in_use = rows * -(-queries_per_row // block_queries)
-    return Launch(
+    return LaunchConfig(
         block_queries=block_queries,
         block_slots=block_slots,
         num_tiles=max_tiles(sizes.num_tokens, sizes.num_rows, group, block_queries),

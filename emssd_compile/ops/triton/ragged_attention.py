@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from emssd_compile.ops.triton.attention_kernel import attend
-from emssd_compile.ops.triton.launch import Launch, Sizes, block_size, plan_launch
+from emssd_compile.ops.triton.launch import LaunchConfig, AttentionSizes, block_size, plan_launch
 from emssd_compile.ops.triton.merge_kernel import merge_splits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ def ragged_attention_triton(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     ancestors: Tensor | None = None,
-    launch: Launch | None = None,
+    launch: LaunchConfig | None = None,
 ) -> Tensor:
     """Arguments and result as `emssd_compile.ops.ragged_attention` has them, in one of `DTYPES` and of any strides.
 
@@ -109,7 +109,7 @@ def check_arguments(
     positions: Tensor,
     alibi_slopes: Tensor | None = None,
     ancestors: Tensor | None = None,
-) -> Sizes:
+) -> AttentionSizes:
     """The sizes of a call whose arguments fit together.
 
     Raises:
@@ -128,7 +128,7 @@ def check_arguments(
         _check(fits, "q [T, Hq, Dk] and ancestors int32 [T, W]", q, ancestors)
     one_dtype = q.dtype == k_cache.dtype == v_cache.dtype and q.dtype in DTYPES
     _check(one_dtype, "q, k_cache and v_cache of one dtype among float32, bfloat16 and float16", q, k_cache, v_cache)
-    return Sizes(num_tokens, num_rows, capacity, num_heads, num_kv_heads, head_size, value_size, q.dtype)
+    return AttentionSizes(num_tokens, num_rows, capacity, num_heads, num_kv_heads, head_size, value_size, q.dtype)
 
 
 def num_processors(device: torch.device) -> int:

@@ -111,7 +111,7 @@ def _packed(fed: list[Tensor], lengths: Tensor, tail: int) -> dict[str, Tensor]:
         "offsets": offsets,
         "lengths": lengths,
         "logit_index": torch.arange(len(live)),
-        "row_slots": torch.arange(int(counts.max())),
+        "row_range": torch.arange(int(counts.max())),
     }
 
 
@@ -173,7 +173,7 @@ def test_another_opset_is_refused(opset, tmp_path):
 def test_a_missing_library_is_named_with_what_installs_it_before_any_work(library, monkeypatch, tmp_path):
     fast = emssd_compile.optimize(model_with_attention(), "none", max_batch=2, max_length=8, backend="eager")
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr("emssd_compile.exporting.suit", None)
+    monkeypatch.setattr("emssd_compile.exporting.apply_target_passes", None)
     with pytest.raises(ArtifactError, match=rf'{library} cannot be .* pip install "emssd_compile\[onnx\]"'):
         fast.export_onnx(tmp_path / "artifact")
 

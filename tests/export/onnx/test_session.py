@@ -36,7 +36,7 @@ def large(tmp_path_factory) -> tuple[OnnxStep, dict[str, Tensor]]:
         "lengths": torch.zeros_like(row),
         "logit_index": row.clone(),
         **{name: torch.full_like(cache, 7.0) for name, cache in graph.empty("cache").items()},
-        "row_slots": torch.arange(1),
+        "row_range": torch.arange(1),
     }
     assert isinstance(graph._step, OnnxStep)
     return graph._step, inputs

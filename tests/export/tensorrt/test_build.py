@@ -15,10 +15,10 @@ from emssd_compile.errors import ArtifactError, OptionError
 from emssd_compile.export.tensorrt import TARGET, BuildOptions, build, passes
 from emssd_compile.export.tensorrt.build import ENGINE, require, write
 from emssd_compile.export.tensorrt.library import load_runtime, make_log
-from emssd_compile.optimize import optimize
+from emssd_compile.optimized_model import optimize
 from emssd_compile.passes import PassManager, targeted
 from emssd_compile.passes.graph import inputs
-from emssd_compile.runtime.buckets import Sizes, decode_buckets
+from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from tests.export.tensorrt.steps import CHUNK
 from tests.ops.ragged import Heads
 from tests.passes import trees
@@ -44,10 +44,10 @@ def built(request, tmp_path_factory):
     model = toy_model(architecture).to(dtype)
     fast = optimize(model, drafter, max_batch=ROWS, max_length=LENGTH, backend="eager", prefill_chunk=CHUNK)
     drafts = fast.drafter.num_draft_tokens
-    sizes = (*decode_buckets(ROWS, drafts), Sizes(CHUNK, ROWS * (drafts + 1), CHUNK + ROWS, CHUNK))
+    sizes = (*decode_buckets(ROWS, drafts), StepSizes(CHUNK, ROWS * (drafts + 1), CHUNK + ROWS, CHUNK))
     folder = tmp_path_factory.mktemp(architecture)
     chosen = BuildOptions(**options)
-    step = fast._step.suited(passes(sizes, chosen), [])
+    step = fast._step.for_target(passes(sizes, chosen), [])
     return folder, write(step, folder, sizes, chosen), step, dtype, options
 
 
@@ -83,7 +83,7 @@ def test_bindings_are_those_of_the_step(built):
 
 def _write(folder: Path, **options: Any) -> dict[str, Any]:
     """Ask for an engine of the smallest step, in float32."""
-    sizes = (Sizes(CHUNK, BATCH.rows * 3, CHUNK + BATCH.rows, CHUNK),)
+    sizes = (StepSizes(CHUNK, BATCH.rows * 3, CHUNK + BATCH.rows, CHUNK),)
     step = step_of(Scripted([7, 8]))
     fake_mode = inputs(step.graph)[0].meta["val"].fake_mode
     chosen = BuildOptions(**{"compute_capabilities": ["8.0"], **options})
@@ -144,7 +144,10 @@ def _write_trees(folder: Path, monkeypatch: pytest.MonkeyPatch, head_size: int, 
     graph_module, fake_mode = trees.tree_graph(
         {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
     )
-    sizes, chosen = (Sizes(CHUNK, 9, CHUNK, CHUNK),), BuildOptions(attention=attention, compute_capabilities=["8.0"])
+    sizes, chosen = (
+        (StepSizes(CHUNK, 9, CHUNK, CHUNK),),
+        BuildOptions(attention=attention, compute_capabilities=["8.0"]),
+    )
     for step in passes(sizes, chosen):
         PassManager(fake_mode)._run(step, "tensorrt", graph_module)
     return write(graph_module, folder, sizes, chosen)

@@ -8,10 +8,10 @@ from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.export.tensorrt import BuildOptions, passes
 from emssd_compile.export.tensorrt.check_attention import CheckAttention
 from emssd_compile.ops import ragged_attention
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from tests.passes.graphs import Scripted, step_of
 
-SIZES = (Sizes(48, 9, 51, 48),)
+SIZES = (StepSizes(48, 9, 51, 48),)
 
 
 def half_step() -> tuple[fx.GraphModule, fx.Node]:

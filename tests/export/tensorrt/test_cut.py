@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import fx
 
-from emssd_compile.compiler import suit
+from emssd_compile.compiler import apply_target_passes
 from emssd_compile.drafters import NoDrafter
 from emssd_compile.export.tensorrt.cut import cut
 from emssd_compile.ops import tiled_attention, update_kv
-from emssd_compile.optimize import OptimizedModel
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.manager import PassManager
 from emssd_compile.passes.tile_attention import TileAttention
@@ -23,7 +23,7 @@ from tests.passes.tiled import run_with
 
 def tiled(fast: OptimizedModel) -> fx.GraphModule:
     """The step in the form that `cut` takes, with caches that have room for a whole step's tail."""
-    return suit(fast._step.graph_module, fast._step.compiled, (TileAttention(CHUNK),), [])
+    return apply_target_passes(fast._step.graph_module, fast._step.compiled, (TileAttention(CHUNK),), [])
 
 
 # Grouped heads, by causal order and by a mask of it; ALiBi, which is a mask; caches that are written K times.

@@ -25,18 +25,18 @@ DETAILS: dict[str, Any] = {
     "runtime": "tensorrt-rtx",
     "compute_capabilities": ["8.0", "8.9"],
     "options": {"weights": "in-engine", "version_compatible": False, "hardware_compatibility": "none"},
-    "profiles": [{"token_slots": [[1], [4], [4]]}, {"token_slots": [[1], [32], [32]]}],
-    "buckets": [{"token_slots": 2, "draft_slots": 5}, {"token_slots": 4, "draft_slots": 5}],
+    "profiles": [{"token_range": [[1], [4], [4]]}, {"token_range": [[1], [32], [32]]}],
+    "buckets": [{"token_range": 2, "draft_range": 5}, {"token_range": 4, "draft_range": 5}],
     "results": {
         "hidden": "hidden",
         "known": "new_known",
         "none": "new_none",
-        "same": "token_slots",
+        "same": "token_range",
         "k_cache_0": "new_k_cache_0",
     },
     "caches": {"new_k_cache_0": "k_cache_0"},
     "bindings": [
-        _binding("token_slots", "input", "int64", -1),
+        _binding("token_range", "input", "int64", -1),
         _binding("k_cache_0", "input", "half", 2, 1, 8, 4),
         _binding("new_known", "output", "int64", 2),
         _binding("new_none", "output", "int64", 2, 0),
@@ -72,7 +72,7 @@ class Context:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (*self.shapes["token_slots"], 6)
+        return (*self.shapes["token_range"], 6)
 
     def execute_async_v3(self, stream: int) -> bool:
         self.runs.append((dict(self.addresses), dict(self.shapes), stream))
@@ -107,7 +107,7 @@ LOG = SimpleNamespace(explain=lambda: "no reason")
 def step(monkeypatch):
     stream = SimpleNamespace(cuda_stream=77, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    return EngineStep(Loaded(TRT, LOG, None, Engine()), DETAILS, ["token_slots", "k_cache_0"], CPU)
+    return EngineStep(Loaded(TRT, LOG, None, Engine()), DETAILS, ["token_range", "k_cache_0"], CPU)
 
 
 def _call(step: EngineStep, tokens: int):
@@ -118,10 +118,10 @@ def _call(step: EngineStep, tokens: int):
 def test_tensors_are_bound_where_they_lie_and_caches_in_place(step):
     results, slots, cache = _call(step, 2)
     ((addresses, shapes, stream),) = step._loaded.engine.contexts[0].runs
-    assert addresses["token_slots"] == slots.data_ptr()
+    assert addresses["token_range"] == slots.data_ptr()
     assert addresses["k_cache_0"] == addresses["new_k_cache_0"] == cache.data_ptr()
     assert addresses["new_known"] == results["known"].data_ptr()
-    assert shapes == {"token_slots": (2,)}
+    assert shapes == {"token_range": (2,)}
     assert stream == 77
     assert set(results) == {"hidden", "known", "none", "same"}
     assert tuple(results["hidden"].shape) == (2, 6), "a size of its own for each call"
@@ -134,7 +134,7 @@ def test_captured_sizes_have_a_context_each_and_others_share_one_for_a_profile(s
     for tokens in (2, 4, 2, 3, 1, 9, 32):
         _call(step, tokens)
     contexts = step._loaded.engine.contexts
-    assert [[shapes["token_slots"][0] for _, shapes, _ in c.runs] for c in contexts] == [[2, 2], [4], [3, 1], [9, 32]]
+    assert [[shapes["token_range"][0] for _, shapes, _ in c.runs] for c in contexts] == [[2, 2], [4], [3, 1], [9, 32]]
     assert [context.profile for context in contexts] == [0, 0, 0, 1]
     assert [c.config.dynamic_shapes_kernel_specialization_strategy for c in contexts] == [
         "eager",
@@ -151,7 +151,7 @@ def test_steps_that_are_too_large_are_refused(step):
 
 
 def test_what_tensorrt_refuses_is_passed_on(step):
-    step._names = ("token_slots", "v_cache_9")
+    step._names = ("token_range", "v_cache_9")
     step._caches = {}
     with pytest.raises(ArtifactError, match="TensorRT refuses v_cache_9: no reason"):
         _call(step, 2)
@@ -161,7 +161,7 @@ def test_without_a_gpu_nothing_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in (CPU, torch.device("cuda")):
         with pytest.raises(ArtifactError, match="runs on a CUDA device; there is none here"):
-            open_step(tmp_path, DETAILS, ["token_slots"], device)
+            open_step(tmp_path, DETAILS, ["token_range"], device)
 
 
 @pytest.fixture
@@ -181,16 +181,16 @@ def test_an_engine_that_cannot_be_read_is_refused_with_the_reason(tmp_path, on_c
     (tmp_path / ENGINE).write_bytes(b"not an engine")
     on_capability(8, 9)
     with pytest.raises(ArtifactError, match=r"tensorrt-rtx 1\.\S+ cannot read .*step.engine: .+"):
-        open_step(tmp_path, DETAILS, ["token_slots"], torch.device("cuda"))
+        open_step(tmp_path, DETAILS, ["token_range"], torch.device("cuda"))
 
 
 def test_a_gpu_that_was_not_built_for_is_refused(tmp_path, on_capability):
     on_capability(9, 0)
     with pytest.raises(ArtifactError, match=r"for compute capability 8.0, 8.9, here it is 9.0: export again to use"):
-        open_step(tmp_path, DETAILS, ["token_slots"], torch.device("cuda"))
+        open_step(tmp_path, DETAILS, ["token_range"], torch.device("cuda"))
     compatible = {**DETAILS, "options": {**DETAILS["options"], "hardware_compatibility": "ampere-plus"}}
     with pytest.raises(FileNotFoundError):  # that is, it goes on
-        open_step(tmp_path, compatible, ["token_slots"], torch.device("cuda"))
+        open_step(tmp_path, compatible, ["token_range"], torch.device("cuda"))
 
 
 def test_the_environment_is_the_same_where_it_is_made_and_where_it_is_loaded(on_capability):

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 import torch
 
-from emssd_compile.runtime.buckets import Sizes
+from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.launch import Launcher
 
 CONTEXT = 1024  # tokens that each row holds, if it has room for twice as many
 ROUNDS = 4
 
 
-class Rehearsal:
+class DryRun:
     """Runs steps in which every row decodes, half full, or none does.
 
     Args:
@@ -39,7 +39,7 @@ class Rehearsal:
             }.items()
         }
 
-    def step(self, sizes: Sizes) -> None:
+    def step(self, sizes: StepSizes) -> None:
         """Run one step, and wait until it is done."""
         for name, value in self._state.items():
             self._launcher.assign(name, value)
@@ -54,23 +54,23 @@ class Rehearsal:
         active = self._launcher.tensors["active"]
         self._launcher.assign("active", torch.zeros_like(active))
         sizes = {
-            count: Sizes(count, count, 2 * min(count, len(active)), self._num_draft_tokens + 1) for count in tokens
+            count: StepSizes(count, count, 2 * min(count, len(active)), self._num_draft_tokens + 1) for count in tokens
         }
         rounds = [{count: self._timed(size) for count, size in sizes.items()} for _ in range(ROUNDS + 1)][1:]
         return {count: min(seconds[count] for seconds in rounds) for count in sizes}
 
-    def _timed(self, sizes: Sizes) -> float:
+    def _timed(self, sizes: StepSizes) -> float:
         started = time.perf_counter()
         self._launcher.launch(sizes).read()
         return time.perf_counter() - started
 
 
 @contextmanager
-def rehearse(launcher: Launcher, kept: Collection[str], num_draft_tokens: int) -> Iterator[Rehearsal]:
-    """A rehearsal, after which the `kept` tensors are as they were before."""
+def dry_run(launcher: Launcher, kept: Collection[str], num_draft_tokens: int) -> Iterator[DryRun]:
+    """A dry run, after which the `kept` tensors are as they were before."""
     before = {name: launcher.tensors[name].clone() for name in kept}
     try:
-        yield Rehearsal(launcher, num_draft_tokens)
+        yield DryRun(launcher, num_draft_tokens)
     finally:
         for name, value in before.items():
             launcher.assign(name, value)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emssd_compile.ops.triton.launch import Sizes, max_tiles, plan_launch
+from emssd_compile.ops.triton.launch import AttentionSizes, max_tiles, plan_launch
 
-SIZES = Sizes(64, 8, 4096, 32, 8, 128, 128, torch.bfloat16)
+SIZES = AttentionSizes(64, 8, 4096, 32, 8, 128, 128, torch.bfloat16)
 SHARED_MEMORY = 227 * 1024  # of an SM of a Hopper GPU
 NUM_PROCESSORS = 132
 

@@ -66,7 +66,8 @@ def optimize(
         DrafterError: the drafter does not fit the model.
         CapacityError: the KV caches do not fit into memory.
     """
-    from emssd_compile.compiler import BatchShape, compile_model, compile_step  # brings sympy: not needed to import us
+    from emssd_compile.step.batch import BatchShape
+    from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
 
     check_model(model)
@@ -122,7 +123,7 @@ class OptimizedModel(Decoder):
         self._step = step
         backend, device, rows = BACKENDS[options.backend], _device(model), options.max_batch
         self._records = [*step.records]
-        self.graph_module = step.suited(backend.passes(device), self._records)
+        self.graph_module = step.for_target(backend.passes(device), self._records)
         super().__init__(
             assemble(
                 backend.lower(self.graph_module),
