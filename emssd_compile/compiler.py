@@ -13,11 +13,11 @@ from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_kernels
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.graph import caches, output, placeholder, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, TensorSpec
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.policy import LengthPolicy
@@ -157,4 +157,4 @@ def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
     return fx.GraphModule(source, graph, class_name=name)
 
 
-__all__ = ["BatchShape", "CompiledModel", "CompiledStep", "compile_model", "compile_step", "apply_target_passes"]
+__all__ = ["CompiledModel", "CompiledStep", "apply_target_passes", "compile_model", "compile_step"]

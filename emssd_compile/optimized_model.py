@@ -66,9 +66,9 @@ def optimize(
         DrafterError: the drafter does not fit the model.
         CapacityError: the KV caches do not fit into memory.
     """
-    from emssd_compile.step.batch import BatchShape
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
+    from emssd_compile.step.batch import BatchShape
 
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)

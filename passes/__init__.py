@@ -27,13 +27,12 @@ from emssd_compile.passes.restore_all_logits import RestoreAllLogits
 from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import UnpadTokens
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.policy import LengthPolicy
 
 __all__ = [
-    "BatchShape",
     "Level",
     "PassManager",
     "PassRecord",

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.graph import caches, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.acceptance import Rule, Verification
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.commit import bar_eos, commit, draft_tokens
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
 from emssd_compile.step.state import StepState

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.graph import aten, fresh_index, placeholder
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """Sizes that are fixed when a model is compiled.
-
-    Attributes:
-        rows: B, rows of the KV cache.
-        capacity: C, tokens a row can hold.
-    """
-
-    rows: int
-    capacity: int
+from emssd_compile.step.batch import BatchShape
 
 
 class UnpadTokens:

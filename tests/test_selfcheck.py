@@ -4,10 +4,10 @@ import pytest
 from torch import Tensor
 
 import emssd_compile
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.compiler import compile_model
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.selfcheck import check_against
+from emssd_compile.step.batch import BatchShape
 from tests.passes.graphs import LONGEST, TinyModel, causal, model_with_attention
 
 BATCH = BatchShape(rows=2, capacity=32)

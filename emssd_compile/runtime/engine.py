@@ -13,9 +13,9 @@ from torch import Tensor
 
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.runtime.buckets import StepSizes
-from emssd_compile.runtime.launch import Launcher, Report
-from emssd_compile.runtime.planning import RunningStep, Planner, Row
 from emssd_compile.runtime.dry_run import DryRun, dry_run
+from emssd_compile.runtime.launch import Launcher, Report
+from emssd_compile.runtime.planning import Planner, Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import COUNTERS, StepState

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-_MODULUS = 2**31 - 1  # a prime; products of two residues fit int64
-_FACTORS = (48271, 69621, 1583458089)  # primitive roots of it
-_ROUNDS = 3
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x1E3779B1  # odd, below 2^29: spreads small counters over a word
+_TO_UNIT = 2.0**-32
 
 
-def uniforms(seeds: Tensor, positions: Tensor, stream: int = 0) -> Tensor:
-    """One number in (0, 1) for each (seed, position, stream): float32, in the broadcast shape.
+def uniforms(seeds: Tensor, positions: Tensor, stream: int = 0, index: Tensor | None = None) -> Tensor:
+    """One number in (0, 1) for each (seed, position, stream, index): float32, in the broadcast shape.
 
-    Counter-based: there is no generator whose state would have to travel. Residues modulo the prime p = 2^31 - 1 are
-    scrambled by x -> x^5, a permutation since 5 and p - 1 have no common divisor. Additions, products and remainders of
-    integers are all it takes, so it means the same on every target.
+    Counter-based: there is no generator whose state would have to travel. A key of two 32-bit words is hashed from
+    seed, position and stream; each index then costs two rounds of an integer hash, about a nanosecond a number, so a
+    whole vocabulary may be asked for. Words lie in int64, where products of a word and a constant below 2^31 are exact:
+    products, shifts, `xor` and `and` are all it takes, and they mean the same on every target, to the bit.
+
+    Small numbers are fine-grained (2^-32 and float32's relative precision), numbers near 1 are 2^-24 apart. What draws
+    from a tail should take the lower one.
 
     Args:
-        seeds: int64, any shape.
-        positions: int64, not negative.
-        stream: tells apart several numbers for one position.
+        seeds: int64, any shape; all 64 bits count.
+        positions: int64, 0 to 2^31 - 1.
+        stream: tells apart several numbers for one position; 0 to 2^31 - 1.
+        index: int64, 0 to 2^31 - 1: numbers of one stream, such as one for each token id. None is index 0.
     """
-    value = seeds % _MODULUS
-    words: tuple[Tensor | int, ...] = (positions, stream, 1)
-    for word, factor in zip(words, _FACTORS, strict=True):
-        for _ in range(_ROUNDS):
-            value = _fifth_power((value + word * factor + factor) % _MODULUS)
-    return ((value.float() + 0.5) / _MODULUS).clamp(max=1 - 2**-24)
+    key = _mixed(seeds & _WORD ^ _GOLDEN)
+    key = _mixed(key ^ (seeds >> 32) & _WORD)
+    key = _mixed(key + positions * _GOLDEN & _WORD)
+    first = _mixed(key + stream * _GOLDEN & _WORD)
+    second = _mixed(first ^ _GOLDEN)
+    counter = torch.zeros_like(first) if index is None else index
+    word = _mixed(_mixed(first + counter * _GOLDEN & _WORD) + second & _WORD)
+    return ((word.float() + 0.5) * _TO_UNIT).clamp(max=1 - 2**-24)
 
 
-def _fifth_power(x: Tensor) -> Tensor:
-    square = x * x % _MODULUS
-    return square * square % _MODULUS * x % _MODULUS
+def _mixed(word: Tensor) -> Tensor:
+    """A permutation of 32-bit words whose output bits each depend on all input bits with next to no bias.
+
+    Three xor-shifts and two products; the constants are those that the search of
+    https://github.com/skeeto/hash-prospector ranks best for this form.
+    """
+    word = (word ^ word >> 16) * 0x21F0AAAD & _WORD
+    word = (word ^ word >> 15) * 0x735A2D97 & _WORD
+    return word ^ word >> 15

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from emssd_compile.acceptance import GreedyMatch
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.compiler import CompiledModel, compile_model, compile_step
 from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
+from emssd_compile.step.batch import BatchShape
 from tests.exactness.drafters import Oracle, Rubbish
 from tests.exactness.models import Reference, build, prompt
 

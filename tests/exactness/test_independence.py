@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emssd_compile.step.batch import BatchShape
-
 from emssd_compile.compiler import CompiledModel, compile_model
 from emssd_compile.runtime.memory import allocate
+from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.pack import Packed, pack
 from tests.exactness.models import build
 from tests.zoo import VOCABULARY

@@ -14,11 +14,11 @@ from emssd_compile import passes
 from emssd_compile.acceptance import GreedyMatch
 from emssd_compile.capture import capture
 from emssd_compile.drafters import Draft, DraftContext, Drafter
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.passes import Level
 from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
 from emssd_compile.policies import AllDrafts
+from emssd_compile.step.batch import BatchShape
 
 VOCABULARY, HIDDEN, HEADS, LONGEST = 32, 16, 4, 64
 

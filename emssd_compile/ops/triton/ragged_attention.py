@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from emssd_compile.ops.triton.attention_kernel import attend
-from emssd_compile.ops.triton.launch import LaunchConfig, AttentionSizes, block_size, plan_launch
+from emssd_compile.ops.triton.launch import AttentionSizes, LaunchConfig, block_size, plan_launch
 from emssd_compile.ops.triton.merge_kernel import merge_splits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
