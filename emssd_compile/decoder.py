@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import torch
 
+from emssd_compile.ambient import neutral
 from emssd_compile.generation import resolve_options
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.consumer import Consumer, progress_bar, working
@@ -27,9 +30,30 @@ class Decoder(ABC):
 
     def __init__(self, engine: Engine) -> None:
         self.stats = Stats()
+        self._default_dtype = torch.get_default_dtype()
+        self._take(engine)
+
+    def _take(self, engine: Engine) -> None:
         self._engine = engine
         self._vocabulary = len(engine.tensors["is_eos"])
         self._is_warm = False
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """What steps run in: nothing of the caller's that would change them, and weights that are the model's."""
+        with neutral(self._default_dtype):
+            self._follow()
+            yield
+
+    def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
+        """Take over what has changed since the step was made, or raise StaleModelError."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} holds compiled code and the KV caches of its rows, and can be neither copied nor "
+            "pickled. Write it with export_onnx, export_aot or export_tensorrt, and emssd_compile.load that wherever "
+            "it is needed; or copy the model, and optimize the copy"
+        )
 
     @property
     @abstractmethod
@@ -52,6 +76,10 @@ class Decoder(ABC):
 
     def warmup(self, *, progress: bool = False) -> None:
         """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
+        with self._ready():
+            self._warm_up(progress)
+
+    def _warm_up(self, progress: bool) -> None:
         with working("compiling the step", shown=progress):
             self._engine.warmup()
         graphs = len(self._engine.launcher.buckets)
@@ -117,12 +145,13 @@ class Decoder(ABC):
                 )
             )
         ]
-        if not self._is_warm:
-            self.warmup()
         consumer = Consumer(prompts, chosen.stopping_criteria, chosen.streamer)
-        with progress_bar(progress, sum(limits.max_new_tokens)) as advance:
-            for request in self._engine.run(requests, chosen.eos_token_ids):
-                advance(consumer.take(request))
+        with self._ready():
+            if not self._is_warm:
+                self._warm_up(progress=False)
+            with progress_bar(progress, sum(limits.max_new_tokens)) as advance:
+                for request in self._engine.run(requests, chosen.eos_token_ids):
+                    advance(consumer.take(request))
         consumer.end()
         self.stats.add(*self._engine.counters())
         sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)

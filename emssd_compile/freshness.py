@@ -13,8 +13,10 @@ reads those tensors of which the step holds something derived.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import enum
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -53,21 +55,28 @@ class Freshness:
     """Remembers a model as it was compiled.
 
     Args:
-        structure: of the model and the drafter, taken before anything was captured.
+        structure: of the model and the drafter, as they were captured.
         graph_modules: the graphs that hold the weights; where a weight is replaced, it is replaced in all of them.
-        looked_at: tensors whose values went into the graphs, by a name for messages.
+        looked_at: tensors whose values went into the graphs.
     """
 
     def __init__(
-        self, structure: Structure, graph_modules: Iterable[fx.GraphModule], looked_at: Mapping[str, Tensor]
+        self, structure: Structure, graph_modules: Iterable[fx.GraphModule], looked_at: Iterable[Tensor]
     ) -> None:
         self._structure = structure
         self._graph_modules = tuple(graph_modules)
-        self._weights = [*_bindings(structure.modules, self._graph_modules)]
-        self._looked_at = {
-            name: (tensor, _Layout.of(tensor), int(fingerprint(tensor)))
-            for name, tensor in {**looked_at, **structure.tensors}.items()
-        }
+        places = {id(place.tensor): place for place in _places(structure.modules)}
+        held: dict[int, _Weight] = {}
+        for graph_module in self._graph_modules:
+            for store in (graph_module._parameters, graph_module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and id(tensor) in places:
+                        weight = held.setdefault(id(tensor), _Weight(places[id(tensor)]))
+                        weight.attributes.append((store, name))
+        self._weights = tuple(held.values())
+        known = [places[id(tensor)] for tensor in looked_at if id(tensor) in places]
+        known += [_Place(name, [], tensor) for name, tensor in structure.tensors.items()]
+        self._looked_at = [(place, int(fingerprint(place.tensor))) for place in known]
         self._packed = [[str(n.target) for n in site] for site in _packed_sites(self._graph_modules[0])]
 
     def follow(self) -> bool:
@@ -76,22 +85,17 @@ class Freshness:
         Raises:
             StaleModelError: something else changed; says what. Nothing is taken over then.
         """
-        changed = self._structure.change() or self._looked_at_change()
+        changed = self._structure.change()
         if changed:
             raise StaleModelError(changed)
-        found = [weight.found() for weight in self._weights]  # all of them before any is replaced
-        moved = False
-        for weight, tensor in zip(self._weights, found, strict=True):
-            moved |= weight.take_over(tensor, self._graph_modules)
+        found = [weight.place.found() for weight in self._weights]  # all of them before any is replaced
+        for place, bits in self._looked_at:
+            if int(fingerprint(place.found())) != bits:
+                raise StaleModelError(f"the values of {place.name} are others, and the step holds what they meant")
+        moved = [weight.take_over(tensor) for weight, tensor in zip(self._weights, found, strict=True)]
         for names in self._packed:
             follow_packed([getattr(self._graph_modules[0], name) for name in names])
-        return moved
-
-    def _looked_at_change(self) -> str | None:
-        for name, (tensor, layout, bits) in self._looked_at.items():
-            if _Layout.of(tensor) != layout or int(fingerprint(tensor)) != bits:
-                return f"the values of {name} have changed, and the compiled step holds what was derived from them"
-        return None
+        return any(moved)
 
 
 @dataclass(frozen=True)
@@ -118,87 +122,67 @@ class _Layout:
         return ""
 
 
-@dataclass
+class _Place:
+    """Where the user's modules hold a tensor.
+
+    Args:
+        name: for messages.
+        stores: dicts of modules, and the key in each: one, or several if it is tied.
+        tensor: it, as compiled.
+    """
+
+    def __init__(self, name: str, stores: list[tuple[dict[str, Any], str]], tensor: Tensor) -> None:
+        self.name, self.stores, self.tensor = name, stores, tensor
+        self._layout = _Layout.of(tensor)
+
+    def found(self) -> Tensor:
+        """What is there now. Raises StaleModelError if that cannot be taken for the tensor that was compiled."""
+        held = [store.get(key) for store, key in self.stores] or [self.tensor]
+        first = held[0]
+        if not isinstance(first, Tensor):
+            raise StaleModelError(f"{self.name} is gone")
+        if any(other is not first for other in held):
+            raise StaleModelError(f"{self.name} was one tensor in several places, and is several now")
+        difference = self._layout.difference(_Layout.of(first))
+        if difference:
+            raise StaleModelError(f"{self.name} is another tensor: {difference}")
+        return first
+
+
 class _Weight:
     """A tensor of the user's that the step holds.
 
     Attributes:
-        name: for messages.
-        places: where modules of the user's hold it: one, or several if it is tied.
-        attributes: what it is called in each graph.
-        tensor: it.
-        layout, address: as compiled.
+        place: where it is from.
+        attributes: dicts of graph modules, and its name in each.
     """
 
-    name: str
-    places: list[tuple[dict[str, Tensor | None], str]]
-    attributes: list[tuple[int, str]]
-    tensor: Tensor
-    layout: _Layout
-    address: int
+    def __init__(self, place: _Place) -> None:
+        self.place = place
+        self.attributes: list[tuple[dict[str, Any], str]] = []
+        self._tensor, self._address = place.tensor, place.tensor.data_ptr()
 
-    def found(self) -> Tensor:
-        """What is in its place now. Raises StaleModelError if that cannot be taken over."""
-        held = [store.get(key) for store, key in self.places]
-        first = held[0]
-        if first is None:
-            raise StaleModelError(f"weight {self.name} is gone")
-        if any(other is not first for other in held):
-            raise StaleModelError(f"weight {self.name} was one with others and is not any more")
-        difference = self.layout.difference(_Layout.of(first))
-        if difference:
-            raise StaleModelError(f"weight {self.name} is another: {difference}")
-        return first
-
-    def take_over(self, found: Tensor, graph_modules: tuple[fx.GraphModule, ...]) -> bool:
+    def take_over(self, found: Tensor) -> bool:
         """Hold `found`; returns whether it lies elsewhere than before."""
-        if found is not self.tensor:
-            for index, attribute in self.attributes:
-                module = graph_modules[index]
-                module._parameters.pop(attribute, None)
-                module._buffers.pop(attribute, None)
-                if isinstance(found, nn.Parameter):
-                    module.register_parameter(attribute, found)
-                else:
-                    module.register_buffer(attribute, found, persistent=False)
-            self.tensor = found
-        moved, self.address = found.data_ptr() != self.address, found.data_ptr()
+        if found is not self._tensor:
+            self._tensor = found
+            for store, name in self.attributes:
+                store[name] = found
+        moved, self._address = found.data_ptr() != self._address, found.data_ptr()
         return moved
 
 
-def _bindings(modules: tuple[nn.Module, ...], graph_modules: tuple[fx.GraphModule, ...]) -> Iterator[_Weight]:
-    """The attributes of the graphs that are tensors of the user's modules."""
-    places: dict[int, list[tuple[dict[str, Tensor | None], str]]] = {}
-    names: dict[int, str] = {}
+def _places(modules: Iterable[nn.Module]) -> Iterable[_Place]:
+    """Every parameter and buffer, once."""
+    found: dict[int, _Place] = {}
     for root in modules:
         for path, module in root.named_modules():
             for store in (module._parameters, module._buffers):
                 for key, tensor in store.items():
                     if tensor is not None:
-                        places.setdefault(id(tensor), []).append((store, key))
-                        names.setdefault(id(tensor), f"{path}.{key}" if path else key)
-    held: dict[int, _Weight] = {}
-    for index, graph_module in enumerate(graph_modules):
-        for attribute, tensor in _attributes(graph_module):
-            if id(tensor) not in places:
-                continue
-            weight = held.setdefault(
-                id(tensor),
-                _Weight(names[id(tensor)], places[id(tensor)], [], tensor, _Layout.of(tensor), _address(tensor)),
-            )
-            weight.attributes.append((index, attribute))
-    yield from held.values()
-
-
-def _attributes(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
-    for store in (graph_module._parameters, graph_module._buffers):
-        for name, tensor in store.items():
-            if tensor is not None:
-                yield name, tensor
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
+                        name = f"{path}.{key}" if path else key
+                        found.setdefault(id(tensor), _Place(name, [], tensor)).stores.append((store, key))
+    return found.values()
 
 
 def _packed_sites(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:
@@ -232,9 +216,8 @@ class Structure:
 
     def change(self) -> str | None:
         """What is not as it was; None if all is."""
-        for root in self.modules:
-            if root.training:
-                return f"{type(root).__name__} is in training mode; call model.eval()"
+        if self.modules[0].training:
+            return f"{type(self.modules[0]).__name__} is in training mode (dropout is on); call model.eval()"
         for path, module, kind in self._kinds:
             if module.__class__ is not kind:
                 return f"module {path} is a {type(module).__name__}, and was a {kind.__name__}"
@@ -287,7 +270,8 @@ def _items(value: Any) -> tuple[Any, list[tuple[Any, Any]]] | None:
         return value, list(enumerate(value))
     if isinstance(value, set):
         return value, []
-    if type(value).__module__.partition(".")[0] in _NOT_ENTERED or not hasattr(value, "__dict__") or callable(value):
+    known = type(value).__module__.partition(".")[0] in _NOT_ENTERED or isinstance(value, (enum.Enum, ModuleType))
+    if known or not hasattr(value, "__dict__"):
         return None
     return vars(value), list(vars(value).items())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from emssd_compile.acceptance import make_rule
-from emssd_compile.capture import check_model
+from emssd_compile.ambient import compiling, neutral
+from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import OptionError, StaleModelError
+from emssd_compile.freshness import Freshness, Structure
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
@@ -20,7 +23,9 @@ from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.consumer import progress_bar
+from emssd_compile.runtime.engine import Engine
 from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
@@ -43,8 +48,10 @@ def optimize(
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
     The tokens that `generate` gives are the model's own: in fp32 exactly those of its greedy decoding of each prompt
-    alone. Weights are shared with `model`. Only Inductor on a CPU holds the matrices a second time, in the layout that
-    it multiplies fastest, unless that takes more than half of the memory available (`explain()` says so then).
+    alone. Weights are shared with `model`, which is left as it was: what is written into them is seen by the next
+    `generate`, and what cannot be followed is refused there (see `OptimizedModel.refresh`). Only Inductor on a CPU
+    holds the matrices a second time, in the layout that it multiplies fastest, unless that takes more than half of the
+    memory available (`explain()` says so then).
 
     Args:
         model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple
@@ -66,25 +73,40 @@ def optimize(
         DrafterError: the drafter does not fit the model.
         CapacityError: the KV caches do not fit into memory.
     """
+    check_model(model)
+    rule, proposer = make_rule(acceptance), make_drafter(drafter)
+    options = CompileOptions(max_batch, _resolve_length(model, max_length), backend, layout, prefill_chunk)
+    check_weights(model)
+    with compiling, neutral(torch.get_default_dtype()):
+        step, captured = _compile(model, rule, proposer, options)
+        return OptimizedModel(model, step, options, captured)
+
+
+def _compile(
+    model: nn.Module, rule: Rule, drafter: Drafter, options: CompileOptions
+) -> tuple[CompiledStep, tuple[CompiledModel, ...]]:
+    """The step, and the models that were captured for it."""
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
     from emssd_compile.step.batch import BatchShape
 
-    check_model(model)
-    rule, proposer = make_rule(acceptance), make_drafter(drafter)
-    options = CompileOptions(max_batch, _resolve_length(model, max_length), backend, layout, prefill_chunk)
     batch = BatchShape(options.max_batch, options.max_length)
-    compiled = compile_model(model, batch)
-    check_against(model, compiled)
+    captured: list[CompiledModel] = []
 
-    def compile_draft_model(draft_model: nn.Module) -> CompiledModel:
-        draft = compile_model(draft_model, batch)
-        check_against(draft_model, draft)
-        return draft
+    def compile_checked(source: nn.Module) -> CompiledModel:
+        captured.append(compile_model(source, batch))
+        check_against(source, captured[-1])
+        return captured[-1]
 
-    proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    step = compile_step(compiled, batch, rule, proposer, LAYOUTS[layout].policy())
-    return OptimizedModel(model, step, options)
+    def compile_draft_model(source: nn.Module) -> CompiledModel:
+        check_model(source)
+        check_weights(source)
+        return compile_checked(source)
+
+    compiled = compile_checked(model)
+    drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
+    step = compile_step(compiled, batch, rule, drafter, LAYOUTS[options.layout].policy())
+    return step, tuple(captured)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -116,24 +138,75 @@ class OptimizedModel(Decoder):
         config, generation_config, device, dtype: those of the model.
     """
 
-    def __init__(self, model: nn.Module, step: CompiledStep, options: CompileOptions) -> None:
+    def __init__(
+        self, model: nn.Module, step: CompiledStep, options: CompileOptions, captured: tuple[CompiledModel, ...] = ()
+    ) -> None:
         self.model = model
         self.drafter = step.drafter
         self.options = options
+        super().__init__(self._assemble(step, captured or (step.compiled,)))
+
+    def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
+        """Lower a step of the model as it is now, and remember what it is."""
+        backend, device, rows = BACKENDS[self.options.backend], _device(self.model), self.options.max_batch
         self._step = step
-        backend, device, rows = BACKENDS[options.backend], _device(model), options.max_batch
         self._records = [*step.records]
         self.graph_module = step.for_target(backend.passes(device), self._records)
-        super().__init__(
-            assemble(
-                backend.lower(self.graph_module),
-                Signature.of(self.graph_module.graph, step.roles),
-                device,
-                LAYOUTS[options.layout],
-                prefill_chunk=options.prefill_chunk,
-                buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
-            )
+        graphs = (self.graph_module, step.graph_module, *(c.graph_module for c in captured))
+        looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
+        self._freshness = Freshness(Structure(self.model, self.drafter), graphs, looked_at)
+        return assemble(
+            backend.lower(self.graph_module),
+            Signature.of(self.graph_module.graph, step.roles),
+            device,
+            LAYOUTS[self.options.layout],
+            prefill_chunk=self.options.prefill_chunk,
+            buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
         )
+
+    def _follow(self) -> None:
+        if self._freshness.follow():
+            self._engine.launcher.forget_captures()
+
+    def refresh(self) -> None:
+        """Make the compiled step that of the model as it is now.
+
+        Each `generate` follows by itself what is written into weights, in any way, and other tensors of the same shape
+        and dtype in their place. Everything else that changes what a forward computes (adapters that are switched or
+        merged, hooks, another dtype or device, replaced modules, the configuration) makes it raise StaleModelError:
+        this method then compiles the model anew. Where nothing of that kind has changed, it costs no more than the
+        comparison. The options stay those of `optimize`.
+
+        Raises:
+            InvalidInputError, UnsupportedModelError, DrafterError, CapacityError: as `optimize`. What was compiled
+                before is kept, and remains stale.
+        """
+        with compiling, neutral(self._default_dtype):
+            check_model(self.model)
+            try:
+                self._follow()
+            except StaleModelError:
+                check_weights(self.model)
+                self._take(self._assemble(*_compile(self.model, self._step.rule, self.drafter, self.options)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward gives."""
+        return self.model(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's parameters."""
+        return self.model.parameters(recurse)
+
+    @property
+    def name_or_path(self) -> Any:
+        """Where the model comes from, if it knows."""
+        return getattr(self.model, "name_or_path", "")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model (not what was compiled of it: `export_onnx` and its like do that)."""
+        if not hasattr(self.model, "save_pretrained"):
+            raise OptionError(f"{type(self.model).__name__} has no save_pretrained; save its state_dict() with torch")
+        return self.model.save_pretrained(*args, **kwargs)
 
     @property
     def config(self) -> Any:
@@ -219,6 +292,7 @@ class OptimizedModel(Decoder):
     ) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
 
+        self._follow()  # what is written is the model as it is now
         what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

@@ -16,7 +16,7 @@ from emssd_compile.passes.manager import Refusal
 
 
 class PackLinears:
-    """Have oneDNN multiply with each weight in the blocked layout that suits the machine, those that share an input as one.
+    """Have oneDNN multiply with weights in the blocked layout that suits the machine, those of one input as one.
 
     The few tokens of a decoding step make a matrix product as fast as its weight streams in, and a row-major weight
     streams badly. The packed weight is a second copy, made when the step first runs (see `emssd::packed_linear`). As it

@@ -20,8 +20,8 @@ from emssd_compile.export.tensorrt.decompose import DecomposeAttention
 from emssd_compile.export.tensorrt.library import load_runtime
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.runner import open_step
-from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.fuse_projections import FuseProjections
+from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.tile_attention import TileAttention
 from emssd_compile.runtime.buckets import StepSizes
 
