@@ -115,12 +115,31 @@ class Decoder(ABC):
             **options: Hugging Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
                 `pad_token_id`, `stopping_criteria`, `streamer`, `return_dict_in_generate`, ...
 
+        Autocast, inference mode and default dtypes around the call change nothing: dtypes are those that the model was
+        compiled with.
+
         Raises:
+            StaleModelError: the model was changed in a way that must be compiled anew; see `OptimizedModel.refresh`.
             InvalidInputError: the prompts are not what they must be; raised before any work, as all errors here.
             CapacityError: a prompt does not fit a row.
             OptionError: an option is unknown or out of range.
             NotImplementedError: an option of Hugging Face that is not supported; says which.
         """
+        with neutral(self._default_dtype):
+            return self._generate(
+                inputs, generation_config, attention_mask, input_ids, token_type_ids, progress, options
+            )
+
+    def _generate(
+        self,
+        inputs: object,
+        generation_config: object | None,
+        attention_mask: object,
+        input_ids: object,
+        token_type_ids: object,
+        progress: bool,
+        options: dict[str, Any],
+    ) -> Sequences | GenerateOutput:
         vocabulary, capacity = self._vocabulary, self._engine.capacity
         chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)
         prompts = parse_prompts(

@@ -305,13 +305,15 @@ class _Container:
 
 
 class _Names(_Container):
-    """The keys of a dict alone: the tensors that the step holds are compared as such."""
+    """Which tensors a module has: those that the step holds are compared as such."""
 
     def change(self) -> str | None:
-        if self.live.keys() == self.copy.keys():
-            return None
-        different = self.live.keys() ^ self.copy.keys()
-        return f"{self.path}: {', '.join(sorted(different))} came or went"
+        different = _tensors(self.live) ^ _tensors(self.copy)
+        return f"{self.path}: {', '.join(sorted(different))} came or went" if different else None
+
+
+def _tensors(store: dict[str, Any]) -> set[str]:
+    return {name for name, tensor in store.items() if tensor is not None}
 
 
 def _same(a: Any, b: Any) -> bool:

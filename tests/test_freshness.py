@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "a shape": (
         lambda model: setattr(_query(model), "weight", nn.Parameter(torch.randn(4, 4))), r"q_proj\.weight.* shape"
     ),
-    "strides": (lambda model: setattr(_query(model), "weight", nn.Parameter(torch.randn(32, 32).T)), "its stride is"),
+    "strides": (lambda model: setattr(_query(model), "weight", nn.Parameter(torch.randn(64, 64).T)), "its stride is"),
     "a bias": (lambda model: setattr(_query(model), "bias", nn.Parameter(torch.ones(32))), "bias came or went"),
 }  # fmt: skip
 

@@ -52,15 +52,16 @@ class Subject:
     def __init__(self) -> None:
         peft = pytest.importorskip("peft", reason="peft is not installed")
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-        self.model = peft.get_peft_model(toy_model("llama"), config, adapter_name="a").eval()
-        self.model.add_adapter("b", config)
-        self.model.set_adapter("a")
+        self.model = peft.get_peft_model(toy_model("llama"), config, adapter_name="first").eval()
+        self.model.add_adapter("second", config)
+        self.model.set_adapter("first")
+        self.model.eval()  # what an adapter adds is in training mode
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(2)
         self.handles: list[Any] = []
-        self.adapter, self.merged, self.disabled = "a", "", False
+        self.adapter, self.merged, self.disabled = "first", "", False
         self.values = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.fast = emssd_compile.optimize(
             self.model, "none", max_batch=1, max_length=32, backend="eager", layout="packed"
@@ -86,7 +87,7 @@ class Subject:
             self.unmerge()
         if self.disabled:
             self.enable()
-        self.set_adapter("a")
+        self.set_adapter("first")
         self.model.load_state_dict(self.values)
         if self.compiled != self.state:
             self.refresh()
@@ -140,7 +141,7 @@ class Subject:
             self.adapter = name
 
     def switch(self, index: int) -> None:
-        self.set_adapter("ab"[index % 2])
+        self.set_adapter(("first", "second")[index % 2])
 
     def merge(self, index: int) -> None:
         if not self.merged and not self.disabled:
