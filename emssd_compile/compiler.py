@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +15,7 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_kernels
 from emssd_compile.passes import PassManager, PassRecord
-from emssd_compile.passes.graph import caches, inputs, output, placeholder, results
+from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
@@ -34,6 +35,8 @@ class CompiledModel:
         vocabulary: V.
         cache_shapes: its KV caches by name, `k_cache_<layer>` and `v_cache_<layer>`, each `[B, C, Hkv, D]`.
         records: what each pass did.
+        looked_at: tensors of the model's whose values a pass has looked at, by their name in the captured graph: what
+            was made of them may stand in the graph.
     """
 
     graph_module: fx.GraphModule
@@ -41,6 +44,7 @@ class CompiledModel:
     vocabulary: int
     cache_shapes: dict[str, TensorSpec]
     records: list[PassRecord] = field(default_factory=list)
+    looked_at: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def capacity(self) -> int:
@@ -83,15 +87,17 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     fake_mode: FakeTensorMode = ids.fake_mode
     load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
     _check_capacity(batch.capacity, ids.shape[1])
+    tensors = dict(chain(graph_module.named_parameters(remove_duplicate=False), graph_module.named_buffers()))
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
+    looked_at = {name: tensors[name] for name in sorted(read_attributes(graph_module)) if name in tensors}
     passes.drop_unused_weights(graph_module)
     specs = {
         name: TensorSpec(tuple(value.shape), value.dtype, kept="forever", in_place=True)
         for name, value in caches(graph_module.graph).items()
     }
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
-    return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
+    return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records, looked_at)
 
 
 def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:

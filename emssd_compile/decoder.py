@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from emssd_compile.ambient import neutral
 from emssd_compile.generation import GenerateOptions, resolve_options
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
@@ -36,10 +37,31 @@ class Decoder(ABC):
 
     def __init__(self, engine: Engine, *, lossless: bool) -> None:
         self.stats = Stats(lossless=lossless)
+        self._default_dtype = torch.get_default_dtype()
+        self._turns = Turns()
+        self._take(engine)
+
+    def _take(self, engine: Engine) -> None:
         self._engine = engine
         self._vocabulary = len(engine.tensors["is_eos"])
         self._is_warm = False
-        self._turns = Turns()
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """What steps run in: nothing of the caller's that would change them, and weights that are the model's."""
+        with neutral(self._default_dtype):
+            self._follow()
+            yield
+
+    def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
+        """Take over what has changed since the step was made, or raise StaleModelError."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} holds compiled code and the KV caches of its rows, and can be neither copied nor "
+            "pickled. Write it with export_onnx, export_aot or export_tensorrt, and emssd_compile.load that wherever "
+            "it is needed; or copy the model, and optimize the copy"
+        )
 
     @property
     @abstractmethod
@@ -62,7 +84,7 @@ class Decoder(ABC):
 
     def warmup(self, *, progress: bool = False) -> None:
         """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
-        with self._turns.take("warmup"):
+        with self._turns.take("warmup"), self._ready():
             self._warm_up(progress)
 
     def _warm_up(self, progress: bool) -> None:
@@ -176,7 +198,11 @@ class Decoder(ABC):
                 different lengths are padded on the left. With more prompts than `max_batch`, rows run to their end
                 before the criteria have seen all of them.
 
+        Autocast, inference mode and default dtypes around the call change nothing: dtypes are those that the model was
+        compiled with.
+
         Raises:
+            StaleModelError: the model was changed in a way that must be compiled anew; see `OptimizedModel.refresh`.
             InvalidInputError: the prompts are not what they must be; raised before any work, as all errors here.
             CapacityError: a prompt does not fit a row.
             OptionError: an option is unknown or out of range; or, while decoding, a stopping criterion answers with
@@ -184,6 +210,21 @@ class Decoder(ABC):
             ReentryError: the call was made from inside another one, by its stopping criterion or streamer.
             NotImplementedError: an option of Hugging Face that is not supported; says which.
         """
+        with neutral(self._default_dtype):
+            return self._generate(
+                inputs, generation_config, attention_mask, input_ids, token_type_ids, progress, options
+            )
+
+    def _generate(
+        self,
+        inputs: object,
+        generation_config: object | None,
+        attention_mask: object,
+        input_ids: object,
+        token_type_ids: object,
+        progress: bool,
+        options: dict[str, Any],
+    ) -> Any:
         vocabulary, capacity = self._vocabulary, self._engine.capacity
         chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)
         prompts = parse_prompts(
@@ -202,7 +243,7 @@ class Decoder(ABC):
                 zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, limits.min_new_tokens, strict=True)
             )
         ]
-        with self._turns.take("generate"):
+        with self._turns.take("generate"), self._ready():
             if not self._is_warm:
                 self._warm_up(progress=False)
             self._decode(prompts, requests, chosen, progress)

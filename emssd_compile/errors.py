@@ -64,6 +64,21 @@ class ReentryError(EmssdError, RuntimeError):
     """A call was made from inside another call of the same object, such as `generate` in a stopping criterion."""
 
 
+class StaleModelError(EmssdError):
+    """The model is not what it was when it was compiled, in a way that the compiled step cannot follow by itself.
+
+    Args:
+        change: what is not as it was, as a clause.
+    """
+
+    def __init__(self, change: str) -> None:
+        self.change = change
+        super().__init__(
+            f"the model was changed after it was compiled: {change}\n  What to do: undo that, or call fast.refresh() "
+            "to compile the model anew as it is now (the same as calling optimize again)"
+        )
+
+
 class ArtifactError(EmssdError):
     """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
 

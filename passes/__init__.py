@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from emssd_compile.passes.bar_unreadable import BarUnreadable
 from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.fuse_draft import FuseDraft
-from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.fuse_verify import FuseVerify
 from emssd_compile.passes.levels import (
     verify_canonical,
@@ -80,7 +79,6 @@ def unpadded(batch: BatchShape, fake_mode: FakeTensorMode) -> Level:
             UnpadTokens(batch, fake_mode),
             SelectLogits(),  # needs the input `logit_index`, which unpad_tokens adds
             UnpadKVCache(batch, fake_mode),
-            FuseProjections(),  # after select_logits: an LM head that shares its input must not be merged away
         ),
         verify_unpadded,
     )

@@ -144,6 +144,12 @@ def attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     return value
 
 
+def read_attributes(graph_module: fx.GraphModule) -> set[str]:
+    """Names of the attributes whose values a pass has looked at: what it made of them may stand in the graph."""
+    found: set[str] = graph_module.meta.setdefault("read_attributes", set())
+    return found
+
+
 def origin(node: fx.Node) -> str:
     """Where `node` came from in the user's model: the innermost module, or the source line."""
     stack = node.meta.get("nn_module_stack")
@@ -208,6 +214,7 @@ class Evaluator:
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
+            read_attributes(self.graph_module).add(str(node.target))
             return attribute(self.graph_module, node).detach()
         if node.op != "call_function":
             raise KeyError(f"%{node.name} depends on the token ids")

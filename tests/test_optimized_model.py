@@ -10,7 +10,7 @@ import torch
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
 from emssd_compile.errors import CapacityError, OptionError
-from emssd_compile.optimized_model import _resolve_length
+from emssd_compile.length import resolve_length
 from tests.exactness.compiled import K, target
 from tests.exactness.models import Reference, build, prompt
 from tests.zoo import POSITIONS, toy_config, toy_model
@@ -269,12 +269,12 @@ def test_the_longest_row_is_what_the_config_allows(config, default, most):
     model.config = config
     if default is None:
         with pytest.raises(OptionError, match="max_length is needed"):
-            _resolve_length(model, None)
+            resolve_length(model, None)
         return
-    assert _resolve_length(model, None) == default
-    assert _resolve_length(model, most) == most
+    assert resolve_length(model, None) == default
+    assert resolve_length(model, most) == most
     with pytest.raises(OptionError, match=f"more than the {most} positions"):
-        _resolve_length(model, most + 1)
+        resolve_length(model, most + 1)
 
 
 def test_a_row_longer_than_trained_decodes_where_rotary_scaling_reaches():

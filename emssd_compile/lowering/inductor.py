@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
+from emssd_compile.ambient import compiling
+
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
 
@@ -28,6 +30,7 @@ class InductorStep:
         self.graph_module = graph_module
         self._deterministic = deterministic
         self._names: tuple[str, ...] = ()
+        self._weights: tuple[tuple[dict[str, Any], str], ...] = ()
         self._run: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -35,21 +38,26 @@ class InductorStep:
         if self._run is None:
             self._compile()
         assert self._run is not None
-        return dict(zip(self._names, self._run(*inputs), strict=True))
+        # Read anew in each call: where another tensor is put in place of a weight, the graph module gets it, too.
+        weights = [store[name] for store, name in self._weights]
+        return dict(zip(self._names, self._run(*inputs, *weights), strict=True))
 
     def _compile(self) -> None:
         from torch._inductor.compile_fx import compile_fx
 
-        from emssd_compile.lowering.unbacked import OPTIONS, unbacked  # brings sympy: not needed to import the package
+        # These bring sympy: not needed to import the package.
+        from emssd_compile.lowering.unbacked import OPTIONS, lift_weights, unbacked
 
-        graph = unbacked(self.graph_module)
+        graph, names = lift_weights(unbacked(self.graph_module))
         # On a CPU a wrapper in Python costs another 10 % of a step of 8 rows of a small model.
         options = {
             **OPTIONS,
             "cpp_wrapper": graph.inputs[0].device.type == "cpu",
             "deterministic": self._deterministic,
         }
-        with graph.compiling():
+        stores = [getattr(self.graph_module, kind) for kind in ("_parameters", "_buffers")]
+        with compiling, graph.compiling():
+            self._weights = tuple((next(s for s in stores if name in s), name) for name in names)
             self._names = graph.result_names
             compiled = compile_fx(graph.graph_module, graph.inputs, config_patches=options)
             self._run = cast("Callable[..., Any]", compiled)

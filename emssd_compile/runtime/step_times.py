@@ -53,7 +53,7 @@ class StepTimes:
     def table(self) -> Tensor:
         """float32 `[most + 1]`, seconds of a step of n tokens."""
         offset, slope = self._line()
-        return torch.tensor([offset + slope * measured for measured in self._measured])
+        return torch.tensor([offset + slope * measured for measured in self._measured], dtype=torch.float32)
 
     def cheapest(self, tokens: int) -> int:
         """The number of tokens, at least `tokens`, whose step takes the least time.

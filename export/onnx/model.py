@@ -41,11 +41,12 @@ class ModelOptions:
 
 
 def passes(sizes: object, options: object) -> tuple[Pass, ...]:
-    """Values for memory, rectangles for packed queries, a name for each result."""
+    """Few wide products, values for memory, rectangles for packed queries, a name for each result."""
+    from emssd_compile.passes.fuse_projections import FuseProjections
     from emssd_compile.passes.separate_results import SeparateResults
     from emssd_compile.passes.tile_attention import TileAttention
 
-    return (TileAttention(), SeparateResults())
+    return (FuseProjections(), TileAttention(), SeparateResults())
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:
