@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
+from emssd_compile.memory import available_memory
 from emssd_compile.ops import packed_linear
 from emssd_compile.passes.graph import aten, attribute
 from emssd_compile.passes.manager import Refusal
@@ -68,10 +67,4 @@ def _bytes(weights: Iterable[Tensor]) -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory(torch.device("cpu"))
