@@ -65,6 +65,7 @@ def optimize(
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model.
         CapacityError: the KV caches do not fit into memory.
+        BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
@@ -73,6 +74,7 @@ def optimize(
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)
     options = CompileOptions(max_batch, _resolve_length(model, max_length), backend, layout, prefill_chunk)
+    BACKENDS[options.backend].require(_device(model))
     batch = BatchShape(options.max_batch, options.max_length)
     compiled = compile_model(model, batch)
     check_against(model, compiled)
