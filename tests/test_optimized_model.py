@@ -1,5 +1,7 @@
 """The public surface: what `generate` takes and gives back, what it counts, and that the user's model stays theirs."""
 
+import copy
+import pickle  # noqa: TID251  (nothing is loaded)
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
-from emssd_compile.errors import CapacityError, OptionError
+from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from tests.exactness.compiled import K, target
 from tests.exactness.models import Reference, build, prompt
 
@@ -164,7 +166,7 @@ def test_the_counts_sum_over_calls_until_they_are_reset(fast):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "last-logits"])
 def test_weights_are_shared_and_the_model_is_left_as_it_was(architecture):
-    """Merging projections may move a weight, never keep two of it: a change to the model is a change to the step."""
+    """A change to the model is a change to the step."""
     model = build(architecture)
     ids = torch.tensor([PROMPTS[1]])
     names = set(model.state_dict())
@@ -237,3 +239,49 @@ def test_a_negative_number_of_positions_in_the_config_is_no_limit():
     assert emssd_compile.optimize(model, "none", max_batch=1, max_length=16, backend="eager").options.max_length == 16
     with pytest.raises(OptionError, match="max_length is needed"):
         emssd_compile.optimize(model, "none", max_batch=1, backend="eager")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_copies_are_refused_with_what_to_do(fast, copied):
+    with pytest.raises(TypeError, match=r"export_onnx, export_aot or export_tensorrt, and emssd_compile\.load"):
+        copied(fast)
+
+
+def test_the_model_can_be_reached_through_it(model, fast, tmp_path):
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        assert torch.equal(fast(ids).logits, model(input_ids=ids).logits)
+    assert [*map(id, fast.parameters())] == [*map(id, model.parameters())]
+    assert fast.name_or_path == model.name_or_path
+    fast.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_model_that_cannot_save_itself_says_so():
+    plain = emssd_compile.optimize(build("own-positions"), "none", max_batch=1, max_length=16, backend="eager")
+    assert plain.name_or_path == ""
+    with pytest.raises(OptionError, match="OwnPositions has no save_pretrained"):
+        plain.save_pretrained("nowhere")
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"backend": "none"}, {"layout": "none"}, {"acceptance": "none"}])
+def test_options_are_checked_before_weights_are_read(model, wrong, monkeypatch):
+    monkeypatch.setattr("emssd_compile.optimized_model.check_weights", lambda _: pytest.fail("weights were read"))
+    given = {"max_batch": 1, "max_length": 16, "backend": "eager", **wrong}
+    with pytest.raises(OptionError):
+        emssd_compile.optimize(model, **given)
+
+
+def test_weights_are_read_once(monkeypatch):
+    read = []
+    monkeypatch.setattr("emssd_compile.optimized_model.check_weights", read.append)
+    model, draft = build("own-positions"), build("last-logits")
+    emssd_compile.optimize(model, draft, max_batch=1, max_length=16, backend="eager")
+    assert read == [model, draft]
+
+
+def test_a_model_that_is_offloaded_is_refused_by_that_name(monkeypatch):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = accelerate.cpu_offload(build("llama"), execution_device="cpu")
+    with pytest.raises(InvalidInputError, match="offloaded and brought in layer by layer"):
+        emssd_compile.optimize(model, max_batch=1, max_length=16, backend="eager")
