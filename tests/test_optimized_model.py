@@ -12,7 +12,7 @@ from emssd_compile.errors import CapacityError, OptionError
 from emssd_compile.optimized_model import _resolve_length
 from tests.exactness.compiled import K, target
 from tests.exactness.models import Reference, build, prompt
-from tests.zoo import POSITIONS, toy_config, toy_model
+from tests.zoo import toy_config, toy_model
 
 NEW = 10
 LENGTHS = (5, 17, 2)
@@ -243,11 +243,16 @@ def test_a_negative_number_of_positions_in_the_config_is_no_limit():
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_GEMMA4 = toy_config("gemma4")
 CONFIGS = {
     "its own": (SimpleNamespace(n_positions=48), 48, 48),
     "no limit": (SimpleNamespace(max_position_embeddings=-1), None, None),
     "of the text": (SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=40)), 40, 40),
-    "as transformers finds it": (toy_config("gemma4"), POSITIONS, POSITIONS),
+    "as transformers finds it": (
+        _GEMMA4,
+        _GEMMA4.text_config.max_position_embeddings,
+        _GEMMA4.text_config.max_position_embeddings,
+    ),
     "scaled": (SimpleNamespace(max_position_embeddings=32, rope_parameters=YARN), 32, 128),
     "scaled, by its old name": (SimpleNamespace(max_position_embeddings=32, rope_scaling={"factor": 2.0}), 32, 64),
     "scaled for each type of layer": (
