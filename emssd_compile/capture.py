@@ -85,7 +85,14 @@ def _logits_of(output: Any, model_name: str) -> Tensor:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise before any work if `model` cannot be what is asked for: not a module, in training mode, NaN weights."""
+    """Raise before any work if `model` cannot be what is asked for: not a module, in training mode, not loaded.
+
+    No weight is read: `check_weights` does that.
+
+    Raises:
+        InvalidInputError: it is not a module, is in training mode, or its weights are not in memory.
+        UnsupportedModelError: it is not decoder-only, or lies on several devices.
+    """
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     if model.training:
@@ -95,14 +102,25 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only causal models are supported"
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InvalidInputError(
+                f"weight {name} is on the meta device: it was never loaded, or is offloaded and brought in layer by "
+                "layer (cpu_offload, disk_offload, a device_map); a compiled step reads all weights where they lie. "
+                "Load the model without offloading, or undo it (accelerate.hooks.remove_hook_from_submodules)"
+            )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"the weights lie on several devices {sorted(map(str, devices))}; move them to one")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise InvalidInputError if a weight holds NaN or infinite values. Reads each weight once."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise InvalidInputError(f"weight {name} is on the meta device; load the weights first")
+        if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+            continue  # a quantised weight knows its own values; the comparison with the model reads them
         # A sum is NaN or infinite if any element is, and costs one pass over the weight.
-        if parameter.is_floating_point() and not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
             raise InvalidInputError(f"weight {name} holds NaN or infinite values; reload the checkpoint")
 
 
@@ -145,6 +163,7 @@ def _export_one_way(model: nn.Module, longest: int) -> ExportedProgram:
         f"{limit} tokens than for fewer (it branches on %{node.name}): tokens of a short row and of a long one cannot "
         "share a step",
         remedy=f"pass max_length={limit} or less",
+        longest=limit,
     )
 
 

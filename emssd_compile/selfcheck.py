@@ -15,8 +15,8 @@ from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.passes import PassRecord
 from emssd_compile.precision import Precision, coarsest
 from emssd_compile.runtime.memory import allocate, available
-from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.pack import pack
+from emssd_compile.step.tensor_spec import TensorSpec
 
 _SHORT = (1, 6, 19)
 _SHORT_FIRST = (1, 2, 11)

@@ -164,9 +164,9 @@ def _lookups(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node]]:
 
 def _refuse_table(node: fx.Node, table: fx.Node, rows: int, longest: int, limit: int) -> NoReturn:
     source = next((n for n in ancestors([table]) if n.op == "get_attr"), table)
-    remedy = f"pass max_length={limit} or less" if limit > 1 else ""
     raise refuse(
         node,
         f"the table {source.target} holds {rows} positions, and max_length={longest} needs more of them",
-        remedy=remedy,
+        remedy=f"pass max_length={limit} or less" if limit > 1 else "",
+        longest=limit if limit > 1 else None,
     )
