@@ -7,14 +7,14 @@ import torch
 
 from emssd_compile.errors import OptionError
 from emssd_compile.length import resolve_length
-from tests.zoo import POSITIONS, toy_config
+from tests.zoo import toy_config
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 CONFIGS = {
     "its own": (SimpleNamespace(n_positions=48), 48, 48),
     "no limit": (SimpleNamespace(max_position_embeddings=-1), None, None),
     "of the text": (SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=40)), 40, 40),
-    "as transformers finds it": (toy_config("gemma4"), POSITIONS, POSITIONS),
+    "as transformers finds it": (toy_config("gemma4"), 131_072, 131_072),
     "scaled": (SimpleNamespace(max_position_embeddings=32, rope_parameters=YARN), 32, 128),
     "scaled, by its old name": (SimpleNamespace(max_position_embeddings=32, rope_scaling={"factor": 2.0}), 32, 64),
     "scaled for each type of layer": (
