@@ -11,7 +11,7 @@ import torch
 
 from bench.command import timed
 from emssd_compile import OptimizedModel
-from emssd_compile.runtime.engine import Request
+from emssd_compile.runtime.requests import Request
 
 _MOVED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Large against any cache."""

@@ -85,7 +85,14 @@ def _logits_of(output: Any, model_name: str) -> Tensor:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise before any work if `model` cannot be what is asked for: not a module, in training mode, NaN weights."""
+    """Raise before any work if `model` cannot be what is asked for: not a module, in training mode, not loaded.
+
+    No weight is read: `check_weights` does that.
+
+    Raises:
+        InvalidInputError: it is not a module, is in training mode, or its weights are not in memory.
+        UnsupportedModelError: it is not decoder-only, or lies on several devices.
+    """
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     if model.training:
@@ -95,14 +102,25 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only causal models are supported"
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InvalidInputError(
+                f"weight {name} is on the meta device: it was never loaded, or is offloaded and brought in layer by "
+                "layer (cpu_offload, disk_offload, a device_map); a compiled step reads all weights where they lie. "
+                "Load the model without offloading, or undo it (accelerate.hooks.remove_hook_from_submodules)"
+            )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"the weights lie on several devices {sorted(map(str, devices))}; move them to one")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise InvalidInputError if a weight holds NaN or infinite values. Reads each weight once."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise InvalidInputError(f"weight {name} is on the meta device; load the weights first")
+        if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+            continue  # a quantised weight knows its own values; the comparison with the model reads them
         # A sum is NaN or infinite if any element is, and costs one pass over the weight.
-        if parameter.is_floating_point() and not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
             raise InvalidInputError(f"weight {name} holds NaN or infinite values; reload the checkpoint")
 
 
@@ -132,17 +150,21 @@ def _export_one_way(model: nn.Module, longest: int) -> ExportedProgram:
     """The forward as it is for every number of tokens up to `longest`."""
     branches = DecideBranches(longest, longest)
     program = _export(model, branches)
-    if branches.changing:  # which may not matter: another way may compute the same
-        short = _export(model, DecideBranches(1, longest))
-        if str(program.graph) != str(short.graph):
-            first = min(branches.changing, key=lambda branch: branch.limit)
-            raise UnsupportedModelError(
-                f"max_length={longest}, but the forward of {type(model).__name__} computes something else for more "
-                f"than {first.limit} tokens than for fewer (it branches on %{first.node.name}): tokens of a short row "
-                "and of a long one cannot share a step",
-                remedy=f"pass max_length={first.limit} or less",
-            )
-    return program
+    if not branches.changing:
+        return program
+    short = str(_export(model, DecideBranches(1, longest)).graph)
+    if str(program.graph) == short:  # the branches change nothing
+        return program
+    limits = sorted({branch.limit for branch in branches.changing})
+    limit = next((n for n in reversed(limits) if str(_export(model, DecideBranches(n, n)).graph) == short), limits[0])
+    node = next((branch.node for branch in branches.changing if branch.limit == limit), branches.changing[0].node)
+    raise UnsupportedModelError(
+        f"max_length={longest}, but the forward of {type(model).__name__} computes something else for more than "
+        f"{limit} tokens than for fewer (it branches on %{node.name}): tokens of a short row and of a long one cannot "
+        "share a step",
+        remedy=f"pass max_length={limit} or less",
+        longest=limit,
+    )
 
 
 def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,14 +15,14 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import load_kernels
 from emssd_compile.passes import PassManager, PassRecord
-from emssd_compile.passes.graph import caches, output, placeholder, results
+from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import Drafter, TensorSpec
+from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.policy import LengthPolicy
-from emssd_compile.step.signature import step_roles
+from emssd_compile.step.tensor_spec import TensorSpec
 
 
 @dataclass
@@ -34,6 +35,8 @@ class CompiledModel:
         vocabulary: V.
         cache_shapes: its KV caches by name, `k_cache_<layer>` and `v_cache_<layer>`, each `[B, C, Hkv, D]`.
         records: what each pass did.
+        looked_at: tensors of the model's whose values a pass has looked at, by their name in the captured graph: what
+            was made of them may stand in the graph.
     """
 
     graph_module: fx.GraphModule
@@ -41,6 +44,12 @@ class CompiledModel:
     vocabulary: int
     cache_shapes: dict[str, TensorSpec]
     records: list[PassRecord] = field(default_factory=list)
+    looked_at: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def capacity(self) -> int:
+        """C, tokens that a row of its KV caches can hold."""
+        return next(iter(self.cache_shapes.values())).shape[1]
 
     def named(self) -> fx.GraphModule:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""
@@ -78,12 +87,17 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     fake_mode: FakeTensorMode = ids.fake_mode
     load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
     _check_capacity(batch.capacity, ids.shape[1])
+    tensors = dict(chain(graph_module.named_parameters(remove_duplicate=False), graph_module.named_buffers()))
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
+    looked_at = {name: tensors[name] for name in sorted(read_attributes(graph_module)) if name in tensors}
     passes.drop_unused_weights(graph_module)
-    specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in caches(graph_module.graph).items()}
+    specs = {
+        name: TensorSpec(tuple(value.shape), value.dtype, kept="forever", in_place=True)
+        for name, value in caches(graph_module.graph).items()
+    }
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
-    return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records)
+    return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records, looked_at)
 
 
 def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
@@ -93,6 +107,7 @@ def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:
         raise UnsupportedModelError(
             f"max_length={capacity}, but the forward has a table or a branch on the length that ends at {most} tokens",
             remedy=f"pass max_length={most} or less",
+            longest=int(most),
         )
 
 
@@ -123,12 +138,7 @@ class CompiledStep:
     @property
     def roles(self) -> dict[str, str]:
         """Roles of the step's inputs (`signature.ROLES`)."""
-        rows, drafts = len(placeholder(self.graph_module.graph, "known").meta["val"]), self.drafter.num_draft_tokens
-        return step_roles(
-            row={**self.drafter.state_spec(), **self.policy.row_spec(rows, drafts)},
-            memory=self.policy.memory_spec(drafts, self.drafter.num_grades),
-            caches={**self.compiled.cache_shapes, **self.drafter.cache_spec()},
-        )
+        return {str(node.target): node.meta["role"] for node in inputs(self.graph_module.graph)}
 
 
 def compile_step(

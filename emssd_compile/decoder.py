@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
+from torch import Tensor
 
-from emssd_compile.generation import resolve_options
+from emssd_compile.ambient import neutral
+from emssd_compile.generation import GenerateOptions, resolve_options
+from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.consumer import Consumer, progress_bar, working
-from emssd_compile.runtime.engine import Engine, Request
-from emssd_compile.runtime.inputs import Sequences, parse_prompts
+from emssd_compile.runtime.consumer import Consumer
+from emssd_compile.runtime.containers import Array
+from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.inputs import PromptBatch, parse_prompts
 from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
+from emssd_compile.runtime.requests import Request
+from emssd_compile.runtime.turns import Turns
 from emssd_compile.stats import Stats
+
+KindT = TypeVar("KindT", Tensor, list[list[int]], list[Tensor], Array, list[Array])
 
 
 class Decoder(ABC):
@@ -25,11 +35,33 @@ class Decoder(ABC):
 
     input_modalities, output_modalities = "text", ("text",)  # read by `repr` of a `transformers.pipeline`
 
-    def __init__(self, engine: Engine) -> None:
-        self.stats = Stats()
+    def __init__(self, engine: Engine, *, lossless: bool) -> None:
+        self.stats = Stats(lossless=lossless)
+        self._default_dtype = torch.get_default_dtype()
+        self._turns = Turns()
+        self._take(engine)
+
+    def _take(self, engine: Engine) -> None:
         self._engine = engine
         self._vocabulary = len(engine.tensors["is_eos"])
         self._is_warm = False
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """What steps run in: nothing of the caller's that would change them, and weights that are the model's."""
+        with neutral(self._default_dtype):
+            self._follow()
+            yield
+
+    def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
+        """Take over what has changed since the step was made, or raise StaleModelError."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} holds compiled code and the KV caches of its rows, and can be neither copied nor "
+            "pickled. Write it with export_onnx, export_aot or export_tensorrt, and emssd_compile.load that wherever "
+            "it is needed; or copy the model, and optimize the copy"
+        )
 
     @property
     @abstractmethod
@@ -52,6 +84,10 @@ class Decoder(ABC):
 
     def warmup(self, *, progress: bool = False) -> None:
         """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
+        with self._turns.take("warmup"), self._ready():
+            self._warm_up(progress)
+
+    def _warm_up(self, progress: bool) -> None:
         with working("compiling the step", shown=progress):
             self._engine.warmup()
         graphs = len(self._engine.launcher.buckets)
@@ -63,6 +99,75 @@ class Decoder(ABC):
         self._engine.counters()
         self._is_warm = True
 
+    # What comes back is of the kind that went in: constrained, so that a list of lists is not one of something else.
+    @overload
+    def generate(
+        self,
+        inputs: KindT,
+        generation_config: object | None = None,
+        *,
+        return_dict_in_generate: Literal[False] | None = None,
+        **options: Any,
+    ) -> KindT: ...
+    @overload
+    def generate(
+        self,
+        inputs: KindT,
+        generation_config: object | None = None,
+        *,
+        return_dict_in_generate: Literal[True],
+        **options: Any,
+    ) -> GenerateOutput[KindT]: ...
+    @overload
+    def generate(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: object | None = None,
+        *,
+        return_dict_in_generate: Literal[False] | None = None,
+        **options: Any,
+    ) -> list[list[int]]: ...
+    @overload
+    def generate(
+        self,
+        inputs: Sequence[Tensor],
+        generation_config: object | None = None,
+        *,
+        return_dict_in_generate: Literal[False] | None = None,
+        **options: Any,
+    ) -> list[Tensor]: ...
+    @overload
+    def generate(
+        self,
+        inputs: None = None,
+        generation_config: object | None = None,
+        *,
+        input_ids: KindT,
+        return_dict_in_generate: Literal[False] | None = None,
+        **options: Any,
+    ) -> KindT: ...
+    @overload
+    def generate(
+        self,
+        inputs: None = None,
+        generation_config: object | None = None,
+        *,
+        input_ids: KindT,
+        return_dict_in_generate: Literal[True],
+        **options: Any,
+    ) -> GenerateOutput[KindT]: ...
+    @overload
+    def generate(self, inputs: Mapping[str, Any], generation_config: object | None = None, **options: Any) -> Any: ...
+    @overload
+    def generate(
+        self,
+        inputs: object = None,
+        generation_config: object | None = None,
+        *,
+        return_dict_in_generate: bool,
+        **options: Any,
+    ) -> Any: ...
+
     def generate(
         self,
         inputs: object = None,
@@ -73,26 +178,53 @@ class Decoder(ABC):
         token_type_ids: object = None,
         progress: bool = False,
         **options: Any,
-    ) -> Sequences | GenerateOutput:
+    ) -> Any:
         """Continue each prompt greedily, with exactly the tokens the model would give it alone.
+
+        One call decodes at a time: a second thread waits until the first one's is over.
 
         Args:
             inputs: `LongTensor[B, S]` (with `attention_mask`, padding on either side), a list of token lists or of 1-D
-                tensors, or a jagged nested tensor. The same kind comes back, prompts included.
+                tensors, or a jagged nested tensor; or arrays of numpy where tensors may be. The same kind comes back,
+                prompts included.
             generation_config: defaults for `options`, as in Hugging Face.
             attention_mask: `[B, S]`, 0 where a tensor is padded.
             input_ids: Hugging Face's name for `inputs`.
             token_type_ids: accepted if all zero.
             progress: show a progress bar.
             **options: Hugging Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
-                `pad_token_id`, `stopping_criteria`, `streamer`, `return_dict_in_generate`, ...
+                `pad_token_id`, `stopping_criteria`, `streamer`, `return_dict_in_generate`, ... Stopping criteria are
+                called as transformers calls them: with all rows, `[B, n]`, once for each token that they get. Rows of
+                different lengths are padded on the left. With more prompts than `max_batch`, rows run to their end
+                before the criteria have seen all of them.
+
+        Autocast, inference mode and default dtypes around the call change nothing: dtypes are those that the model was
+        compiled with.
 
         Raises:
+            StaleModelError: the model was changed in a way that must be compiled anew; see `OptimizedModel.refresh`.
             InvalidInputError: the prompts are not what they must be; raised before any work, as all errors here.
             CapacityError: a prompt does not fit a row.
-            OptionError: an option is unknown or out of range.
+            OptionError: an option is unknown or out of range; or, while decoding, a stopping criterion answers with
+                something that is no answer.
+            ReentryError: the call was made from inside another one, by its stopping criterion or streamer.
             NotImplementedError: an option of Hugging Face that is not supported; says which.
         """
+        with neutral(self._default_dtype):
+            return self._generate(
+                inputs, generation_config, attention_mask, input_ids, token_type_ids, progress, options
+            )
+
+    def _generate(
+        self,
+        inputs: object,
+        generation_config: object | None,
+        attention_mask: object,
+        input_ids: object,
+        token_type_ids: object,
+        progress: bool,
+        options: dict[str, Any],
+    ) -> Any:
         vocabulary, capacity = self._vocabulary, self._engine.capacity
         chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)
         prompts = parse_prompts(
@@ -106,27 +238,32 @@ class Decoder(ABC):
         )
         limits = limit_rows(chosen, prompts, capacity)
         requests = [
-            Request(i, prompts.values[start:stop], most, least)
-            for i, (start, stop, most, least) in enumerate(
-                zip(
-                    prompts.offsets[:-1],
-                    prompts.offsets[1:],
-                    limits.max_new_tokens,
-                    limits.min_new_tokens,
-                    strict=True,
-                )
+            Request(i, ids, most, least)
+            for i, (ids, most, least) in enumerate(
+                zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, limits.min_new_tokens, strict=True)
             )
         ]
-        if not self._is_warm:
-            self.warmup()
-        consumer = Consumer(prompts, chosen.stopping_criteria, chosen.streamer)
-        with progress_bar(progress, sum(limits.max_new_tokens)) as advance:
-            for request in self._engine.run(requests, chosen.eos_token_ids):
-                advance(consumer.take(request))
-        consumer.end()
-        self.stats.add(*self._engine.counters())
+        with self._turns.take("generate"), self._ready():
+            if not self._is_warm:
+                self._warm_up(progress=False)
+            self._decode(prompts, requests, chosen, progress)
         sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)
         return GenerateOutput(sequences) if chosen.return_dict_in_generate else sequences
+
+    def _decode(self, prompts: PromptBatch, requests: list[Request], chosen: GenerateOptions, progress: bool) -> None:
+        """Run the requests to their ends. However that ends, what was counted is in the stats, and no row is busy."""
+        total = sum(request.max_new_tokens for request in requests)
+        consumer = Consumer(prompts, requests, chosen)
+        try:
+            with (
+                progress_bar(progress, total) as advance,
+                contextlib.closing(self._engine.run(requests, chosen.eos_token_ids)) as run,
+            ):
+                for request in run:
+                    advance(consumer.take(request))
+        finally:
+            self.stats.add(*self._engine.counters())
+        consumer.end()
 
     def can_generate(self) -> bool:
         """True: `transformers.pipeline` asks."""

@@ -18,8 +18,9 @@ class UnsupportedModelError(EmssdError):
         op: the operator of that node, e.g. `"aten.cumsum.default"`.
         module: qualified name of the submodule that produced the node, e.g. `"model.layers.0.mlp"`.
         remedy: what the user can do instead, as one sentence.
+        longest: tokens a row could hold for the model to be taken, where that is all that is wrong.
 
-    All five stay readable as attributes; those not given are `None` and left out of the message.
+    All six stay readable as attributes; those not given are `None` and left out of the message.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class UnsupportedModelError(EmssdError):
         op: str | None = None,
         module: str | None = None,
         remedy: str | None = None,
+        longest: int | None = None,
     ) -> None:
         self.reason = reason
         self.node = node
         self.op = op
         self.module = module
         self.remedy = remedy
+        self.longest = longest
         super().__init__(self._message())
 
     def _message(self) -> str:
@@ -57,9 +60,40 @@ class CapacityError(EmssdError):
     """A request does not fit the KV capacity (tokens per row) that the compiled model was given."""
 
 
+class ReentryError(EmssdError, RuntimeError):
+    """A call was made from inside another call of the same object, such as `generate` in a stopping criterion."""
+
+
+class StaleModelError(EmssdError):
+    """The model is not what it was when it was compiled, in a way that the compiled step cannot follow by itself.
+
+    Args:
+        change: what is not as it was, as a clause.
+    """
+
+    def __init__(self, change: str) -> None:
+        self.change = change
+        super().__init__(
+            f"the model was changed after it was compiled: {change}\n  What to do: undo that, or call fast.refresh() "
+            "to compile the model anew as it is now (the same as calling optimize again)"
+        )
+
+
 class ArtifactError(EmssdError):
     """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
 
 
-class DrafterError(EmssdError):
+class PartError(EmssdError):
+    """A part of the step (drafter, acceptance rule or length policy) does not keep to its contract; says how."""
+
+
+class DrafterError(PartError):
     """A drafter does not fit the target model (vocabulary, hidden size), or broke the `Draft` contract."""
+
+
+class RuleError(PartError):
+    """An acceptance rule broke the `Verdict` contract."""
+
+
+class PolicyError(PartError):
+    """A length policy broke the `Ranking` contract."""

@@ -22,7 +22,7 @@ from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
-from emssd_compile.runtime.engine import Request
+from emssd_compile.runtime.requests import Request
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 
 STAGES = ("rewriting", "building", "checking", "hashing")
@@ -192,7 +192,9 @@ def _manifest(
         layout="" if verify_only else what.options.layout,
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
+        lossless=verify_only or what.step.rule.lossless,
         chunk=what.chunk,
+        deterministic=what.options.deterministic,
         buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],
         generation_config=saved_options(what.generation_config),
         explanation=explanation.to_dict(),

@@ -59,10 +59,12 @@ class LoadedModel(Decoder):
                 device,
                 LAYOUTS[manifest.layout],
                 prefill_chunk=manifest.chunk,
+                deterministic=manifest.deterministic,
                 buckets=tuple(StepSizes(*b) for b in manifest.buckets)
                 if find_target(manifest.target).is_captured
                 else (),
-            )
+            ),
+            lossless=manifest.lossless,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,24 +10,29 @@ import torch
 from torch import nn
 
 from emssd_compile.acceptance import make_rule
-from emssd_compile.capture import check_model
+from emssd_compile.ambient import compiling, neutral
+from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import OptionError, StaleModelError, UnsupportedModelError
+from emssd_compile.freshness import Freshness, Structure
 from emssd_compile.layouts import LAYOUTS
+from emssd_compile.length import length_limit, resolve_length
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
+from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import decode_buckets
-from emssd_compile.runtime.consumer import progress_bar
+from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.batch import BatchShape
+from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
-
-_LENGTH_ATTRIBUTES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "block_size")
 
 
 def optimize(
@@ -38,13 +44,16 @@ def optimize(
     backend: str = "inductor",
     layout: str = "auto",
     acceptance: str | Rule = "auto",
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
+    deterministic: bool = False,
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
     The tokens that `generate` gives are the model's own: in fp32 exactly those of its greedy decoding of each prompt
-    alone. Weights are shared with `model`. Only Inductor on a CPU holds the matrices a second time, in the layout that
-    it multiplies fastest, unless that takes more than half of the memory available (`explain()` says so then).
+    alone. Weights are shared with `model`, which is left as it was: what is written into them is seen by the next
+    `generate`, and what cannot be followed is refused there (see `OptimizedModel.refresh`). Only Inductor on a CPU
+    holds the matrices a second time, in the layout that it multiplies fastest, unless that takes more than half of the
+    memory available (`explain()` says so then).
 
     Args:
         model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple
@@ -56,81 +65,75 @@ def optimize(
         layout: `"auto"`: each step verifies the drafts that, by measured times and acceptance, make tokens come faster,
             and none where plain decoding is faster. `"packed"`: all drafts, without padding. `"padded"`: K + 1 tokens
             for each row, used or not. The tokens that come out never differ.
-        acceptance: `"auto"` (the best lossless rule), a rule's name, or a `Rule`.
-        prefill_chunk: most packed tokens of a step.
+        acceptance: `"auto"` (the best lossless rule), a rule's name, or a lossless `Rule`. A rule that changes what the
+            model says is taken by name only.
+        prefill_chunk: most packed tokens of a step: at least `max_batch` x (drafts + 1). Default: 512, or that.
+        deterministic: choose the sizes of steps without a clock: from assumed times where `layout` measures, and always
+            from the same start. Then a call with the same prompts and options gives the same bits in half precision,
+            too, on the same machine with the same number of threads, whatever was decoded before.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
         OptionError: an option is unknown or out of range.
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
-        DrafterError: the drafter does not fit the model.
+        DrafterError: the drafter does not fit the model, or breaks its contract.
+        RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
         CapacityError: the KV caches do not fit into memory.
     """
-    from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
-    from emssd_compile.selfcheck import check_against
-    from emssd_compile.step.batch import BatchShape
-
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)
-    options = CompileOptions(max_batch, _resolve_length(model, max_length), backend, layout, prefill_chunk)
+    length = resolve_length(model, max_length)
+    options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic)
+    options.chunk(proposer.num_draft_tokens)
+    check_state(options.max_batch, options.max_length, _device(model))
+    check_weights(model)
+    with compiling, neutral(torch.get_default_dtype()):
+        step, captured = _compile(model, rule, proposer, options)
+        return OptimizedModel(model, step, options, captured)
+
+
+def _compile(
+    model: nn.Module, rule: Rule, drafter: Drafter, options: CompileOptions
+) -> tuple[CompiledStep, tuple[CompiledModel, ...]]:
+    """The step, and the models that were captured for it."""
+    from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
+    from emssd_compile.selfcheck import check_against
+
     batch = BatchShape(options.max_batch, options.max_length)
-    compiled = compile_model(model, batch)
-    check_against(model, compiled)
+    captured: list[CompiledModel] = []
 
-    def compile_draft_model(draft_model: nn.Module) -> CompiledModel:
-        draft = compile_model(draft_model, batch)
-        check_against(draft_model, draft)
-        return draft
+    def checked(source: nn.Module, compiled: CompiledModel) -> CompiledModel:
+        check_against(source, compiled)
+        captured.append(compiled)
+        return compiled
 
-    proposer.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    step = compile_step(compiled, batch, rule, proposer, LAYOUTS[layout].policy())
-    return OptimizedModel(model, step, options)
+    def compile_draft_model(source: nn.Module) -> CompiledModel:
+        check_model(source)
+        check_weights(source)
+        most = min(batch.capacity, length_limit(source) or batch.capacity)
+        return checked(source, _compile_as_far(source, BatchShape(batch.rows, most)))
+
+    compiled = checked(model, compile_model(model, batch))
+    drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
+    step = compile_step(compiled, batch, rule, drafter, LAYOUTS[options.layout].policy())
+    return step, tuple(captured)
+
+
+def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
+    """A draft model for rows of C tokens, or of fewer where it cannot be right for so many."""
+    from emssd_compile.compiler import compile_model
+
+    try:
+        return compile_model(model, batch)
+    except UnsupportedModelError as error:
+        if error.longest is None or not 0 < error.longest < batch.capacity:
+            raise
+        shorter = BatchShape(batch.rows, error.longest)
+    return _compile_as_far(model, shorter)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _resolve_length(model: nn.Module, max_length: int | None) -> int:
-    config = _text_config(getattr(model, "config", None))
-    found = [getattr(config, name, None) for name in _LENGTH_ATTRIBUTES]
-    limit = next((value for value in found if _is_length(value)), None)
-    if max_length is None:
-        if limit is None:
-            raise OptionError("max_length is needed: the model's config states no longest sequence")
-        return limit
-    if limit is not None:  # rotary scaling may reach farther than the positions it was trained on
-        limit = max([limit, *(_scaled_length(scaling, limit) for scaling in _rotary_scalings(config))])
-    if isinstance(max_length, int) and limit is not None and max_length > limit:
-        raise OptionError(f"max_length={max_length} is more than the {limit} positions the model was made for")
-    return max_length
-
-
-def _text_config(config: Any) -> Any:
-    """The part of a multimodal config that is about text; a config without parts itself."""
-    find = getattr(config, "get_text_config", None)
-    return find(decoder=True) if callable(find) else getattr(config, "text_config", config)
-
-
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0  # -1 says "no limit"
-
-
-def _rotary_scalings(config: Any) -> list[dict[str, Any]]:
-    """The settings of rotary positions: one, or one for each type of layer."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if not isinstance(settings, dict):
-        return []
-    layers = [value for value in settings.values() if isinstance(value, dict)]
-    return layers or [settings]
-
-
-def _scaled_length(scaling: dict[str, Any], limit: int) -> int:
-    """Positions that scaling stretches the trained ones to; 0 if the settings do not say."""
-    trained, factor = scaling.get("original_max_position_embeddings", limit), scaling.get("factor")
-    if not _is_length(trained) or not isinstance(factor, (int, float)) or not factor >= 1:
-        return 0
-    return int(trained * factor)
 
 
 class OptimizedModel(Decoder):
@@ -145,24 +148,79 @@ class OptimizedModel(Decoder):
         config, generation_config, device, dtype: those of the model.
     """
 
-    def __init__(self, model: nn.Module, step: CompiledStep, options: CompileOptions) -> None:
+    def __init__(
+        self, model: nn.Module, step: CompiledStep, options: CompileOptions, captured: tuple[CompiledModel, ...] = ()
+    ) -> None:
         self.model = model
         self.drafter = step.drafter
         self.options = options
-        self._step = step
-        backend, device, rows = BACKENDS[options.backend], _device(model), options.max_batch
-        self._records = [*step.records]
-        self.graph_module = step.for_target(backend.passes(device), self._records)
-        super().__init__(
-            assemble(
-                backend.lower(self.graph_module),
-                Signature.of(self.graph_module.graph, step.roles),
-                device,
-                LAYOUTS[options.layout],
-                prefill_chunk=options.prefill_chunk,
-                buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
-            )
+        super().__init__(self._assemble(step, captured or (step.compiled,)), lossless=step.rule.lossless)
+
+    def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
+        """Lower a step of the model as it is now, and remember what it is."""
+        backend, device, rows = BACKENDS[self.options.backend], _device(self.model), self.options.max_batch
+        records = [*step.records]
+        graph_module = step.for_target(backend.passes(device), records)
+        graphs = (graph_module, step.graph_module, *(c.graph_module for c in captured))
+        looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
+        freshness = Freshness(Structure(self.model, self.drafter), graphs, looked_at)
+        engine = assemble(
+            backend.lower(graph_module, self.options.deterministic),
+            Signature.of(graph_module.graph, step.roles),
+            device,
+            LAYOUTS[self.options.layout],
+            prefill_chunk=self.options.chunk(step.drafter.num_draft_tokens),
+            deterministic=self.options.deterministic,
+            buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
         )
+        # Last, so that an object that cannot be refreshed stays what it was.
+        self._step, self._records, self.graph_module, self._freshness = step, records, graph_module, freshness
+        return engine
+
+    def _follow(self) -> None:
+        if self._freshness.follow():
+            self._engine.launcher.forget_captures()
+
+    def refresh(self) -> None:
+        """Make the compiled step that of the model as it is now.
+
+        Each `generate` follows by itself what is written into weights, in any way, and other tensors of the same shape
+        and dtype in their place. Everything else that changes what a forward computes (adapters that are switched or
+        merged, hooks, another dtype or device, replaced modules, the configuration) makes it raise StaleModelError:
+        this method then compiles the model anew. Where nothing of that kind has changed, it costs no more than the
+        comparison. The options stay those of `optimize`.
+
+        Raises:
+            InvalidInputError, UnsupportedModelError, DrafterError, CapacityError: as `optimize`. What was compiled
+                before is kept, and remains stale.
+            ReentryError: it was called from inside a `generate` of this object.
+        """
+        with self._turns.take("refresh"), compiling, neutral(self._default_dtype):
+            check_model(self.model)
+            try:
+                self._follow()
+            except StaleModelError:
+                check_weights(self.model)
+                self._take(self._assemble(*_compile(self.model, self._step.rule, self.drafter, self.options)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward gives."""
+        return self.model(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's parameters."""
+        return self.model.parameters(recurse)
+
+    @property
+    def name_or_path(self) -> Any:
+        """Where the model comes from, if it knows."""
+        return getattr(self.model, "name_or_path", "")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model (not what was compiled of it: `export_onnx` and its like do that)."""
+        if not hasattr(self.model, "save_pretrained"):
+            raise OptionError(f"{type(self.model).__name__} has no save_pretrained; save its state_dict() with torch")
+        return self.model.save_pretrained(*args, **kwargs)
 
     @property
     def config(self) -> Any:
@@ -248,6 +306,8 @@ class OptimizedModel(Decoder):
     ) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
 
+        with self._turns.take("export"):
+            self._follow()  # what is written is the model as it is now
         what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
+from emssd_compile.numeric import flag, integer
+
+PREFILL_CHUNK = 512  # packed tokens of a step, unless the rows' drafts alone take more
 
 
 @dataclass(frozen=True)
@@ -18,23 +21,45 @@ class CompileOptions:
         max_length: C, tokens a row can hold, prompt and output together.
         backend: `"eager"` or `"inductor"`.
         layout: `"packed"`, `"padded"` or `"auto"` (see `layouts`).
-        prefill_chunk: most packed tokens of a step; longer prompts are read in chunks.
+        prefill_chunk: most packed tokens of a step; longer prompts are read in chunks. None: see `chunk`.
+        deterministic: whether the sizes of steps depend on nothing but the call.
     """
 
     max_batch: int
     max_length: int
     backend: str = "inductor"
     layout: str = "auto"
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_length", "prefill_chunk"):
+        for name, least in (("max_batch", 1), ("max_length", 1), ("prefill_chunk", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(f"{name}={value!r} must be an integer of at least 1")
+            if value is not None:
+                object.__setattr__(self, name, integer(name, value, least=least))
         if self.max_length < 2:
             raise OptionError("max_length=1 leaves no room for an output token; use at least 2")
         if self.backend not in BACKENDS:
             raise OptionError(f"unknown backend {self.backend!r}; choose one of {list(BACKENDS)}")
         if self.layout not in LAYOUTS:
             raise OptionError(f"unknown layout {self.layout!r}; choose one of {list(LAYOUTS)}")
+        object.__setattr__(self, "deterministic", flag("deterministic", self.deterministic))
+
+    def chunk(self, num_draft_tokens: int) -> int:
+        """Most packed tokens of a step of rows that have up to `num_draft_tokens` drafts each.
+
+        All of that is one step's work: each row's newest token and its drafts. More than all rows can hold never is.
+
+        Raises:
+            OptionError: `prefill_chunk` has no room for it.
+        """
+        least = self.max_batch * (num_draft_tokens + 1)
+        if self.prefill_chunk is None:
+            return max(PREFILL_CHUNK, least)
+        if self.prefill_chunk < least:
+            raise OptionError(
+                f"prefill_chunk={self.prefill_chunk} is less than the {least} tokens that a step of "
+                f"{self.max_batch} rows with {num_draft_tokens} drafts each takes; pass at least {least}, or a smaller "
+                "max_batch or num_draft_tokens"
+            )
+        return min(self.prefill_chunk, max(least, self.max_batch * self.max_length))

@@ -19,11 +19,12 @@ def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 class Precision(TorchDispatchMode):
     """Within this context every op computes in `dtype` at least: coarser inputs are converted on their way in.
 
-    Weights are converted for one op at a time, so this takes little memory. Results come out in `dtype`.
+    Weights are converted for one op at a time, so this takes little memory. Results come out in `dtype`. To be used
+    under `torch.no_grad()`: views of weights cannot be made here under `torch.inference_mode()`.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = dtype
         self.eps = torch.finfo(dtype).eps
 

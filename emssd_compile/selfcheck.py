@@ -15,8 +15,8 @@ from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.passes import PassRecord
 from emssd_compile.precision import Precision, coarsest
 from emssd_compile.runtime.memory import allocate, available
-from emssd_compile.step.drafting import TensorSpec
 from emssd_compile.step.pack import pack
+from emssd_compile.step.tensor_spec import TensorSpec
 
 _SHORT = (1, 6, 19)
 _SHORT_FIRST = (1, 2, 11)
@@ -120,7 +120,7 @@ def _room_for_float32(model: nn.Module, device: torch.device) -> bool:
 def _error(model: nn.Module, compiled: CompiledModel, prompts: _Prompts, dtype: torch.dtype | None) -> float:
     """Largest difference of logits, as a part of the largest logit of the row; computed in `dtype` at least."""
     worst = 0.0
-    with torch.inference_mode(), Precision(dtype) if dtype is not None else contextlib.nullcontext():
+    with torch.no_grad(), Precision(dtype) if dtype is not None else contextlib.nullcontext():
         packed = _packed_logits(compiled, prompts, dtype)
         forward = PlainForward(model)
         for row, length in enumerate(prompts.lengths):

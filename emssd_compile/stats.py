@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+
+_CHANGING = threading.Lock()  # one for all stats: it is held briefly, and a lock in each could not be copied
 
 
 @dataclass
 class Stats:
-    """Sums over every `generate` since `reset`. Counted on the device; read once per `generate`.
+    """Sums over every `generate` since `reset`, those included that were broken off.
+
+    They are counted on the device, and read once, at the end of each call.
 
     Attributes:
         num_steps: launches of the step graph.
@@ -19,6 +24,7 @@ class Stats:
         num_fed_tokens: tokens of rows that went through the model.
         num_padding_tokens: tokens that went through the model for nobody: the inert tails of the buckets.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.
+        lossless: whether the acceptance rule keeps the model's own tokens; not a count, and not reset.
     """
 
     num_steps: int = 0
@@ -30,6 +36,7 @@ class Stats:
     num_fed_tokens: int = 0
     num_padding_tokens: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
+    lossless: bool = True
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -43,12 +50,13 @@ class Stats:
 
     def add(self, counters: dict[str, int], histogram: list[int]) -> None:
         """Add what a run counted."""
-        for name, value in counters.items():
-            setattr(self, name, getattr(self, name) + value)
-        if not self.acceptance_histogram:
-            self.acceptance_histogram = [0] * len(histogram)
-        self.acceptance_histogram = [a + b for a, b in zip(self.acceptance_histogram, histogram, strict=True)]
+        with _CHANGING:
+            for name, value in counters.items():
+                setattr(self, name, getattr(self, name) + value)
+            before = self.acceptance_histogram or [0] * len(histogram)
+            self.acceptance_histogram = [a + b for a, b in zip(before, histogram, strict=True)]
 
     def reset(self) -> None:
         """Start from zero."""
-        self.__init__()  # type: ignore[misc]
+        with _CHANGING:
+            self.__init__(lossless=self.lossless)  # type: ignore[misc]

@@ -40,7 +40,9 @@ class Manifest:
         environment: what must be the same where it is loaded (`Target.environment`).
         layout: how much room a step gives to drafts; empty for `"verify"`.
         drafter, acceptance: names of their classes; empty for `"verify"`.
+        lossless: whether the acceptance rule keeps the model's own tokens.
         chunk: most packed tokens of a step.
+        deterministic: whether the sizes of steps depend on nothing but the requests.
         buckets: `StepSizes` of the steps that are run as one launch where the device can capture them, ascending.
         generation_config: defaults of the options of `generate`.
         explanation: what `explain()` shows.
@@ -60,7 +62,9 @@ class Manifest:
     layout: str
     drafter: str
     acceptance: str
+    lossless: bool
     chunk: int
+    deterministic: bool
     buckets: list[list[int]]
     generation_config: dict[str, Any]
     explanation: dict[str, Any]

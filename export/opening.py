@@ -12,6 +12,7 @@ from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
 from emssd_compile.export.folder import check_files, read_manifest
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.lowering import StepFunction
+from emssd_compile.runtime.turns import Turns
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import ROLES, Binding
 from emssd_compile.step.state import COUNTERS
@@ -83,6 +84,7 @@ class LoadedGraph:
         self.device = torch.empty(0, device=device).device  # "cuda" is one of them, which has an index
         self._inputs = manifest.signature.inputs
         self._step = step
+        self._turns = Turns()  # a runtime binds its inputs, then runs: two callers would run each other's
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Results by name, for all inputs by name; KV caches are written in place.
@@ -97,7 +99,8 @@ class LoadedGraph:
         sizes: dict[str, int] = {}
         for binding in self._inputs:
             self._check(binding, tensors[binding.name], sizes)
-        return self._step(*(tensors[binding.name] for binding in self._inputs))
+        with self._turns.take("the graph"):
+            return self._step(*(tensors[binding.name] for binding in self._inputs))
 
     def empty(self, role: str) -> dict[str, Tensor]:
         """Zeros for every input of a role (`"cache"`, `"state"`, ...). Raises OptionError for another role."""

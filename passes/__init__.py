@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from emssd_compile.passes.bar_unreadable import BarUnreadable
 from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.fuse_draft import FuseDraft
-from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.fuse_verify import FuseVerify
 from emssd_compile.passes.levels import (
     verify_canonical,
@@ -31,9 +30,9 @@ from emssd_compile.passes.restore_all_logits import RestoreAllLogits
 from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import UnpadTokens
-from emssd_compile.step.acceptance import Rule
+from emssd_compile.step.acceptance import Rule, check_rule
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import Drafter
+from emssd_compile.step.drafting import Drafter, check_drafter
 from emssd_compile.step.policy import LengthPolicy
 
 __all__ = [
@@ -80,18 +79,23 @@ def unpadded(batch: BatchShape, fake_mode: FakeTensorMode) -> Level:
             UnpadTokens(batch, fake_mode),
             SelectLogits(),  # needs the input `logit_index`, which unpad_tokens adds
             UnpadKVCache(batch, fake_mode),
-            FuseProjections(),  # after select_logits: an LM head that shares its input must not be merged away
         ),
         verify_unpadded,
     )
 
 
 def step(batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, fake_mode: FakeTensorMode) -> Level:
-    """L3: pack, run, accept, commit, draft and choose lengths as one graph."""
+    """L3: pack, run, accept, commit, draft and choose lengths as one graph.
+
+    Raises:
+        DrafterError, RuleError: an attribute of the drafter or the rule makes no sense.
+    """
+    check_rule(rule)
+    check_drafter(drafter)
     return Level(
         "L3",
         (
-            FuseVerify(batch, rule, drafter.num_draft_tokens, fake_mode),
+            FuseVerify(batch, rule, drafter, fake_mode),
             FuseDraft(drafter, policy, fake_mode),
         ),
         verify_step,

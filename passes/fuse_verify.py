@@ -8,13 +8,16 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from emssd_compile.errors import RuleError
 from emssd_compile.passes.graph import caches, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
-from emssd_compile.step.acceptance import Rule, Verification
+from emssd_compile.passes.traced_part import TracedPart, sizes_of
+from emssd_compile.step.acceptance import Rule, Verdict, Verification
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.commit import bar_eos, commit, draft_tokens
+from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
-from emssd_compile.step.state import StepState
+from emssd_compile.step.state import CONSTANT_FIELDS, StepState
 
 _RANGES = ("token_range", "logit_range", "row_range")
 _STATE = tuple(f.name for f in fields(StepState))
@@ -30,19 +33,21 @@ class FuseVerify:
 
         before:  forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R], caches)
         after:   forward(history[B,C], known[B], ..., token_range[T], logit_range[R], row_range, caches)
-                     -> {history, known, ..., tokens[B,K+1], counts[B], hidden[B,H]}
+                     -> {history, known, ..., tokens[B,K+1], counts[B], hidden[B,H], rule_<name>}
     """
 
     name = "fuse_verify"
 
-    def __init__(self, batch: BatchShape, rule: Rule, num_draft_tokens: int, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, batch: BatchShape, rule: Rule, drafter: Drafter, fake_mode: FakeTensorMode) -> None:
         self.batch = batch
         self.rule = rule
-        self.num_draft_tokens = num_draft_tokens
+        self.drafter = drafter
+        self.num_draft_tokens = drafter.num_draft_tokens
         self.fake_mode = fake_mode
+        self.notes: tuple[str, ...] = ()
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class."""
+        """Replace the model's graph by that of the step. Raises RuleError if the rule breaks its contract."""
         model = fx.GraphModule(graph_module, graph_module.graph)
         logits = results(model.graph)[1].meta["val"]
         device, vocabulary = logits.device, logits.shape[-1]
@@ -52,12 +57,17 @@ class FuseVerify:
             state = StepState.empty(
                 self.batch.rows, self.batch.capacity, vocabulary, self.num_draft_tokens, device
             ).tensors()
-        inputs = {name: add_input(graph, name, value) for name, value in state.items()}
+        inputs = {
+            name: add_input(graph, name, value, "setting" if name in CONSTANT_FIELDS else "state")
+            for name, value in state.items()
+        }
         for name in _RANGES:
-            inputs[name] = add_input(graph, name, fresh_index(self.fake_mode, device))
+            inputs[name] = add_input(graph, name, fresh_index(self.fake_mode, device), "size")
         for name, value in caches(model.graph).items():
-            inputs[name] = add_input(graph, name, value)
+            inputs[name] = add_input(graph, name, value, "cache")
         graph.output(self._step(graph_module, model, inputs))
+        loss = f"{type(self.rule).__name__} is lossy: the tokens need not be the model's own"
+        self.notes = (*(() if self.rule.lossless else (loss,)), *self.rule.notes())
         return 1
 
     def _step(self, into: fx.GraphModule, model: fx.GraphModule, inputs: dict[str, fx.Node]) -> dict[str, fx.Node]:
@@ -73,9 +83,12 @@ class FuseVerify:
             tokens, rows = ranges["token_range"].meta["val"].shape[0], ranges["logit_range"].meta["val"].shape[0]
             hidden.meta["val"] = hidden.meta["val"].new_empty((tokens, hidden.meta["val"].shape[-1]))
             logits.meta["val"] = logits.meta["val"].new_empty((rows, logits.meta["val"].shape[-1]))
-        return inline_function(
-            into, self._commit, {**state, **packed, "logits": logits, "hidden_all": hidden}, self.fake_mode
-        )
+        rule = TracedPart("rule", self.rule, Verdict, RuleError, sizes_of(into.graph, self.drafter))
+        given = {**state, **packed, "hidden_all": hidden}
+        seen = inline_function(into, self._verification, {**given, "logits": logits}, self.fake_mode)
+        verdict, rule_state = rule.inline(into, Verification, seen, self.fake_mode)
+        decided = {f"verdict.{name}": node for name, node in verdict.items()}
+        return inline_function(into, self._commit, {**given, **decided}, self.fake_mode) | rule_state
 
     def _pack(self, given: Tensors) -> Tensors:
         state = {name: given[name] for name in ("history", "known", "lengths", "draft_lengths", "active")}
@@ -88,16 +101,26 @@ class FuseVerify:
             **{f"rows_{name}": getattr(rows, name) for name in _ROWS},
         }
 
+    def _verification(self, given: Tensors) -> Tensors:
+        """What the rule sees: the fields of `Verification`."""
+        rows = LogitRows(**{name: given[f"rows_{name}"] for name in _ROWS})
+        return {
+            "logits": bar_eos(given["logits"], rows, given["min_known"], given["is_eos"]),
+            "offsets": given["rows_offsets"],
+            "draft_tokens": draft_tokens(given["history"], given["known"], self.num_draft_tokens),
+            "draft_lengths": given["drafted"],
+            "seeds": given["seeds"][rows.row_ids],
+            "positions": given["rows_positions"],
+        }
+
     def _commit(self, given: Tensors) -> Tensors:
+        """Carry the verdict out, as far as it can be meant: only drafts are accepted, and only token ids emitted."""
         state = StepState(**{name: given[name] for name in _STATE})
         packed = Packed(**{name: given[name] for name in _PACKED})
-        rows = LogitRows(**{name: given[f"rows_{name}"] for name in _ROWS})
-        drafts = draft_tokens(state.history, state.known, self.num_draft_tokens)
-        logits = bar_eos(given["logits"], rows, state.min_known, state.is_eos)
-        seeds = state.seeds[rows.row_ids]
-        verdict = self.rule(Verification(logits, rows.offsets, drafts, packed.drafted, seeds, rows.positions))
-        new, emission = commit(state, packed, verdict.accept_lengths, verdict.next_tokens)
-        last = packed.roots + torch.where(packed.ready, verdict.accept_lengths, 0)
+        accept_lengths = torch.minimum(given["verdict.accept_lengths"], packed.drafted).clamp(min=0)  # [B]
+        next_tokens = given["verdict.next_tokens"].clamp(0, state.is_eos.shape[0] - 1)  # [B]
+        new, emission = commit(state, packed, accept_lengths, next_tokens)
+        last = packed.roots + torch.where(packed.ready, accept_lengths, 0)  # [B], index into T
         return {
             **new.tensors(),
             "tokens": emission.tokens,
@@ -105,5 +128,5 @@ class FuseVerify:
             "hidden": given["hidden_all"][last],
             "ready": packed.ready,
             "drafted": packed.drafted,
-            "accepted": torch.minimum(verdict.accept_lengths, emission.counts),
+            "accepted": torch.minimum(accept_lengths, emission.counts),
         }

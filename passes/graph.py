@@ -144,6 +144,12 @@ def attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     return value
 
 
+def read_attributes(graph_module: fx.GraphModule) -> set[str]:
+    """Names of the attributes whose values a pass has looked at: what it made of them may stand in the graph."""
+    found: set[str] = graph_module.meta.setdefault("read_attributes", set())
+    return found
+
+
 def origin(node: fx.Node) -> str:
     """Where `node` came from in the user's model: the innermost module, or the source line."""
     stack = node.meta.get("nn_module_stack")
@@ -154,10 +160,10 @@ def origin(node: fx.Node) -> str:
     return "the model's forward"
 
 
-def refuse(node: fx.Node, reason: str, remedy: str = "") -> UnsupportedModelError:
+def refuse(node: fx.Node, reason: str, remedy: str = "", longest: int | None = None) -> UnsupportedModelError:
     """The error for a node that no pass can handle: which node, its op, its module, and why."""
     return UnsupportedModelError(
-        reason, node=node.name, op=str(node.target), module=origin(node), remedy=remedy or None
+        reason, node=node.name, op=str(node.target), module=origin(node), remedy=remedy or None, longest=longest
     )
 
 
@@ -208,6 +214,7 @@ class Evaluator:
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
+            read_attributes(self.graph_module).add(str(node.target))
             return attribute(self.graph_module, node).detach()
         if node.op != "call_function":
             raise KeyError(f"%{node.name} depends on the token ids")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -77,9 +77,10 @@ class LiftPositions:
         if any(s != 1 for s in sizes if isinstance(s, int)):
             return None
         shifts = {_shift(graph_module, node, tokens) for tokens in (*_PROBES, self.longest)}
-        if None in shifts or len(shifts) != 1:
+        shift_by = shifts.pop()
+        if shifts or shift_by is None:
             return None
-        graph, shift_by = graph_module.graph, int(shifts.pop())
+        graph = graph_module.graph
         with graph.inserting_before(node):
             new = positions
             if shift_by:
@@ -149,7 +150,7 @@ def _lookups(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node]]:
     if node.target == aten.index.Tensor:
         indices = node.args[1]
         assert isinstance(indices, (list, tuple))
-        found = [(node.args[0], dim, index) for dim, index in enumerate(indices)]
+        found: list[tuple[Any, Any, Any]] = [(node.args[0], dim, index) for dim, index in enumerate(indices)]
     elif node.target in _LOOKUPS:
         table, index = (node.args[place] for place in _LOOKUPS[node.target])
         dim = 0 if node.target == aten.embedding.default else node.args[1]
@@ -163,9 +164,9 @@ def _lookups(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node]]:
 
 def _refuse_table(node: fx.Node, table: fx.Node, rows: int, longest: int, limit: int) -> NoReturn:
     source = next((n for n in ancestors([table]) if n.op == "get_attr"), table)
-    remedy = f"pass max_length={limit} or less" if limit > 1 else ""
     raise refuse(
         node,
         f"the table {source.target} holds {rows} positions, and max_length={longest} needs more of them",
-        remedy=remedy,
+        remedy=f"pass max_length={limit} or less" if limit > 1 else "",
+        longest=limit if limit > 1 else None,
     )

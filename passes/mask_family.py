@@ -145,14 +145,15 @@ class _Recogniser:
         quarter = room // 4
         between = torch.linspace(0, self.longest - 1, quarter, dtype=torch.float64, device=self.device).long()
         parts = [self._range(0, quarter), between, self._range(self.longest - quarter, self.longest)]
-        return torch.cat(parts).unique()
+        places: Tensor = torch.cat(parts).unique()
+        return places
 
     def _distance(self, places: Tensor) -> Tensor:
         return places[:, None] - places
 
     def _flattening(self, places: Tensor) -> Tensor:
         """Raw scores [H, n, n] that cancel the bias."""
-        zeros = torch.zeros(self.heads, len(places), len(places), device=self.device)
+        zeros = torch.zeros(self.heads, len(places), len(places), dtype=torch.float32, device=self.device)
         return zeros if self.slopes is None else self.slopes[:, None, None] * self._distance(places) / self.scale
 
     def _telling(self, places: Tensor) -> Tensor:
@@ -220,13 +221,16 @@ class _Recogniser:
         else:
             edges = torch.linspace(1, self.longest // width, 16, dtype=torch.float64, device=self.device).long() * width
         found = (edges[:, None] + around).flatten()
-        return torch.cat([places, found[(found >= 0) & (found < self.longest)]]).unique()
+        both: Tensor = torch.cat([places, found[(found >= 0) & (found < self.longest)]]).unique()
+        return both
 
     def _slopes(self, short: Tensor) -> Tensor | None:
         """ALiBi slopes [H] of the bias over the first tokens; None if there is none."""
         tokens = len(short)
         with Precision(torch.float32):  # a slope is a number, not what half precision makes of its products
-            uniform = self.probe(short, torch.zeros(self.heads, tokens, tokens, device=self.device))
+            uniform = self.probe(
+                short, torch.zeros(self.heads, tokens, tokens, dtype=torch.float32, device=self.device)
+            )
         seen = uniform > 0
         if not bool(seen.diagonal(dim1=-2, dim2=-1).all()):
             return None  # a query that does not even see itself: no family
@@ -263,7 +267,12 @@ class _Recogniser:
     def _compare_scores(self, family: MaskFamily, places: Tensor) -> None:
         """Random scores give the probabilities of the family: scale, cap and bias are right."""
         generator = torch.Generator(self.device).manual_seed(0)
-        raw = torch.randn(self.heads, len(places), len(places), device=self.device, generator=generator) * 3
+        raw = (
+            torch.randn(
+                self.heads, len(places), len(places), dtype=torch.float32, device=self.device, generator=generator
+            )
+            * 3
+        )
         scaled = raw * self.scale
         if self.softcap:
             scaled = self.softcap * torch.tanh(scaled / self.softcap)

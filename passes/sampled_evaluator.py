@@ -171,7 +171,7 @@ class SampledEvaluator(Evaluator):
                 return self.sizes.concrete(leaf)
             return self(leaf)
 
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
         with torch.no_grad():
             result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         return result
@@ -190,7 +190,8 @@ class SampledEvaluator(Evaluator):
 
     def _slice(self, node: fx.Node) -> Tensor | None:
         """A slice along another dimension than the tokens', one of all tokens, or of T rows of a longer table."""
-        source, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        defaults: tuple[Any, ...] = (0, None, None, 1)
+        source, dim, start, end, step = (*node.args, *defaults[len(node.args) - 1 :])
         assert isinstance(source, fx.Node)
         assert isinstance(dim, int)
         if node in self.from_given:

@@ -100,10 +100,12 @@ def inline_function(
     return dict(zip(traced.meta["results"], results, strict=True))
 
 
-def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
-    """A new input, after those there are."""
+def add_input(graph: fx.Graph, name: str, value: Tensor, role: str | None = None) -> fx.Node:
+    """A new input, after those there are; `role` (`signature.ROLES`) goes to its metadata."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
         node = graph.placeholder(name)
     node.meta["val"] = value
+    if role is not None:
+        node.meta["role"] = role
     return node

@@ -16,7 +16,8 @@ from emssd_compile.ops._scores import AttentionAttributes, in_use
 from emssd_compile.passes.graph import argument, aten, attribute, call, fresh_index, inputs, output, refuse
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
 
-_ATTRIBUTES = {"scale", "softcap", "sinks"}  # that `tiled_attention` has, too; what others mean, masks say
+_KEPT = {"scale", "softcap", "sinks"}  # attributes that `tiled_attention` has, too
+_MASKED = {"window", "chunk", "alibi_slopes"}  # attributes that masks say
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class TileAttention:
     chunks, ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by
     all layers.
 
-    No result of a tile slot without a token is ever read. Inert tail tokens read the last slot of the last row, which
-    is finite, because `kv_lengths` is at least 1 and caches hold finite values.
+    No result of a tile slot without a token is ever read, and nothing reads what inert tail tokens give.
+
+    A token that overflows must not reach those who do not see it: not a draft the tokens before it, nor a request the
+    next one in its row. So no value that is written to a cache is infinite or NaN; instead the token's key is NaN, and
+    so is what attends to it.
 
         before:  emssd.append_kv(%k_cache_0[B,C,Hkv,D], %v_cache_0, %k[T,Hkv,D], %v, %row_ids, %slots)
                  %o[T,Hq,D] = emssd.ragged_attention(%q[T,Hq,D], %k_cache_0, %v_cache_0, %offsets, %lengths, ...)
@@ -134,13 +138,17 @@ class _Rewrite:
 
     def attention(self, site: fx.Node) -> None:
         """Rewrite one `ragged_attention` and the `append_kv` before it."""
+        for name in sorted(in_use(site.kwargs) - _KEPT - _MASKED):
+            raise refuse(site, f"its attribute {name} has no form for a tile of queries")
         append = self._append(site)
         query, k_cache, v_cache, offsets, lengths = (argument(site, index) for index in range(5))
         row_ids, slots = argument(append, 4), argument(append, 5)
         with self.graph.inserting_before(site):
+            given = {"keys": argument(append, 2), "values": argument(append, 3)}
+            new = inline_function(self.graph_module, _mark_broken, given, self.fake_mode)
             caches = [
-                self._update(cache, argument(append, 2 + index), row_ids, slots, offsets, lengths)
-                for index, cache in enumerate((k_cache, v_cache))
+                self._update(cache, new[name], row_ids, slots, offsets, lengths)
+                for name, cache in (("keys", k_cache), ("values", v_cache))
             ]
             self.graph.erase_node(append)
             result = self._attend(site, query, caches, self._tile(offsets, lengths, row_ids))
@@ -183,7 +191,7 @@ class _Rewrite:
             *caches,
             tile.kv_lengths,
             mask,
-            **{name: site.kwargs[name] for name in _ATTRIBUTES if name in site.kwargs},
+            **{name: value for name, value in site.kwargs.items() if name in _KEPT},
             is_causal=mask is None,
         )
         return self._take(result, picks.results)
@@ -208,7 +216,7 @@ class _Rewrite:
     def _mask(self, site: fx.Node, k_cache: fx.Node, tile: _Tile) -> fx.Node | None:
         """The mask that `site` needs, causal order included; None if that is all there is to it."""
         slopes, ancestors = site.kwargs.get("alibi_slopes"), site.kwargs.get("ancestors")
-        if in_use(site.kwargs) <= _ATTRIBUTES and ancestors is None:
+        if in_use(site.kwargs) <= _KEPT and ancestors is None:
             return None
         reach: Any = {name: site.kwargs[name] for name in ("window", "chunk") if name in site.kwargs}
         given = {"row_range": self.row_range, "kv_lengths": tile.kv_lengths}
@@ -225,6 +233,16 @@ class _Rewrite:
             make = partial(_make_mask, rule=key[0], capacity=cache.shape[2], dtype=cache.dtype)
             tile.masks[key] = inline_function(self.graph_module, make, given, self.fake_mode)["mask"]
         return tile.masks[key]
+
+
+def _mark_broken(given: Tensors) -> Tensors:
+    """Keys and values whose values are finite: where one is not, the key is NaN in its place.
+
+    A weight of 0 does not hide a value that is not finite; a score is hidden whatever it is.
+    """
+    keys, values = given["keys"], given["values"]
+    nothing = (values * 0).sum(-1, keepdim=True)  # 0, or NaN where a value is not finite
+    return {"keys": keys + nothing, "values": torch.where(nothing == 0, values, 0)}
 
 
 def _lay_out(given: Tensors) -> Tensors:

@@ -1,21 +1,25 @@
 import inspect
+import math
 import string
 import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    CompileConfig,
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     MaxLengthCriteria,
+    MaxTimeCriteria,
     PreTrainedTokenizerFast,
     StoppingCriteriaList,
     TextStreamer,
@@ -85,7 +89,9 @@ def generate(model, inputs, attention_mask=None, **kwargs):
                 logits[list(options.eos_token_ids)] = -torch.inf
             new.append(int(logits.argmax()))
             ids.append(new[-1])
-            if new[-1] in options.eos_token_ids or apply_stopping_criteria(options.stopping_criteria, ids):
+            is_late = options.max_time is not None and options.max_time == 0
+            stops = any(apply_stopping_criteria(options.row_criteria, torch.tensor([ids])))
+            if new[-1] in options.eos_token_ids or is_late or stops:
                 break
         generated.append(new)
     return prompts.restore(generated, options.pad_token_id)
@@ -226,7 +232,23 @@ class Odd:
         return "odd"
 
 
-@pytest.mark.parametrize("name", sorted((FIELDS | ARGUMENTS) - HONOURED - {"inputs"}))
+HARMLESS: dict[str, object] = {
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {"backend": "quanto"},
+    "max_cache_len": 64,
+    "prefill_chunk_size": 16,
+    "low_memory": True,
+    "compile_config": CompileConfig(),
+    "disable_compile": True,
+    "continuous_batching_config": Odd(),
+    "bos_token_id": 1,
+    "decoder_start_token_id": torch.tensor([1]),
+    "trust_remote_code": True,
+}
+
+
+@pytest.mark.parametrize("name", sorted((FIELDS | ARGUMENTS) - HONOURED - HARMLESS.keys() - {"inputs"}))
 def test_no_option_of_transformers_is_ignored(name):
     with pytest.raises(
         (NotImplementedError, OptionError), match=rf"^{name}=odd (is not supported|would have no effect): "
@@ -238,6 +260,87 @@ def test_no_option_of_transformers_is_ignored(name):
 def test_an_honoured_option_is_checked(name):
     with pytest.raises(OptionError, match=f"^{name}"):
         resolve(**{name: "rubbish"})
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_changes_no_token_passes(name):
+    assert resolve(**{name: HARMLESS[name]}) == resolve()
+    assert resolve(**{name: None}) == resolve()
+
+
+def test_what_changes_no_token_for_transformers_changes_none_here(model):
+    names = ("use_cache", "cache_implementation", "disable_compile", "bos_token_id")
+    options = {"max_new_tokens": 6, "pad_token_id": PAD, **{name: HARMLESS[name] for name in names}}
+    options["use_cache"] = True  # transformers makes no static cache otherwise
+    expected = model.generate(PROMPTS, attention_mask=MASK, **options)
+    assert generate(model, PROMPTS, MASK, **options).tolist() == expected.tolist()
+
+
+INTEGERS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "eos_token_id", "pad_token_id")
+WRONG = {
+    "bool": True,
+    "numpy bool": np.True_,
+    "bool tensor": torch.tensor(True),
+    "float": 2.0,
+    "NaN": math.nan,
+    "infinite": math.inf,
+    "float tensor": torch.tensor(2.0),
+    "numpy float": np.float32(2),
+    "text": "2",
+    "huge": 10**30,
+    "very huge": 10**5000,
+    "very negative": -(10**5000),
+    "meta": torch.tensor(2, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+def test_no_number_is_taken_for_another(name, value):
+    with pytest.raises(OptionError, match=f"^{name}="):
+        resolve(**{name: value})
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [np.int64(7), np.uint8(7), np.array(7), torch.tensor(7), torch.tensor(7).int()])
+def test_an_integer_of_another_kind_is_an_integer(name, value):
+    assert resolve(**{name: value}) == resolve(**{name: 7})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, -1, -0.5, -math.inf, True, np.True_, "3", 1j, [3], 10**5000],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_time_limit_that_is_no_time_is_refused(value):
+    with pytest.raises(OptionError, match=r"^max_time="):
+        resolve(max_time=value)
+
+
+@pytest.mark.parametrize("value", [3, 3.0, np.float32(3), np.int64(3), torch.tensor(3.0), torch.tensor(3)])
+def test_a_time_limit_is_a_number_of_seconds(value):
+    assert resolve(max_time=value).max_time == 3.0
+    assert resolve(max_time=math.inf).max_time == math.inf
+
+
+@pytest.mark.parametrize("value", [(1 << 63) - 1, 1 << 62])
+def test_a_minimum_of_any_size_ends_at_the_maximum(value):
+    for name in ("min_new_tokens", "min_length"):
+        with pytest.warns(UserWarning, match="more than the maximum"):
+            limits = limit_rows(resolve(**{name: value}, eos_token_id=3), prompts_of(3, 10), CAPACITY)
+        assert limits.min_new_tokens == [4, 4]
+
+
+def test_a_number_that_turns_an_option_off_may_be_of_any_kind_but_no_bool():
+    assert resolve(num_beams=np.int64(1), do_sample=np.False_, temperature=torch.tensor(1.0)) == resolve()
+    with pytest.raises(NotImplementedError, match="num_beams=True"):
+        resolve(num_beams=True)
+    with pytest.raises(NotImplementedError, match=r"num_beams=\(an integer of 16610 bits\)"):
+        resolve(num_beams=10**5000)
+    with pytest.raises(NotImplementedError, match="bad_words_ids="):
+        resolve(bad_words_ids=[[10**5000]])
+    with pytest.raises(NotImplementedError, match="repetition_penalty=nan"):
+        resolve(repetition_penalty=math.nan)
 
 
 def test_every_default_of_transformers_passes():
@@ -257,6 +360,7 @@ def test_every_default_of_transformers_passes():
         ({"prompt_lookup_num_tokens": 3}, r"optimize\(model, drafter="),
         ({"forced_eos_token_id": 0}, "logits"),
         ({"past_key_values": torch.zeros(2)}, "KV cache"),
+        ({"cache_implementation": "quantized"}, "as they are"),
         ({"stopping_criteria": [MaxLengthCriteria(9)]}, "pass max_length"),
         ({"stopping_criteria": [EosTokenCriteria(9)]}, "pass eos_token_id"),
     ],
@@ -272,7 +376,14 @@ def test_what_is_not_supported_is_named(options, message):
         ({"max_new_token": 3}, "did you mean max_new_tokens"),
         ({"zzz": None}, "no option 'zzz'"),
         ({"temperature": 0.7}, "temperature=0.7 would have no effect"),
-        ({"use_cache": False}, "use_cache=False would have no effect"),
+        ({"use_cache": "no"}, "use_cache='no' is not True or False"),
+        ({"cache_implementation": "statc"}, "none of transformers'"),
+        ({"compile_config": True}, "no configuration"),
+        ({"bos_token_id": "<s>"}, "bos_token_id='<s>' is not an integer"),
+        ({"max_cache_len": 0}, "max_cache_len=0 is out of range"),
+        ({"stop_strings": 3, "tokenizer": 3}, "no text"),
+        ({"stop_strings": "x", "tokenizer": 3}, "cannot be found with 3"),
+        ({"max_time": 3.0, "stopping_criteria": [MaxTimeCriteria(3.0)]}, "pass one"),
         ({"early_stopping": True}, "beam search"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": True}, "bool"),
@@ -344,7 +455,7 @@ def test_rows_of_a_tensor_that_may_end_apart_need_a_pad_id_before_any_work():
     limit_rows(resolve(stopping_criteria=stop), prompts_of(3, 4), CAPACITY)
 
 
-def test_stopping_criteria_see_one_row_and_all_of_them_are_asked():
+def test_stopping_criteria_see_the_batch_and_all_of_them_are_asked():
     seen = []
 
     def criterion(answer):
@@ -354,14 +465,40 @@ def test_stopping_criteria_see_one_row_and_all_of_them_are_asked():
 
         return ask
 
-    yes = [True, torch.tensor([True]), torch.tensor([[True]])]
-    no = [False, torch.tensor([False])]
-    assert all(apply_stopping_criteria(StoppingCriteriaList([criterion(answer)]), [1, 2]) for answer in yes)
-    assert not any(apply_stopping_criteria([criterion(answer)], [1, 2]) for answer in no)
-    assert not apply_stopping_criteria([], [1, 2])
+    row, batch = torch.tensor([[1, 2]]), torch.tensor([[1, 2], [3, 4]])
+    for yes in (True, torch.tensor([True]), torch.tensor([[True]]), torch.tensor(True), np.True_, np.array([True])):
+        assert apply_stopping_criteria(StoppingCriteriaList([criterion(yes)]), row) == [True]
+    for no in (False, torch.tensor([False])):
+        assert apply_stopping_criteria([criterion(no)], row) == [False]
+    assert apply_stopping_criteria([], batch) == [False, False]
+    assert apply_stopping_criteria([criterion(True)], batch) == [True, True]
+    assert apply_stopping_criteria([criterion(torch.tensor([False, True]))], batch) == [False, True]
+    assert apply_stopping_criteria([criterion([True, False])], batch) == [True, False]
     seen.clear()
-    assert apply_stopping_criteria([criterion(True), criterion(False)], [1, 2])
-    assert seen == [([[1, 2]], None)] * 2
+    assert apply_stopping_criteria([criterion(True), criterion(False)], batch) == [True, True]
+    assert seen == [([[1, 2], [3, 4]], None)] * 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(None, 1, 0.0, "yes", torch.tensor(1), torch.tensor([True]), torch.tensor([[True], [False]])),
+        *(torch.tensor([True] * 3), torch.tensor([1, 0]), [], [True, None], object()),
+    ],
+    ids=repr,
+)
+def test_what_is_no_answer_of_a_stopping_criterion_is_an_error_that_names_it(answer):
+    def undecided(input_ids, scores):
+        return answer
+
+    with pytest.raises(OptionError, match=r"undecided answered .*bool tensor of shape \[2\]"):
+        apply_stopping_criteria([undecided], torch.tensor([[1, 2], [3, 4]]))
+
+
+def test_a_stopping_criterion_cannot_write_into_what_the_next_one_sees():
+    batch = torch.tensor([[1, 2]])
+    assert apply_stopping_criteria([lambda ids, scores: bool(ids.zero_().any())] * 2, batch) == [False]
+    assert batch.tolist() == [[1, 2]]
 
 
 def test_the_output_reads_like_a_model_output():

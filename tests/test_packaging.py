@@ -99,6 +99,16 @@ for module in emssd_compile, emssd_compile.export, emssd_compile.passes:
     assert all(Path(file).is_relative_to(installed_python.parents[1]) for file in files)
 
 
+def test_the_command_is_installed(installed_python):
+    assert run([installed_python.parent / "emssd-compile", "--version"]).startswith("emssd_compile ")
+    assert "emssd-compile" in run([installed_python.parent / "emssd-compile", "generate", "--help"])
+
+
+def test_torch_finds_all_it_looks_for_at_its_start():
+    """Without numpy it warns at each."""
+    assert "numpy" in map(name_of, PYPROJECT["project"]["dependencies"])
+
+
 def test_import_loads_no_optional_dependency_and_is_quick(installed_python):
     code = """
 import sys, time, torch

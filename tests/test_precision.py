@@ -11,13 +11,13 @@ from tests.zoo import toy_model
 def test_half_precision_weights_compute_as_float32_ones():
     model = toy_model("llama").bfloat16()
     before = {name: (p, p._version, p.dtype) for name, p in model.named_parameters()}
-    ids = torch.arange(3, 20)[None]
-    with torch.inference_mode(), Precision(torch.float32):
+    ids, float32 = torch.arange(3, 20)[None], copy.deepcopy(model).float()
+    with torch.no_grad(), Precision(torch.float32):
         logits = model(ids).logits
     assert logits.dtype == torch.float32
     assert {name: (p, p._version, p.dtype) for name, p in model.named_parameters()} == before
     with torch.inference_mode():
-        torch.testing.assert_close(logits, copy.deepcopy(model).float()(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, float32(ids).logits, rtol=1e-5, atol=1e-5)
         assert model(ids).logits.dtype == torch.bfloat16
 
 

@@ -1,23 +1,37 @@
 """Acceptance rules: which drafts are kept, and which token follows them.
 
-To add a rule: one file with a `Rule`, one line in `RULES`.
+To add a rule: one file with a `Rule`, one line in `RULES`. A lossy rule is taken by its name only.
 """
+
+from collections.abc import Callable
 
 from emssd_compile.acceptance.greedy import GreedyMatch
 from emssd_compile.errors import OptionError
-from emssd_compile.step.acceptance import Rule, Verdict, Verification
+from emssd_compile.step.acceptance import Rule, Verdict, Verification, check_rule
 
-RULES: dict[str, type[Rule]] = {"greedy": GreedyMatch}
+RULES: dict[str, Callable[[], Rule]] = {"greedy": GreedyMatch}
 
 __all__ = ["RULES", "GreedyMatch", "Rule", "Verdict", "Verification", "make_rule"]
 
 
 def make_rule(choice: str | Rule) -> Rule:
-    """A rule by name, or the rule given; `"auto"` is the best lossless rule for greedy decoding."""
+    """A rule by name, or the lossless rule given; `"auto"` is the best lossless rule for greedy decoding.
+
+    Raises:
+        OptionError: there is none of that name, or an object is given that is lossy.
+        RuleError: the rule does not say whether it is lossless.
+    """
     if isinstance(choice, Rule):
+        if not check_rule(choice).lossless:
+            name = type(choice).__name__
+            raise OptionError(
+                f"{name} is lossy (lossless = False): the tokens would not be the model's own. A lossy rule is taken "
+                f"only by a name: emssd_compile.acceptance.RULES['...'] = {name} (or a function that makes one), then "
+                "acceptance='...'"
+            )
         return choice
     if choice == "auto":
         return GreedyMatch()
-    if choice not in RULES:
+    if not isinstance(choice, str) or choice not in RULES:
         raise OptionError(f"unknown acceptance rule {choice!r}; choose one of {['auto', *RULES]} or pass a Rule")
-    return RULES[choice]()
+    return check_rule(RULES[choice]())

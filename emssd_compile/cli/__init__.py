@@ -1,4 +1,4 @@
-"""The command line. To add a command: one file with `add`, `run` and `EXAMPLES`, one line in `COMMANDS`."""
+"""The command line, `emssd-compile`. To add a command: one file with `add`, `run` and `EXAMPLES`, one line here."""
 
 from __future__ import annotations
 

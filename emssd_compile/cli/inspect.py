@@ -44,6 +44,21 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         console.print(table)
 
 
+_FACTS = (
+    "emssd_compile",
+    "format",
+    "device",
+    "dtype",
+    "layout",
+    "chunk",
+    "deterministic",
+    "drafter",
+    "acceptance",
+    "lossless",
+)
+"""Fields of a manifest that are shown as they are."""
+
+
 def describe(manifest: Manifest) -> list[Table]:
     """Tables of all that a manifest says."""
     bindings = [_bindings(which, manifest) for which in ("inputs", "results")]
@@ -52,9 +67,8 @@ def describe(manifest: Manifest) -> list[Table]:
 
 def _facts(manifest: Manifest) -> Table:
     table = Table(title=f"{manifest.target}: {manifest.kind}", show_header=False)
-    names = ("emssd_compile", "format", "device", "dtype", "layout", "drafter", "acceptance", "chunk")
     details = {name: value for name, value in manifest.details.items() if name != "profiles"}
-    values = {name: getattr(manifest, name) for name in names} | manifest.environment | details
+    values = {name: getattr(manifest, name) for name in _FACTS} | manifest.environment | details
     for name, value in values.items():
         text = _plain(value)
         if 0 < len(text) <= MOST_CHARACTERS:

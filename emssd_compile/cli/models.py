@@ -14,7 +14,7 @@ from emssd_compile.drafters import DRAFTERS, DraftModel, PromptLookup
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 
-PROGRAM = "python -m emssd_compile"
+PROGRAM = "emssd-compile"
 
 
 def positive(text: str) -> int:
@@ -75,6 +75,9 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_length: str) -> None:
     parser.add_argument(
         "--layout", choices=LAYOUTS, default="auto", help="auto drafts only where that is faster (default: %(default)s)"
     )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="size steps without a clock: half precision repeats to the bit"
+    )
 
 
 def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.OptimizedModel:
@@ -86,6 +89,7 @@ def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.O
         max_length=arguments.max_length,
         backend=arguments.backend,
         layout=arguments.layout,
+        deterministic=arguments.deterministic,
     )
 
 

@@ -8,7 +8,9 @@ from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.prompt_lookup import PromptLookup
 from emssd_compile.errors import OptionError
-from emssd_compile.step.drafting import Draft, DraftContext, Drafter, TensorSpec
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter, check_drafter
+from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
+from emssd_compile.step.tensor_spec import TensorSpec
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt-lookup": PromptLookup}
 
@@ -19,19 +21,27 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "NoDrafter",
+    "PartSizes",
     "PromptLookup",
     "TensorSpec",
+    "gather_tensors",
     "make_drafter",
+    "tensors_of",
 ]
 
 
 def make_drafter(choice: str | nn.Module) -> Drafter:
-    """A drafter by name, the drafter given, or a causal LM wrapped into a `DraftModel`."""
+    """A drafter by name, the drafter given, or a causal LM wrapped into a `DraftModel`.
+
+    Raises:
+        OptionError: there is none of that name.
+        DrafterError: an attribute of the drafter given makes no sense.
+    """
     if isinstance(choice, Drafter):
-        return choice
+        return check_drafter(choice)
     if isinstance(choice, nn.Module):
         return DraftModel(choice)
-    if choice not in DRAFTERS:
+    if not isinstance(choice, str) or choice not in DRAFTERS:
         raise OptionError(
             f"unknown drafter {choice!r}; choose one of {list(DRAFTERS)}, or pass a Drafter or a smaller causal LM"
         )

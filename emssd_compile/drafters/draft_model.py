@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emssd_compile.errors import DrafterError, OptionError
-from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, TensorSpec
+from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel
 from emssd_compile.step.pack import Packed, pack
+from emssd_compile.step.parts import PartSizes
+from emssd_compile.step.tensor_spec import TensorSpec
+
+MOST_PADDING, MOST_PADDING_SHARE = 512, 0.01
+"""Vocabularies that differ by less than so many tokens, and by no more than this share of the larger one, are taken to
+differ by padding: what pads an embedding is 8 to 512 rows that no tokenizer gives out."""
 
 
 class DraftModel(Drafter):
@@ -18,6 +25,10 @@ class DraftModel(Drafter):
     Each step it first reads the tokens it has not seen (one a row; two where every draft was accepted, since the last
     draft was never fed; a chunk of the prompt in prefill), all rows packed together. Then it drafts greedily, one
     token a row at a time. The grade of a draft is the probability that the draft model gives it, in eighths.
+
+    A draft model may have fewer positions than the target: it drafts as far as they go, and rows that are longer decode
+    without drafts. Its vocabulary may be padded to another size than the target's: an id past the target's ends a
+    draft, and an id past its own is read as its last one.
 
     Args:
         model: a causal LM over the target's vocabulary.
@@ -34,6 +45,7 @@ class DraftModel(Drafter):
         self.model = model
         self.num_draft_tokens = num_draft_tokens
         self._packed: PackedModel | None = None
+        self._notes: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, path: str, num_draft_tokens: int = 4, **options: Any) -> DraftModel:
@@ -43,60 +55,71 @@ class DraftModel(Drafter):
         return cls(AutoModelForCausalLM.from_pretrained(path, **options).eval(), num_draft_tokens)
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
-        """Compile the model. Raises DrafterError if its vocabulary is not the target's."""
+        """Compile the model. Raises DrafterError if its vocabulary is not the target's, up to padding."""
         packed = compile_model(self.model)
-        if packed.vocabulary != vocabulary:
+        larger, difference = max(packed.vocabulary, vocabulary), abs(packed.vocabulary - vocabulary)
+        if difference >= MOST_PADDING or difference > MOST_PADDING_SHARE * larger:
             raise DrafterError(
-                f"the draft model predicts {packed.vocabulary} tokens and the target {vocabulary}: drafts would mean "
-                "other tokens; use a draft model that shares the target's tokenizer"
+                f"the draft model predicts {packed.vocabulary} tokens and the target {vocabulary}, which differ "
+                "by more than padding: drafts would mean other tokens; use a model that shares the target's tokenizer"
             )
         self._packed = packed
-        self._rows = rows
+        self._notes = (
+            *([f"the draft model drafts up to position {packed.capacity}"] if packed.capacity < capacity else []),
+            *([f"vocabularies of {packed.vocabulary} and {vocabulary}: taken for padding"] if difference else []),
+        )
 
-    def state_spec(self) -> dict[str, TensorSpec]:
-        """`draft_model_lengths[B]`: tokens whose KV the draft model has written."""
-        return {"draft_model_lengths": TensorSpec((self._rows,), torch.int64)}
+    def notes(self) -> tuple[str, ...]:
+        """In what the draft model and the target differ."""
+        return self._notes
 
-    def cache_spec(self) -> dict[str, TensorSpec]:
-        """The draft model's KV caches."""
-        assert self._packed is not None
-        return {f"draft_model_{name}": spec for name, spec in self._packed.cache_shapes.items()}
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        """`lengths` int64 `[B]`, tokens whose KV the draft model has written, and its KV caches."""
+        return {"lengths": TensorSpec((sizes.rows,), torch.int64), **self._model.cache_shapes}
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
-        known = context.known
+        """Read what is new, then draft greedily: tokens `[B, K]`, lengths `[B]`, grades `[B, K]`."""
+        known, capacity = context.known, self._model.capacity
+        has_place = known <= capacity  # [B], whether the root token has a position
         # KV of drafts that were rejected is stale: it counts only up to the root token.
-        lengths = torch.minimum(context.state["draft_model_lengths"], (known - 1).clamp(min=0))
+        lengths = torch.minimum(context.state["lengths"], (known - 1).clamp(min=0))
         packed = pack(
             history=context.history,
             known=known,
             lengths=lengths,
             draft_lengths=torch.zeros_like(known),
-            active=context.active,
+            active=context.active & has_place,
             token_range=context.draft_range,
             row_range=context.row_range,
             share=2,
         )
         drafting = context.can_draft & packed.ready
+        max_drafts = torch.minimum(context.max_drafts, capacity - known + 1)  # the last one is not fed
         token, grade = self._predict(packed, lengths, packed.roots, context)
-        tokens, grades = [token], [grade]
+        tokens, grades = [token], [grade]  # [B] each
         lengths = lengths + packed.fed
         for index in range(1, self.num_draft_tokens):
-            going = drafting & (index < context.max_drafts)
-            single, order = _one_token_each(token, known + index - 1, going)
-            token, grade = self._predict(single, known + index - 1, order, context)
+            going = drafting & (index < max_drafts)
+            # Rows that do not go on may be longer than the cache, which no target may be told.
+            position = (known + index - 1).clamp(max=capacity)  # [B]
+            single, order = _one_token_each(token, position, going)
+            token, grade = self._predict(single, position, order, context)
             tokens.append(token)
             grades.append(grade)
             lengths = lengths + going
-        count = torch.where(drafting, self.num_draft_tokens, 0)
-        state = {"draft_model_lengths": lengths}
-        return Draft(torch.stack(tokens, 1), count, state, torch.stack(grades, 1))
+        count = torch.where(drafting, max_drafts.clamp(max=self.num_draft_tokens), 0)
+        return Draft(torch.stack(tokens, 1), count, {"lengths": lengths}, torch.stack(grades, 1))
+
+    @property
+    def _model(self) -> PackedModel:
+        assert self._packed is not None, "prepare comes first"
+        return self._packed
 
     def _predict(self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row, and its grade."""
-        assert self._packed is not None
-        caches = {name: context.state[f"draft_model_{name}"] for name in self._packed.cache_shapes}
-        _, logits = self._packed(packed, lengths, index, caches)
+        caches = {name: context.state[name] for name in self._model.cache_shapes}
+        readable = packed.input_ids.clamp(max=self._model.vocabulary - 1)  # [T]
+        _, logits = self._model(replace(packed, input_ids=readable), lengths, index, caches)  # [B, V]
         best, token = logits.float().max(-1)
         probability = (best - logits.float().logsumexp(-1)).exp()
         return token, (probability * self.num_grades).long().clamp(0, self.num_grades - 1)

@@ -11,5 +11,5 @@ class NoDrafter(Drafter):
     num_draft_tokens = 0
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
+        """Tokens `[B, 0]` and lengths `[B]` of 0."""
         return Draft(context.known.new_zeros((context.known.shape[0], 0)), context.known.new_zeros(context.known.shape))

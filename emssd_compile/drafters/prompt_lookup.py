@@ -33,7 +33,7 @@ class PromptLookup(Drafter):
         self.num_grades = max_ngram + 1
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
+        """Copy what followed the best match: tokens `[B, K]`, lengths `[B]`, and the length of the match as grade."""
         history, known = context.history, context.known
         start, matched = self._continuation(history, known)
         index = start[:, None] + torch.arange(self.num_draft_tokens, device=known.device)

@@ -24,12 +24,13 @@ class Backend:
 
     Attributes:
         passes: the rewrites that suit this backend on a device, applied to the step graph.
-        lower: from the rewritten graph to what runs it.
+        lower: `lower(graph_module, deterministic) -> step`, from the rewritten graph to what runs it; if deterministic,
+            with kernels that are chosen without a clock.
         is_captured: whether decode steps become one launch each where the device can capture them (CUDA graphs).
     """
 
     passes: Callable[[torch.device], tuple[Pass, ...]]
-    lower: Callable[[fx.GraphModule], StepFunction]
+    lower: Callable[[fx.GraphModule, bool], StepFunction]
     is_captured: bool = True
 
 

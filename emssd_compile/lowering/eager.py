@@ -13,6 +13,6 @@ def passes(device: torch.device) -> tuple[()]:
     return ()
 
 
-def lower(graph_module: fx.GraphModule) -> Callable[..., dict[str, Tensor]]:
+def lower(graph_module: fx.GraphModule, deterministic: bool = False) -> Callable[..., dict[str, Tensor]]:
     """The graph module itself."""
     return graph_module

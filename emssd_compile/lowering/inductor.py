@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
+from emssd_compile.ambient import compiling
+
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
 
@@ -21,11 +23,14 @@ class InductorStep:
 
     Args:
         graph_module: level L3, or what a target's passes made of it; it is not changed.
+        deterministic: measure nothing while compiling, so that the same kernels come out.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, deterministic: bool = False) -> None:
         self.graph_module = graph_module
+        self._deterministic = deterministic
         self._names: tuple[str, ...] = ()
+        self._weights: tuple[tuple[dict[str, Any], str], ...] = ()
         self._run: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -33,17 +38,26 @@ class InductorStep:
         if self._run is None:
             self._compile()
         assert self._run is not None
-        return dict(zip(self._names, self._run(*inputs), strict=True))
+        # Read anew in each call: where another tensor is put in place of a weight, the graph module gets it, too.
+        weights = [store[name] for store, name in self._weights]
+        return dict(zip(self._names, self._run(*inputs, *weights), strict=True))
 
     def _compile(self) -> None:
         from torch._inductor.compile_fx import compile_fx
 
-        from emssd_compile.lowering.unbacked import OPTIONS, unbacked  # brings sympy: not needed to import the package
+        # These bring sympy: not needed to import the package.
+        from emssd_compile.lowering.unbacked import OPTIONS, lift_weights, unbacked
 
-        graph = unbacked(self.graph_module)
+        graph, names = lift_weights(unbacked(self.graph_module))
         # On a CPU a wrapper in Python costs another 10 % of a step of 8 rows of a small model.
-        options = {**OPTIONS, "cpp_wrapper": graph.inputs[0].device.type == "cpu"}
-        with graph.compiling():
+        options = {
+            **OPTIONS,
+            "cpp_wrapper": graph.inputs[0].device.type == "cpu",
+            "deterministic": self._deterministic,
+        }
+        stores = [getattr(self.graph_module, kind) for kind in ("_parameters", "_buffers")]
+        with compiling, graph.compiling():
+            self._weights = tuple((next(s for s in stores if name in s), name) for name in names)
             self._names = graph.result_names
             compiled = compile_fx(graph.graph_module, graph.inputs, config_patches=options)
             self._run = cast("Callable[..., Any]", compiled)
@@ -56,6 +70,6 @@ def passes(device: torch.device) -> tuple[Pass, ...]:
     return (PackLinears(),) if device.type == "cpu" else ()
 
 
-def lower(graph_module: fx.GraphModule) -> InductorStep:
-    """See `InductorStep`."""
-    return InductorStep(graph_module)
+def lower(graph_module: fx.GraphModule, deterministic: bool = False) -> InductorStep:
+    """The graph, to be compiled when it is first called."""
+    return InductorStep(graph_module, deterministic)

@@ -10,7 +10,8 @@ from pathlib import Path
 from emssd_compile.ops._ancestors import pack_ancestors
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
-from emssd_compile.ops._packed_linear import packed_linear
+from emssd_compile.ops._fingerprint import fingerprint
+from emssd_compile.ops._packed_linear import follow_packed, packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
 from emssd_compile.ops._tiled_attention import tiled_attention
 from emssd_compile.ops._update_kv import update_kv
@@ -22,6 +23,8 @@ __all__ = [
     "attention",
     "cpu_kernel_status",
     "cuda_kernel_status",
+    "fingerprint",
+    "follow_packed",
     "kernel_status",
     "load_cpu_kernels",
     "load_cuda_kernels",

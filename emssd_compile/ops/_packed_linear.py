@@ -1,4 +1,6 @@
-"""``emssd::packed_linear``: a linear layer whose weight is held in the layout that this machine multiplies fastest."""
+"""``emssd::packed_linear``: linear layers whose weights are held in the layout that this machine multiplies fastest."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -6,35 +8,46 @@ from torch._ops import OpOverload
 
 torch.library.define(
     "emssd::packed_linear",
-    "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.define("emssd::follow_packed", "(Tensor[] weights) -> bool")
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``.
+def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """``x @ cat(weights).T + cat(biases)``: layers that read the same input, as one product.
 
-    The C++ form keeps a packed copy of every weight it has seen for as long as the weight lives, and packs anew when
-    the weight was changed in place, as far as its version counter tells: changes of `weight.data` and of inference
-    tensors escape it.
+    The C++ form keeps a packed copy of the weights it has seen for as long as they live. It packs anew when a weight
+    has moved or its version counter has; what else was changed in place shows when `follow_packed` is called.
 
     Args:
         x: ``[..., in]``.
-        weight: ``[out, in]``.
-        bias: ``[out]``, or None.
+        weights: ``[out_i, in]`` each, at least one.
+        biases: ``[out_i]`` each; none, or as many as weights.
 
     Returns:
-        ``[..., out]``, contiguous.
+        ``[..., sum of out_i]``, contiguous.
     """
-    return torch.nn.functional.linear(x, weight, bias)
+    parts = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def follow_reference(weights: Sequence[Tensor]) -> bool:
+    """Forget the packed copy of `weights` if their values are no longer those it was made of; whether that was so.
+
+    Costs one reading of the weights.
+    """
+    return False  # there are no copies but those of the C++ form
 
 
 torch.library.impl("emssd::packed_linear", "default", reference)
+torch.library.impl("emssd::follow_packed", "default", follow_reference)
 
 
 @torch.library.register_fake("emssd::packed_linear")
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)))
 
 
 packed_linear: OpOverload = torch.ops.emssd.packed_linear.default
+follow_packed: OpOverload = torch.ops.emssd.follow_packed.default

@@ -26,15 +26,16 @@ def reference(
     sinks: Tensor | None = None,
     is_causal: bool,
 ) -> Tensor:
-    """Attention as ONNX (opset 24, `nonpad_kv_seqlen`) and TensorRT (`LOWER_RIGHT`) define it for external caches.
+    """Attention over row-wise caches, aligned as ONNX (`nonpad_kv_seqlen`) and TensorRT (`LOWER_RIGHT`) have it.
 
     Args:
         q: ``[B, Hq, S, Dk]``, each row's queries right-aligned: the last one is that of slot ``kv_lengths[b] - 1``.
         k_cache: ``[B, Hkv, C + 1, Dk]``; ``Hkv`` divides ``Hq``, query head ``h`` uses head ``h // (Hq / Hkv)``.
-        v_cache: ``[B, Hkv, C + 1, Dv]``.
+        v_cache: ``[B, Hkv, C + 1, Dv]``, finite below ``kv_lengths``: a weight of 0 hides nothing else.
         kv_lengths: int64 ``[B]``, slots of each row that may be seen; what lies in the others does not matter.
         mask: ``[B, 1 or Hq, S, C + 1]``, bool (whether the query may see the slot) or in the dtype of ``q`` (added to
-            the scores after the softcap), or None.
+            the scores after the softcap; half of the lowest number, or less, hides a slot), or None. The key of a
+            hidden slot does not matter.
         scale: multiplies the dot products.
         softcap, sinks: as in `AttentionAttributes`.
         is_causal: query ``i`` of row ``b`` sees only slots up to ``kv_lengths[b] - S + i``.
@@ -54,6 +55,7 @@ def reference(
         visible = visible & mask
     elif mask is not None:
         scores = scores + mask
+        visible = visible & (mask > torch.finfo(mask.dtype).min / 2)
     weights = softmax_with_sinks(scores.masked_fill(~visible, -torch.inf), sinks).masked_fill(~visible, 0.0)
     # A slot that nobody wrote may hold NaN, and 0 * NaN is NaN.
     unused = torch.arange(capacity, device=q.device) >= kv_lengths[:, None]

@@ -29,7 +29,13 @@ _INSTRUCTION_SETS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
-_OPS = ("append_kv", "packed_linear", "ragged_attention")  # those that library.cpp implements
+_OPS = (
+    "append_kv",
+    "fingerprint",
+    "follow_packed",
+    "packed_linear",
+    "ragged_attention",
+)  # those that library.cpp implements
 _prebuilt: list[str] = []  # the library in use where none could be built
 
 

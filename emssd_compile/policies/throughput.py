@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emssd_compile.step.drafting import TensorSpec
+from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking
+from emssd_compile.step.tensor_spec import TensorSpec
 
 PRIOR = 0.6  # acceptance of a draft nothing is known about
 ROW_PRIOR_WEIGHT, GRADE_PRIOR_WEIGHT = 4.0, 2.0  # in observations
@@ -40,26 +41,32 @@ class Throughput(LengthPolicy):
     whether the rule holds.
     """
 
-    def row_spec(self, rows: int, num_draft_tokens: int) -> dict[str, TensorSpec]:
-        """Evidence of each row, and the grades of the drafts that the next step verifies."""
-        evidence = TensorSpec((rows,), torch.float32)
-        grades = TensorSpec((rows, num_draft_tokens), torch.int64)
-        return {"policy_row_accepted": evidence, "policy_row_tried": evidence, "policy_grades": grades}
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        """Evidence of each row; grades of the drafts that the next step verifies; evidence of each grade and position.
 
-    def memory_spec(self, num_draft_tokens: int, num_grades: int) -> dict[str, TensorSpec]:
-        """Evidence of each grade and position."""
-        evidence = TensorSpec((num_grades, num_draft_tokens), torch.float32)
-        return {"policy_grade_accepted": evidence, "policy_grade_tried": evidence}
+        `row_accepted` and `row_tried` float32 `[B]`, `grades` int64 `[B, K]`; `grade_accepted` and `grade_tried`
+        float32 `[G, K]`, which no request's start resets.
+        """
+        of_row = TensorSpec((sizes.rows,), torch.float32)
+        grades = TensorSpec((sizes.rows, sizes.num_draft_tokens), torch.int64)
+        of_grade = TensorSpec((sizes.num_grades, sizes.num_draft_tokens), torch.float32, kept="forever")
+        return {
+            "row_accepted": of_row,
+            "row_tried": of_row,
+            "grades": grades,
+            "grade_accepted": of_grade,
+            "grade_tried": of_grade,
+        }
 
     def forward(self, context: PolicyContext) -> Ranking:
-        """See the class."""
-        state = {**_learn(context), "policy_grades": context.grades}
-        row = _rate(state["policy_row_accepted"], state["policy_row_tried"], ROW_PRIOR_WEIGHT)
-        grade = _rate(state["policy_grade_accepted"], state["policy_grade_tried"], GRADE_PRIOR_WEIGHT)
+        """Take in what the step verified, then rank `[B, K]` drafts by survival and want the n* best of them."""
+        state = {**_learn(context), "grades": context.grades}
+        row = _rate(state["row_accepted"], state["row_tried"], ROW_PRIOR_WEIGHT)
+        grade = _rate(state["grade_accepted"], state["grade_tried"], GRADE_PRIOR_WEIGHT)
         position = torch.arange(context.grades.shape[1], device=grade.device)
-        rate = (row[:, None] * grade[context.grades, position]).sqrt()
+        rate = (row[:, None] * grade[context.grades, position]).sqrt()  # [B, K]
         # The products are in memory, in the order in which `_rank` reads them: else each comparison computes its index.
-        survival = torch.where(position < context.proposed[:, None], rate, 0.0).cumprod(1).view(-1)
+        survival = torch.where(position < context.proposed[:, None], rate, 0.0).cumprod(1).view(-1)  # [B * K]
         ranks = _rank(survival)
         return Ranking(ranks.view_as(context.grades), _best_count(survival, ranks, context), state)
 
@@ -70,7 +77,7 @@ def _rank(merit: Tensor) -> Tensor:
     By comparison of all pairs: they are few, and unlike a sort this fuses with what is around it.
     """
     index = torch.arange(len(merit), device=merit.device)
-    before = (merit > merit[:, None]) | ((merit == merit[:, None]) & (index < index[:, None]))
+    before = (merit > merit[:, None]) | ((merit == merit[:, None]) & (index < index[:, None]))  # [n, n]
     return before.sum(1)
 
 
@@ -82,15 +89,15 @@ def _learn(context: PolicyContext) -> dict[str, Tensor]:
     """Take in what this step verified: a draft was tried if all before it were accepted."""
     state, drafted, accepted = context.state, context.drafted[:, None], context.accepted[:, None]
     position = torch.arange(context.grades.shape[1], device=drafted.device)
-    tried = ((position < drafted) & (position <= accepted)).float()
-    kept = ((position < drafted) & (position < accepted)).float()
-    grades = torch.arange(state["policy_grade_tried"].shape[0], device=drafted.device)
-    is_grade = (state["policy_grades"] == grades[:, None, None]).float()  # [G, B, K]
+    tried = ((position < drafted) & (position <= accepted)).float()  # [B, K]
+    kept = ((position < drafted) & (position < accepted)).float()  # [B, K]
+    grades = torch.arange(state["grade_tried"].shape[0], device=drafted.device)
+    is_grade = (state["grades"] == grades[:, None, None]).float()  # [G, B, K]
     return {
-        "policy_row_accepted": ROW_DECAY * state["policy_row_accepted"] + kept.sum(1),
-        "policy_row_tried": ROW_DECAY * state["policy_row_tried"] + tried.sum(1),
-        "policy_grade_accepted": GRADE_DECAY * state["policy_grade_accepted"] + (is_grade * kept).sum(1),
-        "policy_grade_tried": GRADE_DECAY * state["policy_grade_tried"] + (is_grade * tried).sum(1),
+        "row_accepted": ROW_DECAY * state["row_accepted"] + kept.sum(1),
+        "row_tried": ROW_DECAY * state["row_tried"] + tried.sum(1),
+        "grade_accepted": GRADE_DECAY * state["grade_accepted"] + (is_grade * kept).sum(1),
+        "grade_tried": GRADE_DECAY * state["grade_tried"] + (is_grade * tried).sum(1),
     }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.lowering import StepFunction
+from emssd_compile.ops.triton.selection import standard_forms
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import make_launcher
@@ -21,6 +23,7 @@ def assemble(
     layout: PackedLayout,
     *,
     prefill_chunk: int,
+    deterministic: bool = False,
     buckets: tuple[StepSizes, ...] = (),
 ) -> Engine:
     """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
@@ -31,6 +34,7 @@ def assemble(
         device: where it runs.
         layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
+        deterministic: whether the sizes of steps, and the kernels that run them, depend on nothing but the requests.
         buckets: sizes that are captured, where the device captures any.
 
     Raises:
@@ -43,6 +47,23 @@ def assemble(
     (rows, capacity), (vocabulary,), (nodes,) = shapes["history"], shapes["is_eos"], shapes["histogram"]
     state = StepState.empty(rows, capacity, vocabulary, nodes - 1, device)
     names = [binding.name for binding in signature.inputs]
-    launcher = make_launcher(step, names, {**state.tensors(), **tensors}, buckets)
+    run = _without_clock(step) if deterministic else step
+    launcher = make_launcher(run, names, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
-    return Engine(launcher, tuple(row), tuple(memory), layout, prefill_chunk=prefill_chunk, lag=lag)
+    return Engine(
+        launcher,
+        tuple(row),
+        tuple(memory),
+        layout,
+        prefill_chunk=prefill_chunk,
+        lag=lag,
+        deterministic=deterministic,
+    )
+
+
+def _without_clock(step: StepFunction) -> StepFunction:
+    def run(*inputs: Tensor) -> dict[str, Tensor]:
+        with standard_forms():
+            return step(*inputs)
+
+    return run

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -15,37 +15,13 @@ from emssd_compile.layouts import PackedLayout
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.dry_run import DryRun, dry_run
 from emssd_compile.runtime.launch import Launcher, Report
-from emssd_compile.runtime.planning import Planner, Row, RunningStep
-from emssd_compile.runtime.step_times import StepTimes, sizes_to_measure
+from emssd_compile.runtime.planning import Planner
+from emssd_compile.runtime.requests import Request, Row, RunningStep
+from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import COUNTERS, StepState
 
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
-
-
-@dataclass
-class Request:
-    """One prompt to continue.
-
-    Attributes:
-        index: the caller's number for it.
-        prompt: int64 `[S]`, on the CPU.
-        max_new_tokens: it ends after so many.
-        min_new_tokens: EOS is barred before so many.
-        seed: of its random numbers, for acceptance rules that draw.
-        num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
-        output: tokens emitted so far.
-        finished: whether it has ended.
-    """
-
-    index: int
-    prompt: Tensor
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    seed: int = 0
-    num_read: int = 0
-    output: list[int] = field(default_factory=list)
-    finished: bool = False
 
 
 class Engine:
@@ -62,6 +38,8 @@ class Engine:
         layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
+        deterministic: choose sizes without a clock, and forget at the start of a run what earlier ones taught: so the
+            steps of a run depend on its requests alone.
     """
 
     def __init__(
@@ -73,27 +51,33 @@ class Engine:
         *,
         prefill_chunk: int,
         lag: int,
+        deterministic: bool = False,
     ) -> None:
         self.launcher = launcher
         self.num_rows, self.capacity = launcher.tensors["history"].shape
         self.num_draft_tokens = launcher.tensors["histogram"].shape[0] - 1
-        self.chunk = max(prefill_chunk, self.num_rows * (self.num_draft_tokens + 1))
+        self.chunk = prefill_chunk
         self.lag = lag
+        self.deterministic = deterministic
         self.sizes_used: set[StepSizes] = set()
-        self.times = StepTimes(self.num_rows * (self.num_draft_tokens + 1))
+        most = self.num_rows * (self.num_draft_tokens + 1)
+        self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
         self._row_state = tuple(row_state)
+        self._memory = tuple(memory)
         self._kept = (*(f.name for f in fields(StepState)), *row_state, *memory)
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._last_read = 0.0
         self._num_observed = 0
         self._rows: list[Row | None] = [None] * self.num_rows
 
-    def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Iterator[Request]:
+    def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Generator[Request]:
         """Decode `requests`, as many at a time as there are rows; yields a request whenever it has new tokens.
 
-        The consumer may set `request.finished` to end a row early; tokens it then drops from `output` are forgotten.
+        The consumer may end any of them early, not only the one it was handed; see `Request.end`.
         """
+        if self.deterministic:
+            self._forget()
         self._set_eos(eos_token_ids)
         waiting = deque(requests)
         launched: deque[RunningStep] = deque()
@@ -104,6 +88,7 @@ class Engine:
                     launched.append(self._launch(launched))
                 while launched and (len(launched) > self.lag or not any(self._rows)):
                     yield from self._collect(launched.popleft())
+                    self._release()
         finally:
             self._clear()
 
@@ -115,7 +100,7 @@ class Engine:
     @property
     def is_measured(self) -> bool:
         """Whether steps are timed, since the layout asks for it."""
-        return self.planner.layout.is_measured
+        return self.planner.layout.is_measured and not self.deterministic
 
     def warmup(self) -> None:
         """Compile: run the step once."""
@@ -132,13 +117,12 @@ class Engine:
                 yield sizes
 
     def calibrate(self) -> None:
-        """Measure steps of some sizes with nothing in them, if the layout asks for times."""
-        if not self.is_measured:
-            return
-        captured = [bucket.token_range for bucket in self.launcher.buckets]
-        with self._dry_run() as dry:
-            seconds = dry.idle_seconds(captured or sizes_to_measure(self.times.most))
-        self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
+        """Measure steps of some sizes with nothing in them, if the layout asks for times; tell the device."""
+        if self.is_measured:
+            captured = [bucket.token_range for bucket in self.launcher.buckets]
+            with self._dry_run() as dry:
+                seconds = dry.idle_seconds(captured or sizes_to_measure(self.times.most))
+            self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
         self._publish_times()
 
     def _dry_run(self) -> AbstractContextManager[DryRun]:
@@ -189,14 +173,14 @@ class Engine:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
         sizes = self.planner.sizes(self._rows, launched, drafts)
         if self.lag:
-            self._make_room()
+            self._make_room(sum(row is not None for row in self._rows))
         started = time.perf_counter()
         report = self._run_step(sizes)
         return RunningStep(report, sizes, tuple(row.request if row else None for row in self._rows), started)
 
-    def _make_room(self) -> None:
+    def _make_room(self, busy: int) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
-        room = self.planner.room(sum(row is not None for row in self._rows), self.launcher.buckets)
+        room = self.planner.room(busy, self.launcher.buckets)
         if room != self._room:
             self._room = room
             self.launcher.assign("draft_budget", self.launcher.upload(torch.tensor(room)))
@@ -226,16 +210,14 @@ class Engine:
         self._record_wanted_drafts(launch, lines)
         for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
-            if row is None or request is not row.request:
+            if row is None or request is not row.request or request.finished:
                 continue  # the row was empty then, or has ended since
             count, active, row.pending, row.draft_length, _ = line[:columns]
-            if count:
-                request.output.extend(line[columns : columns + count])
-            request.finished = not active
+            request.output.extend(line[columns : columns + count])
+            row.is_active = bool(active)
+            request.finished = not row.is_active
             if count:
                 yield request
-            if request.finished:
-                self._release(b, active=bool(active))
 
     def _record_wanted_drafts(self, launch: RunningStep, lines: list[list[int]]) -> None:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
@@ -244,11 +226,22 @@ class Engine:
         if any(r.max_new_tokens - len(r.output) - n > self.num_draft_tokens for r, n in drafting):
             self.planner.record_wanted_drafts(wanted[0], len(drafting))
 
-    def _release(self, b: int, *, active: bool) -> None:
-        self._rows[b] = None
-        if active:  # ended by the caller: the device does not know yet
-            rows = self.launcher.upload(torch.tensor([b]))
+    def _release(self) -> None:
+        """Free the rows whose requests have ended."""
+        ended = {b: row for b, row in enumerate(self._rows) if row and row.request.finished}
+        for b in ended:
+            self._rows[b] = None
+        running = [b for b, row in ended.items() if row.is_active]
+        if running:  # ended by the caller: the device does not know yet
+            rows = self.launcher.upload(torch.tensor(running))
             self.launcher.assign("active", self.tensors["active"].index_fill(0, rows, False))
+
+    def _forget(self) -> None:
+        """Be as after the warm-up."""
+        for name in self._memory:
+            self.launcher.assign(name, torch.zeros_like(self.tensors[name]))
+        self.planner.forget()
+        self._make_room(self.num_rows)
 
     def _clear(self) -> None:
         """Leave no active row behind, also when the consumer stops early."""

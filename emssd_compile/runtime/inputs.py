@@ -6,18 +6,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from emssd_compile.errors import CapacityError, InvalidInputError
-
-PromptKind = Literal["tensor", "jagged", "tensors", "lists"]
-Sequences = Tensor | list[Tensor] | list[list[int]]
+from emssd_compile.runtime.containers import ACCEPTED, PromptKind, Sequences, split_rows
 
 _TOKEN_DTYPES = (torch.int64, torch.int32)
-_ACCEPTED = "a LongTensor[B, S], a list of token lists, a list of 1-D tensors, or a jagged nested tensor"
 
 
 @dataclass(frozen=True)
@@ -26,11 +22,12 @@ class PromptBatch:
 
     Attributes:
         kind: what the user gave, and what `restore` gives back: `"tensor"` [B, S], `"jagged"` nested tensor,
-            `"tensors"` (a list of 1-D tensors) or `"lists"` (a list of token lists).
+            `"tensors"` (a list of 1-D tensors), `"lists"` (a list of token lists), `"array"` [B, S] or `"arrays"` (a
+            list of 1-D arrays).
         given: `B` int64 CPU tensors [width]: each row as the user gave it, padding included.
         values: int64 CPU tensor [sum of `lengths`]: the tokens of all rows side by side, without padding.
         offsets: `B + 1` ints: row `b` is `values[offsets[b]:offsets[b + 1]]`.
-        device: where the user's tensors are, so where `restore` puts its own; the CPU for `"lists"`.
+        device: where the user's tensors are, so where `restore` puts its own; the CPU where there are none.
     """
 
     kind: PromptKind
@@ -41,6 +38,11 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.given)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether rows lie side by side in one block, so that the shorter ones are filled up."""
+        return self.kind in ("tensor", "array")
 
     @property
     def lengths(self) -> list[int]:
@@ -55,22 +57,22 @@ class PromptBatch:
     def restore(self, generated: Sequence[Sequence[int] | Tensor], pad_token_id: int | None) -> Sequences:
         """Join the prompts and the new tokens into the kind of container that the prompts came in.
 
-        A tensor follows Hugging Face `generate`: the prompts as given, with their padding, then the new tokens, and
-        `pad_token_id` after the rows that ended early. The other kinds are ragged and need no padding.
+        A tensor or array [B, S] follows Hugging Face `generate`: the prompts as given, with their padding, then the new
+        tokens, and `pad_token_id` after the rows that ended early. The other kinds are ragged and need no padding.
 
         Args:
             generated: the new tokens of each of the `B` rows, a sequence or 1-D tensor per row.
-            pad_token_id: what follows a shorter row; read for kind `"tensor"` only.
+            pad_token_id: what follows a shorter row; read for kinds `"tensor"` and `"array"` only.
 
         Returns:
-            int64 ids: a tensor [B, S + longest continuation], a jagged nested tensor, or a list of `B` tensors or
-            lists.
+            int64 ids: a tensor or array [B, S + longest continuation], a jagged nested tensor, or a list of `B`
+            tensors, arrays or lists.
 
         Raises:
             InvalidInputError: a tensor's rows ended at different lengths and there is no `pad_token_id`.
         """
         new = [torch.as_tensor(tokens, dtype=torch.int64, device="cpu") for tokens in generated]
-        if self.kind == "tensor":
+        if self.is_padded:
             new = _pad_right(new, pad_token_id)
         rows = [torch.cat(pair) for pair in zip(self.given, new, strict=True)]
         match self.kind:
@@ -82,6 +84,10 @@ class PromptBatch:
                 return [row.to(self.device) for row in rows]
             case "lists":
                 return [row.tolist() for row in rows]
+            case "array":
+                return torch.stack(rows).numpy()
+            case "arrays":
+                return [row.numpy() for row in rows]
 
 
 def parse_prompts(
@@ -98,8 +104,8 @@ def parse_prompts(
 
     Args:
         inputs: a LongTensor (int64 or int32) [B, S], a list of token lists, a list of 1-D tensors, a jagged nested
-            tensor [B, j], or a mapping such as transformers' `BatchEncoding` with `input_ids` and perhaps the two masks
-            below.
+            tensor [B, j], numpy arrays of integers in place of tensors, or a mapping such as transformers'
+            `BatchEncoding` with `input_ids` and perhaps the two masks below.
         attention_mask: 1 at tokens and 0 at padding, in the shape of `inputs`; each row is padded on one side at most.
         vocab_size: ids must be below it; ids at padding are not looked at.
         capacity: tokens that a row of KV cache can hold; a prompt must leave room for one more.
@@ -124,12 +130,12 @@ def parse_prompts(
     elif inputs is None:
         inputs = input_ids
     if inputs is None:
-        raise InvalidInputError(f"no prompts: pass {_ACCEPTED}; to start from nothing, pass [[bos_token_id]]")
+        raise InvalidInputError(f"no prompts: pass {ACCEPTED}; to start from nothing, pass [[bos_token_id]]")
 
-    kind, rows, device = _split_rows(inputs, "inputs")
+    kind, rows, device = split_rows(inputs, "inputs")
     _check_tokens(rows)
     _check_token_types(token_type_ids)
-    if attention_mask is None and kind == "tensor" and pad_token_id is not None:
+    if attention_mask is None and kind in ("tensor", "array") and pad_token_id is not None:
         spans = _infer_spans(rows, pad_token_id)
     else:
         spans = _read_spans(rows, attention_mask)
@@ -151,55 +157,6 @@ def _read_mapping(inputs: Mapping[object, object]) -> dict[object, object]:
     return dict(inputs)
 
 
-def _split_rows(value: object, name: str) -> tuple[PromptKind, list[Tensor], torch.device]:
-    """Take a batch of any accepted kind apart into one 1-D CPU tensor per row, of whatever dtype it has."""
-    if isinstance(value, Tensor):
-        kind, rows = _split_tensor(value.detach(), name)
-        device = value.device
-    elif isinstance(value, (list, tuple)):
-        kind, rows = _split_list(value, name)
-        device = value[0].device if kind == "tensors" else torch.device("cpu")
-    else:
-        raise InvalidInputError(f"{name} is a {type(value).__name__}; pass {_ACCEPTED}")
-    return kind, rows, device
-
-
-def _split_tensor(value: Tensor, name: str) -> tuple[PromptKind, list[Tensor]]:
-    if value.is_nested and value.layout != torch.jagged:
-        raise InvalidInputError(
-            f"{name} is a nested tensor of layout {value.layout}; build it with layout=torch.jagged"
-        )
-    if value.dim() != 2:
-        hint = "; add the batch dimension with unsqueeze(0)" if value.dim() == 1 else ""
-        raise InvalidInputError(f"{name} is a {value.dim()}-D tensor; a batch of prompts is 2-D [B, S]{hint}")
-    rows = list(value.cpu().unbind())
-    if not rows:
-        raise InvalidInputError(f"{name} is an empty batch; pass at least one prompt")
-    return "jagged" if value.is_nested else "tensor", rows
-
-
-def _split_list(value: Sequence[object], name: str) -> tuple[PromptKind, list[Tensor]]:
-    if not value:
-        raise InvalidInputError(f"{name} is an empty batch; pass at least one prompt")
-    if isinstance(value[0], int):
-        raise InvalidInputError(f"{name} is a flat list of ids; one prompt is a batch of one: wrap it in a list")
-    are_tensors = [isinstance(row, Tensor) for row in value]
-    if any(are_tensors) and not all(are_tensors):
-        raise InvalidInputError(f"{name} mixes tensors and lists; make every row the same kind")
-    rows = [_read_row(row, f"row {index} of {name}") for index, row in enumerate(value)]
-    return "tensors" if are_tensors[0] else "lists", rows
-
-
-def _read_row(row: object, where: str) -> Tensor:
-    try:
-        tensor = row.detach().cpu() if isinstance(row, Tensor) else torch.tensor(row)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(f"{where} is not a list of token ids: {error}") from error
-    if tensor.dim() != 1:
-        raise InvalidInputError(f"{where} has {tensor.dim()} dimensions; a prompt is a flat list or 1-D tensor of ids")
-    return tensor
-
-
 def _check_tokens(rows: list[Tensor]) -> None:
     """Refuse empty and non-integer rows, and turn the others into int64 in place."""
     for index, row in enumerate(rows):
@@ -213,7 +170,7 @@ def _check_tokens(rows: list[Tensor]) -> None:
 def _check_token_types(token_type_ids: object) -> None:
     if token_type_ids is None:
         return
-    _, rows, _ = _split_rows(token_type_ids, "token_type_ids")
+    _, rows, _ = split_rows(token_type_ids, "token_type_ids")
     if any(row.any() for row in rows):
         raise NotImplementedError(
             "token_type_ids: the model is compiled for token ids alone, so segments other than 0 cannot be passed on; "
@@ -232,7 +189,7 @@ def _infer_spans(rows: list[Tensor], pad_token_id: int) -> list[slice]:
 def _read_spans(rows: list[Tensor], attention_mask: object) -> list[slice]:
     if attention_mask is None:
         return [slice(0, len(row)) for row in rows]
-    _, masks, _ = _split_rows(attention_mask, "attention_mask")
+    _, masks, _ = split_rows(attention_mask, "attention_mask")
     if len(masks) != len(rows):
         raise InvalidInputError(f"attention_mask has {len(masks)} rows, inputs has {len(rows)}; they must match")
     spans = []

@@ -70,6 +70,9 @@ class Launcher(ABC):
     def upload(self, value: Tensor) -> Tensor:
         """`value`, made on the CPU, where the tensors are."""
 
+    def forget_captures(self) -> None:  # noqa: B027  (a launcher need not record anything)
+        """Weights lie elsewhere than before: forget what was recorded with their old addresses."""
+
     def _run(self, sizes: StepSizes) -> dict[str, Tensor]:
         ranges = {name: self._arange(name, size) for name, size in sizes._asdict().items()}
         with torch.no_grad():
@@ -129,7 +132,7 @@ class GraphLauncher(Launcher):
     A graph works on the addresses it was captured with. So the tensors stay where they are: a step ends by copying
     what it returns into them, and the host changes them in place. Drafting, verification, acceptance, the update of
     the state and these copies are all in the graph; a replay needs no arguments. KV caches are not copied, since the
-    step writes them in place, and weights are read where they lie: the model must not be moved.
+    step writes them in place, and weights are read where they lie: if they move, `forget_captures` must be called.
 
     The first step of a bucket runs directly, as the warm-up that a capture needs; then it is captured. Steps that no
     bucket covers (chunks of prompts) always run directly: they are few, and long enough to hide their launches.
@@ -156,6 +159,10 @@ class GraphLauncher(Launcher):
         self._replays: dict[StepSizes, Callable[[], object]] = {}
         width = len(REPORT_FIELDS) + len(tensors["histogram"])
         self._report = tensors["history"].new_zeros((len(tensors["history"]), width))
+
+    def forget_captures(self) -> None:
+        """See the base class. Each bucket is captured anew when it is launched next."""
+        self._replays.clear()
 
     def launch(self, sizes: StepSizes) -> Report:
         """See the base class."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Generic
 
 import torch
+from torch import Tensor
 
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from emssd_compile.generation import DEFAULT_NEW_TOKENS, GenerateOptions, StoppingCriterion
-from emssd_compile.runtime.inputs import PromptBatch, Sequences
+from emssd_compile.runtime.containers import Kind
+from emssd_compile.runtime.inputs import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,16 @@ def limit_rows(options: GenerateOptions, prompts: PromptBatch, capacity: int) ->
         raise InvalidInputError(f"streamer: only one prompt can be streamed, not {len(prompts)}; pass them one by one")
     sizes = enumerate(zip(prompts.lengths, prompts.widths, strict=True))
     most = [_max_new_tokens(options, row, length, width, capacity) for row, (length, width) in sizes]
-    least = [_min_new_tokens(options, width) for width in prompts.widths]
-    if options.eos_token_ids and any(low > high for low, high in zip(least, most, strict=True)):
+    asked = [_min_new_tokens(options, width) for width in prompts.widths]
+    least = [min(low, high) for low, high in zip(asked, most, strict=True)]
+    if options.eos_token_ids and asked != least:
         message = (
             "min_new_tokens or min_length asks for more than the maximum; such rows end at the maximum, without EOS"
         )
         warnings.warn(message, UserWarning, stacklevel=3)
-    may_be_ragged = len(prompts) > 1 and (options.stopping_criteria or len(set(most)) > 1)
-    if prompts.kind == "tensor" and may_be_ragged and options.pad_token_id is None:
+    stops = options.stopping_criteria or options.row_criteria or options.max_time is not None
+    may_be_ragged = len(prompts) > 1 and (stops or len(set(most)) > 1)
+    if prompts.is_padded and may_be_ragged and options.pad_token_id is None:
         raise OptionError("rows may end at different lengths: pass pad_token_id, or prompts as lists, which need none")
     return RowLimits(most, least)
 
@@ -85,33 +91,54 @@ def _min_new_tokens(options: GenerateOptions, width: int) -> int:
     return max(0, (options.min_length or 0) - width)
 
 
-def apply_stopping_criteria(criteria: Iterable[StoppingCriterion], ids: Sequence[int]) -> bool:
-    """Tell whether any of Hugging Face's stopping criteria holds for one row.
-
-    A row is judged alone and without its padding: each criterion is called with a LongTensor [1, n] of its prompt and
-    new tokens and `scores=None`, and answers with a bool or a bool tensor. Call this once per row and new token, in the
-    order of the tokens.
+def apply_stopping_criteria(criteria: Iterable[StoppingCriterion], input_ids: Tensor) -> list[bool]:
+    """Which of B rows end, since any of Hugging Face's stopping criteria holds for them.
 
     Args:
-        criteria: transformers' `StoppingCriteriaList`, or any iterable of such callables. All of them are called.
-        ids: the `n` tokens of the row so far.
+        criteria: transformers' `StoppingCriteriaList`, or any iterable of such callables. Each is called, with
+            `input_ids` and `scores=None`, and answers with a bool for all rows or a bool tensor `[B]`.
+        input_ids: int64 `[B, n]`, the rows so far.
+
+    Raises:
+        OptionError: one answers with something else.
     """
-    input_ids = torch.tensor([ids], dtype=torch.int64)
-    answers = [bool(torch.as_tensor(criterion(input_ids, None)).any()) for criterion in criteria]
-    return any(answers)
+    ends = torch.zeros(len(input_ids), dtype=torch.bool)
+    for criterion in criteria:
+        ends |= _answer(criterion, criterion(input_ids.clone(), None), len(input_ids))
+    rows: list[bool] = ends.tolist()
+    return rows
+
+
+def _answer(criterion: StoppingCriterion, answer: object, rows: int) -> Tensor:
+    """What a criterion said, as bool `[]` or `[B]`."""
+    try:
+        told = torch.as_tensor(answer).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        told = torch.empty(0)
+    if told.dtype != torch.bool or (told.dim() > 0 and (told.numel() != rows or (rows > 1 and told.dim() > 1))):
+        kind = f"a {told.dtype} of shape {list(told.shape)}" if isinstance(answer, Tensor) else reprlib.repr(answer)
+        raise OptionError(
+            f"the stopping criterion {_name(criterion)} answered {kind}; it must return True, False, or a bool tensor "
+            f"of shape [{rows}], one for each row of the batch"
+        )
+    return told.reshape(rows) if told.dim() else told
+
+
+def _name(criterion: StoppingCriterion) -> str:
+    return getattr(criterion, "__qualname__", type(criterion).__qualname__)
 
 
 @dataclass(frozen=True, eq=False)
-class GenerateOutput(Mapping[str, Sequences]):
+class GenerateOutput(Mapping[str, Kind], Generic[Kind]):
     """Read like transformers' `ModelOutput`: `out.sequences`, `out["sequences"]` and `out[0]` are the same object.
 
     Attributes:
         sequences: prompts and new tokens, in the kind of container that the prompts came in.
     """
 
-    sequences: Sequences
+    sequences: Kind
 
-    def __getitem__(self, key: str | int) -> Sequences:
+    def __getitem__(self, key: str | int) -> Kind:
         return self.to_tuple()[key] if isinstance(key, int) else {name: getattr(self, name) for name in self}[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -120,6 +147,6 @@ class GenerateOutput(Mapping[str, Sequences]):
     def __len__(self) -> int:
         return len(fields(self))
 
-    def to_tuple(self) -> tuple[Sequences, ...]:
+    def to_tuple(self) -> tuple[Kind, ...]:
         """The values in the order of the attributes."""
         return tuple(getattr(self, name) for name in self)

@@ -3,48 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.runtime.buckets import StepSizes, smallest_cover
-from emssd_compile.runtime.launch import Report
+from emssd_compile.runtime.requests import Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes
-
-if TYPE_CHECKING:
-    from emssd_compile.runtime.engine import Request
-
-
-@dataclass
-class Row:
-    """What the host knows of a row; as old as the last report that was read.
-
-    Attributes:
-        request: what it decodes.
-        pending: tokens that it knows and has not read.
-        draft_length: drafts that it verifies behind them.
-    """
-
-    request: Request
-    pending: int
-    draft_length: int = 0
-
-
-@dataclass(frozen=True)
-class RunningStep:
-    """A step under way.
-
-    Attributes:
-        report: what it tells the host, perhaps not there yet.
-        sizes: of the step.
-        requests: which request each row held when it was launched.
-        started: when that was, seconds of `time.perf_counter`.
-    """
-
-    report: Report
-    sizes: StepSizes
-    requests: tuple[Request | None, ...]
-    started: float
 
 
 class Planner:
@@ -66,7 +29,11 @@ class Planner:
         self.chunk = chunk
         self.layout = layout
         self.times = times
-        self._wanted = (num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing of what rows want: all they can."""
+        self._wanted = (self.num_draft_tokens, 1)  # (drafts, rows that wanted so many together), as last reported
 
     def record_wanted_drafts(self, num_drafts: int, num_rows: int) -> None:
         """Take what so many drafting rows (at least one) last wanted together."""

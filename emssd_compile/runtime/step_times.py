@@ -53,7 +53,7 @@ class StepTimes:
     def table(self) -> Tensor:
         """float32 `[most + 1]`, seconds of a step of n tokens."""
         offset, slope = self._line()
-        return torch.tensor([offset + slope * measured for measured in self._measured])
+        return torch.tensor([offset + slope * measured for measured in self._measured], dtype=torch.float32)
 
     def cheapest(self, tokens: int) -> int:
         """The number of tokens, at least `tokens`, whose step takes the least time.
@@ -74,6 +74,18 @@ class StepTimes:
         slope = max((xy - x * y + prior) / (xx - x * x + prior), 0.0)
         offset = y - slope * x
         return (offset, slope) if offset >= 0 else (0.0, y / x)
+
+
+def assumed_times(most: int, device: torch.device) -> StepTimes:
+    """Times where no clock is to be asked: a step costs something, and each of its tokens the same share of that.
+
+    What it costs without tokens is mostly reading the weights. A CPU multiplies in the meantime for a few tokens, a GPU
+    for a hundred or so.
+    """
+    free = 8 if device.type == "cpu" else 128
+    times = StepTimes(most)
+    times.calibrate({1: free + 1.0, most: float(free + most)})
+    return times
 
 
 def sizes_to_measure(most: int) -> list[int]:

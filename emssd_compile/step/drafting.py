@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
+from emssd_compile.errors import DrafterError
 from emssd_compile.step.pack import Packed
+from emssd_compile.step.parts import Part
+from emssd_compile.step.tensor_spec import TensorSpec
 
 
 @dataclass
@@ -26,7 +28,7 @@ class DraftContext:
         draft_range: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model
             of its own.
         row_range: int64, `arange` of the most of these that one row may take.
-        state: the drafter's own tensors, as declared by `Drafter.state_spec` and `Drafter.cache_spec`.
+        state: the drafter's own tensors, as declared by `Drafter.tensors`.
     """
 
     history: Tensor
@@ -47,29 +49,16 @@ class Draft:
     Attributes:
         tokens: int64 `[B, K]`; ids outside the vocabulary end the row's draft.
         lengths: int64 `[B]`, how many of them to verify; what exceeds `max_drafts` is cut.
-        state: new values of the tensors in `state_spec`.
+        state: new values of the tensors in `Drafter.tensors`, but for those written in place.
         grades: int64 `[B, K]`, 0 to `num_grades - 1`: how sure the drafter is of each draft, in whatever way it knows.
             A policy learns what each grade is worth, so it need not be calibrated. None grades all alike; grades
             out of range count as the nearest.
     """
 
-    tokens: Tensor
-    lengths: Tensor
+    tokens: Tensor = field(metadata={"shape": "BK"})
+    lengths: Tensor = field(metadata={"shape": "B"})
     state: dict[str, Tensor] = field(default_factory=dict)
-    grades: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape, dtype and meaning of a tensor that the runtime allocates (zeros).
-
-    Attributes:
-        shape: sizes; the first is B, the rows.
-        dtype: element type.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    grades: Tensor | None = field(default=None, metadata={"shape": "BK"})
 
 
 class PackedModel(Protocol):
@@ -81,8 +70,13 @@ class PackedModel(Protocol):
         ...
 
     @property
+    def capacity(self) -> int:
+        """Tokens that a row of its KV caches can hold: C, or less where the model has fewer positions."""
+        ...
+
+    @property
     def cache_shapes(self) -> dict[str, TensorSpec]:
-        """Its KV caches by name."""
+        """Its KV caches by name; written in place."""
         ...
 
     def __call__(
@@ -95,14 +89,12 @@ class PackedModel(Protocol):
 Compile = Callable[[nn.Module], PackedModel]
 
 
-class Drafter(nn.Module):
+class Drafter(Part):
     """Proposes tokens; verification decides. A poor draft costs time, never correctness.
 
-    `forward` is traced into the step graph: tensor operations only, no host read, no shape that depends on data.
-
     Attributes:
-        num_draft_tokens: K, the most tokens a row may draft.
-        num_grades: how many grades `Draft.grades` may tell apart.
+        num_draft_tokens: K, the most tokens a row may draft; 0 for none.
+        num_grades: how many grades `Draft.grades` may tell apart; at least 1.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
     """
 
@@ -113,14 +105,18 @@ class Drafter(nn.Module):
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
         """Called once before tracing, with the target's sizes. Raises DrafterError if the drafter does not fit."""
 
-    def state_spec(self) -> dict[str, TensorSpec]:
-        """Tensors that `forward` returns anew; a row's entries are zeroed when a request starts in it."""
-        return {}
-
-    def cache_spec(self) -> dict[str, TensorSpec]:
-        """Tensors that `forward` writes in place; never reset."""
-        return {}
-
     def forward(self, context: DraftContext) -> Draft:
         """Draft all rows at once."""
         raise NotImplementedError
+
+
+def check_drafter(drafter: Drafter) -> Drafter:
+    """The drafter, if its attributes make sense. Raises DrafterError saying which does not."""
+    name = type(drafter).__name__
+    for attribute, least in (("num_draft_tokens", 0), ("num_grades", 1)):
+        value = getattr(drafter, attribute, None)
+        if type(value) is not int or value < least:
+            raise DrafterError(f"{name}.{attribute} = {value!r}; set it to an integer of at least {least}")
+    if type(drafter.reads_ahead) is not bool:
+        raise DrafterError(f"{name}.reads_ahead = {drafter.reads_ahead!r}; set it to True or False")
+    return drafter

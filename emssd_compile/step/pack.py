@@ -67,8 +67,8 @@ def pack(
     budget = token_range.shape[0]
     pending = known - lengths
     wanted = torch.where(active, pending + draft_lengths, 0).clamp(max=row_range.shape[0])
-    first = _grant(wanted.clamp(max=share), budget)
-    fed = first + _grant(wanted - first, budget - first.sum())
+    first = grant(wanted.clamp(max=share), budget)
+    fed = first + grant(wanted - first, budget - first.sum())
     ends = fed.cumsum(0)
     offsets = torch.cat([torch.zeros_like(ends[:1]), ends])
     row_ids = torch.searchsorted(ends, token_range, right=True)
@@ -88,7 +88,7 @@ def pack(
     )
 
 
-def _grant(wanted: Tensor, budget: Tensor | int) -> Tensor:
+def grant(wanted: Tensor, budget: Tensor | int) -> Tensor:
     """Serve rows in order until the budget is spent."""
     before = wanted.cumsum(0) - wanted
     return torch.minimum(wanted, (budget - before).clamp(min=0))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from emssd_compile.step.drafting import TensorSpec
+from emssd_compile.step.pack import grant
+from emssd_compile.step.parts import Part
 
 
 @dataclass
@@ -22,7 +23,7 @@ class PolicyContext:
         num_tokens: int64 `[]`, tokens that the next step feeds besides drafts.
         num_emitting: int64 `[]`, rows that the next step feeds.
         seconds: float32 `[M + 1]`: element n is what a step of n packed tokens takes; it is measured while decoding.
-        state: the policy's own tensors, as declared by `row_spec` and `memory_spec`.
+        state: the policy's own tensors, as declared by `LengthPolicy.tensors`.
     """
 
     proposed: Tensor
@@ -42,28 +43,17 @@ class Ranking:
     Attributes:
         ranks: int64 `[B, K]`, the order in which proposed drafts are given room: 0 comes first, no place is taken
             twice or left out. A row's drafts keep their order: a draft is of use only if those before it are verified.
-        wanted: int64 `[]`, how many drafts of all rows together are worth verifying.
-        state: new values of the tensors in `row_spec` and `memory_spec`.
+        wanted: int64 `[]`, how many drafts of all rows together are worth verifying; 0 to B * K.
+        state: new values of the tensors in `LengthPolicy.tensors`, but for those written in place.
     """
 
-    ranks: Tensor
-    wanted: Tensor
+    ranks: Tensor = field(metadata={"shape": "BK"})
+    wanted: Tensor = field(metadata={"shape": ""})
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
-class LengthPolicy(nn.Module):
-    """Chooses how many drafts each row verifies. It is traced into the step, as drafters are: tensor operations only.
-
-    What it decides costs or saves time, and never changes a token.
-    """
-
-    def row_spec(self, rows: int, num_draft_tokens: int) -> dict[str, TensorSpec]:
-        """Tensors whose first dimension is B; a row's entries are zeroed when a request starts in it."""
-        return {}
-
-    def memory_spec(self, num_draft_tokens: int, num_grades: int) -> dict[str, TensorSpec]:
-        """Tensors that are kept for good; zeros at first."""
-        return {}
+class LengthPolicy(Part):
+    """Chooses how many drafts each row verifies: it costs or saves time, and never changes a token."""
 
     def forward(self, context: PolicyContext) -> Ranking:
         """Rank the drafts of all rows at once."""
@@ -71,6 +61,11 @@ class LengthPolicy(nn.Module):
 
 
 def fit(ranking: Ranking, proposed: Tensor, room: Tensor) -> Tensor:
-    """Lengths int64 `[B]` when the best `room` (int64 `[]`) of the `proposed` (int64 `[B]`) drafts are verified."""
-    position = torch.arange(ranking.ranks.shape[1], device=proposed.device)
-    return ((position < proposed[:, None]) & (ranking.ranks < room)).sum(1)
+    """Lengths int64 `[B]` when the best `room` (int64 `[]`) of the `proposed` (int64 `[B]`) drafts are verified.
+
+    Never more than `room` together, also where `ranks` is not the order that it should be: rows are then served in
+    theirs.
+    """
+    index = torch.arange(ranking.ranks.shape[1], device=proposed.device)  # [K]
+    has_room = (index < proposed[:, None]) & (ranking.ranks < room)  # [B, K]
+    return grant(has_room.sum(1), room)

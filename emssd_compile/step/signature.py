@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from emssd_compile.step.drafting import TensorSpec
-from emssd_compile.step.state import CONSTANT_FIELDS, StepState
+from emssd_compile.step.tensor_spec import TensorSpec
 
 SIZE_NAMES = ("token_range", "logit_range", "draft_range", "row_range")
 """Inputs whose length alone matters: the sizes of a step."""
@@ -18,9 +17,9 @@ ROLES = {
     "size": "an arange; its length is a size of the step, chosen by the host at each call",
     "setting": "set by the host; the step reads it",
     "state": "state of the rows: the result of the same name replaces it",
-    "row": "state of drafter or policy, a line a row, zeroed by the host when a request starts in it: the result of "
-    "the same name replaces it",
-    "memory": "what the policy has learned, zeros at first: the result of the same name replaces it",
+    "row": "state of a part, a line a row, zeroed by the host when a request starts in it: the result of the same name "
+    "replaces it",
+    "memory": "what a part has learned, zeros at first: the result of the same name replaces it",
     "cache": "keys and values; the step writes them where they lie",
     "input": "given anew at each call",
     "result": "for the host to read",
@@ -82,13 +81,6 @@ class Signature:
     def with_role(self, *roles: str) -> dict[str, Binding]:
         """The inputs that have one of these roles, by name."""
         return {binding.name: binding for binding in self.inputs if binding.role in roles}
-
-
-def step_roles(row: Iterable[str], memory: Iterable[str], caches: Iterable[str]) -> dict[str, str]:
-    """Roles of the inputs of a step, given the names of those that drafter, policy and models bring along."""
-    own = {f.name: "setting" if f.name in CONSTANT_FIELDS else "state" for f in fields(StepState)}
-    others = {"size": SIZE_NAMES, "row": row, "memory": memory, "cache": caches}
-    return own | {name: role for role, names in others.items() for name in names}
 
 
 def _size(size: int | torch.SymInt, name: str, symbols: dict[str, str]) -> int | str:

@@ -82,7 +82,7 @@ class StepState:
             counters=zeros(len(COUNTERS)),
             histogram=zeros(num_draft_tokens + 1),
             draft_budget=torch.tensor(rows * num_draft_tokens, device=device),
-            step_seconds=torch.ones(rows * (num_draft_tokens + 1) + 1, device=device),
+            step_seconds=torch.ones(rows * (num_draft_tokens + 1) + 1, dtype=torch.float32, device=device),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from emssd_compile.errors import ArtifactError
 from emssd_compile.lowering.unbacked import OPTIONS, unbacked
 from emssd_compile.ops import load_cpu_kernels, load_kernels, source_hash
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
+from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.graph import inputs, output
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.pack_linears import PackLinears
@@ -33,8 +34,8 @@ def require(options: object, device: torch.device, runs: bool) -> None:
 
 
 def passes(sizes: Sequence[StepSizes], options: object) -> tuple[Pass, ...]:
-    """As for Inductor: weights on a CPU are packed; those elsewhere, the pass leaves alone."""
-    return (PackLinears(),)
+    """As for Inductor, weights on a CPU are packed. Those elsewhere the pass leaves alone; they are merged."""
+    return (PackLinears(), FuseProjections())
 
 
 def write_package(

@@ -18,7 +18,7 @@ from emssd_compile.export.installed import load_library
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
-OPSET = 24  # the first with `nonpad_kv_seqlen`: attention over caches of rows of differing lengths
+OPSET = 24
 
 
 def require_exporter(extra: str) -> None:

@@ -36,16 +36,17 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.opset_version != OPSET:
             raise OptionError(
-                f"opset_version={self.opset_version!r}: the step needs attention as of opset {OPSET}; pass {OPSET}"
+                f"opset_version={self.opset_version!r}: the step is written in opset {OPSET}; pass {OPSET}"
             )
 
 
 def passes(sizes: object, options: object) -> tuple[Pass, ...]:
-    """Values for memory, rectangles for packed queries, a name for each result."""
+    """Few wide products, values for memory, rectangles for packed queries, a name for each result."""
+    from emssd_compile.passes.fuse_projections import FuseProjections
     from emssd_compile.passes.separate_results import SeparateResults
     from emssd_compile.passes.tile_attention import TileAttention
 
-    return (TileAttention(), SeparateResults())
+    return (FuseProjections(), TileAttention(), SeparateResults())
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:

@@ -50,62 +50,90 @@ def _tiled_attention(
     sinks: TensorType | None = None,
     is_causal: bool,
 ) -> TensorType:
-    """`Attention` on the caches as far as the longest row goes, with the heads of a group behind one another.
+    """Matrix products and a softmax, on the caches as far as the longest row goes.
 
-    What lies behind the longest row is masked by `nonpad_kv_seqlen` in any case, but ONNX Runtime computes with it all
-    the same; it cuts by `Gather` on several threads, by `Slice` on one. And it multiplies matrices for each query head,
-    where the queries of a group can be one matrix.
+    The operator `Attention` adds a mask to the scores and multiplies the weights with whatever lies in the cache, and
+    neither hides what is not finite. Here hidden scores are replaced, and of slots behind a row's length nothing is
+    read: the row's last slot stands for them, which is as cheap, since ONNX Runtime copies the slots in any case. (It
+    would read a cache to its end; it copies by `Gather` on several threads, by `Slice` on one.)
 
-    Causal order is said by a bias, which is computed once for all layers. The attribute for it has not always meant the
-    same: that a row's last query is at the last of its keys (onnx/onnx#8068) is younger than the operator. A query that
-    sees nothing gets something finite, and not zeros.
+    The queries of a group of heads are one matrix. Scores are float32, or float64 for float64 inputs. A query that sees
+    nothing gets something, and not zeros.
     """
     if is_causal and mask is not None:
         raise NotImplementedError("a mask besides causal order")
-    if sinks is not None:
-        raise NotImplementedError("attention sinks")
     heads, groups = _sizes(q)[1], _sizes(q)[1] // _sizes(k_cache)[1]
+    assert q.dtype is not None
+    wide = ir.DataType.DOUBLE if q.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     longest = op.ReduceMax(kv_lengths, keepdims=1)
-    keys, values = (op.Gather(cache, _range(longest), axis=2) for cache in (k_cache, v_cache))
-    bias: Any = None
-    if is_causal:
-        bias = _causal_bias(q, kv_lengths, longest, groups)
-    elif mask is not None:
-        bias = _mask_bias(q, mask, longest, groups)
+    keys, values = (_cast(_used_slots(cache, kv_lengths, longest), q.dtype, wide) for cache in (k_cache, v_cache))
     queries: Any = q if groups == 1 else op.Reshape(q, _ints(0, heads // groups, -1, _sizes(q)[3]))
-    result: TensorType = op.Attention(
-        queries, keys, values, bias, None, None, kv_lengths, scale=scale, softcap=softcap
-    )[0]
+    queries = op.Mul(_cast(queries, q.dtype, wide), _scalar(scale, wide))
+    scores = op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2]))  # [B, Hkv, G * S, L]
+    if softcap > 0:
+        cap = _scalar(softcap, wide)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    visible = _slots_up_to(kv_lengths, q if is_causal else None, longest, groups)
+    if mask is not None:
+        seen = _grouped(op.Slice(mask, _ints(0), longest, _ints(3)), _sizes(mask)[1], longest, groups)
+        if mask.dtype != ir.DataType.BOOL:
+            assert mask.dtype is not None
+            scores = op.Add(scores, _cast(seen, mask.dtype, wide))
+            seen = op.Greater(seen, _scalar(float(mask.dtype.min) / 2, mask.dtype))
+        visible = op.And(visible, seen)
+    scores = op.Where(visible, scores, _scalar(float(wide.min), wide))
+    if sinks is None:
+        weights = op.Softmax(scores, axis=-1)
+    else:
+        weights = _softmax_with_sinks(scores, op.Cast(sinks, to=wide), q, longest, groups)
+    result: TensorType = _cast(op.MatMul(weights, values), wide, q.dtype)
     if groups > 1:
         result = op.Reshape(result, _ints(0, heads, -1, _sizes(v_cache)[3]))
     return result
 
 
-def _causal_bias(q: TensorType, kv_lengths: TensorType, longest: Any, groups: int) -> Any:
-    """What is added to the scores of right-aligned queries: `[B, 1, G * S, L]`."""
-    width = op.Shape(q, start=2, end=3)
-    last = op.Add(op.Sub(op.Unsqueeze(kv_lengths, _ints(1)), width), _range(width))  # [B, S], the slot of each query
-    last = op.Unsqueeze(op.Concat(*[last] * groups, axis=1), _ints(1, 3))
-    return _bias(op.LessOrEqual(_range(longest), last), q)
+def _used_slots(cache: TensorType, kv_lengths: TensorType, longest: Any) -> Any:
+    """The slots of each row up to the longest row's last, `[B, Hkv, L, D]`, where each row repeats its own last one."""
+    rows, heads, capacity, size = _sizes(cache)
+    slots = op.Min(_range(longest), op.Unsqueeze(op.Sub(kv_lengths, _int(1)), _ints(1, 2)))  # [B, 1, L]
+    starts = op.Constant(value=ir.tensor(torch.arange(rows * heads).view(rows, heads, 1) * capacity))
+    return op.Gather(op.Reshape(cache, _ints(-1, size)), op.Add(starts, slots), axis=0)
 
 
-def _mask_bias(q: TensorType, mask: TensorType, longest: Any, groups: int) -> Any:
-    """A mask `[B, 1 or Hq, S, C + 1]`, bool or additive, as what is added to the scores `[B, Hkv, G * S, L]`."""
-    bias = op.Slice(mask, _ints(0), longest, _ints(3))
-    if mask.dtype == ir.DataType.BOOL:
-        bias = _bias(bias, q)
-    if _sizes(mask)[1] == 1:
-        return bias if groups == 1 else op.Concat(*[bias] * groups, axis=2)
-    shape = op.Concat(_ints(0, _sizes(mask)[1] // groups, -1), longest, axis=0)
-    return op.Reshape(bias, shape)
+def _slots_up_to(kv_lengths: TensorType, q: TensorType | None, longest: Any, groups: int) -> Any:
+    """Bool `[B, 1, G * S or 1, L]`: slots below the row's length; with right-aligned queries, up to each one's own."""
+    last = op.Sub(op.Unsqueeze(kv_lengths, _ints(1)), _int(1))  # [B, 1]
+    if q is not None:
+        width = op.Shape(q, start=2, end=3)
+        behind = op.Sub(op.Add(_range(width), _int(1)), width)  # [S], from 1 - S to 0
+        last = op.Add(last, behind)  # [B, S], the slot of each query
+        last = op.Concat(*[last] * groups, axis=1)
+    return op.LessOrEqual(_range(longest), op.Unsqueeze(last, _ints(1, 3)))
 
 
-def _bias(visible: Any, q: TensorType) -> Any:
-    """Nothing is added to the scores of what is visible. Half of the lowest number: with a score it is still finite."""
-    dtype = q.dtype
-    assert dtype is not None
-    zero, least = (op.CastLike(op.Constant(value_float=float(value)), q) for value in (0, dtype.min / 2))
-    return op.Where(visible, zero, least)
+def _grouped(mask: Any, heads: int, longest: Any, groups: int) -> Any:
+    """A mask `[B, 1 or Hq, S, L]` for the queries of each group as one matrix, `[B, 1 or Hkv, G * S, L]`."""
+    if heads == 1:
+        return mask if groups == 1 else op.Concat(*[mask] * groups, axis=2)
+    return op.Reshape(mask, op.Concat(_ints(0, heads // groups, -1), longest, axis=0))
+
+
+def _softmax_with_sinks(scores: Any, sinks: Any, q: TensorType, longest: Any, groups: int) -> Any:
+    """Weights of the keys, `[B, Hkv, G * S, L]`, where the sink of each head is one more score."""
+    rows, heads = _sizes(q)[:2]
+    shape = op.Concat(_ints(rows, heads // groups, groups), op.Shape(q, start=2, end=3), axis=0)
+    column = op.Expand(op.Reshape(sinks, _ints(1, heads // groups, groups, 1)), shape)
+    column = op.Reshape(column, _ints(rows, heads // groups, -1, 1))
+    weights = op.Softmax(op.Concat(scores, column, axis=3), axis=-1)
+    return op.Slice(weights, _ints(0), longest, _ints(3))
+
+
+def _cast(value: Any, dtype: ir.DataType, to: ir.DataType) -> Any:
+    return value if dtype == to else op.Cast(value, to=to)
+
+
+def _scalar(value: float, dtype: ir.DataType) -> Any:
+    return op.Constant(value=ir.tensor(value, dtype=dtype))
 
 
 def _range(length: Any) -> Any:

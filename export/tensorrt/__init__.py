@@ -20,18 +20,20 @@ from emssd_compile.export.tensorrt.decompose import DecomposeAttention
 from emssd_compile.export.tensorrt.library import load_runtime
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.runner import open_step
+from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.tile_attention import TileAttention
 from emssd_compile.runtime.buckets import StepSizes
 
 
 def passes(sizes: Sequence[StepSizes], options: BuildOptions) -> tuple[Pass, ...]:
-    """Values for memory, rectangles for packed queries, and attention that there is a kernel for.
+    """Few wide products, values for memory, rectangles for packed queries, and attention that there is a kernel for.
 
     TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.
     """
     tile = TileAttention(spare_slots=max(sizes[-1]))
-    return (tile, DecomposeAttention()) if options.attention == "decomposed" else (CheckAttention(), tile)
+    attention = (tile, DecomposeAttention()) if options.attention == "decomposed" else (CheckAttention(), tile)
+    return (FuseProjections(), *attention)
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:

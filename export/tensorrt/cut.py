@@ -105,6 +105,7 @@ class _Cutter:
         with self.graph.inserting_before(node):
             starts = self._once(_to_int32, {"value": lengths})
             ends = self._once(_ends, {"offsets": offsets, "new": new}, key=(_ends, offsets))
+            new = self._once(_finite, {"value": new})
             stand_in = call(self.graph, aten.neg.default, cache)
         self.written[stand_in] = owner
         result = self._replace(node, stand_in, cache=cache, new=new, starts=starts, ends=ends)
@@ -162,6 +163,15 @@ class _Cutter:
 
 def _results(graph: fx.Graph) -> dict[str, fx.Node]:
     return dict(output(graph).args[0])  # type: ignore[arg-type]
+
+
+def _finite(value: Tensor) -> Tensor:
+    """Zeros where `value` is not finite.
+
+    What TensorRT's kernels do with a key or value that they mask is not said, and 0 * NaN is NaN: so none is ever in a
+    cache. A request that overflows gets NaN for the token that does, and something for those behind it.
+    """
+    return torch.where(value.abs() < torch.inf, value, 0)
 
 
 def _to_int32(value: Tensor) -> Tensor:

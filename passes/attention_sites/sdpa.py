@@ -68,7 +68,7 @@ class ScaledDotProduct(Form[Call]):
                 return MaskFamily().probabilities(scaled)
             value: Tensor = SampledEvaluator(subject.graph_module, places)(mask)
             if value.dtype == torch.bool:
-                value = torch.zeros((), device=value.device).masked_fill(~value, -torch.inf)
+                value = torch.zeros((), dtype=torch.float32, device=value.device).masked_fill(~value, -torch.inf)
             return (scaled + value.float()).softmax(-1).reshape(scores.shape)
 
         with graph.inserting_before(node):

@@ -190,7 +190,7 @@ def _are_sinks(subject: Subject, match: SinkPath, sinks: fx.Node | Tensor) -> bo
     without, with_sinks = (_weights(subject, match, with_sinks=given) for given in (False, True))
     logits: Tensor = sinks if isinstance(sinks, Tensor) else Evaluator(subject.graph_module, _TOKENS)(sinks)
     generator = torch.Generator(logits.device).manual_seed(0)
-    raw = torch.randn(match.heads, _TOKENS, _TOKENS, device=logits.device, generator=generator) * 3
+    raw = torch.randn(match.heads, _TOKENS, _TOKENS, dtype=torch.float32, device=logits.device, generator=generator) * 3
     scaled = raw * match.path.scale
     if match.path.softcap:
         scaled = match.path.softcap * torch.tanh(scaled / match.path.softcap)

@@ -251,7 +251,10 @@ class Weights:
     def _answers_to_rows(self) -> bool:
         """Whether the left operand holds the queries: a score of its fourth token changes the fourth row of weights."""
         device = self.path.scores.node.meta["val"].device
-        places, scores = torch.arange(_FEW, device=device), torch.zeros(self.num_heads, _FEW, _FEW, device=device)
+        places, scores = (
+            torch.arange(_FEW, device=device),
+            torch.zeros(self.num_heads, _FEW, _FEW, dtype=torch.float32, device=device),
+        )
         try:
             before = self(places, scores)
             scores[:, 3, 1] = 1.0 / (self.path.scale or 1.0)

@@ -1,12 +1,16 @@
 """`GreedyMatch` against a loop that walks each row's drafts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emssd_compile.acceptance import GreedyMatch, Verification, make_rule
-from emssd_compile.errors import OptionError
+import emssd_compile
+from emssd_compile.acceptance import RULES, GreedyMatch, Rule, Verdict, Verification, make_rule
+from emssd_compile.errors import OptionError, RuleError
+from tests.passes.graphs import Scripted, model_with_attention
 
 
 def _verify(
@@ -80,3 +84,67 @@ def test_it_is_lossless_and_the_default():
 def test_an_unknown_rule_lists_the_known_ones():
     with pytest.raises(OptionError, match=r"unknown acceptance rule 'typical'.*auto.*greedy"):
         make_rule("typical")
+
+
+class _AcceptAll(Rule):
+    """Keeps whatever is drafted."""
+
+    lossless = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.greedy = GreedyMatch()
+
+    def forward(self, verification: Verification) -> Verdict:
+        verdict = self.greedy(verification)
+        last = verification.offsets[:-1] + verification.draft_lengths
+        choice = verification.logits.argmax(-1)
+        return replace(
+            verdict,
+            accept_lengths=verification.draft_lengths,
+            next_tokens=choice[last.clamp(max=choice.shape[0] - 1)],
+        )
+
+
+def test_a_lossy_rule_is_refused_as_an_object_before_any_work(monkeypatch):
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("work was done"))
+    message = r"_AcceptAll is lossy .*taken only by a name: emssd_compile\.acceptance\.RULES\['...'\] = _AcceptAll"
+    with pytest.raises(OptionError, match=message):
+        emssd_compile.optimize(model_with_attention(), max_length=32, acceptance=_AcceptAll())
+
+
+def test_a_lossy_rule_is_taken_by_its_name_and_everything_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(RULES, "accept-all", _AcceptAll)
+    model, drafter = model_with_attention(), Scripted([7, 8])
+    fast = emssd_compile.optimize(
+        model, drafter, max_batch=2, max_length=32, backend="eager", layout="packed", acceptance="accept-all"
+    )
+    (row,) = fast.generate([[3]], max_new_tokens=9)
+    assert row[2:4] == [7, 8], "it does what it says"
+    assert fast.stats.lossless is False
+    fast.stats.reset()
+    assert fast.stats.lossless is False, "a reset forgets counts only"
+    note = "_AcceptAll is lossy: the tokens need not be the model's own"
+    assert note in fast.explain().record("fuse_verify").notes
+    assert "_AcceptAll is lossy" in str(fast.explain())
+    pytest.importorskip("onnxruntime")
+    fast.export_onnx(tmp_path / "artifact", check=False)
+    loaded = emssd_compile.load(tmp_path / "artifact")
+    assert (loaded.manifest.acceptance, loaded.manifest.lossless, loaded.stats.lossless) == ("_AcceptAll", False, False)
+    assert loaded.generate([[3]], max_new_tokens=9) == [row]
+
+
+def test_a_lossless_rule_of_ones_own_is_taken_as_an_object():
+    rule = GreedyMatch()
+    model = model_with_attention()
+    fast = emssd_compile.optimize(model, max_batch=2, max_length=32, backend="eager", acceptance=rule)
+    assert fast.stats.lossless
+    assert fast.explain().record("fuse_verify").notes == ()
+
+
+@pytest.mark.parametrize("lossless", [None, 1, "no"])
+def test_a_rule_that_does_not_say_what_it_guarantees_is_refused(lossless):
+    rule = GreedyMatch()
+    rule.lossless = lossless
+    with pytest.raises(RuleError, match=rf"GreedyMatch\.lossless = {lossless!r}; set it to True or False"):
+        make_rule(rule)

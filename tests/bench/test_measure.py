@@ -4,7 +4,7 @@ import torch
 import emssd_compile
 from bench import measure, shapes
 from bench.replay import FullWidthDrafter, plant_continuation
-from emssd_compile.runtime.engine import Request
+from emssd_compile.runtime.requests import Request
 from tests.bench.test_baselines import greedy
 
 K, NEW = 3, 6

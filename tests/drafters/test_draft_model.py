@@ -1,14 +1,18 @@
 """`DraftModel`: a second causal LM drafts greedily, from its own cache, for every row at once."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._inductor.config
 
 import emssd_compile
 from emssd_compile.drafters import Draft, DraftContext, DraftModel
 from emssd_compile.errors import DrafterError, OptionError
+from tests.exactness.models import Reference, prompt
 from tests.passes.graphs import TinyModel, causal, model_with_attention
+from tests.zoo import toy_model
 
 PROMPTS = [[3, 1, 4], [9], [2, 6, 5, 3, 5, 8, 9, 7, 1, 1, 2]]
 
@@ -35,11 +39,125 @@ def test_another_model_drafts_and_the_tokens_stay_the_targets():
     assert fast.stats.num_accepted_draft_tokens < fast.stats.num_draft_tokens
 
 
-def test_another_vocabulary_is_refused():
-    other = model_with_attention()
-    other.embed, other.lm_head = torch.nn.Embedding(40, 16), torch.nn.Linear(16, 40)
-    with pytest.raises(DrafterError, match="predicts 40 tokens and the target 32"):
-        _fast(model_with_attention(), other)
+def _with_vocabulary(size: int) -> TinyModel:
+    """The target with another number of tokens; those that both have are the same."""
+    model = model_with_attention()
+    embed, head = torch.nn.Embedding(size, 16), torch.nn.Linear(16, size, bias=False)
+    with torch.no_grad():
+        for new, old in ((embed.weight, model.embed.weight), (head.weight, model.lm_head.weight)):
+            new.zero_()[: len(old)] = old[:size]
+    model.embed, model.lm_head = embed, head
+    return model.eval()
+
+
+@pytest.mark.parametrize(("own", "targets"), [(40, 32), (32, 40), (5000, 4400), (33, 32), (4096, 4096 + 512)])
+def test_another_vocabulary_is_refused(own, targets):
+    with pytest.raises(
+        DrafterError, match=f"predicts {own} tokens and the target {targets}, which differ by more than"
+    ):
+        DraftModel(model_with_attention()).prepare(lambda _: SimpleNamespace(vocabulary=own), 2, 48, targets)
+
+
+@pytest.mark.parametrize(("own", "targets"), [(151936, 152064), (50257, 50304), (32000, 32064), (4100, 4096)])
+def test_a_vocabulary_that_is_padded_otherwise_is_taken_and_said(own, targets):
+    drafter = DraftModel(model_with_attention())
+    drafter.prepare(lambda _: SimpleNamespace(vocabulary=own, capacity=48), 2, 48, targets)
+    assert drafter.notes() == (f"vocabularies of {own} and {targets}: taken for padding",)
+
+
+@pytest.mark.parametrize(("own", "targets"), [(4096, 4100), (4100, 4096)])
+def test_ids_that_only_one_of_the_models_has_do_no_harm(own, targets):
+    """Prompts hold the target's last ids, which the smaller draft model cannot read; the larger one drafts its last."""
+    torch.manual_seed(0)
+    target, draft = _with_vocabulary(targets), _with_vocabulary(own)
+    with torch.no_grad():
+        target.lm_head.weight.normal_()
+        draft.lm_head.weight[: min(own, targets)] = target.lm_head.weight[: min(own, targets)]
+        if own > targets:
+            draft.lm_head.weight[targets:] = 2 * target.lm_head.weight[: own - targets]
+        target.embed.weight.normal_()
+        draft.embed.weight[: min(own, targets)] = target.embed.weight[: min(own, targets)]
+    prompts = [[targets - 1, 5, targets - 2], [7], [targets - 3] * 4]
+    fast = emssd_compile.optimize(
+        target, DraftModel(draft, 3), max_batch=2, max_length=32, backend="eager", layout="packed"
+    )
+    reference = Reference(target)
+    assert fast.generate(prompts, max_new_tokens=12) == [[*ids, *reference(ids, 12)] for ids in prompts]
+    assert fast.stats.num_draft_tokens > 0
+    assert f"vocabularies of {own} and {targets}: taken for padding" in fast.explain().record("fuse_draft").notes
+
+
+def _with_positions(positions: int) -> TinyModel:
+    model = TinyModel(lambda m, x, ids: x + m.table[: x.shape[1]], attend=causal, kv_heads=2)
+    model.table = model.table[:positions].clone()
+    return model
+
+
+SHORT = {
+    "gpt2": lambda: toy_model("gpt2", n_positions=32, vocab_size=160),
+    "opt": lambda: toy_model("opt", max_position_embeddings=32, vocab_size=160),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_draft_model_of_fewer_positions_drafts_as_far_as_they_go(name):
+    """Rows pass position 32 while they decode, begin just before it, and have prompts longer than that."""
+    target = toy_model(name, vocab_size=160)
+    prompts = [prompt(n) for n in (3, 25, 29, 31, 32, 33, 50)]
+    fast = emssd_compile.optimize(target, DraftModel(SHORT[name](), 4), max_batch=3, max_length=96, backend="eager")
+    reference = Reference(target)
+    assert fast.generate(prompts, max_new_tokens=24) == [[*ids, *reference(ids, 24)] for ids in prompts]
+    assert fast._engine.tensors["drafter_k_cache_0"].shape[1] == 32, "it holds no more than it can read"
+    assert fast.explain().record("fuse_draft").notes == ("the draft model drafts up to position 32",)
+
+
+def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeypatch):
+    """The same model with fewer positions is always right while it drafts: of 20 tokens 1 to 16 are drafted, no more.
+
+    With the root at position 15, the last there is, one token can still be drafted: that at position 16.
+    """
+    torch.manual_seed(0)
+    target = _with_positions(64)
+    torch.manual_seed(0)
+    short = _with_positions(64)
+    short.table = target.table[:16].clone()
+    short.load_state_dict({**target.state_dict(), "table": short.table})
+    seen: list[tuple[int, int]] = []
+
+    fast = emssd_compile.optimize(
+        target, DraftModel(short, 3), max_batch=1, max_length=48, backend="eager", layout="packed"
+    )
+    reference = Reference(target)
+    launch = fast._engine.launcher.launch
+
+    def watched(sizes):
+        report = launch(sizes)
+        tensors = fast._engine.tensors
+        seen.append((int(tensors["known"][0]), int(tensors["draft_lengths"][0])))
+        return report
+
+    fast.warmup()
+    monkeypatch.setattr(fast._engine.launcher, "launch", watched)
+    assert fast.generate([[3]], max_new_tokens=30) == [[3, *reference([3], 30)]]
+    assert seen[:-1] == [(k, max(0, min(3, 17 - k))) for k, _ in seen[:-1]]
+    assert fast.stats.num_accepted_draft_tokens == fast.stats.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("target", ["onnx", "aot"])
+def test_artifacts_carry_a_draft_model_of_fewer_positions_and_a_smaller_vocabulary(target, tmp_path):
+    if target == "onnx":
+        pytest.importorskip("onnxruntime")
+    model, draft = toy_model("gpt2", vocab_size=160), toy_model("gpt2", n_positions=32, vocab_size=159)
+    fast = emssd_compile.optimize(
+        model, DraftModel(draft, 2), max_batch=2, max_length=64, backend="eager", layout="packed"
+    )
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
+        getattr(fast, f"export_{target}")(tmp_path / "artifact")
+    loaded = emssd_compile.load(tmp_path / "artifact")
+    prompts = [[159, 159, 3], *(prompt(n) for n in (29, 31, 33, 50))]
+    assert loaded.generate(prompts, max_new_tokens=12) == fast.generate(prompts, max_new_tokens=12)
+    assert loaded.stats == fast.stats
+    assert loaded.stats.num_draft_tokens > 0
 
 
 class _Graded(DraftModel):

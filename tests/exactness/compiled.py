@@ -60,6 +60,7 @@ class Target:
     def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1, layout: str = "packed") -> OptimizedModel:
         """What `emssd_compile.optimize` does, without compiling the model again."""
         drafter.prepare(self._disturbed, self.batch.rows, self.batch.capacity, self.compiled.vocabulary)
+        prefill_chunk = max(prefill_chunk, self.batch.rows * (drafter.num_draft_tokens + 1))
         step = compile_step(self.compiled, self.batch, GreedyMatch(), drafter, LAYOUTS[layout].policy())
         options = CompileOptions(self.batch.rows, self.batch.capacity, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
@@ -75,8 +76,9 @@ class Target:
 
 
 def rechunked(fast: OptimizedModel, prefill_chunk: int) -> OptimizedModel:
-    """The same step with another size of prefill chunks."""
-    options = replace(fast.options, prefill_chunk=prefill_chunk)
+    """The same step with another size of prefill chunks, or the smallest there is."""
+    least = fast.options.max_batch * (fast.drafter.num_draft_tokens + 1)
+    options = replace(fast.options, prefill_chunk=max(prefill_chunk, least))
     return OptimizedModel(fast.model, fast._step, options)
 
 

@@ -1,7 +1,9 @@
 """Every bad input is refused by name, and before any work."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import emssd_compile
 from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
 from emssd_compile.errors import CapacityError, DrafterError, InvalidInputError, OptionError, UnsupportedModelError
+from emssd_compile.options import CompileOptions
 from tests.exactness.compiled import CAPACITY, target
 from tests.exactness.models import build, prompt
 from tests.zoo import VOCABULARY, toy_model
@@ -69,11 +72,42 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "backend": ({"backend": "tvm"}, OptionError, "unknown backend 'tvm'; choose one of"),
     "layout": ({"layout": "sparse"}, OptionError, "unknown layout 'sparse'; choose one of"),
     "acceptance": ({"acceptance": "typical?"}, OptionError, "unknown acceptance rule 'typical\\?'; choose one of"),
-    "max_batch": ({"max_batch": 0}, OptionError, "max_batch=0 must be an integer of at least 1"),
-    "max_batch type": ({"max_batch": 2.0}, OptionError, "max_batch=2.0 must be an integer"),
+    "max_batch": ({"max_batch": 0}, OptionError, "max_batch=0 is out of range; pass at least 1"),
+    "max_batch type": ({"max_batch": 2.0}, OptionError, "max_batch=2.0 is not an integer"),
     "max_length": ({"max_length": 1}, OptionError, "max_length=1 leaves no room"),
     "max_length beyond": ({"max_length": 4096}, OptionError, "max_length=4096 is more than the 2048 positions"),
-    "prefill_chunk": ({"prefill_chunk": -1}, OptionError, "prefill_chunk=-1 must be an integer of at least 1"),
+    **{
+        f"{name} {kind}": ({name: value}, error, message)
+        for name in ("max_batch", "max_length", "prefill_chunk")
+        for kind, (value, error, message) in {
+            "NaN": (math.nan, OptionError, f"{name}=nan is not an integer"),
+            "infinite": (math.inf, OptionError, f"{name}=inf is not an integer"),
+            "bool": (True, OptionError, f"{name}=True is a bool"),
+            "numpy bool": (np.True_, OptionError, f"{name}=True is a bool"),
+            "bool tensor": (torch.tensor(True), OptionError, f"{name}=True is a bool"),
+            "huge": (10**30, OptionError, f"{name}={10**30} is out of range; pass at most"),
+            "very huge": (10**5000, OptionError, f"{name}=.* is out of range; pass at most"),
+            "negative": (-(10**30), OptionError, f"{name}={-(10**30)} is out of range; pass at least 1"),
+        }.items()
+    },
+    "max_batch that no memory holds": (
+        {"max_batch": 2**40},
+        CapacityError,
+        rf"max_batch={2**40} rows of max_length=2048 tokens need .* GiB .* smaller max_length or max_batch",
+    ),
+    "max_batch at the end of int64": ({"max_batch": 2**63 - 1}, CapacityError, "GiB"),
+    "deterministic": ({"deterministic": "yes"}, OptionError, "deterministic='yes' is not True or False"),
+    "small prefill_chunk": (
+        {"max_batch": 8, "prefill_chunk": 16},
+        OptionError,
+        r"prefill_chunk=16 is less than the 64 tokens that a step of 8 rows with 7 drafts each takes; pass at least 64",
+    ),
+    "small prefill_chunk without drafts": (
+        {"max_batch": 8, "drafter": "none", "prefill_chunk": 7},
+        OptionError,
+        "prefill_chunk=7 is less than the 8 tokens",
+    ),
+    "prefill_chunk": ({"prefill_chunk": -1}, OptionError, "prefill_chunk=-1 is out of range; pass at least 1"),
 }
 
 
@@ -83,6 +117,25 @@ def test_a_bad_option_of_optimize_is_refused_before_the_model_is_captured(name, 
     monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("work was done"))
     with pytest.raises(error, match=message):
         emssd_compile.optimize(build("llama"), **options)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
+def test_a_size_of_another_kind_of_integer_is_a_size(kind):
+    yes: Any = np.True_
+    options = CompileOptions(kind(2), kind(64), prefill_chunk=kind(32), deterministic=yes)
+    assert options == CompileOptions(2, 64, prefill_chunk=32, deterministic=True)
+    assert type(options.max_batch) is type(options.prefill_chunk) is int
+    with pytest.raises(OptionError, match="max_length=4096 is more than the 2048 positions"):
+        emssd_compile.optimize(build("llama"), max_length=kind(4096))
+
+
+def test_prefill_chunk_is_what_was_asked_for_and_no_more_than_there_can_be():
+    def chunk(asked: int | None, rows: int = 8) -> int:
+        return CompileOptions(rows, 96, prefill_chunk=asked).chunk(num_draft_tokens=7)
+
+    assert [chunk(64), chunk(65), chunk(500)] == [64, 65, 500]
+    assert chunk(2**62) == 8 * 96
+    assert [chunk(None), chunk(None, rows=100)] == [512, 800]
 
 
 def test_without_a_limit_in_the_config_max_length_must_be_given():
@@ -100,7 +153,8 @@ def test_a_bad_size_of_a_drafter_is_refused_where_it_is_made(sizes):
 
 def test_a_draft_model_of_another_vocabulary_is_refused():
     other = toy_model("llama", vocab_size=VOCABULARY + 8)
-    with pytest.raises(DrafterError, match=f"predicts {VOCABULARY + 8} tokens and the target {VOCABULARY}"):
+    message = f"predicts {VOCABULARY + 8} tokens and the target {VOCABULARY}, which differ by more than padding"
+    with pytest.raises(DrafterError, match=message):
         emssd_compile.optimize(build("own-positions"), other, max_length=CAPACITY, backend="eager")
 
 
@@ -127,6 +181,24 @@ def fast():
 ONE = [prompt(5)]
 BAD_PROMPTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "nothing": ((None,), {}, InvalidInputError, "no prompts"),
+    "a bool among ids": (([[True, 6]],), {}, InvalidInputError, "row 0 of inputs mixes bools and numbers"),
+    "a bool tensor among ids": (([[torch.tensor(True), 6]],), {}, InvalidInputError, "row 0 of inputs mixes bools"),
+    "bools": (([[True, False]],), {}, InvalidInputError, r"dtype torch\.bool"),
+    "NaN": (([[5, math.nan]],), {}, InvalidInputError, r"dtype torch\.float32"),
+    "huge id": (([[5, 10**30]],), {}, InvalidInputError, "row 0 of inputs is not a list of token ids"),
+    "meta ids": ((torch.ones(1, 4, dtype=torch.int64, device="meta"),), {}, InvalidInputError, "the meta device"),
+    "meta row": (([torch.ones(4, dtype=torch.int64, device="meta")],), {}, InvalidInputError, "the meta device"),
+    "meta mask": (
+        (torch.ones(1, 4, dtype=torch.int64),),
+        {"attention_mask": torch.ones(1, 4, device="meta")},
+        InvalidInputError,
+        "attention_mask is on the meta device",
+    ),
+    "sparse ids": ((torch.ones(1, 4).long().to_sparse(),), {}, InvalidInputError, "layout torch.sparse_coo"),
+    "ragged array": ((np.array([[5], [5, 6]], dtype=object),), {}, InvalidInputError, "array of object"),
+    "float array": ((np.ones((1, 4)),), {}, InvalidInputError, r"dtype torch\.float64"),
+    "bool array": ((np.ones((1, 4), dtype=bool),), {}, InvalidInputError, r"dtype torch\.bool"),
+    "array with id too large": ((np.array([[5, 2**40]]),), {}, InvalidInputError, f"token id {2**40} is outside"),
     "empty batch": (([],), {}, InvalidInputError, "inputs is an empty batch"),
     "empty tensor": ((torch.zeros(0, 4, dtype=torch.int64),), {}, InvalidInputError, "empty batch"),
     "empty prompt": (([[5, 6], []],), {}, InvalidInputError, "row 1 is an empty prompt"),
@@ -151,6 +223,10 @@ BAD_PROMPTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
     "sampling": ((ONE,), {"do_sample": True}, NotImplementedError, "do_sample=True is not supported"),
     "scores": ((ONE,), {"output_scores": True}, NotImplementedError, "output_scores=True is not supported"),
     "eos": ((ONE,), {"eos_token_id": VOCABULARY}, OptionError, "outside the vocabulary"),
+    "NaN seconds": ((ONE,), {"max_time": math.nan}, OptionError, "max_time=nan is out of range"),
+    "huge minimum": ((ONE,), {"min_new_tokens": 10**30}, OptionError, f"min_new_tokens={10**30} is out of range"),
+    "huge pad": ((ONE,), {"pad_token_id": 10**30}, OptionError, f"pad_token_id={10**30} is out of range"),
+    "huge length": ((ONE,), {"max_new_tokens": None, "max_length": 2**62}, CapacityError, "do not fit a row"),
     "no new tokens": ((ONE,), {"max_new_tokens": 0}, OptionError, "max_new_tokens=0 is out of range"),
 }
 

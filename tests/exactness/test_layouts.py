@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from emssd_compile.optimized_model import OptimizedModel
-from emssd_compile.runtime.engine import Engine, Request
+from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import NEW_TOKENS, rechunked, target
 from tests.exactness.models import prompt
 from tests.runtime.engines import graph_engine

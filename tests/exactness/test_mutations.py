@@ -102,7 +102,7 @@ def _generate(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> object:
     with monkeypatch.context() as patch:
         patch.setattr(fuse_verify, "pack", mistake.pack)
         step = compile_step(model, compiled.batch, mistake.rule(), drafter, AllDrafts())
-    options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=1)
+    options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=ROWS * (drafter.num_draft_tokens + 1))
     return OptimizedModel(compiled.model, step, options).generate(PROMPTS, max_new_tokens=NEW_TOKENS)
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emssd_compile.optimized_model import OptimizedModel
-from emssd_compile.runtime.engine import Engine, Request
+from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import LENGTHS, NEW_TOKENS, rechunked, target
 from tests.exactness.models import Reference, prompt
 

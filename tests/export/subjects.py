@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import emssd_compile
-from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftModel, PromptLookup
+from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftModel, PartSizes, PromptLookup, TensorSpec
 from emssd_compile.optimized_model import OptimizedModel
-from emssd_compile.step.drafting import TensorSpec
 
 VOCABULARY, WIDTH, HEADS, ROWS, CAPACITY, K = 48, 32, 4, 3, 2048, 4
 DRAFTERS = ("none", "lookup", "draft-model", "last-bigram")
@@ -46,9 +45,9 @@ class LastBigram(Drafter):
 
     num_draft_tokens = 2
 
-    def state_spec(self) -> dict[str, TensorSpec]:
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
         """`followers[B, V]`: the token that followed each token last."""
-        return {"followers": TensorSpec((ROWS, VOCABULARY), torch.int64)}
+        return {"followers": TensorSpec((sizes.rows, sizes.vocabulary), torch.int64)}
 
     def forward(self, context: DraftContext) -> Draft:
         """See the class."""

@@ -107,8 +107,11 @@ def oracle(batch: Batch) -> Tensor:
                     ],
                     dtype=torch.float64,
                 )
-                weights = torch.exp(scores - scores.max())
-                weights = weights / weights.sum()
+                sinks = batch.options.get("sinks")
+                sink = float(sinks[head]) if isinstance(sinks, Tensor) else -math.inf
+                top = max(float(scores.max()), sink) if len(scores) else sink
+                weights = torch.exp(scores - top)
+                weights = weights / (weights.sum() + math.exp(sink - top))
                 for weight, (slot, _) in zip(weights, seen, strict=True):
                     out[token, head] += weight * v_cache[row, slot, head // group]
     return out
@@ -122,8 +125,13 @@ def _seen(batch: Batch, token: int, begin: int, end: int, length: int) -> list[t
     for other in range(begin, end):
         if other <= token if ancestors is None else _bit(ancestors[token], other - begin):  # type: ignore[index]
             positions[length + other - begin] = int(batch.positions[other])
-    distances = {slot: position - int(batch.positions[token]) for slot, position in positions.items()}
-    return [(slot, distance) for slot, distance in distances.items() if window == 0 or distance > -window]
+    own, chunk = int(batch.positions[token]), batch.options.get("chunk", 0)
+    assert isinstance(chunk, int)
+    return [
+        (slot, position - own)
+        for slot, position in positions.items()
+        if (window == 0 or position > own - window) and (chunk == 0 or position >= own - own % chunk)
+    ]
 
 
 def _bit(words: Tensor, number: int) -> bool:

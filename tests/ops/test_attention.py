@@ -8,6 +8,7 @@ from emssd_compile import ops
 
 NUM_HEADS, NUM_KV_HEADS, NUM_TOKENS, KEY_SIZE, VALUE_SIZE = 4, 2, 9, 8, 6
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
+SINKS = torch.tensor([0.5, -2.0, 9.0, -torch.inf], dtype=torch.float64)
 
 OPTIONS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -15,7 +16,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     "window of one": {"window": 1},
     "softcap": {"softcap": 1.5},
     "alibi": {"alibi_slopes": SLOPES},
-    "all": {"window": 4, "softcap": 2.0, "alibi_slopes": SLOPES},
+    "chunk": {"chunk": 4},
+    "chunk of one": {"chunk": 1},
+    "sinks": {"sinks": SINKS},
+    "all": {"window": 4, "chunk": 6, "softcap": 2.0, "alibi_slopes": SLOPES, "sinks": SINKS},
 }
 
 
@@ -35,6 +39,8 @@ def oracle(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    chunk: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One head, one token and one key at a time."""
     out = torch.zeros(1, NUM_HEADS, NUM_TOKENS, VALUE_SIZE, dtype=torch.float64)
@@ -42,13 +48,15 @@ def oracle(
         kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
         for i in range(NUM_TOKENS):
             weights = {}
-            for j in range(max(0, i - window + 1) if window else 0, i + 1):
+            first = max(i - window + 1 if window else 0, i // chunk * chunk if chunk else 0)
+            for j in range(max(0, first), i + 1):
                 score = float(q[0, head, i].double() @ k[0, kv_head, j].double()) * scale
                 score = softcap * math.tanh(score / softcap) if softcap else score
                 score += float(alibi_slopes[head]) * (j - i) if alibi_slopes is not None else 0.0
                 weights[j] = math.exp(score)
+            total = sum(weights.values()) + (math.exp(float(sinks[head])) if sinks is not None else 0.0)
             for j, weight in weights.items():
-                out[0, head, i] += weight / sum(weights.values()) * v[0, kv_head, j].double()
+                out[0, head, i] += weight / total * v[0, kv_head, j].double()
     return out
 
 

@@ -1,4 +1,5 @@
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,8 @@ HEADS = [
     Heads(35, 1, 16, 16),  # a group wider than a tile of queries
 ]
 
+SINKS = torch.tensor([0.5, -2.0, 9.0, -torch.inf])  # of little weight, of next to all, of none
+
 OPTIONS: dict[str, dict[str, object]] = {
     "plain": {},
     "window": {"window": 9},
@@ -31,7 +34,18 @@ OPTIONS: dict[str, dict[str, object]] = {
     "window across blocks": {"window": 66},
     "softcap": {"softcap": 1.5},
     "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
-    "all": {"window": 33, "softcap": 3.0, "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+    "chunk": {"chunk": 16},
+    "chunk of one": {"chunk": 1},
+    "chunk across blocks": {"chunk": 67},
+    "sinks": {"sinks": SINKS},
+    "window and chunk": {"window": 9, "chunk": 16},
+    "all": {
+        "window": 33,
+        "chunk": 40,
+        "softcap": 3.0,
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
+        "sinks": SINKS,
+    },
 }
 
 
@@ -95,6 +109,8 @@ def test_no_tokens_at_all(cpu_kernels: None) -> None:
     tail=st.integers(1, 3),
     window=st.sampled_from([0, 1, 4, 70]),
     softcap=st.sampled_from([0.0, 2.0]),
+    chunk=st.sampled_from([0, 1, 5, 64, 70]),
+    sinks=st.booleans(),
     alibi=st.booleans(),
     tree=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
@@ -106,6 +122,8 @@ def test_matches_oracle_for_random_schedules(
     tail: int,
     window: int,
     softcap: float,
+    chunk: int,
+    sinks: bool,
     alibi: bool,
     tree: bool,
     seed: int,
@@ -113,14 +131,32 @@ def test_matches_oracle_for_random_schedules(
     batch = make_batch(rows, heads, tail=tail, seed=seed)
     batch = with_trees(batch, seed=seed) if tree else batch
     slopes = torch.linspace(0.1, 1.0, heads.num_heads) if alibi else None
-    batch = batch.with_options(window=window, softcap=softcap, alibi_slopes=slopes)
+    batch = batch.with_options(window=window, chunk=chunk, softcap=softcap, alibi_slopes=slopes)
+    batch = batch.with_options(sinks=torch.linspace(-2.0, 3.0, heads.num_heads)) if sinks else batch
     assert_exact(attend(batch), oracle(batch))
 
 
 def test_long_rows_match_oracle(cpu_kernels: None) -> None:
     batch = make_batch([(2100, 2), (1023, 1)], Heads(2, 1, 16, 16))
     assert_exact(attend(batch), oracle(batch))
-    assert_exact(attend(batch.with_options(window=1050)), oracle(batch.with_options(window=1050)))
+    for option in ({"window": 1050}, {"chunk": 1050}, {"sinks": torch.tensor([1.0, -1.0])}):
+        assert_exact(attend(batch.with_options(**option)), oracle(batch.with_options(**option)))
+
+
+@pytest.mark.parametrize("option", [{"chunk": 64}, {"window": 64}], ids=str)
+def test_what_lies_before_the_chunk_or_window_is_not_read(cpu_kernels: None, option: dict[str, object]) -> None:
+    """A long row costs what its queries can see."""
+    batch = make_batch([(120_000, 1)], Heads(2, 1, 64, 64))
+
+    def seconds(batch: Batch) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            attend(batch)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(batch.with_options(**option)) < seconds(batch) / 10
 
 
 def test_any_strides(kernels: str) -> None:
@@ -249,6 +285,7 @@ def test_cpp_form_refuses_what_would_reach_outside(cpu_kernels: None, change: di
     ("option", "message"),
     [
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \[Hq\], got \[3\] for 4 heads"),
+        ({"sinks": torch.ones(8)}, r"sinks must be \[Hq\], got \[8\] for 4 heads"),
         ({"ancestors": torch.ones(3, 2, dtype=torch.int32)}, r"must be Int \[T, W\], got Int \[3, 2\] for 4 tokens"),
         ({"ancestors": torch.ones(4, 2, dtype=torch.bool)}, r"must be Int \[T, W\], got Bool \[4, 2\] for 4 tokens"),
     ],
@@ -261,5 +298,5 @@ def test_cpp_form_refuses_options_of_another_shape(cpu_kernels: None, option: di
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_opcheck(kernels: str, tree: bool) -> None:
     batch = make_batch(ROWS, Heads(4, 2, 16, 8), tail=2)
-    batch = with_trees(batch) if tree else batch
+    batch = (with_trees(batch) if tree else batch).with_options(**OPTIONS["all"])
     torch.library.opcheck(ops.ragged_attention, batch.tensors, batch.options)

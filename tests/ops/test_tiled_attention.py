@@ -21,7 +21,16 @@ def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float, *, is_causal: bool) -> Tensor:
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    softcap: float,
+    *,
+    is_causal: bool,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """One row, head, query and slot at a time."""
     out = torch.zeros(ROWS, HEADS, QUERIES, VALUE_SIZE, dtype=torch.float64)
     for row, length in enumerate(LENGTHS.tolist()):
@@ -37,8 +46,9 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float,
                             continue
                         score += 0.0 if mask.dtype == torch.bool else float(place)
                     weights[slot] = math.exp(score)
+                total = sum(weights.values()) + (math.exp(float(sinks[head])) if sinks is not None else 0.0)
                 for slot, weight in weights.items():
-                    out[row, head, query] += weight / sum(weights.values()) * v[row, head // 2, slot]
+                    out[row, head, query] += weight / total * v[row, head // 2, slot]
     return out
 
 
@@ -57,6 +67,30 @@ def test_matches_oracle(mask, softcap, is_causal):
     expected = oracle(q, k, v, mask, softcap, is_causal=is_causal)
     result = ops.tiled_attention(q, k, v, LENGTHS, mask, scale=0.3, softcap=softcap, is_causal=is_causal)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_sinks_match_oracle(mask, is_causal):
+    q, k, v = make_inputs()
+    sinks = torch.tensor([0.5, -2.0, 9.0, -torch.inf], dtype=torch.float64)
+    expected = oracle(q, k, v, mask, 0.0, is_causal=is_causal, sinks=sinks)
+    result = ops.tiled_attention(q, k, v, LENGTHS, mask, scale=0.3, sinks=sinks, is_causal=is_causal)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+def test_a_hidden_key_does_not_matter():
+    """NaN where each mask hides it from all queries of the first row."""
+    q, k, v = make_inputs()
+    visible = torch.ones(ROWS, HEADS, QUERIES, CAPACITY, dtype=torch.bool)
+    visible[0, :, :, 3] = False
+    for mask in (visible, visible.to(q.dtype).masked_fill(~visible, torch.finfo(q.dtype).min / 2)):
+        expected = ops.tiled_attention(q, k, v, LENGTHS, mask, scale=0.3, is_causal=False)
+        broken = k.clone()
+        broken[0, :, 3] = math.nan
+        result = ops.tiled_attention(q, broken, v, LENGTHS, mask, scale=0.3, is_causal=False)
+        assert torch.equal(result, expected)
+        assert result.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -19,6 +19,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "window": {"window": 70},
     "softcap": {"softcap": 20.0},
     "alibi": {"alibi_slopes": SLOPES},
+    "chunk": {"chunk": 70},
+    "sinks": {"sinks": SLOPES * 4},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -11,13 +12,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile import passes
-from emssd_compile.acceptance import GreedyMatch
+from emssd_compile.acceptance import GreedyMatch, Rule
 from emssd_compile.capture import capture
-from emssd_compile.drafters import Draft, DraftContext, Drafter
+from emssd_compile.compiler import CompiledModel, CompiledStep, compile_model, compile_step
+from emssd_compile.drafters import Draft, DraftContext, Drafter, PromptLookup
 from emssd_compile.passes import Level
 from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
-from emssd_compile.policies import AllDrafts
+from emssd_compile.policies import AllDrafts, LengthPolicy
 from emssd_compile.step.batch import BatchShape
 
 VOCABULARY, HIDDEN, HEADS, LONGEST = 32, 16, 4, 64
@@ -176,6 +178,21 @@ def step_of(drafter: Drafter) -> fx.GraphModule:
     """The step graph of the tiny model with a drafter."""
     graph_module, manager = unpadded(model_with_attention())
     return manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), drafter, AllDrafts(), manager.fake_mode),))
+
+
+@functools.cache
+def compiled_model() -> CompiledModel:
+    """Level L2 of the tiny model, made once."""
+    torch.manual_seed(0)
+    return compile_model(model_with_attention(), BATCH)
+
+
+def step_with(
+    drafter: Drafter | None = None, rule: Rule | None = None, policy: LengthPolicy | None = None
+) -> CompiledStep:
+    """The step of `compiled_model` with these parts, else prompt lookup, greedy matching and all drafts."""
+    parts = (rule or GreedyMatch(), drafter or PromptLookup(2), policy or AllDrafts())
+    return compile_step(compiled_model(), BATCH, *parts)
 
 
 class Scripted(Drafter):

@@ -1,14 +1,15 @@
 """`fuse_verify`: one graph that packs, runs, accepts and commits; the tokens are the model's own."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import fx
 
+import emssd_compile
 from emssd_compile import passes
-from emssd_compile.acceptance import GreedyMatch
-from emssd_compile.drafters import NoDrafter, PromptLookup
+from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
+from emssd_compile.drafters import NoDrafter, PartSizes, PromptLookup, TensorSpec
 from emssd_compile.passes.fuse_draft import FuseDraft
 from emssd_compile.passes.fuse_verify import FuseVerify
 from emssd_compile.passes.graph import caches, inputs
@@ -23,6 +24,7 @@ from tests.passes.graphs import (
     ops,
     returned,
     step_of,
+    step_with,
     unpadded,
 )
 
@@ -78,6 +80,62 @@ def test_whatever_is_drafted_the_tokens_are_the_models_own(drafter):
     torch.manual_seed(0)
     step = step_of(drafter)
     assert _decode(step, drafter.num_draft_tokens, 12) == _greedy(12)
+
+
+class _Wild(Rule):
+    """Accepts more drafts than there are, or fewer than none, and goes on with what is no token."""
+
+    lossless = True
+
+    def __init__(self, accept: int, token: int) -> None:
+        super().__init__()
+        self.accept, self.token = accept, token
+
+    def forward(self, verification: Verification) -> Verdict:
+        lengths = verification.draft_lengths
+        return Verdict(torch.full_like(lengths, self.accept), torch.full_like(lengths, self.token))
+
+
+@pytest.mark.parametrize(
+    ("accept", "token", "text"),
+    [
+        (10**9, VOCABULARY + 5, [31, 1, 2, 31, 1, 2, 31]),
+        (-3, -7, [0, 0, 0, 0, 0, 0, 0]),
+        (1, 9, [9, 1, 9, 1, 9, 1, 9]),
+    ],
+    ids=["too much", "too little", "in range"],
+)
+def test_a_verdict_is_carried_out_as_far_as_it_can_be_meant(accept, token, text):
+    step = step_with(Scripted([1, 2]), rule=_Wild(accept, token)).graph_module
+    assert _decode(step, 2, len(text)) == [text] * 3
+
+
+class _Counts(GreedyMatch):
+    """Remembers how many drafts of each row it has accepted."""
+
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        return {"accepted": TensorSpec((sizes.rows,), torch.int64)}
+
+    def forward(self, verification: Verification) -> Verdict:
+        verdict = super().forward(verification)
+        return replace(verdict, state={"accepted": verification.state["accepted"] + verdict.accept_lengths})
+
+
+def test_a_rule_may_have_state():
+    torch.manual_seed(0)
+    fast = emssd_compile.optimize(
+        model_with_attention(),
+        PromptLookup(4, 2),
+        max_batch=3,
+        max_length=LONGEST,
+        layout="packed",
+        backend="eager",
+        acceptance=_Counts(),
+    )
+    assert fast.generate(PROMPTS, max_new_tokens=12) == [
+        [*ids, *new] for ids, new in zip(PROMPTS, _greedy(12), strict=True)
+    ]
+    assert fast._engine.tensors["rule_accepted"].sum() >= fast.stats.num_accepted_draft_tokens > 0
 
 
 def test_the_step_is_one_graph_of_ops_with_named_inputs_and_outputs():

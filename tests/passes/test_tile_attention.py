@@ -11,6 +11,7 @@ from emssd_compile.passes.manager import PassManager
 from emssd_compile.passes.tile_attention import TileAttention
 from tests.exactness.compiled import assert_exact, rechunked, target
 from tests.exactness.models import prompt
+from tests.passes import trees
 from tests.passes.graphs import (
     BATCH,
     COMMITTED,
@@ -25,7 +26,7 @@ from tests.passes.graphs import (
     unpadded,
 )
 from tests.passes.tiled import EagerStep, run_with, tile_step
-from tests.passes.trees import assert_same, step_inputs, tiled_inputs, tree_batch, tree_graph
+from tests.passes.trees import TAIL, assert_same, break_draft, spread, step_inputs, tiled_inputs, tree_batch, tree_graph
 
 # Grouped heads and learned positions, a window, capped scores in every other layer's window, and ALiBi.
 CASES = {
@@ -129,8 +130,13 @@ def test_refuses_a_graph_whose_results_have_no_names():
 
 
 @pytest.mark.parametrize(("width", "words"), [(40, 2), (43, 2), (43, 1)])
-def test_draft_trees_see_what_the_packed_form_sees(width, words):
-    """Windows and ALiBi by true positions, rows and tile slots without a token, a tail, tokens that have no bit."""
+def test_draft_trees_see_what_the_packed_form_sees(width, words, monkeypatch):
+    """Windows, chunks and ALiBi by true positions, rows and tile slots without a token, a tail, tokens without a bit.
+
+    A token without a bit, of its own neither, may be the first of its chunk, and then it sees nothing.
+    """
+    if words == 1:
+        monkeypatch.setattr(trees, "LAYERS", [layer for layer in trees.LAYERS if "chunk" not in layer])
     given = step_inputs(tree_batch())
     given["ancestors"] = given["ancestors"][:, :words]
     graph_module, fake_mode = tree_graph(given)
@@ -140,12 +146,30 @@ def test_draft_trees_see_what_the_packed_form_sees(width, words):
     assert_same(graph_module(*tiled.values()), expected)
 
 
+def test_a_draft_that_overflows_reaches_those_who_see_it_and_no_others():
+    """As in the packed form: there are both among its tree's tokens."""
+    given = step_inputs(tree_batch())
+    break_draft(given)
+    graph_module, fake_mode = tree_graph(given)
+    tiled = tiled_inputs(given, 43)
+    expected = graph_module(*given.values())
+    for result in expected.values():
+        touched = ~result[:-TAIL].isfinite().all(-1).all(-1)
+        assert touched[20]
+        assert 0 < touched.sum() < 20
+    PassManager(fake_mode)._run(TileAttention(), "tiled", graph_module)
+    found = graph_module(*tiled.values())
+    assert_same(spread({name: found[name] for name in expected}), spread(expected))
+
+
 def test_trees_of_layers_that_see_the_same_share_a_mask():
     graph_module, fake_mode = tree_graph(step_inputs(tree_batch()))
     PassManager(fake_mode)._run(TileAttention(), "tiled", graph_module)
     first, second, *others = (node for node in graph_module.graph.nodes if node.target == tiled_attention)
     assert first.args[4] is second.args[4]
-    assert len({first.args[4], *(node.args[4] for node in others)}) == 3
+    windowed, biased, chunked, sunk = (node.args[4] for node in others)
+    assert sunk is first.args[4], "sinks are no mask"
+    assert len({first.args[4], windowed, biased, chunked}) == 4
     assert not any(node.kwargs["is_causal"] for node in (first, second, *others))
 
 
@@ -154,8 +178,8 @@ def test_a_query_that_sees_nothing_is_given_a_slot():
     given = step_inputs(tree_batch())
     graph_module, fake_mode = tree_graph(given)
     PassManager(fake_mode)._run(TileAttention(), "tiled", graph_module)
-    plain, _, windowed, _ = (node for node in graph_module.graph.nodes if node.target == tiled_attention)
-    output(graph_module.graph).args = ((plain.args[4], windowed.args[4], plain.args[3]),)
+    plain, _, windowed, _, chunked, _ = (n for n in graph_module.graph.nodes if n.target == tiled_attention)
+    output(graph_module.graph).args = ((plain.args[4], windowed.args[4], chunked.args[4], plain.args[3]),)
     graph_module.recompile()
     for ancestors in (given["ancestors"], torch.zeros_like(given["ancestors"])):
         *masks, kv_lengths = graph_module(*tiled_inputs({**given, "ancestors": ancestors}, 43).values())

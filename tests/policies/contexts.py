@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emssd_compile.policies import LengthPolicy, PolicyContext, Ranking
+from emssd_compile.policies import LengthPolicy, PartSizes, PolicyContext, Ranking
 from emssd_compile.step.policy import fit
 
 
 def zeros(policy: LengthPolicy, rows: int, limit: int, num_grades: int = 1) -> dict[str, Tensor]:
     """The policy's state before anything was seen."""
-    specs = {**policy.row_spec(rows, limit), **policy.memory_spec(limit, num_grades)}
+    specs = policy.tensors(PartSizes(rows, 64, 32, limit, num_grades))
     return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
 
 

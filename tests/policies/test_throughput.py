@@ -35,10 +35,8 @@ def times(draw, most: int):
 
 def _survival(state, grades) -> list[list[float]]:
     """s_j of each row, from the definition."""
-    row = (state["policy_row_accepted"] + PRIOR * ROW_PRIOR_WEIGHT) / (state["policy_row_tried"] + ROW_PRIOR_WEIGHT)
-    grade = (state["policy_grade_accepted"] + PRIOR * GRADE_PRIOR_WEIGHT) / (
-        state["policy_grade_tried"] + GRADE_PRIOR_WEIGHT
-    )
+    row = (state["row_accepted"] + PRIOR * ROW_PRIOR_WEIGHT) / (state["row_tried"] + ROW_PRIOR_WEIGHT)
+    grade = (state["grade_accepted"] + PRIOR * GRADE_PRIOR_WEIGHT) / (state["grade_tried"] + GRADE_PRIOR_WEIGHT)
     survivals = []
     for b in range(len(grades)):
         rates = [float(row[b] * grade[grades[b][j], j]) ** 0.5 for j in range(LIMIT)]
@@ -53,8 +51,8 @@ def test_no_other_lengths_promise_more_tokens_per_second_and_as_good_as_the_best
     grade = st.integers(0, GRADES - 1)
     grades = data.draw(st.lists(st.lists(grade, min_size=LIMIT, max_size=LIMIT), min_size=ROWS, max_size=ROWS))
     state = zeros(POLICY, ROWS, LIMIT, GRADES)
-    state["policy_row_accepted"], state["policy_row_tried"] = data.draw(evidence(ROWS), label="rows")
-    state["policy_grade_accepted"], state["policy_grade_tried"] = data.draw(evidence(GRADES, LIMIT), label="grades")
+    state["row_accepted"], state["row_tried"] = data.draw(evidence(ROWS), label="rows")
+    state["grade_accepted"], state["grade_tried"] = data.draw(evidence(GRADES, LIMIT), label="grades")
     seconds = data.draw(times(ROWS * (LIMIT + 1)), label="seconds")
     seen = context(proposed, LIMIT, state, grades=torch.tensor(grades), seconds=seconds)
 
@@ -93,7 +91,7 @@ def test_all_drafts_where_they_are_free_and_none_where_they_are_dear(price, expe
 @pytest.mark.parametrize("budget", [0, 1, 3, 5])
 def test_where_room_is_short_the_likeliest_drafts_get_it(budget):
     state = zeros(POLICY, 2, 4)
-    state["policy_row_accepted"], state["policy_row_tried"] = torch.tensor([9.0, 0.0]), torch.tensor([9.0, 9.0])
+    state["row_accepted"], state["row_tried"] = torch.tensor([9.0, 0.0]), torch.tensor([9.0, 9.0])
     seen = context([4, 4], 4, state)
     chosen = lengths(POLICY(seen), seen, budget)
     assert sum(chosen) == budget
@@ -170,7 +168,7 @@ def test_what_one_row_shows_is_not_held_against_another_row():
     rows = _Rows(3, 3)
     for _ in range(5):
         rows.step([3, 0, 0])
-    accepted, tried = rows.state["policy_row_accepted"], rows.state["policy_row_tried"]
+    accepted, tried = rows.state["row_accepted"], rows.state["row_tried"]
     assert accepted[0] == tried[0] > 0
     assert accepted[1:].tolist() == [0, 0]
     rate = (accepted + PRIOR * ROW_PRIOR_WEIGHT) / (tried + ROW_PRIOR_WEIGHT)
@@ -182,9 +180,9 @@ def test_only_the_draft_that_was_refused_counts_against_it_not_those_behind():
     state = zeros(POLICY, 1, 4)
     seen = context([0], 4, state, drafted=torch.tensor([4]), accepted=torch.tensor([1]))
     learnt = POLICY(seen).state
-    assert learnt["policy_grade_tried"].tolist() == [[1, 1, 0, 0]]
-    assert learnt["policy_grade_accepted"].tolist() == [[1, 0, 0, 0]]
-    assert (float(learnt["policy_row_tried"]), float(learnt["policy_row_accepted"])) == (2, 1)
+    assert learnt["grade_tried"].tolist() == [[1, 1, 0, 0]]
+    assert learnt["grade_accepted"].tolist() == [[1, 0, 0, 0]]
+    assert (float(learnt["row_tried"]), float(learnt["row_accepted"])) == (2, 1)
 
 
 def test_what_a_grade_is_worth_is_learnt_and_goes_over_to_other_rows():

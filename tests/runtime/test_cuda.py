@@ -15,8 +15,8 @@ from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.cuda import CudaDevice
-from emssd_compile.runtime.engine import Request
 from emssd_compile.runtime.launch import GraphLauncher
+from emssd_compile.runtime.requests import Request
 from tests.exactness.models import Reference, build, prompt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

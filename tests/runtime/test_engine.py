@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emssd_compile.runtime.buckets import StepSizes
-from emssd_compile.runtime.engine import Engine, Request
+from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import LENGTHS, K, rechunked, target
 from tests.exactness.models import prompt
 from tests.runtime.engines import ObservedStep, graph_engine, watch

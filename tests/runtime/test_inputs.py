@@ -170,7 +170,7 @@ STRIDED = torch.nested.nested_tensor([torch.tensor([5])], layout=torch.strided)
         ((torch.ones(1, 1, 1, dtype=torch.long),), "3-D tensor"),
         (([5, 6],), "wrap it in a list"),
         (([[[5]]],), "row 0 of inputs has 2 dimensions"),
-        (([[5], torch.tensor([6])],), "mixes tensors and lists"),
+        (([[5], torch.tensor([6])],), "mixes tensors, arrays and lists"),
         ((STRIDED,), "layout=torch.jagged"),
         ((LEFT, torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1]])), "row 1 is not padded on one side only"),
         ((LEFT, torch.tensor([[1, 1, 1], [0, 1, 0], [0, 1, 1]])), "row 1 is not padded on one side only"),

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emssd_compile.runtime.buckets import StepSizes
-from emssd_compile.runtime.engine import Engine, Request
+from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import DirectLauncher, GraphLauncher, Launcher, Report, make_launcher
+from emssd_compile.runtime.requests import Request
 from emssd_compile.step.commit import REPORT_FIELDS
 from tests.exactness.compiled import LENGTHS, NEW_TOKENS, target
 from tests.exactness.models import prompt

@@ -5,9 +5,9 @@ import torch
 
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.runtime.buckets import StepSizes
-from emssd_compile.runtime.engine import Request
 from emssd_compile.runtime.launch import Report
-from emssd_compile.runtime.planning import Planner, Row, RunningStep
+from emssd_compile.runtime.planning import Planner
+from emssd_compile.runtime.requests import Request, Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes
 
 B, K, CHUNK = 3, 4, 64

@@ -22,3 +22,16 @@ def test_lengths_hold_the_best_drafts_and_no_more_than_there_is_room_for(data):
     lengths = fit(Ranking(ranks, torch.tensor(0)), torch.tensor(proposed), torch.tensor(room))
 
     assert lengths.tolist() == [order[:room].count(row) for row in range(len(proposed))]
+
+
+@given(data=st.data())
+def test_whatever_the_ranks_no_more_drafts_are_verified_than_proposed_or_than_there_is_room_for(data):
+    proposed = data.draw(st.lists(st.integers(0, LIMIT), min_size=1, max_size=5), label="proposed")
+    ranks = data.draw(st.lists(st.integers(-9, 9), min_size=LIMIT * len(proposed), max_size=LIMIT * len(proposed)))
+    room = data.draw(st.integers(-2, 20), label="room")
+
+    ranking = Ranking(torch.tensor(ranks).view(-1, LIMIT), torch.tensor(0))
+    lengths = fit(ranking, torch.tensor(proposed), torch.tensor(room)).tolist()
+
+    assert all(0 <= length <= most for length, most in zip(lengths, proposed, strict=True))
+    assert sum(lengths) <= max(room, 0)

@@ -130,6 +130,7 @@ def test_onnx_gives_the_same_bits(asked):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(_Numbers(), asked, dynamo=True, opset_version=24, verbose=False)
+    assert program is not None
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     given = {node.name: value.numpy() for node, value in zip(session.get_inputs(), asked, strict=True)}
     assert torch.equal(torch.from_numpy(session.run(None, given)[0]), _Numbers()(*asked))

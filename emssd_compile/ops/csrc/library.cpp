@@ -2,11 +2,14 @@
 #include <torch/library.h>
 
 #include "append_kv.h"
+#include "fingerprint.h"
 #include "packed_linear.h"
 #include "ragged_attention.h"
 
 TORCH_LIBRARY_IMPL(emssd, CPU, m) {
   m.impl("append_kv", emssd::append_kv);
+  m.impl("fingerprint", emssd::fingerprint);
+  m.impl("follow_packed", emssd::follow_packed);
   m.impl("packed_linear", emssd::packed_linear);
   m.impl("ragged_attention", emssd::ragged_attention);
 }

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from emssd_compile.ops import _ragged_attention
+from emssd_compile.ops._scores import in_use
 from emssd_compile.ops.triton.append_kv import append_kv_triton
-from emssd_compile.ops.triton.ragged_attention import DTYPES, ragged_attention_triton
+from emssd_compile.ops.triton.ragged_attention import ATTRIBUTES, DTYPES, ragged_attention_triton
 from emssd_compile.ops.triton.selection import Selection, cuda_milliseconds
 from emssd_compile.ops.triton.varlen import applies, ragged_attention_varlen
 
@@ -26,9 +27,9 @@ def ragged_attention(
     positions: Tensor,
     **options: Any,
 ) -> Tensor:
-    """`emssd::ragged_attention` by the fastest form that can do it; by the reference in float64."""
+    """`emssd::ragged_attention` by the fastest form that can do it; by the reference where none can, as in float64."""
     tensors = (q, k_cache, v_cache, offsets, lengths, positions)
-    if q.dtype not in DTYPES:
+    if q.dtype not in DTYPES or in_use(options) - ATTRIBUTES:
         return _ragged_attention.reference(*tensors, **options)
     forms = {"triton": functools.partial(ragged_attention_triton, *tensors, **options)}
     if applies(q, k_cache, v_cache, **options):

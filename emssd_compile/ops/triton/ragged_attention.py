@@ -14,6 +14,8 @@ from emssd_compile.ops.triton.merge_kernel import merge_splits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute with; float32 in full precision, not as TF32."""
+ATTRIBUTES = {"scale", "window", "chunk", "softcap", "alibi_slopes", "sinks"}
+"""Of attention, those that the kernels know."""
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def ragged_attention_triton(
         RuntimeError: shapes or dtypes do not fit.
     """
     rule = AttentionAttributes(**attributes)
-    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, rule, ancestors)
+    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, rule=rule, ancestors=ancestors)
     launch = launch or plan_launch(sizes, num_processors(q.device))
     query_shape = (sizes.num_tokens, sizes.num_heads)
     out = q.new_empty(*query_shape, sizes.value_size)
@@ -112,6 +114,7 @@ def check_arguments(
     offsets: Tensor,
     lengths: Tensor,
     positions: Tensor,
+    *,
     rule: AttentionAttributes | None = None,
     ancestors: Tensor | None = None,
 ) -> AttentionSizes:

@@ -21,7 +21,7 @@ from emssd_compile.passes.splice import Tensors, trace
 ROWS, HEADS, KV_HEADS, QUERIES, CAPACITY, SIZE = 3, 4, 2, 3, 9, 8
 
 
-def check(function: Callable[[Tensors], Tensor], inputs: Tensors, folder: Path) -> None:
+def check(function: Callable[[Tensors], Tensor], inputs: Tensors, folder: Path, rtol: float = 1e-5) -> None:
     """Compare what ONNX Runtime computes with what the function does."""
     expected = function(inputs)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -33,7 +33,7 @@ def check(function: Callable[[Tensors], Tensor], inputs: Tensors, folder: Path) 
     step = open_session(
         folder, write_model(graph_module, folder, (), ModelOptions()), list(inputs), torch.device("cpu")
     )
-    torch.testing.assert_close(step(*inputs.values())["result"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step(*inputs.values())["result"], expected, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -44,29 +44,65 @@ def check(function: Callable[[Tensors], Tensor], inputs: Tensors, folder: Path) 
         {"is_causal": False},
         {"is_causal": False, "mask": "bool", "softcap": 1.5},
         {"is_causal": False, "mask": "additive", "softcap": 1.5},
+        {"is_causal": True, "sinks": True},
+        {"is_causal": False, "mask": "bool", "sinks": True},
+        {"is_causal": False, "mask": "additive", "sinks": True, "softcap": 1.5},
     ],
     ids=str,
 )
 def test_tiled_attention(options: dict[str, Any], tmp_path):
-    """Rows of all lengths: one is full, one has fewer slots than queries, the first of which sees nothing."""
+    """Rows of all lengths: one is full, one has fewer slots than queries, the first of which sees nothing.
+
+    Behind every length lies NaN, and so it does in a key that a mask hides.
+    """
     given = {
         "q": torch.randn(ROWS, HEADS, QUERIES, SIZE),
         "k": torch.randn(ROWS, KV_HEADS, CAPACITY, SIZE),
         "v": torch.randn(ROWS, KV_HEADS, CAPACITY, SIZE + 1),
-        "lengths": torch.tensor([7, 2, 5]),
+        "lengths": torch.tensor([CAPACITY, 2, 5]),
     }
-    kind = options.pop("mask", None)
+    for row, length in enumerate(given["lengths"].tolist()):
+        given["k"][row, :, length:] = given["v"][row, :, length:] = torch.nan
+    options = dict(options)
+    kind, has_sinks = options.pop("mask", None), options.pop("sinks", False)
     if kind:
         visible = torch.rand(ROWS, 1 if kind == "bool" else HEADS, QUERIES, CAPACITY) < 0.6
-        visible[..., 0] = True
-        given["mask"] = visible if kind == "bool" else torch.where(visible, torch.randn(visible.shape), -1e30)
+        visible[..., 0], visible[..., 1] = True, False
+        given["k"][:, :, 1] = torch.nan
+        least = torch.finfo(torch.float32).min / 2
+        given["mask"] = visible if kind == "bool" else torch.where(visible, torch.randn(visible.shape), least)
+    if has_sinks:
+        given["sinks"] = torch.tensor([0.5, -2.0, 9.0, -torch.inf])
 
     def attend(given: Tensors) -> Tensor:
-        q, k, v, lengths, *mask = given.values()
-        result: Tensor = ops.tiled_attention(q, k, v, lengths, mask[0] if mask else None, scale=0.3, **options)
+        q, k, v, lengths = (given[name] for name in ("q", "k", "v", "lengths"))
+        mask, sinks = given.get("mask"), given.get("sinks")
+        result: Tensor = ops.tiled_attention(q, k, v, lengths, mask, scale=0.3, sinks=sinks, **options)
         return result[[0, 2]] if options["is_causal"] else result
 
     check(attend, given, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "additive"])
+def test_tiled_attention_in_other_dtypes(dtype: torch.dtype, kind: str, tmp_path):
+    """In half precision only the result is rounded; halves of lowest numbers hide in each dtype."""
+    given = {name: torch.randn(ROWS, HEADS, QUERIES, SIZE).to(dtype) for name in ("q", "k", "v")}
+    given["lengths"] = torch.tensor([3, 2, 1])
+    if kind == "additive":
+        visible = torch.tensor([True, False, True]).expand(ROWS, HEADS, QUERIES, QUERIES)
+        given["mask"] = torch.randn(visible.shape).to(dtype).masked_fill(~visible, torch.finfo(dtype).min / 2)
+        given["k"][:, :, 1] = torch.nan
+
+    def attend(given: Tensors) -> Tensor:
+        q, k, v, lengths = (given[name] for name in ("q", "k", "v", "lengths"))
+        is_causal = "mask" not in given
+        result: Tensor = ops.tiled_attention(
+            q, k, v, lengths, given.get("mask"), scale=0.3, is_causal=is_causal, softcap=0.0 if is_causal else 2.0
+        )
+        return result[:, :, -1:]
+
+    check(attend, given, tmp_path, rtol=torch.finfo(dtype).eps)
 
 
 def test_update_kv(tmp_path):

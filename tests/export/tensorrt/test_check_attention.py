@@ -32,12 +32,23 @@ def test_float32_is_refused_with_what_to_do():
         CheckAttention().run(step_of(Scripted([7, 8])))
 
 
-def test_capped_scores_are_refused():
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [({"softcap": 2.0}, "scores are capped"), ({"sinks": torch.zeros(4)}, "attention has sinks")],
+    ids=str,
+)
+def test_what_changes_scores_otherwise_than_a_mask_is_refused(attribute, message):
     step, site = half_step()
-    site.kwargs = {**site.kwargs, "softcap": 2.0}
-    with pytest.raises(UnsupportedModelError, match=r"scores are capped.*\n.*attention='decomposed'") as raised:
+    site.kwargs = {**site.kwargs, **attribute}
+    with pytest.raises(UnsupportedModelError, match=rf"{message}.*\n.*attention='decomposed'") as raised:
         CheckAttention().run(step)
     assert raised.value.node == site.name
+
+
+def test_what_masks_can_say_is_left_as_it_is():
+    step, site = half_step()
+    site.kwargs = {**site.kwargs, "window": 4, "chunk": 8, "alibi_slopes": torch.ones(4)}
+    assert CheckAttention().run(step) == 0
 
 
 def test_values_of_another_size_are_refused():

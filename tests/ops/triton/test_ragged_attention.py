@@ -16,6 +16,7 @@ pytestmark = needs_triton
 ROWS = [(37, 3), (0, 1), (5, 0), (16, 2)]  # an empty row, no history, ends inside and at a block of slots
 SMALL = {"block_slots": 16, "block_queries": 16}  # several blocks and tiles in few slots and tokens
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+SINKS = torch.tensor([0.5, -2.0, 9.0, -torch.inf])
 
 OPTIONS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -24,7 +25,11 @@ OPTIONS: dict[str, dict[str, object]] = {
     "window across blocks": {"window": 30},
     "softcap": {"softcap": 1.5},
     "alibi": {"alibi_slopes": SLOPES},
-    "all": {"window": 23, "softcap": 3.0, "alibi_slopes": SLOPES},
+    "chunk": {"chunk": 5},
+    "chunk across blocks": {"chunk": 30},
+    "sinks": {"sinks": SINKS},
+    "window and chunk": {"window": 9, "chunk": 12},
+    "all": {"window": 23, "chunk": 25, "softcap": 3.0, "alibi_slopes": SLOPES, "sinks": SINKS},
 }
 
 
@@ -102,6 +107,8 @@ def test_trees_of_several_query_tiles_and_words(
     tail=st.integers(1, 20),
     window=st.sampled_from([0, 1, 4, 30]),
     softcap=st.sampled_from([0.0, 2.0]),
+    chunk=st.sampled_from([0, 1, 5, 30]),
+    sinks=st.booleans(),
     alibi=st.booleans(),
     tree=st.booleans(),
     splits=st.integers(1, 4),
@@ -114,6 +121,8 @@ def test_matches_oracle_for_random_schedules(
     tail: int,
     window: int,
     softcap: float,
+    chunk: int,
+    sinks: bool,
     alibi: bool,
     tree: bool,
     splits: int,
@@ -122,7 +131,8 @@ def test_matches_oracle_for_random_schedules(
     batch = make_batch(rows, heads, tail=tail, seed=seed)
     batch = with_trees(batch, seed=seed) if tree else batch
     slopes = torch.linspace(0.1, 1.0, heads.num_heads) if alibi else None
-    batch = batch.with_options(window=window, softcap=softcap, alibi_slopes=slopes)
+    batch = batch.with_options(window=window, chunk=chunk, softcap=softcap, alibi_slopes=slopes)
+    batch = batch.with_options(sinks=torch.linspace(-2.0, 3.0, heads.num_heads)) if sinks else batch
     assert_exact(triton.attend(batch, **SMALL, num_splits=splits), oracle(batch))
 
 
@@ -192,6 +202,7 @@ def test_ancestors_beyond_its_width_are_not_seen(triton: TritonProcess) -> None:
         ({"positions": torch.zeros(3, dtype=torch.int64)}, r"positions \[T\] do not fit"),
         ({"q": torch.zeros(4, 4, 31)}, r"q \[T, Hq, Dk\].* do not fit"),
         ({"q": torch.zeros(4, 4, 32, dtype=torch.float16)}, "of one dtype among float32, bfloat16 and float16"),
+        ({"options": {"scale": 1.0, "sinks": torch.ones(3)}}, r"sinks \[Hq\] do not fit"),
         ({"options": {"scale": 1.0, "ancestors": torch.ones(4, 4, dtype=torch.bool)}}, r"ancestors int32 \[T, W\]"),
     ],
 )
@@ -211,7 +222,7 @@ COMPILED: dict[str, Batch] = {
     "float32 chain": make_batch([(200, 2)], Heads(4, 2, 16, 16)),
     "bfloat16 chain": make_batch([(200, 2)], Heads(4, 2, 16, 16), dtype=torch.bfloat16),
     "bfloat16 tree with all": with_trees(make_batch([(30, 2)], Heads(4, 2, 24, 16), dtype=torch.bfloat16)).with_options(
-        window=9, softcap=2.0, alibi_slopes=SLOPES
+        window=9, chunk=12, softcap=2.0, alibi_slopes=SLOPES, sinks=SINKS
     ),
 }
 

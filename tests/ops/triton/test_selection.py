@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emssd_compile.ops.triton.selection import Call, Selection, agrees
+from emssd_compile.ops.triton.selection import Call, Selection, agrees, standard_forms
 
 RESULT = torch.linspace(-1, 1, 50).bfloat16()
 
@@ -90,3 +90,15 @@ def test_agreement_is_up_to_rounding() -> None:
     exact = torch.randn(1000)
     assert agrees(exact.bfloat16(), (exact * (1 + 2**-8)).bfloat16())
     assert not agrees((exact + 0.2).bfloat16(), exact.bfloat16())
+
+
+def test_within_standard_forms_no_clock_chooses_though_another_form_was_faster() -> None:
+    forms = {"first": form(), "second": form(-RESULT)}
+    clock = Clock(dict(zip(forms.values(), (2.0, 1.0), strict=True)))
+    selection = Selection(clock.measure, lambda: True)
+    selection._chosen["class"] = "second"
+    with standard_forms():
+        for key in ("class", "another class"):
+            assert torch.equal(selection.run(key, forms), RESULT)
+    assert torch.equal(selection.run("class", forms), -RESULT)
+    assert clock.read == 0

@@ -82,10 +82,12 @@ def test_matches_oracle_and_zeroes_the_tail(emulation: None, heads: Heads, windo
         half_batch([(8, 2)], Heads(4, 2, 16, 8)),
         half_batch([(8, 2)]).with_options(softcap=2.0),
         half_batch([(8, 2)]).with_options(alibi_slopes=torch.ones(4)),
+        half_batch([(8, 2)]).with_options(sinks=torch.ones(4)),
+        half_batch([(8, 2)]).with_options(chunk=8),
         with_trees(half_batch([(8, 2)])),
         replace(half_batch([(8, 2)]), k_cache=torch.zeros(1, 2, 13, 16, dtype=torch.float16).transpose(1, 2)),
     ],
-    ids=["float32", "head size", "value size", "softcap", "alibi", "tree", "head-major cache"],
+    ids=["float32", "head size", "value size", "softcap", "alibi", "sinks", "chunk", "tree", "head-major cache"],
 )
 def test_does_not_apply(emulation: None, unfit: Batch) -> None:
     assert applies(half_batch([(8, 2)]))

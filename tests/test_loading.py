@@ -12,6 +12,7 @@ import torch
 
 import emssd_compile
 import emssd_compile.export as targets
+from emssd_compile.errors import OptionError
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
@@ -67,3 +68,8 @@ def test_steps_are_captured_only_where_they_can_be(artifact, monkeypatch, is_cap
     emssd_compile.load(artifact)
     assert (asked[0] > 0) == is_captured
     assert not targets.find_target("onnx").is_captured
+
+
+def test_a_device_without_memory_is_no_place_to_decode(artifact):
+    with pytest.raises(OptionError, match="runs on cpu, not on meta"):
+        emssd_compile.load(artifact, device="meta")

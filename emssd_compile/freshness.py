@@ -1,0 +1,330 @@
+"""Whether a compiled model is still the user's model: what changed since it was compiled is followed or refused.
+
+A step holds the user's own tensors, so what is written into them is seen. What else can change is compared when a
+`generate` begins:
+
+- another tensor in the place of one that the step holds (`load_state_dict(assign=True)`): taken over;
+- the values of a tensor that a pass has looked at, such as a mask in a buffer: refused;
+- the modules themselves, their hooks, attributes and configuration, which the capture has read: refused.
+
+The comparison does not run the model. It takes a fraction of a millisecond for a model of a few hundred modules, and
+reads those tensors of which the step holds something derived.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as nn_module
+
+from emssd_compile.errors import StaleModelError
+from emssd_compile.ops import fingerprint, follow_packed, packed_linear
+
+_HARMLESS = frozenset(
+    {
+        *(
+            "generation_config",
+            "name_or_path",
+            "_name_or_path",
+            "_commit_hash",
+            "transformers_version",
+            "architectures",
+        ),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache"),
+        *("id2label", "label2id", "_compiled_call_impl", "_cache"),
+        *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks"),
+        *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    }
+)
+"""Attributes that no forward computes with: those of generation, names, and hooks that a forward does not call."""
+
+_OWN_CHECK = frozenset({"_parameters", "_buffers"})
+"""Parts of a module whose values are compared as tensors."""
+
+_DEPTH = 6
+_NOT_ENTERED = frozenset({"torch", "emssd_compile", "numpy", "builtins", "functools", "threading", "_thread"})
+
+
+class Freshness:
+    """Remembers a model as it was compiled.
+
+    Args:
+        structure: of the model and the drafter, as they were captured.
+        graph_modules: the graphs that hold the weights; where a weight is replaced, it is replaced in all of them.
+        looked_at: tensors whose values went into the graphs.
+    """
+
+    def __init__(
+        self, structure: Structure, graph_modules: Iterable[fx.GraphModule], looked_at: Iterable[Tensor]
+    ) -> None:
+        self._structure = structure
+        self._graph_modules = tuple(graph_modules)
+        places = {id(place.tensor): place for place in _places(structure.modules)}
+        held: dict[int, _Weight] = {}
+        for graph_module in self._graph_modules:
+            for store in (graph_module._parameters, graph_module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and id(tensor) in places:
+                        weight = held.setdefault(id(tensor), _Weight(places[id(tensor)]))
+                        weight.attributes.append((store, name))
+        self._weights = tuple(held.values())
+        known = [places[id(tensor)] for tensor in looked_at if id(tensor) in places]
+        known += [_Place(name, [], tensor) for name, tensor in structure.tensors.items()]
+        self._looked_at = [(place, int(fingerprint(place.tensor))) for place in known]
+        self._packed = [[str(n.target) for n in site] for site in _packed_sites(self._graph_modules[0])]
+
+    def follow(self) -> bool:
+        """Take over what can be taken over; returns whether a weight now lies elsewhere in memory.
+
+        Raises:
+            StaleModelError: something else changed; says what. Nothing is taken over then.
+        """
+        changed = self._structure.change()
+        if changed:
+            raise StaleModelError(changed)
+        found = [weight.place.found() for weight in self._weights]  # all of them before any is replaced
+        for place, bits in self._looked_at:
+            if int(fingerprint(place.found())) != bits:
+                raise StaleModelError(f"the values of {place.name} are others, and the step holds what they meant")
+        moved = [weight.take_over(tensor) for weight, tensor in zip(self._weights, found, strict=True)]
+        for names in self._packed:
+            follow_packed([getattr(self._graph_modules[0], name) for name in names])
+        return any(moved)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What compiled code takes for granted about a tensor."""
+
+    kind: type
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Layout:
+        kind = Tensor if isinstance(tensor, nn.Parameter) and type(tensor) is nn.Parameter else type(tensor)
+        return cls(kind, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+    def difference(self, other: _Layout) -> str:
+        """What `other` has become, in words."""
+        for name in ("dtype", "device", "shape", "stride", "kind"):
+            before, after = getattr(self, name), getattr(other, name)
+            if before != after:
+                return f"its {name} is {after}, and was {before}"
+        return ""
+
+
+class _Place:
+    """Where the user's modules hold a tensor.
+
+    Args:
+        name: for messages.
+        stores: dicts of modules, and the key in each: one, or several if it is tied.
+        tensor: it, as compiled.
+    """
+
+    def __init__(self, name: str, stores: list[tuple[dict[str, Any], str]], tensor: Tensor) -> None:
+        self.name, self.stores, self.tensor = name, stores, tensor
+        self._layout = _Layout.of(tensor)
+
+    def found(self) -> Tensor:
+        """What is there now. Raises StaleModelError if that cannot be taken for the tensor that was compiled."""
+        held = [store.get(key) for store, key in self.stores] or [self.tensor]
+        first = held[0]
+        if not isinstance(first, Tensor):
+            raise StaleModelError(f"{self.name} is gone")
+        if any(other is not first for other in held):
+            raise StaleModelError(f"{self.name} was one tensor in several places, and is several now")
+        difference = self._layout.difference(_Layout.of(first))
+        if difference:
+            raise StaleModelError(f"{self.name} is another tensor: {difference}")
+        return first
+
+
+class _Weight:
+    """A tensor of the user's that the step holds.
+
+    Attributes:
+        place: where it is from.
+        attributes: dicts of graph modules, and its name in each.
+    """
+
+    def __init__(self, place: _Place) -> None:
+        self.place = place
+        self.attributes: list[tuple[dict[str, Any], str]] = []
+        self._tensor, self._address = place.tensor, place.tensor.data_ptr()
+
+    def take_over(self, found: Tensor) -> bool:
+        """Hold `found`; returns whether it lies elsewhere than before."""
+        if found is not self._tensor:
+            self._tensor = found
+            for store, name in self.attributes:
+                store[name] = found
+        moved, self._address = found.data_ptr() != self._address, found.data_ptr()
+        return moved
+
+
+def _places(modules: Iterable[nn.Module]) -> Iterable[_Place]:
+    """Every parameter and buffer, once."""
+    found: dict[int, _Place] = {}
+    for root in modules:
+        for path, module in root.named_modules():
+            for store in (module._parameters, module._buffers):
+                for key, tensor in store.items():
+                    if tensor is not None:
+                        name = f"{path}.{key}" if path else key
+                        found.setdefault(id(tensor), _Place(name, [], tensor)).stores.append((store, key))
+    return found.values()
+
+
+def _packed_sites(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:
+    for node in graph_module.graph.nodes:
+        if node.target == packed_linear:
+            weights = node.args[1]
+            assert isinstance(weights, (list, tuple))
+            yield [weight for weight in weights if isinstance(weight, fx.Node)]
+
+
+class Structure:
+    """What a capture of some modules has read beside their weights, compared container by container.
+
+    Args:
+        modules: the model, and what else is captured.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.modules = modules
+        self.tensors: dict[str, Tensor] = {}
+        """Tensors that are neither parameters nor buffers, by where they are."""
+        self._containers: list[_Container] = []
+        self._classes: dict[type, Any] = {}
+        self._kinds: list[tuple[str, nn.Module, type]] = []
+        self._seen: set[int] = set()
+        for hooks in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
+            self._note("the hooks of all modules", hooks, 0)
+        for root in modules:
+            for path, module in root.named_modules():
+                self._note_module(path or type(module).__name__, module)
+
+    def change(self) -> str | None:
+        """What is not as it was; None if all is."""
+        if self.modules[0].training:
+            return f"{type(self.modules[0]).__name__} is in training mode (dropout is on); call model.eval()"
+        for path, module, kind in self._kinds:
+            if module.__class__ is not kind:
+                return f"module {path} is a {type(module).__name__}, and was a {kind.__name__}"
+        for kind, forward in self._classes.items():
+            if kind.forward is not forward:  # type: ignore[attr-defined]
+                return f"the forward of {kind.__name__} is another function"
+        for container in self._containers:
+            changed = container.change()
+            if changed:
+                return changed
+        return None
+
+    def _note_module(self, path: str, module: nn.Module) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        self._kinds.append((path, module, type(module)))
+        self._classes.setdefault(type(module), type(module).forward)
+        self._containers.append(_Container(path, module.__dict__))
+        for store in (module._parameters, module._buffers):
+            self._containers.append(_Names(f"{path} (its tensors)", store))
+        for name, value in module.__dict__.items():
+            if name not in _HARMLESS and name not in _OWN_CHECK:
+                self._note(f"{path}.{name}", value, 0)
+
+    def _note(self, path: str, value: Any, depth: int) -> None:
+        """Remember a container and what is in it."""
+        if isinstance(value, Tensor):
+            self.tensors[path] = value
+            return
+        if depth > _DEPTH or id(value) in self._seen or isinstance(value, (nn.Module, type, str, bytes)):
+            return
+        items = _items(value)
+        if items is None:
+            return
+        live, pairs = items
+        self._seen.add(id(value))
+        if not isinstance(value, tuple):  # those never change
+            self._containers.append(_Container(path, live))
+        for key, item in pairs:
+            if key not in _HARMLESS:
+                self._note(f"{path}.{key}", item, depth + 1)
+
+
+def _items(value: Any) -> tuple[Any, list[tuple[Any, Any]]] | None:
+    """What can change in a value, and what is in it by name; None if it is not looked into."""
+    if isinstance(value, dict):
+        return value, list(value.items())
+    if isinstance(value, (list, tuple)):
+        return value, list(enumerate(value))
+    if isinstance(value, set):
+        return value, []
+    known = type(value).__module__.partition(".")[0] in _NOT_ENTERED or isinstance(value, (enum.Enum, ModuleType))
+    if known or not hasattr(value, "__dict__"):
+        return None
+    return vars(value), list(vars(value).items())
+
+
+class _Container:
+    """A dict, list or set as it was; the comparison is Python's own, which is quick where the objects are the same."""
+
+    def __init__(self, path: str, live: Any) -> None:
+        self.path = path
+        self.live = live
+        self.copy = live.copy()
+
+    def change(self) -> str | None:
+        """What is not as it was."""
+        try:
+            if self.live == self.copy:
+                return None
+        except (RuntimeError, ValueError, TypeError):  # tensors and arrays do not say whether they are equal
+            pass
+        if not isinstance(self.live, dict):
+            return None if _same(self.live, self.copy) else f"{self.path} has changed"
+        keys = [k for k in {**self.copy, **self.live} if k not in _HARMLESS]
+        for key in keys:
+            if key not in self.live:
+                return f"{self.path}.{key} is gone"
+            if key not in self.copy:
+                return f"{self.path}.{key} is new"
+            if not _same(self.live[key], self.copy[key]):
+                return f"{self.path}.{key} has changed{_values(self.copy[key], self.live[key])}"
+        return None
+
+
+class _Names(_Container):
+    """Which tensors a module has: those that the step holds are compared as such."""
+
+    def change(self) -> str | None:
+        different = _tensors(self.live) ^ _tensors(self.copy)
+        return f"{self.path}: {', '.join(sorted(different))} came or went" if different else None
+
+
+def _tensors(store: dict[str, Any]) -> set[str]:
+    return {name for name, tensor in store.items() if tensor is not None}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+
+
+def _values(before: Any, after: Any) -> str:
+    plain = (bool, int, float, str, type(None), torch.dtype, torch.device)
+    return f" from {before!r} to {after!r}" if isinstance(before, plain) and isinstance(after, plain) else ""

@@ -1,0 +1,74 @@
+"""A request, the row that decodes it, and a step under way: what the host knows of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.runtime.launch import Report
+
+
+@dataclass
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        index: the caller's number for it.
+        prompt: int64 `[S]`, on the CPU.
+        max_new_tokens: it ends after so many.
+        min_new_tokens: EOS is barred before so many.
+        seed: of its random numbers, for acceptance rules that draw.
+        num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
+        output: tokens emitted so far.
+        finished: whether it has ended.
+    """
+
+    index: int
+    prompt: Tensor
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    seed: int = 0
+    num_read: int = 0
+    output: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def end(self, count: int) -> None:
+        """End it after `count` tokens; what it has emitted beyond them is forgotten."""
+        del self.output[count:]
+        self.finished = True
+
+
+@dataclass
+class Row:
+    """What the host knows of a row; as old as the last report that was read.
+
+    Attributes:
+        request: what it decodes.
+        pending: tokens that it knows and has not read.
+        draft_length: drafts that it verifies behind them.
+        is_active: whether the device goes on with it.
+    """
+
+    request: Request
+    pending: int
+    draft_length: int = 0
+    is_active: bool = True
+
+
+@dataclass(frozen=True)
+class RunningStep:
+    """A step under way.
+
+    Attributes:
+        report: what it tells the host, perhaps not there yet.
+        sizes: of the step.
+        requests: which request each row held when it was launched.
+        started: when that was, seconds of `time.perf_counter`.
+    """
+
+    report: Report
+    sizes: StepSizes
+    requests: tuple[Request | None, ...]
+    started: float

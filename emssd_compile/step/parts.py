@@ -1,0 +1,113 @@
+"""What drafters, acceptance rules and length policies have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from emssd_compile.errors import PartError
+from emssd_compile.step.tensor_spec import TensorSpec
+
+T = TypeVar("T")
+
+_BETWEEN = "__"  # the name of a part within a part, and the name that the inner part gave
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Sizes of the step that a part is traced into.
+
+    Attributes:
+        rows: B.
+        capacity: C, tokens that a row can hold.
+        vocabulary: V.
+        num_draft_tokens: K.
+        num_grades: G, grades that the drafter tells apart.
+    """
+
+    rows: int
+    capacity: int
+    vocabulary: int
+    num_draft_tokens: int
+    num_grades: int
+
+
+class Part(nn.Module):
+    """What is traced into the step around the model: a drafter, an acceptance rule or a length policy.
+
+    `forward` maps a context to an answer, both dataclasses of tensors. It holds tensor operations only: no host read,
+    no shape that depends on data. The context is read only, and so are the part's own weights; what is to last from
+    step to step is declared by `tensors`, found in `context.state`, and returned in the answer's `state`. Shapes and
+    dtypes of the answer are checked when the part is traced.
+    """
+
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        """Tensors that last from step to step, by names that need be unique within the part only."""
+        return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the part as it was prepared, a sentence each; `explain()` shows them."""
+        return ()
+
+
+def gather_tensors(parts: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """Specs or tensors of parts within a part, by names that tell the parts apart: for a part that holds parts.
+
+    Args:
+        parts: what each inner part declares or returns, by a name for that part.
+
+    Raises:
+        PartError: a part's name holds the separator, so names could meet.
+
+    Example:
+        `{"first": {"lengths": x}, "second": {"lengths": y}}` gives `{"first__lengths": x, "second__lengths": y}`.
+    """
+    for part in parts:
+        if _BETWEEN in part or part.endswith("_"):
+            raise PartError(
+                f"a part within a part cannot be called {part!r}: {_BETWEEN!r} ends its name; choose another"
+            )
+    return {f"{part}{_BETWEEN}{name}": value for part, own in parts.items() for name, value in own.items()}
+
+
+def tensors_of(part: str, gathered: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to one inner part, by the names that it gave: the way back from `gather_tensors`."""
+    prefix = f"{part}{_BETWEEN}"
+    return {name.removeprefix(prefix): value for name, value in gathered.items() if name.startswith(prefix)}
+
+
+def check_tensors(part: Part, declared: object, sizes: PartSizes, error: type[PartError]) -> dict[str, TensorSpec]:
+    """What `part.tensors` declared, if it makes sense. Raises `error` saying which tensor does not, and why."""
+    name = type(part).__name__
+    if not isinstance(declared, dict):
+        raise error(f"{name}.tensors returned a {type(declared).__name__}; return a dict of TensorSpecs by name")
+    for tensor, spec in declared.items():
+        reason = _fault(tensor, spec, sizes)
+        if reason:
+            raise error(f"{name}.tensors declares {tensor!r}: {reason}")
+    return dict(declared)
+
+
+def _fault(tensor: object, spec: object, sizes: PartSizes) -> str:
+    """What is wrong with a declared tensor; empty if nothing is."""
+    if not (isinstance(tensor, str) and tensor.isascii() and f"_{tensor}".isidentifier()):
+        return "a tensor's name is made of letters, digits and underscores"
+    if not isinstance(spec, TensorSpec):
+        return f"a {type(spec).__name__} is no TensorSpec"
+    if not isinstance(spec.shape, tuple) or not all(type(size) is int and size >= 0 for size in spec.shape):
+        return f"shape {spec.shape!r} is no tuple of integers of at least 0"
+    if not isinstance(spec.dtype, torch.dtype):
+        return f"dtype {spec.dtype!r} is no torch.dtype"
+    if spec.kept not in ("row", "forever"):
+        return f"kept={spec.kept!r} is neither 'row' nor 'forever'"
+    if type(spec.in_place) is not bool:
+        return f"in_place={spec.in_place!r} is neither True nor False"
+    if spec.in_place and spec.kept != "forever":
+        return "a tensor that is written in place is kept='forever': nobody zeroes its rows"
+    if spec.kept == "row" and spec.shape[:1] != (sizes.rows,):
+        return f"shape {list(spec.shape)} has no line a row, which kept='row' needs; its first size is B = {sizes.rows}"
+    return ""

@@ -1,0 +1,27 @@
+"""What a part asks the runtime to allocate for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that travels from step to step; zeros at first.
+
+    Attributes:
+        shape: sizes.
+        dtype: element type.
+        kept: `"row"`: the first size is B, and a row's line is zeroed when a request starts in it. `"forever"`: never
+            reset.
+        in_place: whether it is written where it lies, as KV caches are; such a tensor is kept forever. Any other is
+            read only, and its new value is returned.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kept: Literal["row", "forever"] = "row"
+    in_place: bool = False

@@ -1,0 +1,201 @@
+"""Trace a part (drafter, acceptance rule, length policy) into a step, and hold it to its contract."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emssd_compile.errors import EmssdError, PartError
+from emssd_compile.passes.graph import placeholder
+from emssd_compile.passes.splice import Tensors, add_input, inline_function
+from emssd_compile.step.drafting import Drafter
+from emssd_compile.step.parts import Part, PartSizes, check_tensors
+
+_STATE = "state."  # no field of a context holds a dot, so none meets a part's own tensor
+
+
+class TracedPart:
+    """A part in a step. Its tensors are inputs and results called `<kind>_<name>`, so no two parts' names can meet.
+
+    Args:
+        kind: `"drafter"`, `"rule"` or `"policy"`.
+        part: the part.
+        answer: the dataclass that its `forward` returns; each field's metadata holds the letters of its shape.
+        error: what is raised where the part breaks its contract.
+        sizes: of the step.
+
+    Raises:
+        PartError: its `tensors` make no sense; of the type `error`, as all errors here.
+    """
+
+    def __init__(self, kind: str, part: Part, answer: type[Any], error: type[PartError], sizes: PartSizes) -> None:
+        self.kind, self.part, self.answer, self.error, self.sizes = kind, part, answer, error, sizes
+        self.name = type(part).__name__
+        with self._blamed("`tensors` failed", "It is to return a dict of TensorSpecs by name"):
+            declared = part.tensors(sizes)
+        self.specs = check_tensors(part, declared, sizes, error)
+        self._returned = {name: spec for name, spec in self.specs.items() if not spec.in_place}
+
+    def inline(
+        self, into: fx.GraphModule, context: type, given: dict[str, fx.Node], fake_mode: FakeTensorMode
+    ) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+        """Trace the part to the insertion point of `into`.
+
+        Args:
+            into: grows by the part's ops and inputs.
+            context: the dataclass that `forward` takes.
+            given: its fields, but for `state`.
+            fake_mode: of the graph.
+
+        Returns:
+            The fields of the answer that are not None, and the new values of the part's tensors by the step's names.
+        """
+        state = self._add_inputs(into.graph, next(iter(given.values())).meta["val"].device, fake_mode)
+
+        def run(tensors: Tensors) -> Tensors:
+            return self._run(context, tensors, fake_mode)
+
+        with self._blamed("failed while it was traced", f"A {self.kind}'s forward may hold tensor operations only"):
+            found = inline_function(into, run, given | {_STATE + name: node for name, node in state.items()}, fake_mode)
+        own = {f"{self.kind}_{name}": found.pop(_STATE + name) for name in self._returned}
+        return found, own
+
+    @contextlib.contextmanager
+    def _blamed(self, what: str, rule: str) -> Iterator[None]:
+        """Whatever goes wrong inside is the part's fault."""
+        try:
+            yield
+        except EmssdError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            raise self.error(f"{self.name} {what}: {type(error).__name__}: {reason}. {rule}") from error
+
+    def _add_inputs(self, graph: fx.Graph, device: torch.device, fake_mode: FakeTensorMode) -> dict[str, fx.Node]:
+        """An input for each of the part's tensors, by the part's own names."""
+        state = {}
+        for name, spec in self.specs.items():
+            with fake_mode:
+                value = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+            role = "cache" if spec.in_place else "row" if spec.kept == "row" else "memory"
+            state[name] = add_input(graph, f"{self.kind}_{name}", value, role)
+        return state
+
+    def _run(self, context: type, tensors: Tensors, fake_mode: FakeTensorMode) -> Tensors:
+        """Call the part; its answer and its new state, checked."""
+        state = {name: tensors[_STATE + name] for name in self.specs}
+        given = {name: value for name, value in tensors.items() if not name.startswith(_STATE)}
+        read_only = {f"context.{name}": value for name, value in given.items()}
+        read_only |= {f"context.state[{name!r}]": state[name] for name in self._returned}
+        own = {
+            f"its own {name!r}": value for name, value in [*self.part.named_parameters(), *self.part.named_buffers()]
+        }
+        with _NoWrites(self, read_only | own):
+            answer = self.part(context(**given, state=dict(state)))
+        if not isinstance(answer, self.answer):
+            found = "Tensor" if isinstance(answer, Tensor) else type(answer).__name__
+            raise self.error(f"{self.name} returned a {found}; expected a {self.answer.__name__}")
+        self._check(answer, next(iter(given.values())).device)
+        results = {f.name: getattr(answer, f.name) for f in fields(self.answer) if f.name != "state"}
+        # A result takes the input's place in the next step, where compiled code reads it as contiguous memory.
+        kept = {_STATE + name: answer.state[name].contiguous() for name in self._returned}
+        # A weight that is returned as it is would be none of the graph's values.
+        traced = {n: v if isinstance(v, FakeTensor) else v.clone() for n, v in results.items() if v is not None}
+        return traced | {n: v if isinstance(v, FakeTensor) else v.clone() for n, v in kept.items()}
+
+    def _check(self, answer: Any, device: torch.device) -> None:
+        sizes = {"B": self.sizes.rows, "K": self.sizes.num_draft_tokens}
+        for field in fields(self.answer):
+            value, letters = getattr(answer, field.name), field.metadata.get("shape")
+            if letters is None or (value is None and field.default is None):
+                continue
+            expected = tuple(sizes[letter] for letter in letters)
+            self._expect(field.name, value, expected, torch.int64, device, f"[{', '.join(letters)}] = {list(expected)}")
+        if not isinstance(answer.state, dict) or answer.state.keys() != self._returned.keys():
+            found = sorted(map(str, answer.state)) if isinstance(answer.state, dict) else type(answer.state).__name__
+            raise self.error(f"{self.name} returned state {found}; it declares {sorted(self._returned)}")
+        for name, spec in self._returned.items():
+            where = f"state {name!r}"
+            self._expect(where, answer.state[name], spec.shape, spec.dtype, device, f"{list(spec.shape)}, as declared")
+
+    def _expect(
+        self, what: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, words: str
+    ) -> None:
+        """A tensor of this shape, dtype and device; `words` say the shape."""
+        if not isinstance(value, Tensor):
+            raise self.error(f"{self.name} returned {what} = {value!r}; expected a tensor")
+        if len(value.shape) != len(shape) or not all(type(n) is int for n in value.shape) or value.shape != shape:
+            raise self.error(f"{self.name} returned {what} of shape {tuple(value.shape)}; expected {words}")
+        if value.dtype != dtype:
+            raise self.error(f"{self.name} returned {what} of dtype {value.dtype}; expected {dtype}")
+        if value.device != device:
+            raise self.error(f"{self.name} returned {what} on {value.device}; expected it on {device}")
+
+
+def sizes_of(graph: fx.Graph, drafter: Drafter) -> PartSizes:
+    """What a step with these inputs and this drafter tells its parts."""
+    rows, capacity = placeholder(graph, "history").meta["val"].shape
+    (vocabulary,) = placeholder(graph, "is_eos").meta["val"].shape
+    return PartSizes(rows, capacity, vocabulary, drafter.num_draft_tokens, drafter.num_grades)
+
+
+class _NoWrites(TorchDispatchMode):
+    """Refuses ops that write to given tensors, or to views of them.
+
+    Args:
+        traced: the part that is running.
+        read_only: what it must not write to, by what a message calls it. Real tensors, which are weights, are read only
+            even if they are not named.
+    """
+
+    def __init__(self, traced: TracedPart, read_only: Tensors) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.traced = traced
+        self._owners = {_storage(value): name for name, value in read_only.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in _aliased(func, args, kwargs):
+            if value.is_write and (owner := self._owner(value.tensor)) is not None:
+                raise self.traced.error(
+                    f"{self.traced.name}.forward writes to {owner} in place, with {func}. A {self.traced.kind} reads "
+                    "what it is given and returns new values; it may write to tensors declared with in_place=True"
+                )
+        result = func(*args, **kwargs)
+        if func is not torch.ops.aten.lift_fresh.default and isinstance(result, FakeTensor):  # that is a new constant
+            for value in _aliased(func, args, kwargs):
+                if not isinstance(value.tensor, FakeTensor):  # its views are fake ones, with memory of their own
+                    self._owners[_storage(result)] = self._owner(value.tensor) or ""
+        return result
+
+    def _owner(self, value: Tensor) -> str | None:
+        return self._owners.get(_storage(value), None if isinstance(value, FakeTensor) else "a tensor from outside")
+
+
+class _Aliased(NamedTuple):
+    """A tensor that a call writes to or gives a view of."""
+
+    tensor: Tensor
+    is_write: bool
+
+
+def _aliased(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Aliased]:
+    """What a call changes, or what its result may lie in, as the op's schema says."""
+    arguments = func._schema.arguments
+    values = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    for argument, value in values:
+        if argument.alias_info is not None:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            yield from (_Aliased(item, argument.alias_info.is_write) for item in items if item is not None)
+
+
+def _storage(value: Tensor) -> int:
+    """What tells memory apart: equal for a tensor and its views."""
+    return int(value.untyped_storage()._cdata)

@@ -1,0 +1,65 @@
+"""`Turns`: one thread at a time, in whatever way it leaves; never one inside itself."""
+
+import contextvars
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from emssd_compile.errors import EmssdError, ReentryError
+from emssd_compile.runtime.turns import Turns
+
+
+def test_no_two_threads_are_inside_at_once():
+    turns, inside, most = Turns(), 0, 0
+
+    def enter(_: int) -> None:
+        nonlocal inside, most
+        with turns.take("it"):
+            inside += 1
+            most = max(most, inside)
+            threading.Event().wait(0.001)
+            inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, range(32)))
+    assert (inside, most) == (0, 1)
+
+
+def test_whoever_is_inside_is_told_and_stays_inside():
+    turns = Turns()
+    with turns.take("it"):
+        for enter in (lambda: turns.take("it"), lambda: contextvars.Context().run(turns.take, "it")):
+            with pytest.raises(ReentryError, match="it was called from inside a call of the same object"), enter():
+                pass
+        held = contextvars.copy_context()
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ReentryError):
+            pool.submit(held.run, _enter, turns).result()
+    with turns.take("it"):
+        pass
+
+
+def _enter(turns: Turns) -> None:
+    with turns.take("it"):
+        pass
+
+
+def test_a_copy_of_a_context_is_inside_only_as_long_as_the_call_is():
+    turns = Turns()
+    with turns.take("it"):
+        held = contextvars.copy_context()
+    held.run(_enter, turns)
+
+
+def test_an_exception_ends_the_turn():
+    turns = Turns()
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error), turns.take("it"):
+            raise error
+    _enter(turns)
+
+
+def test_two_objects_have_turns_of_their_own():
+    with Turns().take("it"), Turns().take("it"):
+        _enter(Turns())
+    assert issubclass(ReentryError, EmssdError)
