@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -150,7 +151,7 @@ def check_tokens(model: nn.Module, max_length: int = MAX_LENGTH) -> tuple[Outcom
         fast = emssd_compile.optimize(
             model, drafter="prompt-lookup", max_batch=4, max_length=max_length, backend="eager"
         )
-        rows = fast.generate(batch, max_new_tokens=NEW_TOKENS)
+        rows: Any = fast.generate(batch, max_new_tokens=NEW_TOKENS)
     except UnsupportedModelError as error:
         return Outcome.REFUSED, " ".join(str(error).split())
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -206,7 +207,7 @@ def einsum_terms(node: fx.Node) -> Terms | None:
     extra = 0  # dimensions that an ellipsis stands for
     for term, source in zip(written, operands, strict=True):
         if "..." in term:
-            extra = max(extra, len(shape(source) or ()) - len(term) + 3)  # type: ignore[arg-type]
+            extra = max(extra, len(shape(source) or ()) - len(term) + 3)
     dots = "".join(spare[:extra])
     spelled = []
     for term, source in zip(written, operands, strict=True):
@@ -243,10 +244,10 @@ def permuted(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
         rank = len(order)
         if node.target == aten.transpose.int:
             swap = list(range(rank))
-            one, two = (d % rank for d in node.args[1:])  # type: ignore[operator]
+            one, two = _dims(node.args[1:], rank)
             swap[one], swap[two] = two, one
         elif node.target == aten.permute.default:
-            swap = [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+            swap = _dims(node.args[1], rank)
         else:
             break
         order = [swap[d] for d in order]
@@ -257,6 +258,10 @@ def permuted(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
     if len(moved) == 2:
         return call(graph, aten.transpose.int, node, *moved)
     return call(graph, aten.permute.default, node, order)
+
+
+def _dims(written: Any, rank: int) -> list[int]:
+    return [dim % rank for dim in written]
 
 
 def laid_like(graph: fx.Graph, node: fx.Node, sizes: list[int], order: list[int]) -> fx.Node:

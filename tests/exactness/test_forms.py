@@ -1,6 +1,7 @@
 """Whole models that write attention, caches and names in their own ways decode as they do by themselves."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def _loud(kind: type[nn.Module]) -> nn.Module:
     return model
 
 
-def _zoo(model_type: str, attention: str = "", **overrides: object) -> nn.Module:
+def _zoo(model_type: str, attention: str = "", **overrides: Any) -> nn.Module:
     model = toy_model(model_type, **overrides)
     if attention:
         model.set_attn_implementation(attention)

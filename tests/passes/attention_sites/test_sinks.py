@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from emssd_compile.capture import capture
 from emssd_compile.errors import UnsupportedModelError
@@ -69,7 +69,9 @@ SINKS = {
 @pytest.mark.parametrize("attend", SINKS.values(), ids=SINKS)
 def test_sinks_become_an_argument(attend):
     graph_module, site = assert_raised(attend)
-    assert tuple(site.kwargs["sinks"].meta["val"].shape) == (HEADS,)
+    sinks = site.kwargs["sinks"]
+    assert isinstance(sinks, fx.Node)
+    assert tuple(sinks.meta["val"].shape) == (HEADS,)
     (again,) = apply(graph_module, RaiseAttention(LONGEST))
     assert again.changed == 0
 
