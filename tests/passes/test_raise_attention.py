@@ -131,11 +131,6 @@ def test_a_softmax_over_features_is_no_attention():
     assert ops(graph_module)["softmax"] == 1
 
 
-def _sink(m: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.cat([_causal(_scores(q, k)), torch.zeros(1, HEADS, 1, 1).expand(1, HEADS, q.shape[2], 1)], -1)
-    return scores.softmax(-1)[..., :-1] @ v
-
-
 def _used_twice(m: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = _causal(_scores(q, k)).softmax(-1)
     return weights @ v + weights @ k
@@ -148,7 +143,6 @@ REFUSED = {
         "dropout",
         lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1),
     ),
-    "an attention sink": ("are not softmax", _sink),
     "weights used twice": ("used in 2 places", _used_twice),
     "weights rescaled": ("are not softmax", lambda m, q, k, v: _causal(_scores(q, k)).softmax(-1) * 2 @ v),
     "scaled by the length": ("are not softmax", lambda m, q, k, v: _causal(_scores(q, k) / q.shape[2]).softmax(-1) @ v),
