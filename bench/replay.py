@@ -99,7 +99,7 @@ class ReplayDrafter(Drafter):
         self.drafted.copy_(torch.tensor([*map(max, profile.right, profile.drafted)]))
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
+        """The recorded continuation, spoilt where the profile says that a draft is wrong."""
         known = context.known
         draft = torch.arange(self.num_draft_tokens, device=known.device)
         place = (known - self.prompt_lengths)[:, None] + draft
@@ -124,7 +124,7 @@ class FullWidthDrafter(Drafter):
         self.num_draft_tokens = num_draft_tokens
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
+        """K copies of the newest token."""
         newest = context.history.gather(1, (context.known - 1).clamp(min=0)[:, None])
         return Draft(newest.expand(-1, self.num_draft_tokens), torch.full_like(context.known, self.num_draft_tokens))
 

@@ -32,7 +32,7 @@ class PaddedLayout(PackedLayout):
     """Every row takes K + 1 tokens, used or not: the sizes of a step depend on nothing but the number of rows."""
 
     def room(self, num_rows: int, num_draft_tokens: int, wanted: int) -> int:
-        """See the base class."""
+        """K drafts for each row, whether it has them or not."""
         return num_rows * num_draft_tokens
 
 
@@ -42,11 +42,11 @@ class AutoLayout(PackedLayout):
     is_measured = True
 
     def policy(self) -> LengthPolicy:
-        """See the base class."""
+        """Draft lengths by measured times and acceptance."""
         return Throughput()
 
     def tokens(self, needed: int, times: StepTimes) -> int:
-        """See the base class."""
+        """`needed`, or a larger size that was measured to take clearly less time."""
         return times.cheapest(needed)
 
 

@@ -47,7 +47,7 @@ class DropNoops:
     name = "drop_noops"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class."""
+        """Remove what changes nothing; returns how many nodes."""
         changed = 0
         for node in list(graph_module.graph.nodes):
             if node.op != "call_function":

@@ -89,7 +89,7 @@ class FuseProjections:
         self.refusals: list[Refusal] = []
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class."""
+        """Merge each group of linear layers; returns how many groups."""
         self.refusals = []
         found = find_projections(graph_module, self.refusals)
         for group in found:

@@ -25,7 +25,7 @@ class LowerEinsum:
     name = "lower_einsum"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class."""
+        """Replace each einsum; returns how many there were."""
         changed = 0
         for node in list(graph_module.graph.nodes):
             if node.target == aten.einsum.default and (letters := _Letters.of(node)) is not None:

@@ -30,7 +30,7 @@ class LowerFlexAttention:
     name = "lower_flex_attention"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class."""
+        """Replace each flex attention; returns how many there were."""
         sites = [n for n in graph_module.graph.nodes if n.target is _FLEX]
         for site in sites:
             _spell_out(graph_module, site)

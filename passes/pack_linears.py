@@ -35,7 +35,10 @@ class PackLinears:
         self.refusals: list[Refusal] = []
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Leaves all weights alone if the copies would take more than half of the memory available."""
+        """Replace linear layers by packed ones; returns how many.
+
+        None are, if the copies would take more than half of the memory available.
+        """
         self.refusals = []
         graph = graph_module.graph
         sites = [node for node in graph.nodes if node.target == aten.linear.default]

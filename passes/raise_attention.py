@@ -39,9 +39,9 @@ class RaiseAttention:
     """Turn every form of attention into `emssd::attention`, with the mask as attributes.
 
     Attention is the only op that may mix tokens, so it must be found in whatever form the model wrote it: SDPA with a
-    mask or `is_causal`, eager code or einsums with scaling, fp32 softmax, soft-capping, a bias or sinks, key/value heads
-    repeated by `expand` or by `enable_gqa`. The forms are those of `attention_sites`. The mask is recognised by evaluating it (see `mask_family`), after which its
-    arithmetic is dead.
+    mask or `is_causal`, eager code or einsums with scaling, fp32 softmax, soft-capping, a bias or sinks, key/value
+    heads repeated by `expand` or by `enable_gqa`. The forms are those of `attention_sites`. The mask is recognised by
+    evaluating it (see `mask_family`), after which its arithmetic is dead.
 
     Args:
         longest: tokens a row can hold; masks need to be right up to there.
@@ -58,7 +58,11 @@ class RaiseAttention:
         self.notes: tuple[str, ...] = ()
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Raises UnsupportedModelError for an attention whose mask is of no known family."""
+        """Replace each attention; returns how many there were.
+
+        Raises:
+            UnsupportedModelError: an attention whose mask is of no known family.
+        """
         dependent = data_dependent(graph_module.graph)
         families = [
             self._replace(graph_module, site)

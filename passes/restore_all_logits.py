@@ -32,7 +32,11 @@ class RestoreAllLogits:
     name = "restore_all_logits"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Raises UnsupportedModelError if the logits are neither of all tokens nor of the last."""
+        """Remove the slice before the LM head; returns 1 if there was one.
+
+        Raises:
+            UnsupportedModelError: the logits are neither of all tokens nor of the last.
+        """
         graph = graph_module.graph
         symbol = token_symbol(graph)
         result = output(graph)

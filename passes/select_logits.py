@@ -32,7 +32,11 @@ class SelectLogits:
     name = "select_logits"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Raises UnsupportedModelError if the logits do not come out of one linear layer."""
+        """Move the selection of tokens before the LM head; returns 1.
+
+        Raises:
+            UnsupportedModelError: the logits do not come out of one linear layer.
+        """
         graph = graph_module.graph
         symbol = token_symbol(graph)
         head, after = _find_head(graph)

@@ -22,7 +22,11 @@ class SeparateResults:
     name = "separate_results"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Raises UnsupportedModelError if the graph returns no dict of tensors."""
+        """Copy results that share memory; returns how many.
+
+        Raises:
+            UnsupportedModelError: the graph returns no dict of tensors.
+        """
         graph = graph_module.graph
         results = output(graph).args[0]
         if not isinstance(results, dict):

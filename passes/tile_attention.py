@@ -90,7 +90,11 @@ class TileAttention:
         self.spare_slots = spare_slots
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Raises UnsupportedModelError if the graph returns no dict."""
+        """Put a tile around each attention; returns how many.
+
+        Raises:
+            UnsupportedModelError: the graph returns no dict.
+        """
         graph = graph_module.graph
         sites = [node for node in graph.nodes if node.target == ragged_attention]
         if not sites:

@@ -28,7 +28,11 @@ class UnpadKVCache:
         self.fake_mode = fake_mode
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class. Raises UnsupportedModelError if there is no attention at all."""
+        """Give each attention caches of its own; returns how many.
+
+        Raises:
+            UnsupportedModelError: there is no attention at all.
+        """
         graph = graph_module.graph
         sites = [n for n in graph.nodes if n.target == attention]
         if not sites:

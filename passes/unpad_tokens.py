@@ -27,7 +27,7 @@ class UnpadTokens:
         self.fake_mode = fake_mode
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class."""
+        """Add the inputs of a packed batch; returns 1."""
         graph = graph_module.graph
         ids, positions = placeholder(graph, "input_ids"), placeholder(graph, "positions")
         tokens = ids.meta["val"].shape[1]

@@ -95,18 +95,18 @@ class DirectLauncher(Launcher):
     """
 
     def launch(self, sizes: StepSizes) -> Report:
-        """See the base class."""
+        """Run the step; its report is there when this returns."""
         results = self._run(sizes)
         report = results.pop("report")
         self.tensors.update(results)
         return Report(report, lambda: None)
 
     def assign(self, name: str, value: Tensor) -> None:
-        """See the base class."""
+        """Put `value` in the place of the tensor."""
         self.tensors[name] = value
 
     def upload(self, value: Tensor) -> Tensor:
-        """See the base class."""
+        """`value` itself: the tensors are on the CPU, too."""
         return value
 
 
@@ -161,11 +161,11 @@ class GraphLauncher(Launcher):
         self._report = tensors["history"].new_zeros((len(tensors["history"]), width))
 
     def forget_captures(self) -> None:
-        """See the base class. Each bucket is captured anew when it is launched next."""
+        """Each bucket is captured anew when it is launched next."""
         self._replays.clear()
 
     def launch(self, sizes: StepSizes) -> Report:
-        """See the base class."""
+        """Replay the graph of the smallest bucket that covers `sizes`, or run the step where none does."""
         bucket = smallest_cover(self.buckets, sizes)
         if bucket is None:
             self._advance(sizes)
@@ -177,11 +177,11 @@ class GraphLauncher(Launcher):
         return Report(*self._device.download(self._report.clone()))
 
     def assign(self, name: str, value: Tensor) -> None:
-        """See the base class."""
+        """Copy `value` into the tensor, which stays where graphs read it."""
         self.tensors[name].copy_(value)
 
     def upload(self, value: Tensor) -> Tensor:
-        """See the base class."""
+        """A copy of `value` on the device, in the order of the stream."""
         return self._device.upload(value)
 
     def _advance(self, sizes: StepSizes) -> None:

@@ -15,11 +15,11 @@ import torch
 
 from emssd_compile.export.target import Target
 from emssd_compile.export.tensorrt.build import require, write
-from emssd_compile.export.tensorrt.check_attention import CheckAttention
-from emssd_compile.export.tensorrt.decompose import DecomposeAttention
 from emssd_compile.export.tensorrt.library import load_runtime
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.runner import open_step
+from emssd_compile.passes.check_tensorrt_attention import CheckTensorRTAttention
+from emssd_compile.passes.decompose_attention import DecomposeAttention
 from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.tile_attention import TileAttention
@@ -32,7 +32,7 @@ def passes(sizes: Sequence[StepSizes], options: BuildOptions) -> tuple[Pass, ...
     TensorRT's cache layer writes all that it is given (`cut`): each row has slots to spare for the longest inert tail.
     """
     tile = TileAttention(spare_slots=max(sizes[-1]))
-    attention = (tile, DecomposeAttention()) if options.attention == "decomposed" else (CheckAttention(), tile)
+    attention = (tile, DecomposeAttention()) if options.attention == "decomposed" else (CheckTensorRTAttention(), tile)
     return (FuseProjections(), *attention)
 
 

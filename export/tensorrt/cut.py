@@ -64,7 +64,7 @@ def cut(graph_module: fx.GraphModule, *, masked: bool = False) -> Cut:
                  return {..., new_k_cache_0: %k_1, tensor_0: %k, tensor_1: int32(%lengths), ..., tensor_4: %o}
 
     Args:
-        graph_module: after `CheckAttention` and `TileAttention`.
+        graph_module: after `CheckTensorRTAttention` and `TileAttention`.
         masked: say by a mask what is causal, too.
     """
     graph = fx.Graph()

@@ -108,7 +108,7 @@ class Matmul(_Spelling):
     targets = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 
     def read(self, node: fx.Node, dependent: set[fx.Node]) -> Product | None:
-        """See the class."""
+        """The product, if `node` is a `matmul` or `bmm` of two values that depend on the ids."""
         return _of_matrices(node, argument(node, 0), argument(node, 1), dependent)
 
 
@@ -118,7 +118,7 @@ class Baddbmm(_Spelling):
     targets = frozenset({aten.baddbmm.default})
 
     def read(self, node: fx.Node, dependent: set[fx.Node]) -> Product | None:
-        """See the class."""
+        """The product and its factor, if `node` is a `baddbmm` whose added input is a constant."""
         added = argument(node, 0)
         if added in dependent:
             return None
@@ -131,7 +131,7 @@ class Einsum(_Spelling):
     targets = frozenset({aten.einsum.default})
 
     def read(self, node: fx.Node, dependent: set[fx.Node]) -> Product | None:
-        """See the class."""
+        """The product, if `node` is an einsum of two values that contracts as attention does."""
         terms = einsum_terms(node)
         if terms is None or len(terms.operands) != 2:
             return None

@@ -40,13 +40,13 @@ class ScaledDotProduct(Form[Call]):
     """`%o = scaled_dot_product_attention(%q, %k, %v, %mask)`, with a mask or `is_causal`."""
 
     def match(self, subject: Subject, node: fx.Node) -> Call | None:
-        """See the class."""
+        """The call's arguments by name, if `node` is one."""
         if node.target != aten.scaled_dot_product_attention.default:
             return None
         return Call(node, {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs})
 
     def check(self, subject: Subject, match: Call) -> Miss | None:
-        """See the class."""
+        """Dropout, or a call in which tokens see later ones."""
         given = match.given
         if given.get("dropout_p", 0.0) != 0.0:
             return Miss(match.node, "attention has dropout; call model.eval() first", 1)
@@ -59,7 +59,7 @@ class ScaledDotProduct(Form[Call]):
         return None
 
     def rewrite(self, subject: Subject, match: Call) -> AttentionSite:
-        """See the class."""
+        """Query, key and value as they are given; the mask becomes the probe."""
         graph, node, mask, scale = subject.graph_module.graph, match.node, match.mask, match.scale
 
         def probe(places: Tensor, scores: Tensor) -> Tensor:

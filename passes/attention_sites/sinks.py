@@ -71,7 +71,7 @@ class _Sinks(Form[SinkPath]):
         return None
 
     def rewrite(self, subject: Subject, match: SinkPath) -> AttentionSite:
-        """See the class."""
+        """As without sinks; the probe leaves their weight out, and the logits go to the op."""
         site = site_of(subject, _weights(subject, match, with_sinks=False), match.result)
         site.sinks = _per_head(subject, match)
         if isinstance(site.sinks, fx.Node) and len(shape(site.sinks) or ()) != 1:
@@ -85,7 +85,7 @@ class SinkColumn(_Sinks):
     """`%all = cat([%scores, %sinks], -1); %w = slice(softmax(%all, -1), 3, 0, -1); %o = matmul(%w, %v)`."""
 
     def match(self, subject: Subject, node: fx.Node) -> SinkPath | Miss | None:
-        """See the class."""
+        """A softmax over scores with one more column, which is dropped afterwards."""
         path = softmax_path(subject, node)
         if not isinstance(path, SoftmaxPath):
             return path
@@ -104,7 +104,7 @@ class SinkFactor(_Sinks):
     """`%o = mul(matmul(softmax(%scores), %v), unsqueeze(sigmoid(sub(logsumexp(%scores, -1), %sinks)), -1))`."""
 
     def match(self, subject: Subject, node: fx.Node) -> SinkPath | Miss | None:
-        """See the class."""
+        """A softmax whose weights are multiplied by what a sink in its sum would make of them."""
         path = softmax_path(subject, node)
         if not isinstance(path, SoftmaxPath):
             return path
@@ -176,7 +176,7 @@ class _Scaled(Weights):
         super().__init__(subject, match.path, given)
 
     def __call__(self, places: Tensor, scores: Tensor) -> Tensor:
-        """See the class."""
+        """Probabilities `[H, P, P]` of the scores at these places, as if there were no sink."""
         weights = super().__call__(places, scores)
         output = self.path.output
         factor: Tensor = self.evaluator(places, scores)(self.factor)

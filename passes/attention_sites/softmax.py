@@ -70,18 +70,18 @@ class SoftmaxOfProducts(Form[SoftmaxPath]):
     """
 
     def match(self, subject: Subject, node: fx.Node) -> SoftmaxPath | Miss | None:
-        """See the class."""
+        """The way from the product of queries and keys over the softmax `node` to the product with the values."""
         return softmax_path(subject, node)
 
     def check(self, subject: Subject, match: SoftmaxPath) -> Miss | None:
-        """See the class."""
+        """Scores that are not what scale, cap and mask make of the product."""
         for node in match.above:
             if node.target == aten.cat.default:
                 return Miss(node, "scores are joined with others before their softmax", match.length)
         return check_products(subject, match)
 
     def rewrite(self, subject: Subject, match: SoftmaxPath) -> AttentionSite:
-        """See the class."""
+        """The operands of both products, turned to the layout of the op; what lies between becomes the probe."""
         return site_of(subject, Weights(subject, match))
 
 

@@ -41,7 +41,7 @@ class Oracle(Drafter):
         self.texts: Tensor
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
+        """The text that goes on from the known tokens."""
         history, known = context.history, context.known
         place = torch.arange(history.shape[1])
         same = (history[:, None] == self.texts[None, :, : history.shape[1]]) | (place >= known[:, None, None])
@@ -64,7 +64,7 @@ class Rubbish(Drafter):
         self.num_draft_tokens = num_draft_tokens
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
+        """Rubbish, ids outside the vocabulary included."""
         known = context.known[:, None]
         newest = context.history.gather(1, (known - 1).clamp(min=0))
         index = known + torch.arange(self.num_draft_tokens)

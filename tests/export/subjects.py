@@ -50,7 +50,7 @@ class LastBigram(Drafter):
         return {"followers": TensorSpec((sizes.rows, sizes.vocabulary), torch.int64)}
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the class."""
+        """What followed the newest token last, twice."""
         newest = context.history.gather(1, (context.known[:, None] - 2).clamp(min=0) + torch.arange(2))
         followers = context.state["followers"].scatter(1, newest[:, :1], newest[:, 1:])
         first = followers.gather(1, newest[:, 1:])

@@ -36,11 +36,11 @@ class Alternating(Drafter):
     num_draft_tokens = 2
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
-        """See the base class."""
+        """`turn[B]` counts steps, `kept[B]` never changes."""
         return {"turn": TensorSpec((sizes.rows,), torch.int64), "kept": TensorSpec((sizes.rows,), torch.float32)}
 
     def forward(self, context: DraftContext) -> Draft:
-        """See the base class."""
+        """The newest token twice, in every other step."""
         newest = context.history.gather(1, (context.known - 1).clamp(min=0)[:, None])
         turn = context.state["turn"] + 1
         return Draft(newest.expand(-1, 2), turn % 2 * 2, {"turn": turn, "kept": context.state["kept"]})

@@ -2,8 +2,8 @@
 
 import torch
 
-from emssd_compile.export.tensorrt.decompose import DecomposeAttention
 from emssd_compile.ops import tiled_attention
+from emssd_compile.passes.decompose_attention import DecomposeAttention
 from tests.export.tensorrt.steps import example, tiled_step
 
 

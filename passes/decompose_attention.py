@@ -23,7 +23,7 @@ class DecomposeAttention:
     name = "decompose_attention"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class."""
+        """Replace each `tiled_attention`; returns how many there were."""
         sites = [node for node in graph_module.graph.nodes if node.target == tiled_attention]
         for node in sites:
             arguments = {**dict(zip(_OPERANDS, node.args, strict=True)), **node.kwargs}

@@ -14,16 +14,16 @@ _MASKABLE = {"scale", "window", "chunk", "alibi_slopes"}  # queries are scaled b
 _MEANING = {"softcap": "scores are capped", "sinks": "attention has sinks"}
 
 
-class CheckAttention:
+class CheckTensorRTAttention:
     """Refuse attention that TensorRT has no kernel for; nothing is changed.
 
     The builder would refuse most of it, too, minutes later, and would not say what to do.
     """
 
-    name = "check_attention"
+    name = "check_tensorrt_attention"
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """See the class.
+        """Look at each attention; returns 0, since nothing changes.
 
         Raises:
             OptionError: it is in float32 or float64, and the options do not ask for matrix products in its place.
