@@ -111,8 +111,8 @@ def check_model(model: nn.Module) -> None:
             )
         if parameter.is_inference():
             raise InvalidInputError(
-                f"weight {name} was made under torch.inference_mode(), and torch cannot capture a forward that reads it; "
-                "make or load the model outside of inference_mode (generate may run inside)"
+                f"weight {name} was made under torch.inference_mode(), and torch cannot capture a forward that "
+                "reads it; make or load the model outside of inference_mode (generate may run inside)"
             )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
