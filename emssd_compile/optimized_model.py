@@ -312,5 +312,5 @@ class OptimizedModel(Decoder):
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
         what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
-        with progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
+        with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

@@ -36,11 +36,11 @@ _REPEAT = frozenset(
 
 
 class RaiseAttention:
-    """Turn SDPA and eager matmul-softmax-matmul into `emssd::attention`, with the mask as attributes.
+    """Turn every form of attention into `emssd::attention`, with the mask as attributes.
 
     Attention is the only op that may mix tokens, so it must be found in whatever form the model wrote it: SDPA with a
-    mask or `is_causal`, eager code with scaling, fp32 softmax, soft-capping or a bias, key/value heads repeated by
-    `expand` or by `enable_gqa`. The mask is recognised by evaluating it (see `mask_family`), after which its
+    mask or `is_causal`, eager code or einsums with scaling, fp32 softmax, soft-capping, a bias or sinks, key/value heads
+    repeated by `expand` or by `enable_gqa`. The forms are those of `attention_sites`. The mask is recognised by evaluating it (see `mask_family`), after which its
     arithmetic is dead.
 
     Args:
