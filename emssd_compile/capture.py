@@ -109,6 +109,11 @@ def check_model(model: nn.Module) -> None:
                 "layer (cpu_offload, disk_offload, a device_map); a compiled step reads all weights where they lie. "
                 "Load the model without offloading, or undo it (accelerate.hooks.remove_hook_from_submodules)"
             )
+        if parameter.is_inference():
+            raise InvalidInputError(
+                f"weight {name} was made under torch.inference_mode(), and torch cannot capture a forward that "
+                "reads it; make or load the model outside of inference_mode (generate may run inside)"
+            )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"the weights lie on several devices {sorted(map(str, devices))}; move them to one")

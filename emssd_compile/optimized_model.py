@@ -222,7 +222,8 @@ class OptimizedModel(Decoder):
         """Save the model (not what was compiled of it: `export_onnx` and its like do that)."""
         if not hasattr(self.model, "save_pretrained"):
             raise OptionError(f"{type(self.model).__name__} has no save_pretrained; save its state_dict() with torch")
-        return self.model.save_pretrained(*args, **kwargs)
+        save: Any = self.model.save_pretrained
+        return save(*args, **kwargs)
 
     @property
     def config(self) -> Any:

@@ -289,7 +289,7 @@ def test_options_are_checked_before_weights_are_read(model, wrong, monkeypatch):
 
 
 def test_weights_are_read_once(monkeypatch):
-    read = []
+    read: list[object] = []
     monkeypatch.setattr("emssd_compile.optimized_model.check_weights", read.append)
     model, draft = build("own-positions"), build("last-logits")
     emssd_compile.optimize(model, draft, max_batch=1, max_length=16, backend="eager")

@@ -19,7 +19,7 @@ def reference(tensor: Tensor) -> int:
         tensor: any shape and dtype.
     """
     held = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    digest = hashlib.blake2b(held.numpy(), digest_size=8)
+    digest = hashlib.blake2b(held.numpy().tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 

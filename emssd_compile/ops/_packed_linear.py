@@ -28,7 +28,8 @@ def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) ->
     Returns:
         ``[..., sum of out_i]``, contiguous.
     """
-    parts = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
+    parts = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
