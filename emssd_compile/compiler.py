@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -13,7 +13,7 @@ from emssd_compile import passes
 from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.ops import load_kernels
+from emssd_compile.ops import kernel_status, load_kernels
 from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
@@ -85,12 +85,15 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     graph_module = capture(model, batch.capacity)
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
-    load_kernels(ids.device.type)  # before anything runs: the comparison with the model is to use them, too
+    has_kernels = load_kernels(ids.device.type)  # before anything runs: the comparison with the model uses them, too
     _check_capacity(batch.capacity, ids.shape[1])
     tensors = dict(chain(graph_module.named_parameters(remove_duplicate=False), graph_module.named_buffers()))
     manager = PassManager(fake_mode, active_observers())
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     looked_at = {name: tensors[name] for name in sorted(read_attributes(graph_module)) if name in tensors}
+    if not has_kernels and ids.device.type in ("cpu", "cuda"):
+        note = f"ops on {ids.device.type}: {kernel_status(ids.device.type)}"
+        manager.records[0] = replace(manager.records[0], notes=(*manager.records[0].notes, note))
     passes.drop_unused_weights(graph_module)
     specs = {
         name: TensorSpec(tuple(value.shape), value.dtype, kept="forever", in_place=True)

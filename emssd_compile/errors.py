@@ -79,6 +79,10 @@ class StaleModelError(EmssdError):
         )
 
 
+class BackendError(EmssdError):
+    """A backend cannot compile on this machine: no compiler, no place for what it compiles, or a failure of its own."""
+
+
 class ArtifactError(EmssdError):
     """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
 

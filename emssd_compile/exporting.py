@@ -13,7 +13,7 @@ import emssd_compile
 from emssd_compile.compiler import CompiledModel, CompiledStep, apply_target_passes
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export import Target, find_target
-from emssd_compile.export.folder import new_folder, seal
+from emssd_compile.export.folder import Files, fingerprints, new_folder, seal
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.generation import saved_options
 from emssd_compile.layouts import LAYOUTS
@@ -126,12 +126,13 @@ def export(
         source = compiled.named() if verify_only else what.step.graph_module
         graph_module = apply_target_passes(source, compiled, target.passes(what.sizes, chosen), records)
         advance(1)
-        details = target.write(graph_module, draft, what.sizes, chosen)
-        advance(1)
         signature = Signature.of(graph_module.graph, _verify_roles(compiled) if verify_only else what.step.roles)
+        details = target.write(graph_module, draft, what.sizes, chosen, signature)
+        advance(1)
         if is_checked:
-            names = [binding.name for binding in signature.inputs]
-            _compare(what, signature, target.open(draft, details, names, what.device))
+            with Files(draft, fingerprints(draft)) as files:
+                step = target.open(files, details, signature, what.device)
+            _compare(what, signature, step)
         advance(1)
         explanation = Explanation.of(records, graph_module)
         unsealed = _manifest(what, target, verify_only, details, explanation).with_signature(signature)

@@ -19,25 +19,25 @@ from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import StepSizes
 
 
-def load(folder: str | Path, device: str | torch.device | None = None) -> LoadedModel:
+def load(folder: str | Path, device: str | torch.device | None = None, *, target: str | None = None) -> LoadedModel:
     """Load an artifact that `export_onnx`, `export_tensorrt` or `export_aot` wrote; the model is not needed.
+
+    An AOTInductor artifact is native code, and so is what a TensorRT engine becomes: whoever wrote it can do on this
+    machine what you can. The hashes show damage, they are no signature. Load only what you trust, and where you expect
+    data alone say so: `load(folder, target="onnx")` opens nothing else.
 
     Args:
         folder: the artifact.
         device: where it is to run; default: the kind of device that it was exported on.
+        target: what it must be for, `"onnx"`, `"aot"` or `"tensorrt"`; default: whatever it is for.
 
     Raises:
-        ArtifactError: it is damaged, incomplete, or was made for something other than what is loading it.
-        OptionError: there is no such device, or its target does not run on one.
+        ArtifactError: it is damaged, incomplete, for another target, or was made for something other than what is
+            loading it.
+        OptionError: there is no such device or target, or the artifact's target does not run on such a device.
         CapacityError: its KV caches do not fit into memory.
     """
-    manifest, where, step = open_artifact(folder, device)
-    if manifest.kind != "step":
-        raise ArtifactError(
-            f"{folder} holds a verify-only graph, which does not decode by itself; open it with "
-            "emssd_compile.export.open_graph"
-        )
-    return LoadedModel(manifest, where, step)
+    return LoadedModel(*open_artifact(folder, device, target=target, kind="step"))
 
 
 class LoadedModel(Decoder):
@@ -79,5 +79,10 @@ class LoadedModel(Decoder):
         return dtype
 
     def explain(self) -> Explanation:
-        """What each pass did when the artifact was made; prints as tables."""
-        return Explanation.from_dict(self.manifest.explanation)
+        """What each pass did when the artifact was made; prints as tables. Raises ArtifactError if it says nothing."""
+        try:
+            explanation = Explanation.from_dict(self.manifest.explanation)
+            str(explanation)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"the manifest's explanation cannot be read: {error!r}; export again") from error
+        return explanation

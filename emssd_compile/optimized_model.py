@@ -79,6 +79,7 @@ def optimize(
         DrafterError: the drafter does not fit the model, or breaks its contract.
         RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
         CapacityError: the KV caches do not fit into memory.
+        BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
     check_model(model)
     rule, proposer = make_rule(acceptance), make_drafter(drafter)
@@ -86,6 +87,7 @@ def optimize(
     options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic)
     options.chunk(proposer.num_draft_tokens)
     check_state(options.max_batch, options.max_length, _device(model))
+    BACKENDS[options.backend].require(_device(model))
     check_weights(model)
     with compiling, neutral(torch.get_default_dtype()):
         step, captured = _compile(model, rule, proposer, options)
@@ -309,5 +311,5 @@ class OptimizedModel(Decoder):
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
         what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
-        with progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
+        with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

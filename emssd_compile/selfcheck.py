@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from emssd_compile.capture import PlainForward
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.memory import available_memory
 from emssd_compile.passes import PassRecord
 from emssd_compile.precision import Precision, coarsest
-from emssd_compile.runtime.memory import allocate, available
+from emssd_compile.runtime.memory import allocate
 from emssd_compile.step.pack import pack
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -107,14 +108,14 @@ def _longest(compiled: CompiledModel, device: torch.device) -> int:
     shapes = [spec.shape for spec in compiled.cache_shapes.values()]
     capacity = shapes[0][1]
     cached = (len(_SHORT) + 1) * sum(torch.Size(s[2:]).numel() for s in shapes)
-    elements = available(device) // _SHARE // 4  # of float32
+    elements = available_memory(device) // _SHARE // 4  # of float32
     return max(1, min(capacity, _LONGEST, elements // (cached + 2 * compiled.vocabulary)))
 
 
 def _room_for_float32(model: nn.Module, device: torch.device) -> bool:
     """Whether the largest weight can be held in float32 beside the model."""
     largest = max((p.numel() for p in model.parameters()), default=0)
-    return largest * 4 <= available(device) // _SHARE
+    return largest * 4 <= available_memory(device) // _SHARE
 
 
 def _error(model: nn.Module, compiled: CompiledModel, prompts: _Prompts, dtype: torch.dtype | None) -> float:

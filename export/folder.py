@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import shutil
+import stat
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export import manifest
 from emssd_compile.export.manifest import Manifest
+
+_MOST_MANIFEST = 16 << 20  # bytes; those of real models have thousands
 
 
 @contextlib.contextmanager
@@ -51,13 +57,22 @@ def check_new(destination: Path) -> None:
 
 def seal(folder: Path, unsealed: Callable[[dict[str, Any]], Manifest]) -> Manifest:
     """Hash all files of a folder and write its manifest, last of all: without one, nothing loads."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
+    for path in _files(folder):
         _flush(path)
-    sealed = unsealed({path.relative_to(folder).as_posix(): _fingerprint(path) for path in files})
+    sealed = unsealed(fingerprints(folder))
     (folder / manifest.NAME).write_bytes(sealed.to_bytes())
     _flush(folder / manifest.NAME)
     return sealed
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of a folder, by name."""
+    found = {}
+    for path in _files(folder):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -66,37 +81,120 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: there is none, or it is not as it was written.
     """
-    file = folder / manifest.NAME
+    what = "no such folder" if not folder.is_dir() else f"no {manifest.NAME} in it that can be read"
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        what = "no such folder" if not folder.is_dir() else f"no {manifest.NAME} in it that can be read"
-        raise ArtifactError(f"{folder} is no artifact: {what}; pass a folder that an export wrote") from error
-    return Manifest.from_bytes(data, str(file))
+        with _open(folder, manifest.NAME) as file:
+            data = file.read(_MOST_MANIFEST + 1)
+    except (OSError, ValueError) as error:
+        reason = f"{folder} is no artifact: {what} ({_reason(error)}); pass a folder that an export wrote"
+        raise ArtifactError(reason) from error
+    if len(data) > _MOST_MANIFEST:
+        raise ArtifactError(f"{folder / manifest.NAME} is no manifest of an artifact: it is too large; export again")
+    return Manifest.from_bytes(data, str(folder / manifest.NAME))
 
 
-def check_files(folder: Path, sealed: Manifest) -> None:
-    """Compare every file with what the manifest says; files that it does not name are nobody's business.
+class Files:
+    """The files of an artifact that its manifest names, open: what is read is what was compared.
 
-    No target reads one: what names the files that it reads (a model, its weights) is named in the manifest itself.
+    Whatever is put in a file's place afterwards is not looked at. Files that the manifest does not name are nobody's
+    business: no target can read one.
+
+    Args:
+        folder: the artifact.
+        entries: size and SHA-256 of each file, by name (`Manifest.files`).
 
     Raises:
-        ArtifactError: a file is missing, cut or changed; says which and how.
+        ArtifactError: a file is missing, cut, changed, or no file at all; says which and how.
     """
-    for name, expected in sealed.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing; copy the whole folder, or export again")
-        size = path.stat().st_size
+
+    def __init__(self, folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self._entries = entries
+        self._held = contextlib.ExitStack()
+        self._opened: dict[str, BufferedReader] = {}
+        with contextlib.ExitStack() as undo:
+            undo.push(self)
+            for name in entries:
+                self._opened[name] = self._held.enter_context(self._open(name))
+            undo.pop_all()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._held.close()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all files."""
+        return tuple(self._entries)
+
+    def read(self, name: str) -> bytes:
+        """What is in a file, and was when the artifact was written. Raises ArtifactError if it is not named."""
+        file = self._find(name)
+        file.seek(0)
+        data = file.read(self._entries[name]["bytes"])
+        if hashlib.sha256(data).hexdigest() != self._entries[name]["sha256"]:  # it was written to in the meantime
+            raise self._changed(name)
+        return data
+
+    def map(self, name: str) -> mmap.mmap | bytes:
+        """A file in memory as far as it is read: for what is too large to be there twice."""
+        file = self._find(name)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._entries[name]["bytes"] else b""
+
+    def path(self, name: str) -> Path:
+        """A path to the opened file, for libraries that take no other; it is valid as long as the files are open."""
+        file = self._find(name)
+        return Path(f"/proc/self/fd/{file.fileno()}") if sys.platform == "linux" else self.folder / name
+
+    def _find(self, name: str) -> BufferedReader:
+        if name not in self._opened:
+            raise ArtifactError(f"{self.folder} has no {name} among the files of its manifest; export again")
+        return self._opened[name]
+
+    def _open(self, name: str) -> BufferedReader:
+        path, expected = self.folder / name, self._entries[name]
+        try:
+            file = _open(self.folder, name)
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{path} is missing; copy the whole folder, or export again") from error
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{path} cannot be read ({_reason(error)}); copy the folder with what is in it"
+            ) from error
+        size = os.fstat(file.fileno()).st_size
         if size != expected["bytes"]:
+            file.close()
             raise ArtifactError(f"{path} has {size} bytes, {expected['bytes']} were written; copy it again")
-        if _fingerprint(path) != expected:
-            raise ArtifactError(f"{path} is not what was written: its SHA-256 differs; copy it again")
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            file.close()
+            raise self._changed(name)
+        return file
+
+    def _changed(self, name: str) -> ArtifactError:
+        return ArtifactError(f"{self.folder / name} is not what was written: its SHA-256 differs; copy it again")
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _open(folder: Path, name: str) -> BufferedReader:
+    """Open a file of a folder. Raises OSError unless it is a regular file in the folder itself, behind no link."""
+    path = folder / name
+    if Path(os.path.realpath(path)) != Path(os.path.realpath(folder)) / name:
+        raise OSError(f"{name} is a link, or lies behind one")
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a fifo would wait for a writer
+    file = open(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb")  # noqa: PTH123, SIM115  # held by the caller
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{name} is no regular file")
+    return file
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _flush(path: Path) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
 from emssd_compile.errors import ArtifactError
+from emssd_compile.export.schema import entry, flaws, from_entry, is_entry
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.step.commit import REPORT_FIELDS
-from emssd_compile.step.signature import ROLES, Binding, Signature
-from emssd_compile.step.state import COUNTERS, StepState
+from emssd_compile.step.signature import Signature
+from emssd_compile.step.state import COUNTERS
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
-_STATE = {f.name for f in fields(StepState)}
+_MOST = 1 << 31  # tokens of a step
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,11 @@ class Manifest:
     @property
     def signature(self) -> Signature:
         """The bindings."""
-        return Signature(*(tuple(_binding(entry) for entry in entries) for entries in (self.inputs, self.results)))
+        return Signature(*(tuple(map(from_entry, entries)) for entries in (self.inputs, self.results)))
 
     def with_signature(self, signature: Signature) -> Manifest:
         """The same with these bindings."""
-        return replace(
-            self, inputs=[_entry(b) for b in signature.inputs], results=[_entry(b) for b in signature.results]
-        )
+        return replace(self, inputs=[entry(b) for b in signature.inputs], results=[entry(b) for b in signature.results])
 
     def to_bytes(self) -> bytes:
         """The content of `manifest.json`; its last entry is a hash of the others."""
@@ -100,9 +101,18 @@ class Manifest:
             ArtifactError: it was edited or cut, or another format than this package reads.
         """
         try:
+            return cls._from_bytes(data, where)
+        except RecursionError as error:
+            raise ArtifactError(
+                f"{where} is no manifest of an artifact: it is nested too deep; export again"
+            ) from error
+
+    @classmethod
+    def _from_bytes(cls, data: bytes, where: str) -> Manifest:
+        try:
             content = json.loads(data)
             version = content["format"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{where} is no manifest of an artifact: {error}; export again") from error
         if version != FORMAT:
             raise ArtifactError(f"{where} has format {version}, this package reads {FORMAT}; export again")
@@ -114,13 +124,16 @@ class Manifest:
         if kinds.keys() != found:
             differing = ", ".join(sorted(kinds.keys() ^ found))
             raise ArtifactError(f"{where} was written by another version of this package (it differs in: {differing})")
-        wrong = [name for name, kind in kinds.items() if not _fits(content[name], kind)]
+        wrong = [name for name, kind in kinds.items() if not fits(content[name], kind)]
         manifest = cls(**content)
         wrong = wrong or _unreadable(manifest)
         if wrong:
             raise ArtifactError(
                 f"{where} is no manifest of an artifact: {', '.join(wrong)} cannot be read; export again"
             )
+        found_flaws = flaws(manifest.signature, manifest.kind)
+        if found_flaws:
+            raise ArtifactError(f"{where} describes nothing that can be driven: {'; '.join(found_flaws)}; export again")
         return manifest
 
 
@@ -128,60 +141,53 @@ def _dump(content: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=True).encode() + b"\n"
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value from JSON is of a type of `Manifest`'s entries. A hash says nothing of who wrote it."""
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type. A hash says nothing of who wrote it.
+
+    Args:
+        value: from JSON.
+        kind: a type such as `dict[str, list[int]]`, or the types of some entries of a dict by name.
+    """
     if kind is Any:
         return True
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), of) for name, of in kind.items())
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return type(value) is (get_origin(kind) or kind) and all(_fits(item, get_args(kind)[-1]) for item in items)
+    return type(value) is (get_origin(kind) or kind) and all(fits(item, get_args(kind)[-1]) for item in items)
+
+
+def _is_text(value: object) -> bool:
+    """Whether all text in a value can be shown: no control characters, no halves of characters."""
+    if isinstance(value, dict):
+        return all(_is_text(item) for pair in value.items() for item in pair)
+    if isinstance(value, list):
+        return all(map(_is_text, value))
+    return not isinstance(value, str) or not _UNSHOWABLE.search(value)
 
 
 def _unreadable(manifest: Manifest) -> list[str]:
     """Entries that are of the right types and mean nothing."""
+    dtype = getattr(torch, manifest.dtype, None)
     makes_sense = {
         "kind": manifest.kind in ("step", "verify"),
-        "dtype": isinstance(getattr(torch, manifest.dtype, None), torch.dtype),
+        "device": manifest.device in ("cpu", "cuda"),
+        "dtype": isinstance(dtype, torch.dtype) and dtype.is_floating_point,
         "layout": manifest.layout in (LAYOUTS if manifest.kind == "step" else ("",)),
-        "chunk": manifest.chunk > 0,
-        "buckets": all(len(bucket) == len(StepSizes._fields) for bucket in manifest.buckets),
-        "inputs": all(map(_is_binding, manifest.inputs)) and (manifest.kind == "verify" or _names(manifest) >= _STATE),
-        "results": all(map(_is_binding, manifest.results)),
+        "chunk": 0 < manifest.chunk < _MOST,
+        "buckets": all(len(b) == len(StepSizes._fields) and all(0 < n < _MOST for n in b) for b in manifest.buckets),
+        "inputs": all(map(is_entry, manifest.inputs)),
+        "results": all(map(is_entry, manifest.results)),
         "files": all(
-            _is_inside(name) and entry.keys() == {"bytes", "sha256"} for name, entry in manifest.files.items()
+            _is_inside(name) and {key: type(value) for key, value in file.items()} == {"bytes": int, "sha256": str}
+            for name, file in manifest.files.items()
         ),
     }
-    return [name for name, is_so in makes_sense.items() if not is_so]
-
-
-def _names(manifest: Manifest) -> set[str]:
-    return {entry["name"] for entry in manifest.inputs}
-
-
-def _is_binding(entry: dict[str, Any]) -> bool:
-    return (
-        entry.keys() == {"name", "shape", "dtype", "role"}
-        and all(isinstance(entry[name], str) for name in ("name", "dtype", "role"))
-        and isinstance(getattr(torch, entry["dtype"], None), torch.dtype)
-        and entry["role"] in ROLES
-        and isinstance(entry["shape"], list)
-        and all(isinstance(size, str) or (type(size) is int and size >= 0) for size in entry["shape"])
-    )
+    wrong = [name for name, is_so in makes_sense.items() if not is_so]
+    shown = {name: value for name, value in asdict(manifest).items() if name != "generation_config"}
+    return wrong or [name for name, value in shown.items() if not _is_text(value)]
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a file of this name lies in the artifact's folder."""
+    """Whether a file of this name lies in the artifact's folder; each file has one name."""
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
-
-
-def _entry(binding: Binding) -> dict[str, Any]:
-    return {
-        "name": binding.name,
-        "shape": list(binding.shape),
-        "dtype": str(binding.dtype).removeprefix("torch."),
-        "role": binding.role,
-    }
-
-
-def _binding(entry: dict[str, Any]) -> Binding:
-    return Binding(entry["name"], tuple(entry["shape"]), getattr(torch, entry["dtype"]), entry["role"])
+    return name not in ("", ".") and name == str(path) and not path.is_absolute() and ".." not in path.parts

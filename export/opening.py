@@ -9,9 +9,11 @@ from torch import Tensor
 
 import emssd_compile.export as targets
 from emssd_compile.errors import ArtifactError, InvalidInputError, OptionError
-from emssd_compile.export.folder import check_files, read_manifest
-from emssd_compile.export.manifest import Manifest
+from emssd_compile.export.folder import Files, read_manifest
+from emssd_compile.export.manifest import Manifest, fits
+from emssd_compile.export.target import Target
 from emssd_compile.lowering import StepFunction
+from emssd_compile.runtime.memory import check_room
 from emssd_compile.runtime.turns import Turns
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import ROLES, Binding
@@ -19,24 +21,55 @@ from emssd_compile.step.state import COUNTERS
 
 
 def open_artifact(
-    folder: str | Path, device: str | torch.device | None = None
+    folder: str | Path, device: str | torch.device | None = None, *, target: str | None = None, kind: str | None = None
 ) -> tuple[Manifest, torch.device, StepFunction]:
     """Check an artifact against its manifest and this machine, and open it.
 
     Args:
         folder: the artifact.
         device: where it is to run; default: the kind of device that it was made for.
+        target: what it must be for; default: anything.
+        kind: what it must be, `"step"` or `"verify"`; default: either.
 
     Raises:
-        ArtifactError: it is damaged, or was made for something else than what is here; says what differs.
-        OptionError: there is no such device, or it does not run on one.
+        ArtifactError: it is damaged, or was made for something else than what is here; says what differs. Nothing of
+            it was run.
+        OptionError: there is no such target or device, or it does not run on one.
+        CapacityError: its KV caches do not fit into memory.
     """
+    if target is not None:
+        targets.find_target(target)
     folder = Path(folder)
     manifest = read_manifest(folder)
+    _expect(folder, manifest, target, kind)
+    where = _device(manifest.device if device is None else device)
+    made_for = targets.find_target(manifest.target)
+    wrong = [name for name, of in made_for.details.items() if not fits(manifest.details.get(name), of)]
+    if wrong:
+        raise ArtifactError(
+            f"{folder} is no artifact of {made_for.name}: {', '.join(wrong)} in its details cannot be read"
+        )
+    _compare_surroundings(folder, manifest, made_for, where)
+    check_room((b.spec for b in manifest.signature.inputs if b.role not in ("size", "input")), where)
+    with Files(folder, manifest.files) as files:
+        return manifest, where, made_for.open(files, manifest.details, manifest.signature, where)
+
+
+def _expect(folder: Path, manifest: Manifest, target: str | None, kind: str | None) -> None:
+    """Raises ArtifactError if an artifact is for no target that is known, or is not what the caller expects."""
     if manifest.target not in targets.TARGETS:
         raise ArtifactError(f"{folder} is for {manifest.target!r}, which is none of {list(targets.TARGETS)}")
-    target = targets.find_target(manifest.target)
-    where = _device(manifest.device if device is None else device)
+    if target not in (None, manifest.target):
+        raise ArtifactError(f"{folder} is for {manifest.target}, not for {target}; nothing of it was opened")
+    if kind == "step" != manifest.kind:
+        raise ArtifactError(
+            f"{folder} holds a verify-only graph, which does not decode by itself; open it with "
+            "emssd_compile.export.open_graph"
+        )
+
+
+def _compare_surroundings(folder: Path, manifest: Manifest, target: Target, where: torch.device) -> None:
+    """Raises unless what an artifact needs is what is here."""
     if where.type not in target.devices:
         known = " or ".join(target.devices)
         raise OptionError(f"{folder} is for {target.name}, which runs on {known}, not on {where.type}")
@@ -46,17 +79,9 @@ def open_artifact(
         )
     _compare(folder, "meaning of the report", manifest.report_fields, list(REPORT_FIELDS))
     _compare(folder, "meaning of the counters", manifest.counters, list(COUNTERS))
-    try:
-        here = target.environment(manifest.details, where)
-        for name in sorted({*manifest.environment, *here}, key=str.lower):
-            _compare(folder, name, manifest.environment.get(name), here.get(name))
-        check_files(folder, manifest)
-        names = [binding.name for binding in manifest.signature.inputs]
-        return manifest, where, target.open(folder, manifest.details, names, where)
-    except (KeyError, TypeError) as error:  # the manifest is whole, so something else than this package wrote it
-        raise ArtifactError(
-            f"{folder} is no artifact of {target.name}: its details lack {error}; export again"
-        ) from error
+    here = target.environment(manifest.details, where)
+    for name in sorted({*manifest.environment, *here}, key=str.lower):
+        _compare(folder, name, manifest.environment.get(name), here.get(name))
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -125,6 +150,8 @@ class LoadedGraph:
             raise InvalidInputError(f"{binding.name} is not contiguous")
 
 
-def open_graph(folder: str | Path, device: str | torch.device | None = None) -> LoadedGraph:
-    """Open any artifact as a function of tensors. Raises as `emssd_compile.load`."""
-    return LoadedGraph(*open_artifact(folder, device))
+def open_graph(
+    folder: str | Path, device: str | torch.device | None = None, *, target: str | None = None
+) -> LoadedGraph:
+    """Open any artifact as a function of tensors. Arguments and errors are those of `emssd_compile.load`."""
+    return LoadedGraph(*open_artifact(folder, device, target=target))

@@ -40,17 +40,21 @@ class Target:
         name: `"onnx"`, ...
         passes: `passes(sizes, options) -> tuple of passes`, the rewrites that give the step the form that the target
             takes.
-        write: `write(graph_module, folder, sizes, options) -> details`: writes the files of the target into `folder`;
-            `details` is kept in the manifest, so it must be made of what JSON knows. `graph_module` has named inputs
-            and a dict of results; sizes that may differ from call to call are symbolic in `meta["val"]`. `sizes` are
-            those of steps that will run most, ascending, and last the largest.
-        open: `open(folder, details, input_names, device) -> step`: what runs the files. It writes KV caches in place,
-            and they are not among its results.
+        write: `write(graph_module, folder, sizes, options, signature) -> details`: writes the files of the target into
+            `folder`; `details` is kept in the manifest, so it must be made of what JSON knows. `graph_module` has named
+            inputs and a dict of results; sizes that may differ from call to call are symbolic in `meta["val"]`. `sizes`
+            are those of steps that will run most, ascending, and last the largest. `signature` says all of its
+            bindings; a format that has room for text should hold `schema.text(signature)`.
+        open: `open(files, details, signature, device) -> step`: what runs the files (`folder.Files`). It takes inputs
+            in the order of the signature, writes KV caches in place, and returns the signature's results. The signature
+            and the details are those of a manifest that anyone may have written: what does not agree with the graph
+            itself is refused, with ArtifactError.
         environment: `environment(details, device) -> what must be the same where the artifact is loaded`, as text by
             name: versions, instruction sets, the GPU's capability. It is compared when the artifact is opened.
         require: `require(options, device, runs)`, asked before any work: raises ArtifactError if something is missing
             here that building for weights on `device` takes, or, if `runs`, that running it there takes; OptionError
             if what is here cannot do what the options ask.
+        details: the types of the entries of `details` that `environment` and `open` read, by name.
         options: a frozen dataclass of the target's options, which checks their values when it is made. Those that are
             fields by `option` can be given on the command line.
         devices: types of device that it runs on.
@@ -63,6 +67,7 @@ class Target:
     open: Callable[..., StepFunction]
     environment: Callable[[dict[str, Any], torch.device], dict[str, str]]
     require: Callable[[Any, torch.device, bool], None]
+    details: Mapping[str, Any] = field(default_factory=dict)
     options: type[Any] = NoOptions
     devices: tuple[str, ...] = ("cpu", "cuda")
     is_captured: bool = True

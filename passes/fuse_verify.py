@@ -17,7 +17,8 @@ from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.commit import bar_eos, commit, draft_tokens
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.pack import LogitRows, Packed, logit_rows, pack
-from emssd_compile.step.state import CONSTANT_FIELDS, StepState
+from emssd_compile.step.signature import role_of_state
+from emssd_compile.step.state import StepState
 
 _RANGES = ("token_range", "logit_range", "row_range")
 _STATE = tuple(f.name for f in fields(StepState))
@@ -57,10 +58,7 @@ class FuseVerify:
             state = StepState.empty(
                 self.batch.rows, self.batch.capacity, vocabulary, self.num_draft_tokens, device
             ).tensors()
-        inputs = {
-            name: add_input(graph, name, value, "setting" if name in CONSTANT_FIELDS else "state")
-            for name, value in state.items()
-        }
+        inputs = {name: add_input(graph, name, value, role_of_state(name)) for name, value in state.items()}
         for name in _RANGES:
             inputs[name] = add_input(graph, name, fresh_index(self.fake_mode, device), "size")
         for name, value in caches(model.graph).items():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
+from emssd_compile.memory import available_memory
 from emssd_compile.ops import packed_linear
 from emssd_compile.passes.fuse_projections import find_projections
 from emssd_compile.passes.graph import argument, aten, attribute, call
@@ -86,10 +85,4 @@ def _bytes(weights: Iterable[Tensor]) -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory(torch.device("cpu"))

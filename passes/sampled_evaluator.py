@@ -190,8 +190,8 @@ class SampledEvaluator(Evaluator):
 
     def _slice(self, node: fx.Node) -> Tensor | None:
         """A slice along another dimension than the tokens', one of all tokens, or of T rows of a longer table."""
-        defaults: tuple[Any, ...] = (0, None, None, 1)
-        source, dim, start, end, step = (*node.args, *defaults[len(node.args) - 1 :])
+        arguments: list[Any] = [*node.args]
+        source, dim, start, end, step = arguments + [0, None, None, 1][len(arguments) - 1 :]
         assert isinstance(source, fx.Node)
         assert isinstance(dim, int)
         if node in self.from_given:

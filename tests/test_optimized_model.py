@@ -1,7 +1,8 @@
 """The public surface: what `generate` takes and gives back, what it counts, and that the user's model stays theirs."""
 
+import copy
 import os
-from types import SimpleNamespace
+import pickle  # noqa: TID251  (nothing is loaded)
 from typing import Any
 
 import pytest
@@ -9,11 +10,10 @@ import torch
 
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
-from emssd_compile.errors import CapacityError, OptionError
-from emssd_compile.length import resolve_length
+from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from tests.exactness.compiled import K, target
 from tests.exactness.models import Reference, build, prompt
-from tests.zoo import POSITIONS, toy_config, toy_model
+from tests.zoo import toy_model
 
 NEW = 10
 LENGTHS = (5, 17, 2)
@@ -168,7 +168,7 @@ def test_the_counts_sum_over_calls_until_they_are_reset(fast):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "last-logits"])
 def test_weights_are_shared_and_the_model_is_left_as_it_was(architecture):
-    """Merging projections may move a weight, never keep two of it: a change to the model is a change to the step."""
+    """A change to the model is a change to the step."""
     model = build(architecture)
     ids = torch.tensor([PROMPTS[1]])
     names = set(model.state_dict())
@@ -247,34 +247,6 @@ def test_a_negative_number_of_positions_in_the_config_is_no_limit():
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-CONFIGS = {
-    "its own": (SimpleNamespace(n_positions=48), 48, 48),
-    "no limit": (SimpleNamespace(max_position_embeddings=-1), None, None),
-    "of the text": (SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=40)), 40, 40),
-    "as transformers finds it": (toy_config("gemma4"), POSITIONS, POSITIONS),
-    "scaled": (SimpleNamespace(max_position_embeddings=32, rope_parameters=YARN), 32, 128),
-    "scaled, by its old name": (SimpleNamespace(max_position_embeddings=32, rope_scaling={"factor": 2.0}), 32, 64),
-    "scaled for each type of layer": (
-        SimpleNamespace(max_position_embeddings=32, rope_parameters={"full": YARN, "sliding": {"rope_theta": 1.0}}),
-        32,
-        128,
-    ),
-    "scaled already": (SimpleNamespace(max_position_embeddings=128, rope_parameters=YARN), 128, 128),
-}
-
-
-@pytest.mark.parametrize(("config", "default", "most"), CONFIGS.values(), ids=CONFIGS)
-def test_the_longest_row_is_what_the_config_allows(config, default, most):
-    model = torch.nn.Linear(2, 2)
-    model.config = config
-    if default is None:
-        with pytest.raises(OptionError, match="max_length is needed"):
-            resolve_length(model, None)
-        return
-    assert resolve_length(model, None) == default
-    assert resolve_length(model, most) == most
-    with pytest.raises(OptionError, match=f"more than the {most} positions"):
-        resolve_length(model, most + 1)
 
 
 def test_a_row_longer_than_trained_decodes_where_rotary_scaling_reaches():
@@ -283,3 +255,49 @@ def test_a_row_longer_than_trained_decodes_where_rotary_scaling_reaches():
     fast = emssd_compile.optimize(model, max_batch=2, max_length=128, backend="eager")
     prompts = [prompt(90), prompt(7)]
     assert fast.generate(prompts, max_new_tokens=NEW) == [[*ids, *reference(ids, NEW)] for ids in prompts]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_copies_are_refused_with_what_to_do(fast, copied):
+    with pytest.raises(TypeError, match=r"export_onnx, export_aot or export_tensorrt, and emssd_compile\.load"):
+        copied(fast)
+
+
+def test_the_model_can_be_reached_through_it(model, fast, tmp_path):
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        assert torch.equal(fast(ids).logits, model(input_ids=ids).logits)
+    assert [*map(id, fast.parameters())] == [*map(id, model.parameters())]
+    assert fast.name_or_path == model.name_or_path
+    fast.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_model_that_cannot_save_itself_says_so():
+    plain = emssd_compile.optimize(build("own-positions"), "none", max_batch=1, max_length=16, backend="eager")
+    assert plain.name_or_path == ""
+    with pytest.raises(OptionError, match="OwnPositions has no save_pretrained"):
+        plain.save_pretrained("nowhere")
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"backend": "none"}, {"layout": "none"}, {"acceptance": "none"}])
+def test_options_are_checked_before_weights_are_read(model, wrong, monkeypatch):
+    monkeypatch.setattr("emssd_compile.optimized_model.check_weights", lambda _: pytest.fail("weights were read"))
+    given = {"max_batch": 1, "max_length": 16, "backend": "eager", **wrong}
+    with pytest.raises(OptionError):
+        emssd_compile.optimize(model, **given)
+
+
+def test_weights_are_read_once(monkeypatch):
+    read = []
+    monkeypatch.setattr("emssd_compile.optimized_model.check_weights", read.append)
+    model, draft = build("own-positions"), build("last-logits")
+    emssd_compile.optimize(model, draft, max_batch=1, max_length=16, backend="eager")
+    assert read == [model, draft]
+
+
+def test_a_model_that_is_offloaded_is_refused_by_that_name(monkeypatch):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = accelerate.cpu_offload(build("llama"), execution_device="cpu")
+    with pytest.raises(InvalidInputError, match="offloaded and brought in layer by layer"):
+        emssd_compile.optimize(model, max_batch=1, max_length=16, backend="eager")

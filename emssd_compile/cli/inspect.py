@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emssd_compile.cli.models import PROGRAM, add_command
-from emssd_compile.export.folder import check_files, read_manifest
+from emssd_compile.export.folder import Files, read_manifest
 from emssd_compile.export.manifest import Manifest
 from emssd_compile.step.signature import Binding
 
@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, notes: Console) -> None:
     """Run the command."""
     manifest = read_manifest(arguments.artifact)
-    check_files(arguments.artifact, manifest)
+    with Files(arguments.artifact, manifest.files):  # each is compared with its hash
+        pass
     # Not the terminal's width: its tables keep their columns when the output is a file or a narrow terminal.
     console = Console(file=sys.stdout, width=120)
     for table in describe(manifest):

@@ -23,20 +23,23 @@ class Backend:
     """A way to run the step graph.
 
     Attributes:
+        require: raises BackendError if something is missing here that the backend needs for a device; asked before any
+            work.
         passes: the rewrites that suit this backend on a device, applied to the step graph.
         lower: `lower(graph_module, deterministic) -> step`, from the rewritten graph to what runs it; if deterministic,
             with kernels that are chosen without a clock.
         is_captured: whether decode steps become one launch each where the device can capture them (CUDA graphs).
     """
 
+    require: Callable[[torch.device], None]
     passes: Callable[[torch.device], tuple[Pass, ...]]
     lower: Callable[[fx.GraphModule, bool], StepFunction]
     is_captured: bool = True
 
 
 BACKENDS = {
-    "eager": Backend(eager.passes, eager.lower, is_captured=False),
-    "inductor": Backend(inductor.passes, inductor.lower),
+    "eager": Backend(eager.require, eager.passes, eager.lower, is_captured=False),
+    "inductor": Backend(inductor.require, inductor.passes, inductor.lower),
 }
 
 __all__ = ["BACKENDS", "Backend", "StepFunction"]

@@ -7,6 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+from emssd_compile.lowering.toolchain import require_cache
+
+
+def require(device: torch.device) -> None:
+    """Raises BackendError if torch has no folder for its caches, which it wants to capture a model."""
+    require_cache()
+
 
 def passes(device: torch.device) -> tuple[()]:
     """None: the graph runs as it is."""

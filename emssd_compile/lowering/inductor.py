@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.ambient import compiling
+from emssd_compile.errors import BackendError
+from emssd_compile.lowering.toolchain import reason, require_cache, require_compiler
 
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
@@ -34,7 +36,11 @@ class InductorStep:
         self._run: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Inputs in the order of the placeholders; results by name."""
+        """Inputs in the order of the placeholders; results by name.
+
+        Raises:
+            BackendError: Inductor fails to compile the step, at the first call.
+        """
         if self._run is None:
             self._compile()
         assert self._run is not None
@@ -44,6 +50,7 @@ class InductorStep:
 
     def _compile(self) -> None:
         from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.exc import InductorError
 
         # These bring sympy: not needed to import the package.
         from emssd_compile.lowering.unbacked import OPTIONS, lift_weights, unbacked
@@ -56,11 +63,23 @@ class InductorStep:
             "deterministic": self._deterministic,
         }
         stores = [getattr(self.graph_module, kind) for kind in ("_parameters", "_buffers")]
-        with compiling, graph.compiling():
-            self._weights = tuple((next(s for s in stores if name in s), name) for name in names)
-            self._names = graph.result_names
-            compiled = compile_fx(graph.graph_module, graph.inputs, config_patches=options)
-            self._run = cast("Callable[..., Any]", compiled)
+        self._weights = tuple((next(s for s in stores if name in s), name) for name in names)
+        try:
+            with compiling, graph.compiling():
+                self._names = graph.result_names
+                compiled = compile_fx(graph.graph_module, graph.inputs, config_patches=options)
+        except (InductorError, OSError) as error:
+            raise BackendError(
+                f'Inductor cannot compile the step: {reason(error)}; if that cannot be mended, backend="eager" runs it '
+                "as it is"
+            ) from error
+        self._run = cast("Callable[..., Any]", compiled)
+
+
+def require(device: torch.device) -> None:
+    """Raises BackendError if there is no place for what Inductor compiles, or no compiler for a CPU."""
+    require_cache()
+    require_compiler(device)
 
 
 def passes(device: torch.device) -> tuple[Pass, ...]:

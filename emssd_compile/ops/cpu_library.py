@@ -1,8 +1,9 @@
 """Builds and loads the C++ forms of the ops for CPU, at first need and once per machine.
 
 The library is compiled by the machine's own C++ compiler into a cache folder: ``$EMSSD_CACHE_DIR``, else
-``$XDG_CACHE_HOME/emssd_compile``, else ``~/.cache/emssd_compile``. Where that is impossible, or ``EMSSD_CPU_KERNELS=0``
-is set, the ops keep their eager references and `cpu_kernel_status` says why.
+``$XDG_CACHE_HOME/emssd_compile``, else ``~/.cache/emssd_compile``. A library that was damaged there is built anew, and
+one that cannot be kept there serves this process only. Without a compiler, or if ``EMSSD_CPU_KERNELS=0`` is set, the
+ops keep their eager references and `cpu_kernel_status` says why.
 
 `standalone_library` is for artifacts: it serves machines without a compiler, and processes without Python.
 """
@@ -16,9 +17,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from emssd_compile.files import write_whole
 
 _logger = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent / "csrc"
@@ -29,38 +34,37 @@ _INSTRUCTION_SETS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
-_OPS = (
-    "append_kv",
-    "fingerprint",
-    "follow_packed",
-    "packed_linear",
-    "ragged_attention",
-)  # those that library.cpp implements
+_OPS = ("append_kv", "fingerprint", "follow_packed", "packed_linear", "ragged_attention")
+"""Those that library.cpp implements."""
+_SEAL_BYTES = hashlib.sha256().digest_size
 _prebuilt: list[str] = []  # the library in use where none could be built
+_lock = threading.RLock()
 
 
 class CannotBuildError(Exception):
     """Why there is no C++ form on this machine."""
 
 
-def load_cpu_kernels(prebuilt: Path | None = None) -> bool:
+def load_cpu_kernels(prebuilt: Callable[[], bytes] | None = None, origin: object = None) -> bool:
     """Makes the ops use their C++ forms on CPU tensors, building them if need be (about 15 seconds, once).
 
     Args:
-        prebuilt: a `standalone_library` of a machine like this one, to use where none can be built.
+        prebuilt: gives a `standalone_library` of a machine like this one, to use where none can be built.
+        origin: where that comes from, for `cpu_kernel_status`.
 
     Returns:
         Whether they are in use. If not, the ops work all the same, slowly; `cpu_kernel_status` has the reason.
     """
-    loaded, status = _load()
-    if loaded or _prebuilt or _is_disabled():
-        return loaded or bool(_prebuilt)
-    if prebuilt is None:
-        _warn(status)
-        return False
-    torch.ops.load_library(prebuilt)
-    _prebuilt.append(f"C++ ({torch.backends.cpu.get_cpu_capability()}): {prebuilt}")
-    return True
+    with _lock:  # a library that is loaded twice cannot register its ops
+        loaded, status = _load()
+        if loaded or _prebuilt or _is_disabled():
+            return loaded or bool(_prebuilt)
+        if prebuilt is None:
+            _warn(status)
+            return False
+        _load_content(prebuilt())
+        _prebuilt.append(f"C++ ({torch.backends.cpu.get_cpu_capability()}): {origin}")
+        return True
 
 
 def cpu_kernel_status() -> str:
@@ -70,13 +74,13 @@ def cpu_kernel_status() -> str:
     return _prebuilt[0] if _prebuilt else _load()[1]
 
 
-def standalone_library() -> Path:
+def standalone_library() -> bytes:
     """A library that needs neither a compiler nor Python: it defines the ops, too, where nobody has.
 
     Raises:
         CannotBuildError: there is no C++ compiler, or it fails.
     """
-    return _build(definitions=_definitions())
+    return _build(definitions=_definitions())[1]
 
 
 def _definitions() -> str:
@@ -102,18 +106,32 @@ def _load() -> tuple[bool, str]:
     if _is_disabled():
         return False, "reference: EMSSD_CPU_KERNELS=0 is set"
     try:
-        library = _build()
-        torch.ops.load_library(library)
+        library, content = _build()
+        if library is None:
+            _load_content(content)
+        else:
+            torch.ops.load_library(library)
     except (CannotBuildError, OSError) as error:
         return False, f"reference: {error}"
-    return True, f"C++ ({torch.backends.cpu.get_cpu_capability()}): {library}"
+    return True, f"C++ ({torch.backends.cpu.get_cpu_capability()}): {library or 'built for this process'}"
 
 
-def _build(definitions: str = "") -> Path:
-    """Path of the library for this source, compiler, torch and processor; compiled unless the cache holds it.
+def _load_content(content: bytes) -> None:
+    """Load a library that is in no file; what is loaded stays when its file is gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "library.so"
+        library.write_bytes(content)
+        torch.ops.load_library(library)
+
+
+def _build(definitions: str = "") -> tuple[Path | None, bytes]:
+    """The library for this source, compiler, torch and processor; compiled unless the cache holds it whole.
 
     Args:
         definitions: C++ source to build in.
+
+    Returns:
+        Its place in the cache, None if it cannot be kept there; and its content.
     """
     if sys.platform != "linux":
         raise CannotBuildError(f"the C++ kernels are built on Linux only, this is {sys.platform}")
@@ -121,13 +139,45 @@ def _build(definitions: str = "") -> Path:
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*_COMPILE_FLAGS, *_INSTRUCTION_SETS.get(capability, ()), *_capability_macros(capability)]
     library = _cache_folder() / f"emssd_{_key(compiler, flags, definitions)}.so"
-    if not library.exists():
-        _logger.info("building the emssd CPU kernels into %s", library)
+    content = _read_whole(library)
+    if content is not None:
+        return library, content
+    _logger.info("building the emssd CPU kernels into %s", library)
+    with tempfile.TemporaryDirectory() as folder:
+        content = _compile(compiler, flags, definitions, Path(folder)).read_bytes()
+    return (library if _keep(library, content) else None), content
+
+
+def _read_whole(library: Path) -> bytes | None:
+    """A library of the cache without its seal, the SHA-256 of all before it; None unless it is there and whole."""
+    try:
+        data = library.read_bytes() if library.is_file() else b""
+    except OSError:
+        return None
+    content, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if content and hashlib.sha256(content).digest() == seal:
+        return content
+    if library.exists():
+        _logger.warning("%s is damaged; it is built anew", library)
+    return None
+
+
+def _keep(library: Path, content: bytes) -> bool:
+    """Put a library into the cache, sealed; says whether that was possible. If not, the next process builds it."""
+    try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        # Built aside and renamed: another process sees all of the library or nothing.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _compile(compiler, flags, definitions, Path(folder)).replace(library)
-    return library
+        if library.is_dir():
+            shutil.rmtree(library)
+        write_whole(library, content + hashlib.sha256(content).digest())
+    except OSError as error:
+        _logger.warning(
+            "the emssd CPU kernels cannot be kept in %s (%s), so each process builds them anew; set EMSSD_CACHE_DIR to "
+            "a folder that can be written",
+            library.parent,
+            error.strerror or error,
+        )
+        return False
+    return True
 
 
 def _compiler() -> list[str]:
@@ -149,7 +199,8 @@ def _cache_folder() -> Path:
     chosen = os.environ.get("EMSSD_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emssd_compile"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111  # Path's raises
+    return (caches if caches.is_absolute() else Path(os.devnull)) / "emssd_compile"  # no home: nothing can be kept
 
 
 def _key(compiler: list[str], flags: list[str], definitions: str) -> str:

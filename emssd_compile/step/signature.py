@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from emssd_compile.step.state import CONSTANT_FIELDS
 from emssd_compile.step.tensor_spec import TensorSpec
 
 SIZE_NAMES = ("token_range", "logit_range", "draft_range", "row_range")
@@ -25,6 +26,11 @@ ROLES = {
     "result": "for the host to read",
 }
 """Roles of bindings, and what each means for whoever drives a step."""
+
+
+def role_of_state(name: str) -> str:
+    """The role of a field of `StepState`."""
+    return "setting" if name in CONSTANT_FIELDS else "state"
 
 
 @dataclass(frozen=True)

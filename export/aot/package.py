@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.errors import ArtifactError
+from emssd_compile.export.folder import Files
+from emssd_compile.export.schema import KEY, text
 from emssd_compile.lowering.unbacked import OPTIONS, unbacked
 from emssd_compile.ops import load_cpu_kernels, load_kernels, source_hash
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
@@ -20,6 +23,7 @@ from emssd_compile.passes.graph import inputs, output
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.pack_linears import PackLinears
 from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.step.signature import Signature
 
 PACKAGE, OPS_LIBRARY, BINDINGS = "step.pt2", "libemssd_ops.so", "bindings.txt"
 
@@ -39,19 +43,20 @@ def passes(sizes: Sequence[StepSizes], options: object) -> tuple[Pass, ...]:
 
 
 def write_package(
-    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[StepSizes], options: object
+    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[StepSizes], options: object, signature: Signature
 ) -> dict[str, Any]:
     """Compile a graph for this machine, weights included.
 
-    Writes `step.pt2`, one package for all sizes; `bindings.txt`, a line `input|output name dtype dims...` for each
-    tensor in order, `*` for a size that may differ from call to call; and on a CPU `libemssd_ops.so`, which gives the
-    ops of this project to a process without Python.
+    Writes `step.pt2`, one package for all sizes, with the signature in its metadata; `bindings.txt`, a line
+    `input|output name dtype dims...` for each tensor in order, `*` for a size that may differ from call to call; and on
+    a CPU `libemssd_ops.so`, which gives the ops of this project to a process without Python.
 
     Args:
         graph_module: level L3 or L2, with a dict of results.
         folder: where to write.
         sizes: of the steps that will run; not needed, since one function serves them all.
         options: there are none.
+        signature: of the graph.
 
     Raises:
         ArtifactError: there is no C++ compiler, or it fails.
@@ -63,16 +68,21 @@ def write_package(
     graph = unbacked(graph_module)
     try:
         if graph.inputs[0].device.type == "cpu":
-            shutil.copyfile(standalone_library(), folder / OPS_LIBRARY)
+            (folder / OPS_LIBRARY).write_bytes(standalone_library())
         # Inductor would leave all it builds, weights included, in its cache.
         with tempfile.TemporaryDirectory(dir=folder) as work, graph.compiling():
-            options = {**OPTIONS, "aot_inductor.package": True, "aot_inductor.output_path": work}
-            files = cast("list[Any]", aot_compile(graph.graph_module, graph.inputs, options=options))
+            settings = {
+                **OPTIONS,
+                "aot_inductor.package": True,
+                "aot_inductor.output_path": work,
+                "aot_inductor.metadata": {KEY: text(signature)},
+            }
+            files = cast("list[Any]", aot_compile(graph.graph_module, graph.inputs, options=settings))
             package_aoti(str(folder / PACKAGE), files)
     except (CannotBuildError, InductorError) as error:
         raise ArtifactError(f"the graph cannot be compiled to a package: {error}") from error
     (folder / BINDINGS).write_text(_bindings(graph_module))
-    return {"results": list(graph.result_names), "versions": {"torch": str(torch.__version__)}}
+    return {"versions": {"torch": str(torch.__version__)}}
 
 
 def _bindings(graph_module: fx.GraphModule) -> str:
@@ -110,35 +120,43 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
 class PackageStep:
     """What runs a package: neither the model nor a compiler of Python code is needed.
 
+    Threads may call it at once: each waits for the others, since a package's own way to keep several apart gets in the
+    way of CUDA graphs.
+
     Args:
         path: the package.
-        result_names: what it returns, in order.
+        signature: what its bindings must be: the code reads and writes as far as they go, whatever it is given.
         device: where it runs.
+
+    Raises:
+        ArtifactError: they are others.
     """
 
-    def __init__(self, path: Path, result_names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, path: Path, signature: Signature, device: torch.device) -> None:
         index = -1 if device.index is None else device.index
-        # One thread calls a step at a time; what would keep several apart gets in the way of CUDA graphs.
-        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
-        self._run = package.loader.boxed_run  # its own call flattens arguments and results by name
-        self._names = tuple(result_names)
+        # Not by `aoti_load_package`: that looks for other things in a package, pickles among them.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+        if loader.get_metadata().get(KEY) != text(signature):
+            raise ArtifactError("the package was compiled with other bindings than its manifest has; export again")
+        self._run = loader.boxed_run
+        self._names = tuple(binding.name for binding in signature.results)
+        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Inputs in the order of the graph's; results by name. KV caches are written in place."""
-        return dict(zip(self._names, self._run(list(inputs)), strict=True))
+        """Inputs in the order of the signature; results by name. KV caches are written in place."""
+        with self._lock:
+            return dict(zip(self._names, self._run(list(inputs)), strict=True))
 
 
-def open_package(
-    folder: Path, details: dict[str, Any], input_names: Sequence[str], device: torch.device
-) -> PackageStep:
-    """Open what `write_package` wrote. Raises ArtifactError if torch cannot load it."""
+def open_package(files: Files, details: Mapping[str, Any], signature: Signature, device: torch.device) -> PackageStep:
+    """Open what `write_package` wrote. Raises ArtifactError if torch cannot load it, or it has other bindings."""
     try:
         if device.type == "cpu":
-            load_cpu_kernels(folder / OPS_LIBRARY)
+            load_cpu_kernels(prebuilt=partial(files.read, OPS_LIBRARY), origin=files.folder / OPS_LIBRARY)
         else:
             load_kernels(device.type)
-        return PackageStep(folder / PACKAGE, details["results"], device)
+        return PackageStep(files.path(PACKAGE), signature, device)
     except (RuntimeError, OSError) as error:
         raise ArtifactError(
-            f"{folder / PACKAGE} cannot be loaded: {str(error).splitlines()[0]}; export again"
+            f"{files.folder / PACKAGE} cannot be loaded: {str(error).splitlines()[0]}; export again"
         ) from error

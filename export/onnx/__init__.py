@@ -24,6 +24,7 @@ TARGET = Target(
     open=open_session,
     environment=environment,
     require=require,
+    details={"in_place": dict[str, str]},
     options=ModelOptions,
     is_captured=False,  # a session waits for its own stream
 )

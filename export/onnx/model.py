@@ -13,6 +13,8 @@ from torch import fx
 
 from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.export.onnx.exporter import OPSET, quiet, translated
+from emssd_compile.export.schema import KEY, text
+from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
     from emssd_compile.passes.manager import Pass
@@ -54,21 +56,24 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
     return {"byte order": sys.byteorder}
 
 
-def write_model(graph_module: fx.GraphModule, folder: Path, sizes: object, options: ModelOptions) -> dict[str, Any]:
+def write_model(
+    graph_module: fx.GraphModule, folder: Path, sizes: object, options: ModelOptions, signature: Signature
+) -> dict[str, Any]:
     """Write `step.onnx`: standard operators alone, every size that may differ symbolic.
 
     Inputs have the names of the graph's, and each result `r` the name `new_r`, since an ONNX model has one space of
     names. A KV cache and its results, one for each time it is written, are meant to be bound to the same memory.
-    Weights above 1.5 GB lie in a file of their own beside the model.
+    Weights above 1.5 GB lie in a file of their own beside the model. Its metadata hold the signature.
 
     Args:
         graph_module: the graph after `passes`.
         folder: where to.
         sizes: not needed, since one model takes all.
         options: not needed, since there is one opset only.
+        signature: of the graph.
 
     Returns:
-        What `open_session` needs: names, shapes and dtypes of the outputs.
+        What `open_session` needs: `in_place`, the KV cache that each result is the new value of.
 
     Raises:
         UnsupportedModelError: ONNX cannot express an op; says which, and where it comes from.
@@ -77,13 +82,18 @@ def write_model(graph_module: fx.GraphModule, folder: Path, sizes: object, optio
     from emssd_compile.export.onnx.translate import TRANSLATIONS
 
     graph_module = _with_all_writes(graph_module)
-    details = _describe(graph_module)
-    program = translated(graph_module, list(details["outputs"].values()), TRANSLATIONS)
+    results = _results(graph_module)
+    program = translated(graph_module, [f"new_{name}" for name in results], TRANSLATIONS)
     with quiet():
         simplify(program.model)
+    program.model.metadata_props[KEY] = text(signature)
     program.save(folder / FILE, external_data=False)  # all the same outside the file if it is too large for one
     _check(folder / FILE)
-    return details
+    return {
+        "opset": OPSET,
+        "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")},
+        "in_place": {name: cache for name, node in results.items() if (cache := _updates(node))},
+    }
 
 
 def _with_all_writes(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -102,40 +112,17 @@ def _with_all_writes(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph_module, graph, class_name=graph_module._get_name())
 
 
-def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
-    from emssd_compile.passes.graph import inputs, output
+def _results(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    """The results of a graph by name. Raises UnsupportedModelError if the memory of one could not be bound."""
+    from emssd_compile.passes.graph import inputs, output, refuse
 
+    known = {str(size) for node in inputs(graph_module.graph) for size in node.meta["val"].shape}
     results: Any = output(graph_module.graph).args[0]
-    in_place = {name: cache for name, node in results.items() if (cache := _updates(node))}
-    lengths: dict[str, list[object]] = {}  # which input's dimension each symbolic size is
-    for node in inputs(graph_module.graph):
-        for dim, size in enumerate(node.meta["val"].shape):
-            lengths.setdefault(str(size), [str(node.target), dim])
-    return {
-        "opset": OPSET,
-        "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")},
-        "outputs": {name: f"new_{name}" for name in results},
-        "in_place": in_place,
-        "results": {
-            name: {
-                "dtype": str(node.meta["val"].dtype).removeprefix("torch."),
-                "shape": [_size(node, size, lengths) for size in node.meta["val"].shape],
-            }
-            for name, node in results.items()
-            if name not in in_place
-        },
-    }
-
-
-def _size(node: fx.Node, size: int | torch.SymInt, lengths: dict[str, list[object]]) -> int | list[object]:
-    """A size of a result: a number, or the input and its dimension that has it."""
-    from emssd_compile.passes.graph import refuse
-
-    if isinstance(size, int):
-        return size
-    if str(size) not in lengths:
-        raise refuse(node, f"a result's size is {size}, which is not that of any input: its memory cannot be bound")
-    return lengths[str(size)]
+    for node in results.values():
+        for size in node.meta["val"].shape:
+            if not isinstance(size, int) and str(size) not in known:
+                raise refuse(node, f"a result's size is {size}, which is not that of any input")
+    return dict(results)
 
 
 def _updates(node: fx.Node) -> str | None:

@@ -55,6 +55,16 @@ TARGET = Target(
     open=open_step,
     environment=environment,
     require=require,
+    details={
+        "runtime": str,
+        "compute_capabilities": list[str],
+        "options": {"version_compatible": bool, "hardware_compatibility": str, "weights": str},
+        "profiles": list[dict[str, list[list[int]]]],
+        "buckets": list[dict[str, int]],
+        "results": dict[str, str],
+        "caches": dict[str, str],
+        "bindings": list[dict[str, Any]],
+    },
     options=BuildOptions,
     devices=("cuda",),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,14 +16,18 @@ from torch import fx
 
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export.onnx.exporter import require_exporter
+from emssd_compile.export.schema import text
 from emssd_compile.export.tensorrt.cut import Cut, cut
 from emssd_compile.export.tensorrt.library import check_capability, find_runtime, load_runtime, make_log
 from emssd_compile.export.tensorrt.network import parse, splice, write_onnx
 from emssd_compile.export.tensorrt.options import BuildOptions
 from emssd_compile.export.tensorrt.profiles import Profile, make_profiles
+from emssd_compile.files import write_whole
 from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.step.signature import Signature
 
 ENGINE = "step.engine"
+NAME_PREFIX = "emssd_compile "
 _KEPT = ("attention", "weights", "version_compatible", "hardware_compatibility", "profile_per_bucket")
 
 
@@ -41,7 +47,7 @@ def require(options: BuildOptions, device: torch.device, runs: bool) -> None:
 
 
 def write(
-    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[StepSizes], options: BuildOptions
+    graph_module: fx.GraphModule, folder: Path, sizes: Sequence[StepSizes], options: BuildOptions, signature: Signature
 ) -> dict[str, Any]:
     """Build an engine and write it to `folder`.
 
@@ -50,6 +56,7 @@ def write(
         folder: where `step.engine` goes.
         sizes: of the steps that will be captured, ascending, and last of the largest step.
         options: what to build.
+        signature: of the graph; the engine's name holds a hash of it.
 
     Raises:
         OptionError: as `require`.
@@ -63,6 +70,7 @@ def write(
     profiles = make_profiles(graph_module.graph, sizes, per_bucket=options.profile_per_bucket)
     parts = cut(graph_module, masked=options.attention == "masked")
     network, builder, log = define(trt, parts, folder)
+    network.name = engine_name(signature, parts.results, parts.caches)
     config = _configure(trt, builder, options, capabilities, known, profiles)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -70,7 +78,7 @@ def write(
         raise ArtifactError(f"{runtime} cannot build the engine: {reason}{_hint(reason, options)}")
     (folder / ENGINE).write_bytes(memoryview(plan))
     if options.timing_cache is not None:
-        Path(options.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+        write_whole(Path(options.timing_cache), bytes(memoryview(config.get_timing_cache().serialize())))
     return {
         "runtime": runtime,
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")} | {runtime: trt.__version__},
@@ -83,6 +91,12 @@ def write(
         "bindings": _bindings(network),
         "layers": _count_layers(network),
     }
+
+
+def engine_name(signature: Signature, results: Mapping[str, str], caches: Mapping[str, str]) -> str:
+    """The name of an engine: what it was built from can be compared where it is loaded."""
+    content = json.dumps([text(signature), dict(results), dict(caches)], sort_keys=True)
+    return NAME_PREFIX + hashlib.sha256(content.encode()).hexdigest()
 
 
 def _hint(reason: str, options: BuildOptions) -> str:
@@ -140,7 +154,9 @@ def _configure(
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.timing_cache is not None:
         file = Path(options.timing_cache)
-        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), False)
+        cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise ArtifactError(f"timing_cache={str(file)!r} is none of this runtime's, or damaged; remove it")
     for ranges in profiles:
         profile = builder.create_optimization_profile()
         for name, shapes in ranges.items():

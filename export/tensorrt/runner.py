@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emssd_compile.errors import ArtifactError, CapacityError
-from emssd_compile.export.tensorrt.build import ENGINE
+from emssd_compile.export.folder import Files
+from emssd_compile.export.manifest import fits
+from emssd_compile.export.tensorrt.build import ENGINE, NAME_PREFIX, engine_name
 from emssd_compile.export.tensorrt.library import check_capability, load_runtime, make_log
 from emssd_compile.export.tensorrt.profiles import choose
+from emssd_compile.step.signature import Binding, Signature
 
 _DTYPES = {
     "bool": torch.bool,
@@ -25,19 +28,21 @@ _DTYPES = {
 }
 
 
-def open_step(folder: Path, details: dict[str, Any], input_names: Sequence[str], device: torch.device) -> EngineStep:
+def open_step(files: Files, details: dict[str, Any], signature: Signature, device: torch.device) -> EngineStep:
     """Read the engine of an artifact onto a CUDA device.
 
     Args:
-        folder: where `step.engine` lies.
+        files: `step.engine` is one of them.
         details: what `write` returned.
-        input_names: inputs of the step, in the order in which they will be passed.
+        signature: of the step.
         device: a CUDA device.
 
     Raises:
         ArtifactError: there is no such device, or it is not one of those built for; there is no TensorRT, or it cannot
-            read the engine; says why.
+            read the engine; or the engine has other bindings than it should; says why.
     """
+    folder = files.folder
+    check_details(details, signature)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ArtifactError(f"{folder} holds a TensorRT engine, which runs on a CUDA device; there is none here")
     if details["options"]["hardware_compatibility"] == "none":
@@ -46,14 +51,81 @@ def open_step(folder: Path, details: dict[str, Any], input_names: Sequence[str],
     log = make_log(trt)
     with torch.cuda.device(device):
         runtime = trt.Runtime(log)
-        engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        engine = runtime.deserialize_cuda_engine(files.read(ENGINE))
         if engine is None:
             raise ArtifactError(
                 f"{details['runtime']} {trt.__version__} cannot read {folder / ENGINE}: {log.explain()}"
             )
+        check_engine(engine, details, signature)
         if details["options"]["weights"] == "streamed":
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-        return EngineStep(Loaded(trt, log, runtime, engine), details, input_names, device)
+        names = [binding.name for binding in signature.inputs]
+        return EngineStep(Loaded(trt, log, runtime, engine), details, names, device)
+
+
+def check_details(details: Mapping[str, Any], signature: Signature) -> None:
+    """Compare the parts of a manifest with one another. Raises ArtifactError if they do not agree; says where."""
+    inputs, caches = {b.name: b for b in signature.inputs}, signature.with_role("cache")
+    bound = {binding.name: binding for binding in map(_binding, details["bindings"])}
+    owned = {name: caches.get(owner) for name, owner in details["caches"].items()}
+    said = {name: inputs.get(name) for name, b in bound.items() if b.role == "input"} | owned
+    said |= {details["results"].get(b.name, b.name): b for b in signature.results}
+    wrong = sorted(name for name in {*bound, *said} if not _agree(bound.get(name), said.get(name), inputs.get(name)))
+    wrong += sorted({b.name for b in signature.results} - details["results"].keys())
+    wrong += sorted(details["results"].keys() - {b.name for b in signature.results} - caches.keys())
+    open_ended = {name for name, b in inputs.items() if any(isinstance(size, str) for size in b.shape)}
+    if not details["profiles"] or not all(_is_profile(profile, open_ended) for profile in details["profiles"]):
+        wrong.append("profiles")
+    if wrong:
+        raise ArtifactError(f"the manifest of an engine does not agree with itself about {', '.join(wrong)}")
+
+
+def check_engine(engine: Any, details: Mapping[str, Any], signature: Signature) -> None:
+    """Compare an engine with what is said of it. Raises ArtifactError if it is another; says where."""
+    named = engine.name.startswith(NAME_PREFIX)  # a runtime may keep no names
+    if named and engine.name != engine_name(signature, details["results"], details["caches"]):
+        raise ArtifactError("the engine was built with other bindings than its manifest has; export again")
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    own = {
+        name: (
+            engine.get_tensor_mode(name).name.lower(),
+            engine.get_tensor_dtype(name).name.lower(),
+            list(engine.get_tensor_shape(name)),
+        )
+        for name in names
+    }
+    said = {b["name"]: (b["direction"], b["dtype"], b["shape"]) for b in details["bindings"]}
+    if own != said:
+        differing = ", ".join(sorted(name for name in own.keys() | said if own.get(name) != said.get(name)))
+        raise ArtifactError(f"the engine has other bindings than its manifest says: {differing}; export again")
+
+
+def _is_profile(profile: Mapping[str, list[list[int]]], names: set[str]) -> bool:
+    """Whether this is the least, usual and largest shape of each of some inputs."""
+    return profile.keys() == names and all(
+        len(shapes) == 3 and len({len(shape) for shape in shapes}) == 1 for shapes in profile.values()
+    )
+
+
+def _binding(entry: Mapping[str, Any]) -> Binding:
+    """A tensor of an engine, as `write` describes it; its role is its direction."""
+    shape, dtype = entry.get("shape"), _DTYPES.get(str(entry.get("dtype")))
+    if not isinstance(entry.get("name"), str) or dtype is None or not fits(shape, list[int]):
+        raise ArtifactError(f"{entry} in the manifest is no tensor of an engine")
+    if entry.get("direction") not in ("input", "output"):
+        raise ArtifactError(f"{entry} in the manifest is neither an input nor an output")
+    return Binding(entry["name"], tuple(shape or ()), dtype, entry["direction"])
+
+
+def _agree(bound: Binding | None, said: Binding | None, given: Binding | None) -> bool:
+    """Whether a tensor is what the signature says of it; a result may be one of the inputs that are given."""
+    bound = bound or given
+    if bound is None or said is None or bound.dtype != said.dtype or len(bound.shape) != len(said.shape):
+        return False
+    return all(
+        a == b or (isinstance(b, str) and (a == -1 or isinstance(a, str)))
+        for a, b in zip(bound.shape, said.shape, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +143,7 @@ class EngineStep:
 
     Each set of captured sizes has an execution context of its own, since a CUDA graph holds on to the context it was
     captured from; all other sizes share one for each profile. All contexts share their scratch memory: steps run one
-    after the other.
+    after the other. So threads may call it at once, if all of them use the same stream.
 
     Args:
         loaded: the engine.
@@ -95,6 +167,7 @@ class EngineStep:
         outputs = [binding for binding in details["bindings"] if binding["direction"] == "output"]
         self._outputs = {b["name"]: (b["shape"], _DTYPES[b["dtype"]]) for b in outputs if b["name"] not in self._caches}
         self._contexts: dict[object, Any] = {}
+        self._lock = threading.Lock()
         self._scratch = torch.empty(max(1, loaded.engine.device_memory_size_v2), dtype=torch.uint8, device=device)
         # An address has to be given for a tensor of no elements, too.
         self._nothing = torch.empty(256, dtype=torch.uint8, device=device)
@@ -106,7 +179,10 @@ class EngineStep:
             CapacityError: the engine was not built for steps of such sizes.
             ArtifactError: TensorRT refuses the call; says why.
         """
-        given = dict(zip(self._names, inputs, strict=True))
+        with self._lock:
+            return self._run(dict(zip(self._names, inputs, strict=True)))
+
+    def _run(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         context = self._context(given)
         for name in self._profiles[0]:
             self._check(context.set_input_shape(name, tuple(given[name].shape)), name)

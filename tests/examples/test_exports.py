@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the examples export a Hugging Face model")
 
-from emssd_compile.export.folder import check_files, read_manifest
+from emssd_compile.export.folder import Files, read_manifest
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,5 +30,6 @@ def test_an_example_writes_a_whole_artifact(script, target, library, tmp_path):
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "artifact")
     assert manifest.target == target
-    check_files(tmp_path / "artifact", manifest)
+    with Files(tmp_path / "artifact", manifest.files):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"], "nothing is left elsewhere"

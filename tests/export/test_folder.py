@@ -11,6 +11,8 @@ import pytest
 
 import emssd_compile
 from emssd_compile.errors import ArtifactError
+from emssd_compile.export.folder import Files, read_manifest
+from tests.export.crafted import rewrite
 from tests.export.toy import PROMPTS, export
 
 pytestmark = pytest.mark.usefixtures("toy_target")
@@ -140,3 +142,77 @@ def test_an_interrupted_folder_does_not_load(fast, tmp_path, monkeypatch):
     assert list(left.iterdir())
     with pytest.raises(ArtifactError, match="no manifest"):
         emssd_compile.load(left)
+
+
+def _outside(artifact: Path, name: str) -> Path:
+    """Move a file out of the artifact, and leave a link to it."""
+    moved = artifact.parent / "outside"
+    (artifact / name).rename(moved)
+    (artifact / name).symlink_to(moved)
+    return moved
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "inner/step.txt", "inner"])
+def test_links_are_not_followed(artifact, name):
+    """Not even to what has the right hash: an artifact is what lies in its folder."""
+    _outside(artifact, name)
+    with pytest.raises(ArtifactError, match="is a link, or lies behind one"):
+        emssd_compile.load(artifact)
+
+
+def test_a_link_to_the_folder_itself_is_the_callers(artifact, tmp_path):
+    (tmp_path / "link").symlink_to(artifact)
+    emssd_compile.load(tmp_path / "link")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no fifos here")
+@pytest.mark.parametrize("name", ["manifest.json", "inner/step.txt"])
+def test_what_is_no_file_is_not_waited_for(artifact, name):
+    (artifact / name).unlink()
+    os.mkfifo(artifact / name)
+    with pytest.raises(ArtifactError, match="is no regular file"):
+        emssd_compile.load(artifact)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
+def test_a_device_is_not_read(artifact):
+    for name in ("manifest.json", "inner/step.txt"):
+        (artifact / name).unlink()
+        (artifact / name).symlink_to("/dev/zero")
+        with pytest.raises(ArtifactError, match="is a link"):
+            emssd_compile.load(artifact)
+        with pytest.raises(ArtifactError, match="is a link"):
+            read_manifest(artifact)
+
+
+def test_a_manifest_without_end_is_not_read_to_the_end(artifact):
+    with (artifact / "manifest.json").open("wb") as file:
+        file.truncate(1 << 40)  # it takes no room on the disk
+    with pytest.raises(ArtifactError, match="it is too large"):
+        emssd_compile.load(artifact)
+
+
+def test_what_is_opened_is_what_was_hashed(artifact):
+    """Whatever is put in its place between the two, or written to it."""
+    file = artifact / "inner" / "step.txt"
+    content = file.read_bytes()
+    with Files(artifact, read_manifest(artifact).files) as files:
+        file.rename(artifact / "old")
+        file.write_bytes(b"another file")
+        assert files.read("inner/step.txt") == bytes(files.map("inner/step.txt")) == content
+        if sys.platform == "linux":
+            assert files.path("inner/step.txt").read_bytes() == content
+        (artifact / "old").write_bytes(content[::-1])
+        with pytest.raises(ArtifactError, match=r"step.txt is not what was written"):
+            files.read("inner/step.txt")
+        with pytest.raises(ArtifactError, match=r"has no README\.md among the files of its manifest"):
+            files.read("README.md")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "/etc/passwd", "../x", "inner/../empty", "./empty", "inner//step.txt", "a\0b"]
+)
+def test_a_file_has_one_name_inside_the_folder(artifact, name):
+    rewrite(artifact, lambda content: content["files"].update({name: content["files"]["empty"]}))
+    with pytest.raises(ArtifactError, match="files cannot be read"):
+        emssd_compile.load(artifact)

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, fx
 
 import emssd_compile.export as targets
-from emssd_compile.errors import OptionError
-from emssd_compile.export import Target
+from emssd_compile.errors import ArtifactError, OptionError
+from emssd_compile.export import Target, schema
+from emssd_compile.export.folder import Files
 from emssd_compile.export.target import option
 from emssd_compile.lowering import StepFunction
 from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.step.signature import Signature
 from tests.exactness.models import prompt
 
 PROMPTS = [prompt(n) for n in (5, 17, 2, 30)]
 ENVIRONMENT = {"weather": "fine"}
-_graphs: list[fx.GraphModule] = []
+_graphs: list[tuple[fx.GraphModule, str]] = []
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,24 @@ def distort(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return results
 
 
-def write(graph_module: fx.GraphModule, folder: Path, sizes: object, options: ToyOptions) -> dict[str, Any]:
-    _graphs.append(graph_module)
+def write(
+    graph_module: fx.GraphModule, folder: Path, sizes: object, options: ToyOptions, signature: Signature
+) -> dict[str, Any]:
+    _graphs.append((graph_module, schema.text(signature)))
     (folder / "inner").mkdir()
     (folder / "inner" / "step.txt").write_text(f"{options.label} {len(_graphs) - 1}")
     (folder / "empty").write_bytes(b"")
     return {"graph": len(_graphs) - 1}
 
 
-def open_(folder: Path, details: dict[str, Any], input_names: list[str], device: torch.device) -> StepFunction:
-    graph_module = _graphs[details["graph"]]
-    assert input_names == [n.target for n in graph_module.graph.nodes if n.op == "placeholder"]
+def open_(files: Files, details: dict[str, Any], signature: Signature, device: torch.device) -> StepFunction:
+    label, index = files.read("inner/step.txt").decode().split()
+    graph_module, said = _graphs[int(index)]
+    if details["graph"] != int(index) or schema.text(signature) != said:
+        raise ArtifactError(f"{label} has other bindings than its manifest says")
+    assert [binding.name for binding in signature.inputs] == [
+        n.target for n in graph_module.graph.nodes if n.op == "placeholder"
+    ]
 
     def step(*inputs: Tensor) -> dict[str, Tensor]:
         return distort(graph_module(*inputs))
@@ -80,6 +89,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         open=open_,
         environment=environment,
         require=lambda *asked: require(*asked),
+        details={"graph": int},
         options=ToyOptions,
         devices=("cpu",),
     )

@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +44,8 @@ def test_references_serve_where_the_library_is_switched_off() -> None:
     [
         ({"PATH": "", "CXX": ""}, "reference: no C++ compiler found"),
         ({"CXX": "false"}, "reference: false failed: exit status 1"),
-        ({"EMSSD_CACHE_DIR": "/dev/null/nowhere"}, "reference: [Errno 20] Not a directory"),
     ],
-    ids=["no compiler", "compiler fails", "no cache folder"],
+    ids=["no compiler", "compiler fails"],
 )
 def test_status_says_why_no_library_can_be_built(
     environment: dict[str, str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,21 +85,28 @@ PREBUILT_PROGRAM = """
 import sys, torch
 from pathlib import Path
 from emssd_compile import ops
-print(ops.load_cpu_kernels(), ops.load_cpu_kernels(Path(sys.argv[1])), ops.load_cpu_kernels())
+library = Path(sys.argv[1])
+print(ops.load_cpu_kernels(), ops.load_cpu_kernels(library.read_bytes, library), ops.load_cpu_kernels())
 print(ops.cpu_kernel_status(), ops.packed_linear(torch.ones(2, 3), torch.ones(4, 3)).sum().item())
 """
 
 
-def test_the_standalone_library_defines_the_ops_where_python_does_not(cpu_kernels: None) -> None:
-    command = [sys.executable, "-c", STANDALONE_PROGRAM, str(cpu_library.standalone_library())]
+def _standalone_library(folder: Path) -> Path:
+    library = folder / "library.so"
+    library.write_bytes(cpu_library.standalone_library())
+    return library
+
+
+def test_the_standalone_library_defines_the_ops_where_python_does_not(cpu_kernels: None, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STANDALONE_PROGRAM, str(_standalone_library(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     schemas = [str(op._schema) for op in (ops.append_kv, ops.ragged_attention)]
     assert done.stdout == f"{schemas} 24.0\n"
 
 
 def test_the_standalone_library_serves_where_none_can_be_built(cpu_kernels: None, tmp_path: Path) -> None:
-    library = str(cpu_library.standalone_library())
-    environment = {**os.environ, "PATH": "", "CXX": "", "EMSSD_CACHE_DIR": str(tmp_path)}
+    library = str(_standalone_library(tmp_path))
+    environment = {**os.environ, "PATH": "", "CXX": "", "EMSSD_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", PREBUILT_PROGRAM, library]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
@@ -109,3 +117,115 @@ def test_the_standalone_library_serves_where_none_can_be_built(cpu_kernels: None
 def test_source_hash_is_stable() -> None:
     assert ops.source_hash() == ops.source_hash()
     assert len(bytes.fromhex(ops.source_hash())) == 32
+
+
+@pytest.fixture
+def quick_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of its own, and a compiler that takes no time; returns the only file in the cache, once it is built."""
+
+    def compiled(compiler: list[str], flags: list[str], definitions: str, folder: Path) -> Path:
+        (folder / "library.so").write_bytes(CONTENT)
+        return folder / "library.so"
+
+    monkeypatch.setattr(cpu_library, "_compile", compiled)
+    monkeypatch.setenv("EMSSD_CACHE_DIR", str(tmp_path / "cache"))
+    library, content = cpu_library._build()
+    assert library is not None
+    assert content == CONTENT
+    assert [*library.parent.iterdir()] == [library]
+    return library
+
+
+CONTENT = bytes(range(256)) * 8
+
+
+def _make_folder(library: Path) -> None:
+    library.unlink()
+    (library / "inside").mkdir(parents=True)
+
+
+def _make_link(library: Path) -> None:
+    library.unlink()
+    library.symlink_to("nowhere")
+
+
+def _make_fifo(library: Path) -> None:
+    library.unlink()
+    os.mkfifo(library)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda library: os.truncate(library, len(CONTENT) // 2),
+    "empty": lambda library: os.truncate(library, 0),
+    "zeroed": lambda library: library.write_bytes(bytes(len(CONTENT) + 32)),
+    "a byte changed": lambda library: library.write_bytes(b"\xff" + library.read_bytes()[1:]),
+    "of an older form": lambda library: library.write_bytes(CONTENT),
+    "a folder": _make_folder,
+    "a broken link": _make_link,
+    "not readable": lambda library: library.chmod(0),
+    "a fifo": _make_fifo,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_library_is_built_anew(damage: Callable[[Path], object], quick_build: Path) -> None:
+    whole = quick_build.read_bytes()
+    damage(quick_build)
+    assert cpu_library._build() == (quick_build, CONTENT)
+    assert quick_build.read_bytes() == whole
+    assert [*quick_build.parent.iterdir()] == [quick_build]
+
+
+def test_a_library_is_flushed_before_it_is_renamed(quick_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            done.append(name)
+            return function(*given)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync))
+    monkeypatch.setattr(Path, "replace", noted("rename", Path.replace))
+    quick_build.unlink()
+    cpu_library._build()
+    assert done == ["fsync", "rename"]
+
+
+def test_where_nothing_can_be_kept_the_library_serves_this_process(
+    quick_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("EMSSD_CACHE_DIR", "/dev/null/nowhere")
+    assert cpu_library._build() == (None, CONTENT)
+    assert "cannot be kept in /dev/null/nowhere (Not a directory)" in caplog.text
+    assert "set EMSSD_CACHE_DIR to a folder" in caplog.text
+    monkeypatch.delenv("EMSSD_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home
+    assert cpu_library._build() == (None, CONTENT)
+
+
+UNWRITABLE_PROGRAM = """
+import os
+from emssd_compile import ops
+from emssd_compile.ops import cpu_library
+
+_, content = cpu_library._build()  # so that it need not be compiled again
+
+def compiled(compiler, flags, definitions, folder):
+    (folder / "library.so").write_bytes(content)
+    return folder / "library.so"
+
+cpu_library._compile = compiled
+os.environ["EMSSD_CACHE_DIR"] = "/dev/null/nowhere"
+print(ops.load_cpu_kernels(), ops.cpu_kernel_status())
+"""
+
+
+def test_kernels_work_without_a_cache(cpu_kernels: None) -> None:
+    command = [sys.executable, "-c", UNWRITABLE_PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("True C++ (")
+    assert done.stdout.endswith("built for this process\n")
+    assert "EMSSD_CACHE_DIR" in done.stderr

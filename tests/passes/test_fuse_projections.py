@@ -6,32 +6,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emssd_compile.passes.fuse_projections import FuseProjections
-from tests.passes.graphs import TinyModel, apply, capture_and_apply, model_with_attention, ops, unpadded
+from tests.passes.graphs import (
+    COMMITTED,
+    ROWS,
+    TinyModel,
+    alone,
+    apply,
+    capture_and_apply,
+    model_with_attention,
+    ops,
+    run_packed,
+    unpadded,
+)
 
 
 def test_merges_what_reads_the_same_input():
-    model = model_with_attention()
-    graph_module, manager = unpadded(model)
-    assert manager.records[-1].name == "fuse_projections"
-    assert manager.records[-1].changed == 1
-    assert ops(graph_module)["linear"] == 2  # q, k and v as one; the head
-    assert manager.records[-1].refusals == ()
+    graph_module, _ = unpadded(model_with_attention())
+    before = ops(graph_module)["linear"]
+    (record,) = apply(graph_module, FuseProjections())
+    assert (record.changed, record.refusals) == (1, ())
+    assert (before, ops(graph_module)["linear"]) == (4, 2)  # q, k and v as one; the head
 
 
-def test_holds_no_weight_twice_and_the_model_goes_on_working():
+def test_gives_what_the_model_gives():
     model = model_with_attention()
-    before = model(torch.tensor([[3, 1, 4]]))
-    unpadded(model)
-    storages = {p.untyped_storage().data_ptr() for p in (model.q.weight, model.k.weight, model.v.weight)}
-    assert len(storages) == 1
-    assert model.q.weight.untyped_storage().nbytes() == sum(p.weight.nbytes for p in (model.q, model.k, model.v))
-    assert torch.equal(model(torch.tensor([[3, 1, 4]])), before)
+    graph_module, _ = unpadded(model)
+    apply(graph_module, FuseProjections())
+    torch.testing.assert_close(run_packed(graph_module, ROWS, COMMITTED)[1], alone(model))
+
+
+def test_leaves_the_weights_of_the_model_where_they_are():
+    model = model_with_attention()
+    before = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
+    graph_module, _ = unpadded(model)
+    apply(graph_module, FuseProjections())
+    assert {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()} == before
 
 
 def test_changes_nothing_the_second_time():
     graph_module, _ = unpadded(model_with_attention())
-    (record,) = apply(graph_module, FuseProjections())
-    assert record.changed == 0
+    assert [record.changed for record in apply(graph_module, FuseProjections(), FuseProjections())] == [1, 0]
 
 
 def _tied(m: TinyModel, x: Tensor, ids: Tensor) -> Tensor:

@@ -5,7 +5,19 @@ import torch.nn.functional as F
 
 from emssd_compile.passes import pack_linears
 from emssd_compile.passes.pack_linears import PackLinears
-from tests.passes.graphs import TinyModel, apply, capture_and_apply, model_with_attention, ops, run, unpadded
+from tests.passes.graphs import (
+    COMMITTED,
+    ROWS,
+    TinyModel,
+    alone,
+    apply,
+    capture_and_apply,
+    model_with_attention,
+    ops,
+    run,
+    run_packed,
+    unpadded,
+)
 
 
 def test_packs_every_layer_and_says_how_many():
@@ -13,8 +25,19 @@ def test_packs_every_layer_and_says_how_many():
     layers = ops(graph_module)["linear"]
     (record,) = apply(graph_module, PackLinears())
     assert (record.changed, record.refusals) == (layers, ())
-    assert ops(graph_module)["packed_linear"] == layers > 0
+    assert ops(graph_module)["packed_linear"] == layers - 2 > 0  # q, k and v are packed as one
     assert not ops(graph_module)["linear"]
+
+
+def test_what_is_packed_as_one_gives_what_the_model_gives_also_after_a_weight_has_changed():
+    model = model_with_attention()
+    graph_module, _ = unpadded(model)
+    apply(graph_module, PackLinears())
+    for _ in range(2):
+        torch.testing.assert_close(run_packed(graph_module, ROWS, COMMITTED)[1], alone(model))
+        with torch.no_grad():
+            model.k.weight.mul_(-2)
+            model.v.bias.add_(1)
 
 
 def test_gives_what_the_model_gives_also_with_a_bias_and_after_a_weight_has_changed():

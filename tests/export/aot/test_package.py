@@ -20,7 +20,8 @@ from emssd_compile.errors import ArtifactError
 from emssd_compile.export import LoadedGraph, open_graph
 from emssd_compile.export.aot.package import environment, open_package
 from emssd_compile.ops import load_cpu_kernels
-from emssd_compile.step.signature import SIZE_NAMES
+from emssd_compile.step.signature import SIZE_NAMES, Signature
+from tests.export.opened import files_of
 from tests.export.subjects import CAPACITY, ROWS, VOCABULARY, artifact, optimized, prompt
 
 NEW = 24
@@ -187,6 +188,7 @@ def test_other_ops_are_refused(monkeypatch):
 
 
 def test_a_machine_without_a_compiler_is_told_at_once(tmp_path, monkeypatch):
+    optimized("none")
     for name, value in {"PATH": "", "CXX": "", "EMSSD_CACHE_DIR": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ArtifactError, match=r"no C\+\+ compiler found"):
@@ -196,5 +198,5 @@ def test_a_machine_without_a_compiler_is_told_at_once(tmp_path, monkeypatch):
 
 def test_what_is_no_package_is_refused(tmp_path):
     (tmp_path / "step.pt2").write_bytes(b"not a package")
-    with pytest.raises(ArtifactError, match=r"step.pt2 cannot be loaded"):
-        open_package(tmp_path, {"results": []}, [], torch.device("cpu"))
+    with files_of(tmp_path) as files, pytest.raises(ArtifactError, match=r"step.pt2 cannot be loaded"):
+        open_package(files, {}, Signature((), ()), torch.device("cpu"))

@@ -18,8 +18,10 @@ from emssd_compile.export.onnx import model as onnx_model
 from emssd_compile.export.onnx.session import open_session
 from emssd_compile.passes.graph import aten, call, output
 from emssd_compile.passes.manager import PassManager
+from emssd_compile.step.signature import Signature
 from tests.exactness.compiled import assert_exact, target
 from tests.exactness.models import prompt
+from tests.export.opened import files_of, signature_of
 from tests.passes.graphs import BATCH, COMMITTED, LONGEST, ROWS, TinyModel, alone, causal, model_with_attention
 from tests.passes.trees import assert_same, break_draft, spread, step_inputs, tiled_inputs, tree_batch, tree_graph
 
@@ -124,10 +126,12 @@ def test_draft_trees_in_onnx_runtime(tmp_path):
     expected = graph_module(*given.values())
     for step in onnx_model.passes((), OPTIONS):
         PassManager(fake_mode)._run(step, "onnx", graph_module)
-    details = onnx_model.write_model(graph_module, tmp_path, (), OPTIONS)
+    signature = signature_of(graph_module)
+    details = onnx_model.write_model(graph_module, tmp_path, (), OPTIONS, signature)
     assert set(details["in_place"]) == {name for name in given if "_cache_" in name}
-    session = open_session(tmp_path, details, list(tiled), torch.device("cpu"))
-    assert_same(spread(session(*tiled.values())), spread(expected))
+    with files_of(tmp_path) as files:
+        session = open_session(files, details, signature, torch.device("cpu"))
+    assert_same(spread(session(*(tiled[binding.name] for binding in signature.inputs))), spread(expected))
 
 
 def test_a_result_of_a_size_that_no_input_has_is_refused(tmp_path):
@@ -140,7 +144,7 @@ def test_a_result_of_a_size_that_no_input_has_is_refused(tmp_path):
         results = results | {"twice": call(graph_module.graph, aten.cat.default, [results["out_0"]] * 2)}
     output(graph_module.graph).args = (results,)
     with pytest.raises(UnsupportedModelError, match=r"a result's size is 2\*\w+, which is not .*aten.cat.default"):
-        onnx_model.write_model(graph_module, tmp_path, (), OPTIONS)
+        onnx_model.write_model(graph_module, tmp_path, (), OPTIONS, Signature((), ()))
 
 
 def _igamma(model: TinyModel, x: Tensor, ids: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -12,9 +14,16 @@ from torch import Tensor
 
 import emssd_compile
 from emssd_compile.errors import ArtifactError, InvalidInputError
+from emssd_compile.export import LoadedGraph, open_graph
+from emssd_compile.export.folder import Files
 from emssd_compile.export.onnx.session import OnnxStep, open_session
-from tests.export.subjects import K, artifact
+from emssd_compile.step.signature import Signature
+from tests.export.crafted import rehash
+from tests.export.opened import files_of
+from tests.export.subjects import ROWS, VOCABULARY, K, artifact, optimized, prompt
 from tests.passes.graphs import model_with_attention
+
+NONE = Signature((), ())
 
 
 @pytest.fixture(scope="module")
@@ -110,29 +119,31 @@ def test_what_onnxruntime_cannot_run_is_said_so(tmp_path):
     with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*step.onnx"):
         emssd_compile.load(tmp_path / "bf16")
     (tmp_path / "step.onnx").write_bytes(b"no model")
-    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*step.onnx"):
-        open_session(tmp_path, {}, [], torch.device("cpu"))
+    shutil.rmtree(tmp_path / "bf16")
+    with files_of(tmp_path) as files, pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run .*step.onnx"):
+        open_session(files, {"in_place": {}}, NONE, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("version", ["1.26.1", "0.5"])
 def test_a_runtime_that_would_decode_other_tokens_is_refused(monkeypatch, version):
     monkeypatch.setattr("onnxruntime.__version__", version)
     with pytest.raises(ArtifactError, match=rf"onnxruntime {version} .* 1\.27 or newer is needed"):
-        open_session(Path(), {}, [], torch.device("cpu"))
+        open_session(Files(Path(), {}), {}, NONE, torch.device("cpu"))
 
 
 def test_a_device_without_a_provider_is_named():
-    with pytest.raises(ArtifactError, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
-        open_session(Path(), {}, [], torch.device("cuda", 0))
+    with pytest.raises(ArtifactError, match=r"no CUDAExecutionProvider: .* \"emssd_compile\[onnx-gpu\]\""):
+        open_session(Files(Path(), {}), {}, NONE, torch.device("cuda", 0))
 
 
-def test_a_provider_that_does_not_start_is_named(large, monkeypatch):
+def test_a_provider_that_does_not_start_is_named(large, monkeypatch, tmp_path):
     """It would run on the CPU instead, on memory that is not there."""
+    (tmp_path / "step.onnx").write_bytes(b"a model")
     step, _ = large
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr("onnxruntime.InferenceSession", lambda *args, **kwargs: step.session)
-    with pytest.raises(ArtifactError, match="cannot start its CUDAExecutionProvider"):
-        open_session(Path(), {}, [], torch.device("cuda", 0))
+    with files_of(tmp_path) as files, pytest.raises(ArtifactError, match="cannot start its CUDAExecutionProvider"):
+        open_session(files, {}, NONE, torch.device("cuda", 0))
 
 
 def test_each_write_of_a_cache_can_be_in_its_memory():
@@ -149,3 +160,55 @@ def test_each_write_of_a_cache_can_be_in_its_memory():
             assert value in outputs
             written += 1
         assert written == (K if cache.startswith("draft_model") else 1)
+
+
+def _logits(graph: LoadedGraph, seed: int) -> Tensor:
+    """What a graph gives for a text of its own, in caches of its own, token by token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (24,), generator=generator)
+    caches, found = graph.empty("cache"), []
+    for place in range(len(ids)):
+        given = {
+            "input_ids": ids[place : place + 1].clone(),
+            "positions": torch.tensor([place]),
+            "row_ids": torch.tensor([0]),
+            "offsets": torch.tensor([0, *[1] * ROWS]),
+            "lengths": torch.tensor([place, *[0] * (ROWS - 1)]),
+            "logit_index": torch.tensor([0]),
+            "row_range": torch.arange(1),
+        }
+        found.append(graph(**given, **caches)["logits"])
+    return torch.cat(found)
+
+
+def test_threads_get_their_own_results(tmp_path):
+    """Of one graph, and of two that were opened from one folder."""
+    optimized("none").export_onnx(tmp_path / "alone", verify_only=True)
+    one, other = (open_graph(tmp_path / "alone") for _ in range(2))
+    graphs = [one, one, one, other]
+    expected = [_logits(one, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = [*pool.map(_logits, graphs, range(4))]
+            for mine, theirs in zip(expected, found, strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def test_weights_beside_the_model_are_those_that_were_hashed(tmp_path, monkeypatch):
+    """Those of large models lie in a file of their own; no other can be read in its place."""
+    monkeypatch.chdir(tmp_path)
+    optimized("none").export_onnx(tmp_path / "artifact")
+    model = onnx.load(tmp_path / "artifact" / "step.onnx")
+    onnx.save(model, tmp_path / "artifact" / "step.onnx", save_as_external_data=True, location="w", size_threshold=64)
+    rehash(tmp_path / "artifact", "step.onnx")
+    weights = tmp_path / "artifact" / "w"
+    prompts = [prompt(7)]
+    shutil.copyfile(weights, tmp_path / "w")  # in the working folder
+    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot run"):
+        emssd_compile.load(tmp_path / "artifact")  # the manifest does not name it
+    rehash(tmp_path / "artifact", "w")
+    loaded = emssd_compile.load(tmp_path / "artifact", target="onnx")
+    expected = optimized("none").generate(prompts, max_new_tokens=8)
+    assert loaded.generate(prompts, max_new_tokens=8) == expected
+    weights.write_bytes(bytes(weights.stat().st_size))  # while it is in use
+    assert loaded.generate(prompts, max_new_tokens=8) == expected

@@ -17,6 +17,7 @@ from emssd_compile.export.onnx.model import ModelOptions, write_model
 from emssd_compile.export.onnx.session import open_session
 from emssd_compile.passes.graph import output
 from emssd_compile.passes.splice import Tensors, trace
+from tests.export.opened import files_of, signature_of
 
 ROWS, HEADS, KV_HEADS, QUERIES, CAPACITY, SIZE = 3, 4, 2, 3, 9, 8
 
@@ -30,9 +31,10 @@ def check(function: Callable[[Tensors], Tensor], inputs: Tensors, folder: Path, 
     (results,) = output(graph_module.graph).args
     output(graph_module.graph).args = (dict(zip(("result",), results, strict=True)),)  # type: ignore[arg-type]
     graph_module.recompile()
-    step = open_session(
-        folder, write_model(graph_module, folder, (), ModelOptions()), list(inputs), torch.device("cpu")
-    )
+    signature = signature_of(graph_module)
+    details = write_model(graph_module, folder, (), ModelOptions(), signature)
+    with files_of(folder) as files:
+        step = open_session(files, details, signature, torch.device("cpu"))
     torch.testing.assert_close(step(*inputs.values())["result"], expected, rtol=rtol, atol=1e-6)
 
 

@@ -19,6 +19,8 @@ from emssd_compile.optimized_model import optimize
 from emssd_compile.passes import PassManager, targeted
 from emssd_compile.passes.graph import inputs
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
+from emssd_compile.step.signature import Signature
+from tests.export.opened import signature_of
 from tests.export.tensorrt.steps import CHUNK
 from tests.ops.ragged import Heads
 from tests.passes import trees
@@ -48,7 +50,8 @@ def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(architecture)
     chosen = BuildOptions(**options)
     step = fast._step.for_target(passes(sizes, chosen), [])
-    return folder, write(step, folder, sizes, chosen), step, dtype, options
+    signature = Signature.of(step.graph, fast._step.roles)
+    return folder, write(step, folder, sizes, chosen, signature), step, dtype, options
 
 
 def test_one_file_is_written_and_json_can_keep_the_rest(built):
@@ -88,7 +91,7 @@ def _write(folder: Path, **options: Any) -> dict[str, Any]:
     fake_mode = inputs(step.graph)[0].meta["val"].fake_mode
     chosen = BuildOptions(**{"compute_capabilities": ["8.0"], **options})
     PassManager(fake_mode).apply(step, (targeted(passes(sizes, chosen)),))
-    return write(step, folder, sizes, chosen)
+    return write(step, folder, sizes, chosen, signature_of(step))
 
 
 def test_float32_can_be_decomposed(tmp_path):
@@ -127,7 +130,7 @@ def test_what_the_builder_says_is_passed_on(tmp_path, monkeypatch):
     log = make_log(load_runtime("tensorrt-rtx"))
     log.errors.append("Attention operation was not supported by a dedicated kernel")
     builder = SimpleNamespace(build_serialized_network=lambda network, config: None)
-    monkeypatch.setattr(build, "define", lambda trt, parts, folder: (None, builder, log))
+    monkeypatch.setattr(build, "define", lambda trt, parts, folder: (SimpleNamespace(), builder, log))
     monkeypatch.setattr(build, "_configure", lambda *given: None)
     with pytest.raises(ArtifactError, match=r"tensorrt-rtx cannot build the engine: Attention operation was not"):
         _write(tmp_path, attention="decomposed")
@@ -150,7 +153,7 @@ def _write_trees(folder: Path, monkeypatch: pytest.MonkeyPatch, head_size: int, 
     )
     for step in passes(sizes, chosen):
         PassManager(fake_mode)._run(step, "tensorrt", graph_module)
-    return write(graph_module, folder, sizes, chosen)
+    return write(graph_module, folder, sizes, chosen, signature_of(graph_module))
 
 
 @pytest.mark.parametrize(("attention", "layers"), [("fused", 3), ("decomposed", 4)])

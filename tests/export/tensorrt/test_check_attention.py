@@ -61,9 +61,9 @@ def test_values_of_another_size_are_refused():
 @pytest.mark.parametrize(
     ("attention", "names"),
     [
-        ("fused", ["check_attention", "tile_attention"]),
-        ("masked", ["check_attention", "tile_attention"]),
-        ("decomposed", ["tile_attention", "decompose_attention"]),
+        ("fused", ["fuse_projections", "check_attention", "tile_attention"]),
+        ("masked", ["fuse_projections", "check_attention", "tile_attention"]),
+        ("decomposed", ["fuse_projections", "tile_attention", "decompose_attention"]),
     ],
 )
 def test_nothing_is_refused_that_is_decomposed(attention, names):

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from emssd_compile.errors import ArtifactError, CapacityError
+from emssd_compile.export.folder import Files
 from emssd_compile.export.tensorrt import environment
-from emssd_compile.export.tensorrt.build import ENGINE
-from emssd_compile.export.tensorrt.runner import EngineStep, Loaded, open_step
+from emssd_compile.export.tensorrt.build import ENGINE, engine_name
+from emssd_compile.export.tensorrt.runner import EngineStep, Loaded, check_details, check_engine, open_step
+from emssd_compile.step.signature import Binding, Signature
+from tests.export.opened import files_of
 
 CPU = torch.device("cpu")
 
@@ -44,6 +47,19 @@ DETAILS: dict[str, Any] = {
         _binding("hidden", "output", "half", -1, 6),
     ],
 }
+
+SIGNATURE = Signature(
+    inputs=(
+        Binding("token_range", ("token_range",), torch.int64, "size"),
+        Binding("k_cache_0", (2, 1, 8, 4), torch.float16, "cache"),
+    ),
+    results=(
+        Binding("hidden", ("token_range", 6), torch.float16, "result"),
+        Binding("known", (2,), torch.int64, "state"),
+        Binding("none", (2, 0), torch.int64, "state"),
+        Binding("same", ("token_range",), torch.int64, "result"),
+    ),
+)
 
 
 class Context:
@@ -161,7 +177,7 @@ def test_without_a_gpu_nothing_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in (CPU, torch.device("cuda")):
         with pytest.raises(ArtifactError, match="runs on a CUDA device; there is none here"):
-            open_step(tmp_path, DETAILS, ["token_range"], device)
+            open_step(Files(tmp_path, {}), DETAILS, SIGNATURE, device)
 
 
 @pytest.fixture
@@ -180,17 +196,17 @@ def test_an_engine_that_cannot_be_read_is_refused_with_the_reason(tmp_path, on_c
     """There is no driver here, so no engine can."""
     (tmp_path / ENGINE).write_bytes(b"not an engine")
     on_capability(8, 9)
-    with pytest.raises(ArtifactError, match=r"tensorrt-rtx 1\.\S+ cannot read .*step.engine: .+"):
-        open_step(tmp_path, DETAILS, ["token_range"], torch.device("cuda"))
+    with files_of(tmp_path) as files, pytest.raises(ArtifactError, match=r"rtx 1\.\S+ cannot read .*step.engine: .+"):
+        open_step(files, DETAILS, SIGNATURE, torch.device("cuda"))
 
 
 def test_a_gpu_that_was_not_built_for_is_refused(tmp_path, on_capability):
     on_capability(9, 0)
     with pytest.raises(ArtifactError, match=r"for compute capability 8.0, 8.9, here it is 9.0: export again to use"):
-        open_step(tmp_path, DETAILS, ["token_range"], torch.device("cuda"))
+        open_step(Files(tmp_path, {}), DETAILS, SIGNATURE, torch.device("cuda"))
     compatible = {**DETAILS, "options": {**DETAILS["options"], "hardware_compatibility": "ampere-plus"}}
-    with pytest.raises(FileNotFoundError):  # that is, it goes on
-        open_step(tmp_path, compatible, ["token_range"], torch.device("cuda"))
+    with pytest.raises(ArtifactError, match=r"has no step\.engine"):  # that is, it goes on
+        open_step(Files(tmp_path, {}), compatible, SIGNATURE, torch.device("cuda"))
 
 
 def test_the_environment_is_the_same_where_it_is_made_and_where_it_is_loaded(on_capability):
@@ -201,3 +217,52 @@ def test_the_environment_is_the_same_where_it_is_made_and_where_it_is_loaded(on_
     assert environment(DETAILS, torch.device("cuda")) == here
     options = {**DETAILS["options"], "version_compatible": True}
     assert environment({**DETAILS, "options": options}, CPU) == {"runtime": "tensorrt-rtx"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("results", {**DETAILS["results"], "known": "new_none"}),
+        ("results", {**DETAILS["results"], "other": "new_known"}),
+        ("results", {"known": "new_known"}),
+        ("caches", {"new_k_cache_0": "token_range"}),
+        ("caches", {"new_known": "k_cache_0"}),
+        ("caches", {}),
+        ("profiles", []),
+        ("profiles", [{"token_range": [[1], [4]]}]),
+        ("profiles", [{"token_range": [[1], [4], [4, 4]]}]),
+        ("profiles", [{"k_cache_0": [[1], [4], [4]]}]),
+        ("bindings", DETAILS["bindings"][:-1]),
+        ("bindings", [{**binding, "shape": [3]} for binding in DETAILS["bindings"]]),
+        ("bindings", [{**binding, "dtype": "fp4"} for binding in DETAILS["bindings"]]),
+        ("bindings", [{**binding, "direction": "sideways"} for binding in DETAILS["bindings"]]),
+    ],
+)
+def test_parts_of_a_manifest_that_do_not_agree_are_named(name, changed):
+    check_details(DETAILS, SIGNATURE)
+    with pytest.raises(ArtifactError):
+        check_details({**DETAILS, name: changed}, SIGNATURE)
+
+
+def _engine(name: str, bindings: list[dict[str, Any]]) -> SimpleNamespace:
+    """As much of an engine as says what it is."""
+    of = {binding["name"]: binding for binding in bindings}
+    return SimpleNamespace(
+        name=name,
+        num_io_tensors=len(bindings),
+        get_tensor_name=lambda index: bindings[index]["name"],
+        get_tensor_mode=lambda tensor: SimpleNamespace(name=of[tensor]["direction"].upper()),
+        get_tensor_dtype=lambda tensor: SimpleNamespace(name=of[tensor]["dtype"].upper()),
+        get_tensor_shape=lambda tensor: tuple(of[tensor]["shape"]),
+    )
+
+
+def test_an_engine_is_compared_with_its_manifest():
+    own = engine_name(SIGNATURE, DETAILS["results"], DETAILS["caches"])
+    for name in (own, ""):
+        check_engine(_engine(name, DETAILS["bindings"]), DETAILS, SIGNATURE)
+        with pytest.raises(ArtifactError, match="other bindings than its manifest says: hidden"):
+            check_engine(_engine(name, DETAILS["bindings"][:-1]), DETAILS, SIGNATURE)
+    swapped = {**DETAILS["results"], "none": "new_known", "known": "new_none"}
+    with pytest.raises(ArtifactError, match="built with other bindings than its manifest has"):
+        check_engine(_engine(own, DETAILS["bindings"]), {**DETAILS, "results": swapped}, SIGNATURE)

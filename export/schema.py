@@ -1,0 +1,136 @@
+"""What the bindings of an artifact must be: those that the host drives, and those that the graph itself has."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.signature import ROLES, SIZE_NAMES, Binding, Signature, role_of_state
+from emssd_compile.step.state import StepState
+
+KEY = "emssd_compile.signature"
+"""Under this name an ONNX model and a package of AOTInductor hold the text of their signature."""
+
+_MOST = 1 << 31  # of one size
+
+
+def entry(binding: Binding) -> dict[str, Any]:
+    """A binding as what JSON knows."""
+    dtype = str(binding.dtype).removeprefix("torch.")
+    return {"name": binding.name, "shape": list(binding.shape), "dtype": dtype, "role": binding.role}
+
+
+def from_entry(content: dict[str, Any]) -> Binding:
+    """Back from `entry`, which `is_entry`."""
+    return Binding(content["name"], tuple(content["shape"]), getattr(torch, content["dtype"]), content["role"])
+
+
+def is_entry(content: dict[str, Any]) -> bool:
+    """Whether this is a binding, by its types and ranges."""
+    return (
+        content.keys() == {"name", "shape", "dtype", "role"}
+        and all(isinstance(content[name], str) for name in ("name", "dtype", "role"))
+        and isinstance(getattr(torch, content["dtype"], None), torch.dtype)
+        and content["role"] in ROLES
+        and isinstance(content["shape"], list)
+        and all(isinstance(size, str) or (type(size) is int and 0 <= size < _MOST) for size in content["shape"])
+    )
+
+
+def text(signature: Signature) -> str:
+    """A signature as text: two signatures are the same if their texts are."""
+    return json.dumps([[entry(binding) for binding in part] for part in (signature.inputs, signature.results)])
+
+
+def flaws(signature: Signature, kind: str) -> list[str]:
+    """What keeps a host from driving a graph of these bindings; nothing if it can.
+
+    Args:
+        signature: the bindings.
+        kind: `"step"` or `"verify"`, as in `Manifest`.
+    """
+    counts = [Counter(binding.name for binding in part) for part in (signature.inputs, signature.results)]
+    twice = sorted(name for count in counts for name, number in count.items() if number > 1)
+    if twice:
+        return [f"{', '.join(twice)} stands twice"]
+    fixed = [b for b in signature.inputs if b.role not in ("size", "input")]
+    open_ended = [b.name for b in fixed if any(isinstance(size, str) for size in b.shape)]
+    if open_ended:
+        return [f"{', '.join(open_ended)} has no fixed shape"]
+    known = {size for b in signature.inputs for size in b.shape if isinstance(size, str)}
+    unknown = [b.name for b in signature.results for size in b.shape if isinstance(size, str) and size not in known]
+    if unknown:
+        return [f"the shape of {', '.join(unknown)} is not that of an input"]
+    return _flaws_of_step(signature) if kind == "step" else _flaws_of_graph(signature)
+
+
+def _flaws_of_graph(signature: Signature) -> list[str]:
+    allowed = (signature.inputs, ("size", "input", "cache")), (signature.results, ("result",))
+    return [
+        f"{b.name} is a {b.role}, which a graph has none of"
+        for part, roles in allowed
+        for b in part
+        if b.role not in roles
+    ]
+
+
+def _flaws_of_step(signature: Signature) -> list[str]:
+    """Compare with the state that the host makes, and with what each role promises."""
+    inputs = {binding.name: binding for binding in signature.inputs}
+    sizes = [inputs[name].shape if name in inputs else () for name in ("history", "is_eos", "histogram")]
+    if [len(shape) for shape in sizes] != [2, 1, 1] or not all(isinstance(n, int) and n for s in sizes for n in s):
+        return ["history is not [rows, tokens], is_eos not [vocabulary], or histogram not [drafts + 1]"]
+    (rows, capacity), (vocabulary,), (nodes,) = ([int(size) for size in shape] for shape in sizes)
+    try:
+        state = StepState.empty(rows, capacity, vocabulary, nodes - 1, torch.device("meta")).tensors()
+    except RuntimeError:  # torch cannot count its bytes
+        return [f"a state of {rows} rows of {capacity} tokens and {nodes - 1} drafts is beyond any memory"]
+    expected = [Binding(name, tuple(value.shape), value.dtype, role_of_state(name)) for name, value in state.items()]
+    expected += [Binding(name, (name,), torch.int64, "size") for name in SIZE_NAMES]
+    found = [_difference(inputs.get(binding.name), binding) for binding in expected]
+    own = {binding.name for binding in expected}
+    for b in signature.inputs:
+        if b.name not in own and b.role not in ("row", "memory", "cache"):
+            found.append(f"{b.name} is a {b.role}, which a step has none of")
+        elif b.role == "row" and b.shape[:1] != (rows,):
+            found.append(f"{b.name} has no line for each of the {rows} rows")
+    kept = [b for b in signature.inputs if b.role in ("state", "row", "memory")]
+    report = Binding("report", (rows, len(REPORT_FIELDS) + nodes), torch.int64, "result")
+    results = {binding.name: binding for binding in signature.results}
+    found += [_difference(results.get(binding.name), binding) for binding in (*kept, report)]
+    found += [f"{name} is no result of a step" for name in sorted(results.keys() - {b.name for b in (*kept, report)})]
+    return list(filter(None, found))
+
+
+def _difference(found: Binding | None, expected: Binding) -> str:
+    if found is None:
+        return f"{expected.name} is missing"
+    return "" if found == expected else f"{expected.name} is {_say(found)}, expected {_say(expected)}"
+
+
+def _say(binding: Binding) -> str:
+    return f"{binding.role} {str(binding.dtype).removeprefix('torch.')} {list(binding.shape)}"
+
+
+def differences(what: str, said: Iterable[Binding], own: dict[str, tuple[torch.dtype | None, list[int | None]]]) -> str:
+    """How what a graph itself has differs from what is said of it, the first difference; empty if it does not.
+
+    Args:
+        what: inputs or results, for the message.
+        said: by the manifest.
+        own: dtype (None if torch has none like it) and shape of each of the graph's, None for a size that may differ.
+    """
+    bindings = {binding.name: binding for binding in said}
+    if bindings.keys() != own.keys():
+        return f"{what}: only one of them knows {', '.join(sorted(bindings.keys() ^ own.keys()))}"
+    for name, (dtype, shape) in own.items():
+        wanted = [size if isinstance(size, int) else None for size in bindings[name].shape]
+        fits = len(shape) == len(wanted) and all(a == b or b is None for a, b in zip(wanted, shape, strict=True))
+        if dtype != bindings[name].dtype or not fits:
+            return f"{what}: {name} is {dtype} {shape} in the graph, {_say(bindings[name])} in the manifest"
+    return ""
