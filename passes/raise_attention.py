@@ -39,7 +39,7 @@ class RaiseAttention:
     """Turn every form of attention into `emssd::attention`, with the mask as attributes.
 
     Attention is the only op that may mix tokens, so it must be found in whatever form the model wrote it
-    (`attention_sites`): SDPA with a mask or `is_causal`, eager code or einsums with scaling, fp32 softmax, soft-capping,
+    (`attention_sites`): SDPA with a mask or `is_causal`, eager code or einsums with scaling, fp32 softmax, softcap,
     a bias or sinks, key/value heads repeated by `expand` or by `enable_gqa`. The mask is recognised by evaluating it
     (see `mask_family`), after which its arithmetic is dead.
 
