@@ -1,4 +1,4 @@
-"""`check_tensorrt_attention`: what TensorRT has no kernel for is refused, with what to do, before the step is rewritten."""
+"""`check_tensorrt_attention`: what TensorRT has no kernel for is refused before any rewriting, with what to do."""
 
 import pytest
 import torch
