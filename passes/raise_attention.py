@@ -38,17 +38,10 @@ _REPEAT = frozenset(
 class RaiseAttention:
     """Turn every form of attention into `emssd::attention`, with the mask as attributes.
 
-<<<<<<< HEAD
-    Attention is the only op that may mix tokens, so it must be found in whatever form the model wrote it: SDPA with a
-    mask or `is_causal`, eager code or einsums with scaling, fp32 softmax, soft-capping, a bias or sinks, key/value
-    heads repeated by `expand` or by `enable_gqa`. The forms are those of `attention_sites`. The mask is recognised by
-    evaluating it (see `mask_family`), after which its arithmetic is dead.
-=======
     Attention is the only op that may mix tokens, so it must be found in whatever form the model wrote it
     (`attention_sites`): SDPA with a mask or `is_causal`, eager code or einsums with scaling, fp32 softmax, softcap,
     a bias or sinks, key/value heads repeated by `expand` or by `enable_gqa`. The mask is recognised by evaluating it
     (see `mask_family`), after which its arithmetic is dead.
->>>>>>> forms
 
     Args:
         longest: tokens a row can hold; masks need to be right up to there.
