@@ -25,16 +25,6 @@ from tests.zoo import toy_model
 NUM_SEQUENCES = int(os.environ.get("EMSSD_CHANGES", "40"))
 PROMPT, NEW = prompt(7), 3
 
-AMBIENT: dict[str, Callable[[], Any]] = {
-    "nothing": contextlib.nullcontext,
-    "inference_mode": torch.inference_mode,
-    "enable_grad": torch.enable_grad,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "bfloat16 by default": lambda: _default_dtype(torch.bfloat16),
-    "float64 by default": lambda: _default_dtype(torch.float64),
-    "meta by default": lambda: torch.device("meta"),
-}
-
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Any:
@@ -44,6 +34,17 @@ def _default_dtype(dtype: torch.dtype) -> Any:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+AMBIENT: dict[str, Callable[[], Any]] = {
+    "nothing": contextlib.nullcontext,
+    "inference_mode": torch.inference_mode,
+    "enable_grad": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "bfloat16 by default": lambda: _default_dtype(torch.bfloat16),
+    "float64 by default": lambda: _default_dtype(torch.float64),
+    "meta by default": lambda: torch.device("meta"),
+}
 
 
 class Subject:
