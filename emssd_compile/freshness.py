@@ -14,7 +14,7 @@ reads those tensors of which the step holds something derived.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,26 +26,29 @@ from torch.nn.modules import module as nn_module
 from emssd_compile.errors import StaleModelError
 from emssd_compile.ops import fingerprint, follow_packed, packed_linear
 
-_HARMLESS = frozenset(
+_HARMLESS_OF_MODULES = frozenset(
     {
-        *(
-            "generation_config",
-            "name_or_path",
-            "_name_or_path",
-            "_commit_hash",
-            "transformers_version",
-            "architectures",
-        ),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache"),
-        *("id2label", "label2id", "_compiled_call_impl", "_cache"),
+        *("generation_config", "name_or_path", "_compiled_call_impl"),
         *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks"),
         *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     }
 )
-"""Attributes that no forward computes with: those of generation, names, and hooks that a forward does not call."""
+"""Attributes of modules that no forward computes with: names, and hooks that a forward does not call."""
+
+_HARMLESS_OF_CONFIGS = frozenset(
+    {
+        *("generation_config", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version"),
+        *("architectures", "id2label", "label2id", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    }
+)
+"""Attributes of a transformers configuration that no forward computes with: those of generation, and names."""
 
 _OWN_CHECK = frozenset({"_parameters", "_buffers"})
 """Parts of a module whose values are compared as tensors."""
+
+_OWN_NAMES_OF_CLASSES = frozenset({"__annotations__", "__abstractmethods__", "_abc_impl"})
+"""Attributes of classes that Python itself writes."""
 
 _DEPTH = 6
 _NOT_ENTERED = frozenset({"torch", "emssd_compile", "numpy", "builtins", "functools", "threading", "_thread"})
@@ -65,16 +68,18 @@ class Freshness:
     ) -> None:
         self._structure = structure
         self._graph_modules = tuple(graph_modules)
-        places = {id(place.tensor): place for place in _places(structure.modules)}
+        find = _PlaceFinder(structure.modules)
         held: dict[int, _Weight] = {}
         for graph_module in self._graph_modules:
             for store in (graph_module._parameters, graph_module._buffers):
                 for name, tensor in store.items():
-                    if tensor is not None and id(tensor) in places:
-                        weight = held.setdefault(id(tensor), _Weight(places[id(tensor)]))
+                    place = None if tensor is None else find(tensor)
+                    if place is not None:
+                        weight = held.setdefault(id(place), _Weight(place))
                         weight.attributes.append((store, name))
+                        store[name] = place.tensor
         self._weights = tuple(held.values())
-        known = [places[id(tensor)] for tensor in looked_at if id(tensor) in places]
+        known = [place for tensor in looked_at if (place := find(tensor)) is not None]
         known += [_Place(name, [], tensor) for name, tensor in structure.tensors.items()]
         self._looked_at = [(place, int(fingerprint(place.tensor))) for place in known]
         self._packed = [[str(n.target) for n in site] for site in _packed_sites(self._graph_modules[0])]
@@ -185,6 +190,24 @@ def _places(modules: Iterable[nn.Module]) -> Iterable[_Place]:
     return found.values()
 
 
+class _PlaceFinder:
+    """Finds the place of a tensor that a graph holds. Of modules that are not registered a capture holds aliases."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        places = list(_places(modules))
+        self._by_identity = {id(place.tensor): place for place in places}
+        self._by_memory = {self._memory(place.tensor): place for place in places}
+
+    def __call__(self, tensor: Tensor) -> _Place | None:
+        """None if the tensor is none of the modules'."""
+        place = self._by_identity.get(id(tensor))
+        return place if place is not None or not tensor.numel() else self._by_memory.get(self._memory(tensor))
+
+    @staticmethod
+    def _memory(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _packed_sites(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:
     for node in graph_module.graph.nodes:
         if node.target == packed_linear:
@@ -205,7 +228,8 @@ class Structure:
         self.tensors: dict[str, Tensor] = {}
         """Tensors that are neither parameters nor buffers, by where they are."""
         self._containers: list[_Container] = []
-        self._classes: dict[type, Any] = {}
+        self._classes: set[type] = set()
+        self._registered = {id(module) for root in modules for module in root.modules()}
         self._kinds: list[tuple[str, nn.Module, type]] = []
         self._seen: set[int] = set()
         for hooks in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
@@ -221,9 +245,6 @@ class Structure:
         for path, module, kind in self._kinds:
             if module.__class__ is not kind:
                 return f"module {path} is a {type(module).__name__}, and was a {kind.__name__}"
-        for kind, forward in self._classes.items():
-            if kind.forward is not forward:  # type: ignore[attr-defined]
-                return f"the forward of {kind.__name__} is another function"
         for container in self._containers:
             changed = container.change()
             if changed:
@@ -235,30 +256,49 @@ class Structure:
             return
         self._seen.add(id(module))
         self._kinds.append((path, module, type(module)))
-        self._classes.setdefault(type(module), type(module).forward)
-        self._containers.append(_Container(path, module.__dict__))
+        self._note_classes(type(module))
+        self._containers.append(_Container(path, module.__dict__, _HARMLESS_OF_MODULES))
         for store in (module._parameters, module._buffers):
             self._containers.append(_Names(f"{path} (its tensors)", store))
         for name, value in module.__dict__.items():
-            if name not in _HARMLESS and name not in _OWN_CHECK:
+            if name not in _HARMLESS_OF_MODULES and name not in _OWN_CHECK:
                 self._note(f"{path}.{name}", value, 0)
+
+    def _note_classes(self, kind: type) -> None:
+        """What a module takes from its class and their bases: methods and attributes."""
+        for base in kind.__mro__:
+            if base not in self._classes and base.__module__.partition(".")[0] not in _NOT_ENTERED:
+                self._classes.add(base)
+                self._containers.append(_Container(f"class {base.__name__}", vars(base), _OWN_NAMES_OF_CLASSES))
+
+    def _note_unregistered(self, path: str, root: nn.Module) -> None:
+        """A module in a list, say, which its owner does not count among its own."""
+        if id(root) not in self._registered:
+            self._registered |= {id(module) for module in root.modules()}
+            self.modules += (root,)
+            for name, module in root.named_modules(prefix=path):
+                self._note_module(name, module)
 
     def _note(self, path: str, value: Any, depth: int) -> None:
         """Remember a container and what is in it."""
         if isinstance(value, Tensor):
             self.tensors[path] = value
             return
-        if depth > _DEPTH or id(value) in self._seen or isinstance(value, (nn.Module, type, str, bytes)):
+        if isinstance(value, nn.Module):
+            self._note_unregistered(path, value)
+            return
+        if depth > _DEPTH or id(value) in self._seen or isinstance(value, (type, str, bytes)):
             return
         items = _items(value)
         if items is None:
             return
         live, pairs = items
+        harmless = _HARMLESS_OF_CONFIGS if hasattr(value, "model_type") else frozenset()
         self._seen.add(id(value))
         if not isinstance(value, tuple):  # those never change
-            self._containers.append(_Container(path, live))
+            self._containers.append(_Container(path, live, harmless))
         for key, item in pairs:
-            if key not in _HARMLESS:
+            if key not in harmless:
                 self._note(f"{path}.{key}", item, depth + 1)
 
 
@@ -279,9 +319,8 @@ def _items(value: Any) -> tuple[Any, list[tuple[Any, Any]]] | None:
 class _Container:
     """A dict, list or set as it was; the comparison is Python's own, which is quick where the objects are the same."""
 
-    def __init__(self, path: str, live: Any) -> None:
-        self.path = path
-        self.live = live
+    def __init__(self, path: str, live: Any, harmless: frozenset[str] = frozenset()) -> None:
+        self.path, self.live, self.harmless = path, live, harmless
         self.copy = live.copy()
 
     def change(self) -> str | None:
@@ -291,9 +330,9 @@ class _Container:
                 return None
         except (RuntimeError, ValueError, TypeError):  # tensors and arrays do not say whether they are equal
             pass
-        if not isinstance(self.live, dict):
+        if not isinstance(self.live, Mapping):
             return None if _same(self.live, self.copy) else f"{self.path} has changed"
-        keys = [k for k in {**self.copy, **self.live} if k not in _HARMLESS]
+        keys = [k for k in {**self.copy, **self.live} if k not in self.harmless]
         for key in keys:
             if key not in self.live:
                 return f"{self.path}.{key} is gone"

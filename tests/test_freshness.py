@@ -12,7 +12,7 @@ from torch import nn
 
 import emssd_compile
 from emssd_compile.errors import StaleModelError
-from tests.exactness.models import Reference, build, prompt
+from tests.exactness.models import WIDTH, Reference, build, prompt
 
 PROMPT, NEW = prompt(17), 8
 
@@ -245,3 +245,62 @@ def test_inductor_follows_too(model):
     for name in ("in place", "weight.data.mul_", "weight.data =", "load_state_dict(assign=True)", "optimizer.step"):
         FOLLOWED[name](model)
         _assert_follows(fast, model)
+
+
+class _Adapted(nn.Module):
+    """Beside a module: one in a plain list, an attribute of the class, and tables under names that others use."""
+
+    scale = 1.0
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.adapters = [nn.Linear(WIDTH, WIDTH).eval()]
+        self._cache = torch.ones(WIDTH)
+        self.settings = {"use_cache": 1.0}
+
+    def adapt(self, x: torch.Tensor) -> torch.Tensor:
+        return self.adapters[0](x) * self.scale * self._cache * self.settings["use_cache"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.adapt(x)
+
+
+@pytest.fixture
+def adapted() -> Any:
+    model: Any = build("own-positions")
+    model.mlp = _Adapted(model.mlp).eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp, patch: patch.setattr(_Adapted, "scale", -3.0),
+        lambda mlp, patch: patch.setattr(_Adapted, "adapt", lambda self, x: -x),
+        lambda mlp, patch: mlp.__dict__.update(_cache=torch.randn(WIDTH) * 5),
+        lambda mlp, patch: mlp.settings.update(use_cache=-3.0),
+        lambda mlp, patch: setattr(mlp.adapters[0], "bias", None),
+        lambda mlp, patch: mlp.adapters[0].register_forward_hook(lambda module, given, result: -result),
+    ],
+    ids=["attribute of the class", "method of the class", "_cache", "use_cache", "bias in a list", "hook in a list"],
+)
+def test_what_a_forward_reads_beside_its_modules_is_refused(
+    adapted: Any, change: Callable[[Any, pytest.MonkeyPatch], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = _optimize(adapted)
+    _assert_follows(fast, adapted)
+    change(adapted.mlp, monkeypatch)
+    with pytest.raises(StaleModelError):
+        fast.generate([PROMPT], max_new_tokens=NEW)
+    fast.refresh()
+    _assert_follows(fast, adapted)
+
+
+def test_weights_of_a_module_in_a_list_are_followed(adapted: Any) -> None:
+    fast = _optimize(adapted)
+    linear = adapted.mlp.adapters[0]
+    linear.weight.data = torch.randn(WIDTH, WIDTH)
+    _assert_follows(fast, adapted)
+    linear.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    _assert_follows(fast, adapted)
