@@ -211,9 +211,10 @@ class _PlaceFinder:
 def _packed_sites(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:
     for node in graph_module.graph.nodes:
         if node.target == packed_linear:
-            weights = node.args[1]
-            assert isinstance(weights, (list, tuple))
-            yield [weight for weight in weights if isinstance(weight, fx.Node)]
+            parameters, num_weights = node.args[1:]
+            assert isinstance(parameters, (list, tuple))
+            assert isinstance(num_weights, int)
+            yield [weight for weight in parameters[:num_weights] if isinstance(weight, fx.Node)]
 
 
 class Structure:

@@ -23,10 +23,10 @@ class PackLinears:
     three. The weights themselves stay where they are.
 
         before:  %y[T,N] = linear(%x[T,M], %weight[N,M], %bias)
-        after:   %y[T,N] = emssd.packed_linear(%x[T,M], [%weight[N,M]], [%bias])
+        after:   %y[T,N] = emssd.packed_linear(%x[T,M], [%weight[N,M], %bias], 1)
 
         before:  %q = linear(%x, %wq); %k = linear(%x, %wk); %v = linear(%x, %wv)
-        after:   %y = emssd.packed_linear(%x, [%wq, %wk, %wv], []); %q, %k, %v = split_with_sizes(%y, [...], -1)
+        after:   %y = emssd.packed_linear(%x, [%wq, %wk, %wv], 3); %q, %k, %v = split_with_sizes(%y, [...], -1)
     """
 
     name = "pack_linears"
@@ -52,13 +52,13 @@ class PackLinears:
             if all(node in packable for node in group.nodes):
                 with graph.inserting_before(group.nodes[0]):
                     source = argument(group.nodes[0], 0)
-                    group.replace(call(graph, packed_linear, source, [*group.weights], [*group.biases]))
+                    group.replace(call(graph, packed_linear, source, [*group.weights, *group.biases], len(group.weights)))
                 for node in group.nodes:
                     del packable[node]
                     graph.erase_node(node)
         for node in packable:
             source, weight, bias = (*node.args, None)[:3]
-            node.target, node.args = packed_linear, (source, [weight], [] if bias is None else [bias])
+            node.target, node.args = packed_linear, (source, [weight] if bias is None else [weight, bias], 1)
         return len(sites) - len([n for n in graph.nodes if n.target == aten.linear.default])
 
     def _is_packable(self, graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -8,13 +8,13 @@ from torch._ops import OpOverload
 
 torch.library.define(
     "emssd::packed_linear",
-    "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
+    "(Tensor x, Tensor[] parameters, int num_weights) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define("emssd::follow_packed", "(Tensor[] weights) -> bool")
 
 
-def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def reference(x: Tensor, parameters: Sequence[Tensor], num_weights: int) -> Tensor:
     """``x @ cat(weights).T + cat(biases)``: layers that read the same input, as one product.
 
     The C++ form keeps a packed copy of the weights it has seen for as long as they live. It packs anew when a weight
@@ -22,13 +22,15 @@ def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) ->
 
     Args:
         x: ``[..., in]``.
-        weights: ``[out_i, in]`` each, at least one.
-        biases: ``[out_i]`` each; none, or as many as weights.
+        parameters: weights, ``[out_i, in]`` each, and behind them no biases or as many, ``[out_i]`` each. They are one
+            list because AOTInductor cannot pass an empty one.
+        num_weights: how many of them are weights, at least one.
 
     Returns:
         ``[..., sum of out_i]``, contiguous.
     """
-    given: Sequence[Tensor | None] = biases or [None] * len(weights)
+    weights, biases = parameters[:num_weights], parameters[num_weights:]
+    given: Sequence[Tensor | None] = biases or [None] * num_weights
     parts = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -46,8 +48,8 @@ torch.library.impl("emssd::follow_packed", "default", follow_reference)
 
 
 @torch.library.register_fake("emssd::packed_linear")
-def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)))
+def _fake(x: Tensor, parameters: Sequence[Tensor], num_weights: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in parameters[:num_weights])))
 
 
 packed_linear: OpOverload = torch.ops.emssd.packed_linear.default

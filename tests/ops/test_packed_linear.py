@@ -4,12 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from emssd_compile.ops import follow_packed, load_cpu_kernels, packed_linear
+from emssd_compile import ops
+from emssd_compile.ops import follow_packed, load_cpu_kernels
 
 
 @pytest.fixture(autouse=True)
 def _kernels():
     assert load_cpu_kernels()
+
+
+def packed_linear(x, weights, biases):
+    return ops.packed_linear(x, [*weights, *biases], len(weights))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
@@ -76,3 +81,6 @@ def test_works_under_inference_mode():
 def test_refuses_what_does_not_fit():
     with pytest.raises(RuntimeError, match="does not fit weight"):
         packed_linear(torch.randn(3, 15), [torch.randn(8, 16)], [])
+    for number in (0, 2):
+        with pytest.raises(RuntimeError, match=f"{number} weights among 1 parameters"):
+            ops.packed_linear(torch.randn(3, 16), [torch.randn(8, 16)], number)

@@ -97,7 +97,10 @@ inline PackedWeights& packed_weights() {
   return packed;
 }
 
-inline at::Tensor packed_linear(const at::Tensor& x, at::TensorList weights, at::TensorList biases) {
+inline at::Tensor packed_linear(const at::Tensor& x, at::TensorList parameters, int64_t num_weights) {
+  TORCH_CHECK(num_weights > 0 && num_weights <= static_cast<int64_t>(parameters.size()),
+              "emssd::packed_linear: ", num_weights, " weights among ", parameters.size(), " parameters");
+  const at::TensorList weights = parameters.slice(0, num_weights), biases = parameters.slice(num_weights);
   for (const at::Tensor& weight : weights)
     TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1), "emssd::packed_linear: x ", x.sizes(),
                 " does not fit weight ", weight.sizes());
