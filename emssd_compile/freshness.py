@@ -71,7 +71,8 @@ class Freshness:
         find = _PlaceFinder(structure.modules)
         held: dict[int, _Weight] = {}
         for graph_module in self._graph_modules:
-            for store in (graph_module._parameters, graph_module._buffers):
+            stores: list[dict[str, Any]] = [graph_module._parameters, graph_module._buffers]
+            for store in stores:
                 for name, tensor in store.items():
                     place = None if tensor is None else find(tensor)
                     if place is not None:

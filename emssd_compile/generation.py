@@ -137,10 +137,10 @@ def _warn_overridden(options: GenerateOptions, kwargs: Mapping[str, object]) -> 
         lost, won = getattr(options, loser), getattr(options, winner)
         if kwargs.get(loser) is not None and won is not None:
             message = f"{loser}={lost} gives way to {winner}={won}, as in transformers; pass only one"
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(message, UserWarning, stacklevel=5)
     if options.max_new_tokens is None and options.max_length is None:
         message = f"no length was asked for, so up to {DEFAULT_NEW_TOKENS} tokens are generated; pass max_new_tokens"
-        warnings.warn(message, UserWarning, stacklevel=4)
+        warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _optional(name: str, value: object, *, least: int = INT64_MIN) -> int | None:

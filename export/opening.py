@@ -39,6 +39,8 @@ def open_artifact(
     """
     if target is not None:
         targets.find_target(target)
+    if not isinstance(folder, (str, Path)):
+        raise OptionError(f"folder={folder!r} is a {type(folder).__name__}; pass the path of an artifact")
     folder = Path(folder)
     manifest = read_manifest(folder)
     _expect(folder, manifest, target, kind)

@@ -52,7 +52,8 @@ class PackLinears:
             if all(node in packable for node in group.nodes):
                 with graph.inserting_before(group.nodes[0]):
                     source = argument(group.nodes[0], 0)
-                    group.replace(call(graph, packed_linear, source, [*group.weights, *group.biases], len(group.weights)))
+                    parameters = [*group.weights, *group.biases]
+                    group.replace(call(graph, packed_linear, source, parameters, len(group.weights)))
                 for node in group.nodes:
                     del packable[node]
                     graph.erase_node(node)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emssd_compile.errors import EmssdError, PartError
@@ -97,7 +98,7 @@ class TracedPart:
         own = {
             f"its own {name!r}": value for name, value in [*self.part.named_parameters(), *self.part.named_buffers()]
         }
-        with _NoWrites(self, read_only | own):
+        with _NoWrites(self, read_only | own), self._keeps_nothing():
             answer = self.part(context(**given, state=dict(state)))
         if not isinstance(answer, self.answer):
             found = "Tensor" if isinstance(answer, Tensor) else type(answer).__name__
@@ -109,6 +110,22 @@ class TracedPart:
         # A weight that is returned as it is would be none of the graph's values.
         traced = {n: v if isinstance(v, FakeTensor) else v.clone() for n, v in results.items() if v is not None}
         return traced | {n: v if isinstance(v, FakeTensor) else v.clone() for n, v in kept.items()}
+
+    @contextlib.contextmanager
+    def _keeps_nothing(self) -> Iterator[None]:
+        """What a forward puts into the part would be a value of the trace, not of each step."""
+        stores = [s for m in self.part.modules() for s in (m.__dict__, m._parameters, m._buffers)]
+        before = [dict(store) for store in stores]
+        yield
+        for store, kept in zip(stores, before, strict=True):
+            changed = [n for n, v in store.items() if isinstance(v, FakeTensor) and v is not kept.get(n)]
+            if changed:
+                store.clear()
+                store.update(kept)
+                raise self.error(
+                    f"{self.name}.forward keeps {changed[0]!r} in itself; what lasts from step to step is declared by "
+                    "`tensors`, read from context.state, and returned in the answer's state"
+                )
 
     def _check(self, answer: Any, device: torch.device) -> None:
         sizes = {"B": self.sizes.rows, "K": self.sizes.num_draft_tokens}
@@ -169,6 +186,11 @@ class _NoWrites(TorchDispatchMode):
                     "what it is given and returns new values; it may write to tensors declared with in_place=True"
                 )
         result = func(*args, **kwargs)
+        if isinstance(result, FakeTensor) and any(map(_depends_on_data, result.shape)):
+            raise self.traced.error(
+                f"{self.traced.name}.forward makes a shape that depends on values, with {func}. A "
+                f"{self.traced.kind} works on all rows at once, with masks in place of selections"
+            )
         if func is not torch.ops.aten.lift_fresh.default and isinstance(result, FakeTensor):  # that is a new constant
             for value in _aliased(func, args, kwargs):
                 if not isinstance(value.tensor, FakeTensor):  # its views are fake ones, with memory of their own
@@ -194,6 +216,10 @@ def _aliased(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
         if argument.alias_info is not None:
             items = value if isinstance(value, (list, tuple)) else [value]
             yield from (_Aliased(item, argument.alias_info.is_write) for item in items if item is not None)
+
+
+def _depends_on_data(size: int | torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def _storage(value: Tensor) -> int:

@@ -200,3 +200,29 @@ def test_what_comes_back_is_typed_by_what_went_in(fast: Decoder):
     assert_type(output.sequences, Tensor)
     assert_type(fast.generate({"input_ids": ids}, max_new_tokens=1), Any)
     assert get_overloads(Decoder.generate)
+
+
+def test_what_a_streamer_does_to_the_prompt_is_its_own_business(fast):
+    ids = torch.tensor([prompt(5)])
+    given = ids.clone()
+    rows = fast.generate(ids, max_new_tokens=NEW, streamer=_Clearing())
+    assert torch.equal(ids, given)
+    assert rows.tolist() == _expected(5)
+
+
+class _Clearing:
+    def put(self, value: Tensor) -> None:
+        value.zero_()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_length": 30, "max_new_tokens": 3}, {"max_new_tokens": 3, "min_new_tokens": 5, "eos_token_id": 1}],
+)
+def test_a_warning_points_at_the_call(fast, options):
+    with pytest.warns(UserWarning) as warned:
+        fast.generate(_prompts(5), **options)
+    assert {warning.filename for warning in warned} == {__file__}

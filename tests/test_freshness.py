@@ -118,6 +118,10 @@ def _forward_of_an_instance(model: Any) -> None:
     query.forward = lambda x: nn.functional.linear(x, query.weight) * 2
 
 
+def _add_bias(model: Any) -> None:
+    _query(model).bias = nn.Parameter(torch.ones(len(_query(model).weight)))
+
+
 def _untie(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
 
@@ -142,7 +146,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda model: setattr(_query(model), "weight", nn.Parameter(torch.randn(4, 4))), r"q_proj\.weight.* shape"
     ),
     "strides": (lambda model: setattr(_query(model), "weight", nn.Parameter(torch.randn(64, 64).T)), "its stride is"),
-    "a bias": (lambda model: setattr(_query(model), "bias", nn.Parameter(torch.ones(32))), "bias came or went"),
+    "a bias": (_add_bias, "bias came or went"),
 }  # fmt: skip
 
 

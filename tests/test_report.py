@@ -17,7 +17,7 @@ def explanation() -> Explanation:
 def test_every_pass_of_every_level_is_there_in_order(explanation):
     levels = [record.level for record in explanation.records]
     assert levels == sorted(levels)
-    assert set(levels) == {"L1", "L2", "L3"}
+    assert set(levels) == {"L0", "L1", "L2", "L3"}
     assert explanation.record("raise_attention").changed == 1
     assert explanation.record("prove_token_pointwise").notes == ("proved: nothing but attention mixes tokens",)
 

@@ -115,6 +115,6 @@ def test_the_long_row_is_as_long_as_memory_allows(monkeypatch):
     model = model_with_attention()
     compiled = compile_model(model, BATCH)
     per_token = 4 * (4 * 2 * 2 * 4 + 2 * 32)  # bytes: 4 rows of keys and values of 2 heads of 4, and logits twice
-    monkeypatch.setattr(selfcheck, "available", lambda device: 4 * 21 * per_token)
+    monkeypatch.setattr(selfcheck, "available_memory", lambda device: 4 * 21 * per_token)
     check_against(model, compiled)
     assert "rows of (1, 6, 19, 21) tokens" in compiled.records[-1].notes[0]

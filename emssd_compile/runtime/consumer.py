@@ -30,7 +30,7 @@ class Consumer:
         criteria = options.stopping_criteria
         self._lockstep = Lockstep(prompts, requests, options) if criteria else None
         if self._streamer is not None:
-            self._streamer.put(prompts.given[0][None])
+            self._streamer.put(prompts.given[0][None].clone())  # what it does to it is its own business
 
     def take(self, request: Request) -> int:
         """Consume what is new in `request.output`, cut where the row stops; returns how many tokens were kept."""

@@ -56,7 +56,7 @@ def limit_rows(options: GenerateOptions, prompts: PromptBatch, capacity: int) ->
         message = (
             "min_new_tokens or min_length asks for more than the maximum; such rows end at the maximum, without EOS"
         )
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, UserWarning, stacklevel=4)
     stops = options.stopping_criteria or options.row_criteria or options.max_time is not None
     may_be_ragged = len(prompts) > 1 and (stops or len(set(most)) > 1)
     if prompts.is_padded and may_be_ragged and options.pad_token_id is None:

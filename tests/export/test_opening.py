@@ -33,6 +33,12 @@ def test_a_device_that_does_not_exist_is_refused(artifact, device):
         emssd_compile.load(artifact, device=device)
 
 
+@pytest.mark.parametrize("folder", [None, 3, b"somewhere"])
+def test_what_is_no_path_is_refused(folder):
+    with pytest.raises(OptionError, match="pass the path of an artifact"):
+        emssd_compile.load(folder)
+
+
 @pytest.fixture(scope="module")
 def verify_inputs():
     """Rows of 3 and 1 tokens behind 0 and 2 committed ones, and an inert tail token."""

@@ -24,7 +24,7 @@ def test_a_machine_without_a_compiler_is_told_by_optimize(wanted, monkeypatch, t
     if not wanted:
         monkeypatch.setenv("PATH", str(tmp_path))
     found = rf"CXX='{re.escape(wanted)}' is none that runs" if wanted else r"there is no g\+\+"
-    compiler = torch._inductor.config.patch({"cpp.cxx": (None, wanted or "g++")})
+    compiler = torch._inductor.config.patch({"cpp.cxx": (None, wanted or "no-g++")})  # g++ may have been found before
     with compiler, pytest.raises(BackendError, match=rf"has no compiler: {found}; install g\+\+ .* backend=\"eager\""):
         optimize(model_with_attention(), "none", max_batch=2, max_length=8)
 

@@ -364,3 +364,23 @@ def test_a_rule_says_whether_it_is_lossless():
     rule.lossless = "yes"  # type: ignore[assignment]
     with pytest.raises(RuleError, match=r"GreedyMatch\.lossless = 'yes'; set it to True or False"):
         step_with(rule=rule)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_that_depend_on_values_are_the_parts_fault(kind):
+    sized = {"drafter": "known", "rule": "draft_lengths", "policy": "proposed"}[kind]
+    _refused(kind, "makes a shape that depends on values", _writing(lambda c: getattr(c, sized).nonzero()))
+
+
+def test_what_a_part_keeps_in_itself_is_refused_and_undone():
+    drafter = _Drafter(lambda context, answer: answer)
+
+    def keep(context: Any, answer: Any) -> Any:
+        drafter.weight = drafter.weight + context.known
+        return answer
+
+    drafter.change = keep
+    before = drafter.weight
+    with pytest.raises(DrafterError, match="keeps 'weight' in itself"):
+        step_with(drafter=drafter)
+    assert drafter.weight is before

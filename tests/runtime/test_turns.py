@@ -63,3 +63,26 @@ def test_two_objects_have_turns_of_their_own():
     with Turns().take("it"), Turns().take("it"):
         _enter(Turns())
     assert issubclass(ReentryError, EmssdError)
+
+
+def test_threads_that_would_wait_for_one_another_for_ever_are_told():
+    one, other, both_inside = Turns(), Turns(), threading.Barrier(2)
+    outcomes = []
+
+    def enter(mine: Turns, theirs: Turns) -> None:
+        with mine.take("the outer"):
+            both_inside.wait(10)
+            try:
+                with theirs.take("the inner"):
+                    outcomes.append("inside")
+            except ReentryError as error:
+                assert "would wait for ever" in str(error)
+                outcomes.append("refused")
+
+    threads = [threading.Thread(target=enter, args=pair, daemon=True) for pair in ((one, other), (other, one))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert sorted(outcomes) == ["inside", "refused"]

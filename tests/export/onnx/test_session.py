@@ -159,7 +159,7 @@ def test_each_write_of_a_cache_can_be_in_its_memory():
             (value,) = scatters[0].output
             assert value in outputs
             written += 1
-        assert written == (K if cache.startswith("draft_model") else 1)
+        assert written == (K if cache.startswith("drafter_") else 1)
 
 
 def _logits(graph: LoadedGraph, seed: int) -> Tensor:
