@@ -14,9 +14,11 @@ reads those tensors of which the step holds something derived.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -259,9 +261,9 @@ class Structure:
         self._seen.add(id(module))
         self._kinds.append((path, module, type(module)))
         self._note_classes(type(module))
-        self._containers.append(_Container(path, module.__dict__, _HARMLESS_OF_MODULES))
-        for store in (module._parameters, module._buffers):
-            self._containers.append(_Names(f"{path} (its tensors)", store))
+        self._containers.append(_Container(path, partial(vars, module), _HARMLESS_OF_MODULES))
+        for store in ("_parameters", "_buffers"):
+            self._containers.append(_Names(f"{path} (its tensors)", partial(getattr, module, store)))
         for name, value in module.__dict__.items():
             if name not in _HARMLESS_OF_MODULES and name not in _OWN_CHECK:
                 self._note(f"{path}.{name}", value, 0)
@@ -271,7 +273,8 @@ class Structure:
         for base in kind.__mro__:
             if base not in self._classes and base.__module__.partition(".")[0] not in _NOT_ENTERED:
                 self._classes.add(base)
-                self._containers.append(_Container(f"class {base.__name__}", vars(base), _OWN_NAMES_OF_CLASSES))
+                name = f"class {base.__name__}"
+                self._containers.append(_Container(name, partial(vars, base), _OWN_NAMES_OF_CLASSES))
 
     def _note_unregistered(self, path: str, root: nn.Module) -> None:
         """A module in a list, say, which its owner does not count among its own."""
@@ -294,54 +297,75 @@ class Structure:
         items = _items(value)
         if items is None:
             return
-        live, pairs = items
+        read, pairs = items
         harmless = _HARMLESS_OF_CONFIGS if hasattr(value, "model_type") else frozenset()
         self._seen.add(id(value))
         if not isinstance(value, tuple):  # those never change
-            self._containers.append(_Container(path, live, harmless))
+            self._containers.append(_Container(path, read, harmless))
         for key, item in pairs:
             if key not in harmless:
                 self._note(f"{path}.{key}", item, depth + 1)
 
 
-def _items(value: Any) -> tuple[Any, list[tuple[Any, Any]]] | None:
-    """What can change in a value, and what is in it by name; None if it is not looked into."""
-    if isinstance(value, dict):
-        return value, list(value.items())
-    if isinstance(value, (list, tuple)):
-        return value, list(enumerate(value))
+def _items(value: Any) -> tuple[Callable[[], Any], list[tuple[Any, Any]]] | None:
+    """What reads the container that can change in a value, and what is in it by name; None if it is not looked into."""
+    if isinstance(value, (list, tuple, deque)):
+        return lambda: value, list(enumerate(value))
     if isinstance(value, set):
-        return value, []
+        return lambda: value, []
+    if isinstance(value, dict):
+        return lambda: value, list(value.items())
+    if isinstance(value, FunctionType):
+        return partial(_variables, value), list(_variables(value).items())
     known = type(value).__module__.partition(".")[0] in _NOT_ENTERED or isinstance(value, (enum.Enum, ModuleType))
-    if known or not hasattr(value, "__dict__"):
+    slots = () if known else _slots(type(value))
+    if known or not (slots or hasattr(value, "__dict__")):
         return None
-    return vars(value), list(vars(value).items())
+    if slots:
+        return partial(_attributes, value, slots), list(_attributes(value, slots).items())
+    return lambda: vars(value), list(vars(value).items())
+
+
+def _variables(function: FunctionType) -> dict[str, Any]:
+    """What a function, such as a hook, closes over."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if cell != CellType()}
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    found = [getattr(base, "__slots__", ()) for base in kind.__mro__]
+    return tuple(name for names in found for name in ((names,) if isinstance(names, str) else names))
+
+
+def _attributes(value: Any, slots: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 
 class _Container:
     """A dict, list or set as it was; the comparison is Python's own, which is quick where the objects are the same."""
 
-    def __init__(self, path: str, live: Any, harmless: frozenset[str] = frozenset()) -> None:
-        self.path, self.live, self.harmless = path, live, harmless
-        self.copy = live.copy()
+    def __init__(self, path: str, read: Callable[[], Any], harmless: frozenset[str] = frozenset()) -> None:
+        self.path, self.read, self.harmless = path, read, harmless
+        self.copy = read().copy()
 
     def change(self) -> str | None:
         """What is not as it was."""
+        live = self.read()
         try:
-            if self.live == self.copy:
+            if live == self.copy:
                 return None
         except (RuntimeError, ValueError, TypeError):  # tensors and arrays do not say whether they are equal
             pass
-        if not isinstance(self.live, Mapping):
-            return None if _same(self.live, self.copy) else f"{self.path} has changed"
-        keys = [k for k in {**self.copy, **self.live} if k not in self.harmless]
+        if not isinstance(live, Mapping):
+            return None if _same(live, self.copy) else f"{self.path} has changed"
+        keys = [k for k in {**self.copy, **live} if k not in self.harmless]
         for key in keys:
-            if key not in self.live:
+            if key not in live:
                 return f"{self.path}.{key} is gone"
             if key not in self.copy:
                 return f"{self.path}.{key} is new"
-            if not _same(self.live[key], self.copy[key]):
-                return f"{self.path}.{key} has changed{_values(self.copy[key], self.live[key])}"
+            if not _same(live[key], self.copy[key]):
+                return f"{self.path}.{key} has changed{_values(self.copy[key], live[key])}"
         return None
 
 
@@ -349,7 +373,7 @@ class _Names(_Container):
     """Which tensors a module has: those that the step holds are compared as such."""
 
     def change(self) -> str | None:
-        different = _tensors(self.live) ^ _tensors(self.copy)
+        different = _tensors(self.read()) ^ _tensors(self.copy)
         return f"{self.path}: {', '.join(sorted(different))} came or went" if different else None
 
 

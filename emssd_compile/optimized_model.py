@@ -187,10 +187,11 @@ class OptimizedModel(Decoder):
         """Make the compiled step that of the model as it is now.
 
         Each `generate` follows by itself what is written into weights, in any way, and other tensors of the same shape
-        and dtype in their place. Everything else that changes what a forward computes (adapters that are switched or
-        merged, hooks, another dtype or device, replaced modules, the configuration) makes it raise StaleModelError:
-        this method then compiles the model anew. Where nothing of that kind has changed, it costs no more than the
-        comparison. The options stay those of `optimize`.
+        and dtype in their place. Other changes of the modules and what hangs on them (adapters that are switched or
+        merged, hooks, another dtype or device, replaced modules, attributes, the configuration) make it raise
+        StaleModelError: this method then compiles the model anew. Where nothing of that kind has changed, it costs no
+        more than the comparison. The options stay those of `optimize`. What a forward reads from elsewhere, such as a
+        global variable of its file, is not compared: call `optimize` again after changing that.
 
         Raises:
             InvalidInputError, UnsupportedModelError, DrafterError, CapacityError: as `optimize`. What was compiled

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -308,3 +310,47 @@ def test_weights_of_a_module_in_a_list_are_followed(adapted: Any) -> None:
     _assert_follows(fast, adapted)
     linear.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
     _assert_follows(fast, adapted)
+
+
+@dataclass(slots=True)
+class _Slotted:
+    factor: float = 2.0
+
+
+def _factor_of_a_hook(model: Any) -> Callable[[], None]:
+    factors = [2.0]
+    _query(model).register_forward_hook(lambda module, args, output: output * factors[0])
+    return lambda: factors.__setitem__(0, -3.0)
+
+
+def _rebound_factor_of_a_hook(model: Any) -> Callable[[], None]:
+    factor = 2.0
+
+    def change() -> None:
+        nonlocal factor
+        factor = -3.0
+
+    _query(model).register_forward_hook(lambda module, args, output: output * factor)
+    return change
+
+
+def _slotted_settings(model: Any) -> Callable[[], None]:
+    model.settings = _Slotted()
+    return lambda: setattr(model.settings, "factor", -3.0)
+
+
+def _deque_of_factors(model: Any) -> Callable[[], None]:
+    model.factors = deque([2.0])
+    return lambda: model.factors.append(-3.0)
+
+
+@pytest.mark.parametrize(
+    "prepare", [_factor_of_a_hook, _rebound_factor_of_a_hook, _slotted_settings, _deque_of_factors]
+)
+def test_what_hangs_on_modules_is_compared_wherever_it_is_kept(model, prepare):
+    change = prepare(model)
+    fast = _optimize(model)
+    _assert_follows(fast, model)
+    change()
+    with pytest.raises(StaleModelError, match="has changed"):
+        fast.generate([PROMPT], max_new_tokens=NEW)
