@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
@@ -46,13 +46,6 @@ class Decoder(ABC):
         self._vocabulary = len(engine.tensors["is_eos"])
         self._is_warm = False
 
-    @contextlib.contextmanager
-    def _ready(self) -> Iterator[None]:
-        """What steps run in: nothing of the caller's that would change them, and weights that are the model's."""
-        with neutral(self._default_dtype):
-            self._follow()
-            yield
-
     def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
         """Take over what has changed since the step was made, or raise StaleModelError."""
 
@@ -84,7 +77,8 @@ class Decoder(ABC):
 
     def warmup(self, *, progress: bool = False) -> None:
         """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
-        with self._turns.take("warmup"), self._ready():
+        with self._turns.take("warmup"), neutral(self._default_dtype):
+            self._follow()
             self._warm_up(progress)
 
     def _warm_up(self, progress: bool) -> None:
@@ -243,7 +237,8 @@ class Decoder(ABC):
                 zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, limits.min_new_tokens, strict=True)
             )
         ]
-        with self._turns.take("generate"), self._ready():
+        with self._turns.take("generate"):
+            self._follow()
             if not self._is_warm:
                 self._warm_up(progress=False)
             self._decode(prompts, requests, chosen, progress)

@@ -76,7 +76,7 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
     prompts = _Prompts.of(compiled.vocabulary, _longest(compiled, device), device)
     raised = own not in _TOLERANCE and _room_for_float32(model, device)
     try:
-        error, dtype = _error(model, compiled, prompts, torch.float32 if raised else None), own
+        error = _error(model, compiled, prompts, torch.float32 if raised else None)
         dtype = torch.float32 if raised else own
     except (RuntimeError, TypeError, NotImplementedError):
         if not raised:

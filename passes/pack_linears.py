@@ -44,7 +44,7 @@ class PackLinears:
         sites = [node for node in graph.nodes if node.target == aten.linear.default]
         packable = {node: None for node in sites if self._is_packable(graph_module, node)}
         needed = _bytes(attribute(graph_module, argument(node, 1)) for node in packable)
-        if packable and needed > _available_memory() // 2:
+        if packable and needed > available_memory(torch.device("cpu")) // 2:
             site = next(iter(packable))
             self._refuse(site, f"packed copies need {needed >> 20} MiB, more than half of what is available")
             return 0
@@ -86,7 +86,3 @@ def _packable_dtypes() -> tuple[torch.dtype, ...]:
 def _bytes(weights: Iterable[Tensor]) -> int:
     """What copies of the weights take; a weight that is used twice is packed once."""
     return sum({w.data_ptr(): w.numel() * w.element_size() for w in weights}.values())
-
-
-def _available_memory() -> int:
-    return available_memory(torch.device("cpu"))

@@ -64,7 +64,7 @@ def test_leaves_a_computed_weight_alone_and_says_why():
 
 def test_leaves_all_alone_if_the_copies_would_not_fit(monkeypatch):
     weights = 4 * 32 * 16  # bytes of the LM head
-    monkeypatch.setattr(pack_linears, "_available_memory", lambda: 2 * weights - 1)
+    monkeypatch.setattr(pack_linears, "available_memory", lambda device: 2 * weights - 1)
     _, (record,) = capture_and_apply(TinyModel(), PackLinears())
     assert record.changed == 0
     assert "more than half of what is available" in record.refusals[0].reason
