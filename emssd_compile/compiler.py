@@ -20,7 +20,8 @@ from emssd_compile.passes.manager import Pass
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
-from emssd_compile.step.pack import Packed
+from emssd_compile.step.fields import named
+from emssd_compile.step.pack import Packed, as_trees
 from emssd_compile.step.policy import LengthPolicy
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -31,15 +32,18 @@ class CompiledModel:
 
     Attributes:
         graph_module: the L2 graph.
+        batch: the sizes it was compiled for.
         fake_mode: the mode its fake values belong to.
         vocabulary: V.
-        cache_shapes: its KV caches by name, `k_cache_<layer>` and `v_cache_<layer>`, each `[B, C, Hkv, D]`.
+        cache_shapes: its KV caches by name, `k_cache_<layer>` and `v_cache_<layer>`, each `[B, C, Hkv, D]`, or
+            `[B, C + N, Hkv, D]` where rows may be trees of N tokens.
         records: what each pass did.
         looked_at: tensors of the model's whose values a pass has looked at, by their name in the captured graph: what
             was made of them may stand in the graph.
     """
 
     graph_module: fx.GraphModule
+    batch: BatchShape
     fake_mode: FakeTensorMode
     vocabulary: int
     cache_shapes: dict[str, TensorSpec]
@@ -49,7 +53,7 @@ class CompiledModel:
     @property
     def capacity(self) -> int:
         """C, tokens that a row of its KV caches can hold."""
-        return next(iter(self.cache_shapes.values())).shape[1]
+        return self.batch.capacity
 
     def named(self) -> fx.GraphModule:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""
@@ -63,15 +67,10 @@ class CompiledModel:
         self, packed: Packed, lengths: Tensor, logit_index: Tensor, caches: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Hidden states `[T, H]` and logits `[R, V]`; writes the KV of the packed tokens into `caches`."""
-        hidden, logits = self.graph_module(
-            packed.input_ids,
-            packed.positions,
-            packed.row_ids,
-            packed.offsets,
-            lengths,
-            logit_index,
-            *(caches[name] for name in self.cache_shapes),
-        )
+        if packed.ancestors is None and self.batch.tree_nodes:
+            packed = as_trees(packed, lengths, self.batch.ancestor_words)
+        given = {**caches, **named(packed), "lengths": lengths, "logit_index": logit_index}
+        hidden, logits = self.graph_module(*(given[str(node.target)] for node in inputs(self.graph_module.graph)))
         return hidden, logits
 
 
@@ -100,7 +99,7 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
         for name, value in caches(graph_module.graph).items()
     }
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
-    return CompiledModel(graph_module, fake_mode, vocabulary, specs, manager.records, looked_at)
+    return CompiledModel(graph_module, batch, fake_mode, vocabulary, specs, manager.records, looked_at)
 
 
 def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import Drafter
+from emssd_compile.step.drafting import Drafter, tree_nodes
 from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _compile(
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
     from emssd_compile.selfcheck import check_against
 
-    batch = BatchShape(options.max_batch, options.max_length)
+    batch = BatchShape(options.max_batch, options.max_length, tree_nodes(drafter))
     captured: list[CompiledModel] = []
 
     def checked(source: nn.Module, compiled: CompiledModel) -> CompiledModel:
@@ -109,11 +110,11 @@ def _compile(
         captured.append(compiled)
         return compiled
 
-    def compile_draft_model(source: nn.Module) -> CompiledModel:
+    def compile_draft_model(source: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:
         check_model(source)
         check_weights(source)
         most = min(batch.capacity, length_limit(source) or batch.capacity)
-        return checked(source, _compile_as_far(source, BatchShape(batch.rows, most)))
+        return checked(source, _compile_as_far(source, BatchShape(batch.rows, most, tree_nodes)))
 
     compiled = checked(model, compile_model(model, batch))
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
@@ -130,7 +131,7 @@ def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
     except UnsupportedModelError as error:
         if error.longest is None or not 0 < error.longest < batch.capacity:
             raise
-        shorter = BatchShape(batch.rows, error.longest)
+        shorter = replace(batch, capacity=error.longest)
     return _compile_as_far(model, shorter)
 
 

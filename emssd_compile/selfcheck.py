@@ -152,7 +152,7 @@ def _packed_logits(compiled: CompiledModel, prompts: _Prompts, dtype: torch.dtyp
         start, stop = (torch.as_tensor(n, device=ids.device) for n in (starts, stops))
         total = int((stop - start).sum())
         token_range = torch.arange(total + 1, device=ids.device)  # one inert tail token
-        packed = pack(ids, stop, start, torch.zeros_like(stop), stop > start, token_range, token_range, share=total)
+        packed = pack(ids, stop, start, stop > start, token_range, token_range, share=total)
         wanted = [
             places[(places >= a) & (places < b)] - a + offset
             for places, a, b, offset in zip(

@@ -82,25 +82,30 @@ def _flaws_of_graph(signature: Signature) -> list[str]:
 def _flaws_of_step(signature: Signature) -> list[str]:
     """Compare with the state that the host makes, and with what each role promises."""
     inputs = {binding.name: binding for binding in signature.inputs}
-    sizes = [inputs[name].shape if name in inputs else () for name in ("history", "is_eos", "histogram")]
-    if [len(shape) for shape in sizes] != [2, 1, 1] or not all(isinstance(n, int) and n for s in sizes for n in s):
-        return ["history is not [rows, tokens], is_eos not [vocabulary], or histogram not [drafts + 1]"]
-    (rows, capacity), (vocabulary,), (nodes,) = ([int(size) for size in shape] for shape in sizes)
+    dims = {"history": 2, "is_eos": 1, "draft_tokens": 2, "histogram": 1}
+    own = {b.name: b for b in signature.inputs if b.role in ("state", "setting")}
+    if not all(n in own and len(own[n].shape) == dim and own[n].shape[0] for n, dim in dims.items()):
+        return [
+            "history is not [rows, tokens], is_eos not [vocabulary], draft_tokens not [rows, drafts], or histogram not "
+            "[depth + 1]"
+        ]
+    sizes = signature.sizes
+    rows = sizes.rows
     try:
-        state = StepState.empty(rows, capacity, vocabulary, nodes - 1, torch.device("meta")).tensors()
+        state = StepState.empty(sizes, torch.device("meta")).tensors()
     except RuntimeError:  # torch cannot count its bytes
-        return [f"a state of {rows} rows of {capacity} tokens and {nodes - 1} drafts is beyond any memory"]
+        return [f"a state of {rows} rows of {sizes.capacity} tokens and {sizes.num_draft_tokens} drafts is beyond any memory"]
     expected = [Binding(name, tuple(value.shape), value.dtype, role_of_state(name)) for name, value in state.items()]
     expected += [Binding(name, (name,), torch.int64, "size") for name in SIZE_NAMES]
     found = [_difference(inputs.get(binding.name), binding) for binding in expected]
-    own = {binding.name for binding in expected}
+    known = {binding.name for binding in expected}
     for b in signature.inputs:
-        if b.name not in own and b.role not in ("row", "memory", "cache"):
+        if b.name not in known and b.role not in ("row", "memory", "cache"):
             found.append(f"{b.name} is a {b.role}, which a step has none of")
         elif b.role == "row" and b.shape[:1] != (rows,):
             found.append(f"{b.name} has no line for each of the {rows} rows")
     kept = [b for b in signature.inputs if b.role in ("state", "row", "memory")]
-    report = Binding("report", (rows, len(REPORT_FIELDS) + nodes), torch.int64, "result")
+    report = Binding("report", (rows, len(REPORT_FIELDS) + sizes.depth + 1), torch.int64, "result")
     results = {binding.name: binding for binding in signature.results}
     found += [_difference(results.get(binding.name), binding) for binding in (*kept, report)]
     found += [f"{name} is no result of a step" for name in sorted(results.keys() - {b.name for b in (*kept, report)})]

@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.bar_unreadable import BarUnreadable
 from emssd_compile.passes.drop_noops import DropNoops
-from emssd_compile.passes.fuse_draft import FuseDraft
-from emssd_compile.passes.fuse_verify import FuseVerify
+from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.levels import (
     verify_canonical,
     verify_captured,
@@ -92,14 +91,7 @@ def step(batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, 
     """
     check_rule(rule)
     check_drafter(drafter)
-    return Level(
-        "L3",
-        (
-            FuseVerify(batch, rule, drafter, fake_mode),
-            FuseDraft(drafter, policy, fake_mode),
-        ),
-        verify_step,
-    )
+    return Level("L3", (FuseStep(batch, rule, drafter, policy, fake_mode),), verify_step)
 
 
 def targeted(own: tuple[Pass, ...]) -> Level:

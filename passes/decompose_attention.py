@@ -31,7 +31,7 @@ class DecomposeAttention:
             others = {name: value for name, value in arguments.items() if name not in given}
             fake_mode = node.meta["val"].fake_mode
             with graph_module.graph.inserting_before(node):
-                traced = inline_function(graph_module, partial(_attention, others=others), given, fake_mode)
+                traced = inline_function(graph_module, partial(_attention, others=others), (given,), fake_mode)
             node.replace_all_uses_with(traced["result"])
             graph_module.graph.erase_node(node)
         return len(sites)

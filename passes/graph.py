@@ -282,4 +282,4 @@ def results(graph: fx.Graph) -> tuple[fx.Node, ...]:
 
 def caches(graph: fx.Graph) -> dict[str, Tensor]:
     """The KV caches of an L2 graph: fake values by input name."""
-    return {str(n.target): n.meta["val"] for n in inputs(graph) if "_cache_" in str(n.target)}
+    return {str(n.target): n.meta["val"] for n in inputs(graph) if n.meta.get("role") == "cache"}

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from emssd_compile.ops import append_kv, attention, ragged_attention
-from emssd_compile.passes.graph import aten, output, placeholder, refuse, token_dims, token_symbol
+from emssd_compile.passes.graph import aten, inputs, output, placeholder, refuse, token_dims, token_symbol
 from emssd_compile.passes.prove_token_pointwise import find_mixing, influence
 
 
@@ -82,7 +82,7 @@ def verify_step(graph_module: fx.GraphModule) -> None:
     """L3: it can be lowered, and the state that goes in comes out."""
     verify_lowerable(graph_module)
     results = output(graph_module.graph).args[0]
-    needed = {"history", "known", "lengths", "draft_lengths", "active", "counters", "histogram", "report"}
+    needed = {str(node.target) for node in inputs(graph_module.graph) if node.meta.get("role") == "state"} | {"report"}
     assert isinstance(results, dict)
     if not needed <= set(results):
         raise refuse(output(graph_module.graph), f"the step must return at least {sorted(needed)}")

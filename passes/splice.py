@@ -10,6 +10,9 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from emssd_compile.step.fields import key_name
 
 Tensors = dict[str, Tensor]
 
@@ -89,15 +92,38 @@ def _adopt(into: fx.GraphModule, source: fx.GraphModule, name: str) -> str:
 
 
 def inline_function(
-    into: fx.GraphModule,
-    function: Callable[[Tensors], Tensors],
-    inputs: dict[str, fx.Node],
-    fake_mode: FakeTensorMode,
-) -> dict[str, fx.Node]:
-    """Trace `function` and inline it; returns its results by name."""
-    traced = trace(function, {name: node.meta["val"] for name, node in inputs.items()}, fake_mode)
-    results = inline(into, traced, inputs)
-    return dict(zip(traced.meta["results"], results, strict=True))
+    into: fx.GraphModule, function: Callable[..., Any], arguments: tuple[Any, ...], fake_mode: FakeTensorMode
+) -> Any:
+    """Trace `function` and inline it.
+
+    Args:
+        into: grows by its ops, at the insertion point.
+        function: of tensors, or of dataclasses and dicts that hold tensors (`step.fields`).
+        arguments: what it is called with, nodes of `into` in the place of tensors.
+        fake_mode: of the graph.
+
+    Returns:
+        What it returned, nodes in the place of tensors.
+    """
+    leaves, spec = pytree.tree_flatten_with_path(arguments)
+    nodes: dict[str, fx.Node] = {}
+    for path, leaf in leaves:
+        name = _readable(path)
+        nodes[f"{name} of argument {path[0].idx}" if name in nodes else name] = leaf
+    returned: list[Any] = []
+
+    def flat(given: Tensors) -> Tensors:
+        results, form = pytree.tree_flatten(function(*pytree.tree_unflatten(list(given.values()), spec)))
+        returned[:] = [form]
+        return {str(index): value for index, value in enumerate(results)}
+
+    traced = trace(flat, {name: node.meta["val"] for name, node in nodes.items()}, fake_mode)
+    return pytree.tree_unflatten(list(inline(into, traced, nodes)), returned[0])
+
+
+def _readable(path: tuple[Any, ...]) -> str:
+    """What a message calls an argument: fields and keys on the way to it; which argument it is, if there are none."""
+    return ".".join(map(key_name, path[1:] or path))
 
 
 def add_input(graph: fx.Graph, name: str, value: Tensor, role: str | None = None) -> fx.Node:

@@ -149,7 +149,7 @@ class _Rewrite:
         row_ids, slots = argument(append, 4), argument(append, 5)
         with self.graph.inserting_before(site):
             given = {"keys": argument(append, 2), "values": argument(append, 3)}
-            new = inline_function(self.graph_module, _mark_broken, given, self.fake_mode)
+            new = inline_function(self.graph_module, _mark_broken, (given,), self.fake_mode)
             caches = [
                 self._update(cache, new[name], row_ids, slots, offsets, lengths)
                 for name, cache in (("keys", k_cache), ("values", v_cache))
@@ -181,7 +181,7 @@ class _Rewrite:
         key = (offsets, lengths, row_ids)
         if key not in self.tiles:
             given = {"offsets": offsets, "lengths": lengths, "row_ids": row_ids, "row_range": self.row_range}
-            found = inline_function(self.graph_module, _lay_out, given, self.fake_mode)
+            found = inline_function(self.graph_module, _lay_out, (given,), self.fake_mode)
             self.tiles[key] = _Tile(found["tokens"], found["rows"], found["tile_slots"], found["kv_lengths"])
         return self.tiles[key]
 
@@ -209,7 +209,7 @@ class _Rewrite:
                 "row_range": self.row_range,
             }
             pick = partial(_pick, num_rows=len(tile.kv_lengths.meta["val"]), heads=heads)
-            tile.picks[heads] = _Picks(**inline_function(self.graph_module, pick, given, self.fake_mode))
+            tile.picks[heads] = _Picks(**inline_function(self.graph_module, pick, (given,), self.fake_mode))
         return tile.picks[heads]
 
     def _take(self, source: fx.Node, index: fx.Node) -> fx.Node:
@@ -235,7 +235,7 @@ class _Rewrite:
         if key not in tile.masks:
             cache = k_cache.meta["val"]
             make = partial(_make_mask, rule=key[0], capacity=cache.shape[2], dtype=cache.dtype)
-            tile.masks[key] = inline_function(self.graph_module, make, given, self.fake_mode)["mask"]
+            tile.masks[key] = inline_function(self.graph_module, make, (given,), self.fake_mode)["mask"]
         return tile.masks[key]
 
 

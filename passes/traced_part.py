@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emssd_compile.errors import EmssdError, PartError
-from emssd_compile.passes.graph import placeholder
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
-from emssd_compile.step.drafting import Drafter
+from emssd_compile.step.fields import mapped, named, spelled
 from emssd_compile.step.parts import Part, PartSizes, check_tensors
 
-_STATE = "state."  # no field of a context holds a dot, so none meets a part's own tensor
+_SPELLED = {"P": "D + 1"}  # a size in the metadata of a field that no single letter says
+_CHAINS = "return None, or let the drafter set `max_depth`"
 
 
 class TracedPart:
@@ -44,29 +44,23 @@ class TracedPart:
         self.specs = check_tensors(part, declared, sizes, error)
         self._returned = {name: spec for name, spec in self.specs.items() if not spec.in_place}
 
-    def inline(
-        self, into: fx.GraphModule, context: type, given: dict[str, fx.Node], fake_mode: FakeTensorMode
-    ) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+    def inline(self, into: fx.GraphModule, context: Any, fake_mode: FakeTensorMode) -> tuple[Any, dict[str, fx.Node]]:
         """Trace the part to the insertion point of `into`.
 
         Args:
             into: grows by the part's ops and inputs.
-            context: the dataclass that `forward` takes.
-            given: its fields, but for `state`.
+            context: what `forward` takes, nodes in the place of tensors, and without its `state`.
             fake_mode: of the graph.
 
         Returns:
-            The fields of the answer that are not None, and the new values of the part's tensors by the step's names.
+            The answer without its state, and the new values of the part's tensors by the step's names.
         """
-        state = self._add_inputs(into.graph, next(iter(given.values())).meta["val"].device, fake_mode)
-
-        def run(tensors: Tensors) -> Tensors:
-            return self._run(context, tensors, fake_mode)
-
+        device = next(iter(named(context).values())).meta["val"].device
+        state = self._add_inputs(into.graph, device, fake_mode)
         with self._blamed("failed while it was traced", f"A {self.kind}'s forward may hold tensor operations only"):
-            found = inline_function(into, run, given | {_STATE + name: node for name, node in state.items()}, fake_mode)
-        own = {f"{self.kind}_{name}": found.pop(_STATE + name) for name in self._returned}
-        return found, own
+            answer = inline_function(into, self._run, (replace(context, state=state),), fake_mode)
+        own = {f"{self.kind}_{name}": node for name, node in answer.state.items()}
+        return replace(answer, state={}), own
 
     @contextlib.contextmanager
     def _blamed(self, what: str, rule: str) -> Iterator[None]:
@@ -89,27 +83,24 @@ class TracedPart:
             state[name] = add_input(graph, f"{self.kind}_{name}", value, role)
         return state
 
-    def _run(self, context: type, tensors: Tensors, fake_mode: FakeTensorMode) -> Tensors:
-        """Call the part; its answer and its new state, checked."""
-        state = {name: tensors[_STATE + name] for name in self.specs}
-        given = {name: value for name, value in tensors.items() if not name.startswith(_STATE)}
-        read_only = {f"context.{name}": value for name, value in given.items()}
-        read_only |= {f"context.state[{name!r}]": state[name] for name in self._returned}
+    def _run(self, context: Any) -> Any:
+        """Call the part; its answer, checked."""
+        written = {f"context.state[{name!r}]" for name, spec in self.specs.items() if spec.in_place}
+        read_only = {name: value for name, value in spelled(context, "context").items() if name not in written}
+        device = next(iter(read_only.values())).device
         own = {
             f"its own {name!r}": value for name, value in [*self.part.named_parameters(), *self.part.named_buffers()]
         }
         with _NoWrites(self, read_only | own), self._keeps_nothing():
-            answer = self.part(context(**given, state=dict(state)))
+            answer = self.part(replace(context, state=dict(context.state)))
         if not isinstance(answer, self.answer):
             found = "Tensor" if isinstance(answer, Tensor) else type(answer).__name__
             raise self.error(f"{self.name} returned a {found}; expected a {self.answer.__name__}")
-        self._check(answer, next(iter(given.values())).device)
-        results = {f.name: getattr(answer, f.name) for f in fields(self.answer) if f.name != "state"}
+        self._check(answer, device)
         # A result takes the input's place in the next step, where compiled code reads it as contiguous memory.
-        kept = {_STATE + name: answer.state[name].contiguous() for name in self._returned}
+        kept = {name: answer.state[name].contiguous() for name in self._returned}
         # A weight that is returned as it is would be none of the graph's values.
-        traced = {n: v if isinstance(v, FakeTensor) else v.clone() for n, v in results.items() if v is not None}
-        return traced | {n: v if isinstance(v, FakeTensor) else v.clone() for n, v in kept.items()}
+        return mapped(lambda v: v if isinstance(v, FakeTensor) else v.clone(), replace(answer, state=kept))
 
     @contextlib.contextmanager
     def _keeps_nothing(self) -> Iterator[None]:
@@ -128,19 +119,26 @@ class TracedPart:
                 )
 
     def _check(self, answer: Any, device: torch.device) -> None:
-        sizes = {"B": self.sizes.rows, "K": self.sizes.num_draft_tokens}
         for field in fields(self.answer):
             value, letters = getattr(answer, field.name), field.metadata.get("shape")
-            if letters is None or (value is None and field.default is None):
+            if letters is None or (value is None and field.metadata.get("optional")):
                 continue
-            expected = tuple(sizes[letter] for letter in letters)
-            self._expect(field.name, value, expected, torch.int64, device, f"[{', '.join(letters)}] = {list(expected)}")
+            if field.metadata.get("of") == "tree" and self.sizes.max_depth is None:
+                if value is not None:
+                    raise self.error(f"{self.name} returned {field.name}, but the drafts are chains: {_CHAINS}")
+                continue
+            expected = tuple(self._size(letter) for letter in letters)
+            words = f"[{', '.join(_SPELLED.get(letter, letter) for letter in letters)}] = {list(expected)}"
+            self._expect(field.name, value, expected, torch.int64, device, words)
         if not isinstance(answer.state, dict) or answer.state.keys() != self._returned.keys():
             found = sorted(map(str, answer.state)) if isinstance(answer.state, dict) else type(answer.state).__name__
             raise self.error(f"{self.name} returned state {found}; it declares {sorted(self._returned)}")
         for name, spec in self._returned.items():
             where = f"state {name!r}"
             self._expect(where, answer.state[name], spec.shape, spec.dtype, device, f"{list(spec.shape)}, as declared")
+
+    def _size(self, letter: str) -> int:
+        return {"B": self.sizes.rows, "K": self.sizes.num_draft_tokens, "P": self.sizes.depth + 1}[letter]
 
     def _expect(
         self, what: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, words: str
@@ -154,13 +152,6 @@ class TracedPart:
             raise self.error(f"{self.name} returned {what} of dtype {value.dtype}; expected {dtype}")
         if value.device != device:
             raise self.error(f"{self.name} returned {what} on {value.device}; expected it on {device}")
-
-
-def sizes_of(graph: fx.Graph, drafter: Drafter) -> PartSizes:
-    """What a step with these inputs and this drafter tells its parts."""
-    rows, capacity = placeholder(graph, "history").meta["val"].shape
-    (vocabulary,) = placeholder(graph, "is_eos").meta["val"].shape
-    return PartSizes(rows, capacity, vocabulary, drafter.num_draft_tokens, drafter.num_grades)
 
 
 class _NoWrites(TorchDispatchMode):

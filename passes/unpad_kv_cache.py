@@ -14,7 +14,8 @@ class UnpadKVCache:
     """Turn each attention over one sequence into append-then-attend over the rows' KV caches.
 
     Every row has its own slab of C slots and its own write offset: slot = position, so nothing is padded, and rejected
-    tokens are rolled back by not advancing `lengths`.
+    tokens are rolled back by not advancing `lengths`. For trees of drafts, whose nodes share positions, there are N more
+    slots a row, and slots come from the input of that name.
 
         before:  %o[1,Hq,T,D] = emssd.attention(%q, %k, %v, scale=0.35)
         after:   emssd.append_kv(%k_cache_0[B,C,Hkv,D], %v_cache_0, %k[T,Hkv,D], %v, %row_ids, %positions)
@@ -50,9 +51,12 @@ class UnpadKVCache:
         assert isinstance(value, fx.Node)
         caches = [self._cache(graph, f"{kind}_cache_{index}", node) for kind, node in (("k", key), ("v", value))]
         fields = {name: placeholder(graph, name) for name in ("row_ids", "positions", "offsets", "lengths")}
+        is_tree = self.batch.tree_nodes > 0
+        slots = placeholder(graph, "slots") if is_tree else fields["positions"]
+        sight = {"ancestors": placeholder(graph, "ancestors")} if is_tree else {}
         with graph.inserting_before(site):
             packed = [_packed(graph, node) for node in (query, key, value)]  # type: ignore[arg-type]
-            call(graph, append_kv, *caches, *packed[1:], fields["row_ids"], fields["positions"])
+            call(graph, append_kv, *caches, *packed[1:], fields["row_ids"], slots)
             result = call(
                 graph,
                 ragged_attention,
@@ -62,6 +66,7 @@ class UnpadKVCache:
                 fields["lengths"],
                 fields["positions"],
                 **site.kwargs,
+                **sight,
             )
             result.meta = {**site.meta, **result.meta}
             result = call(graph, aten.unsqueeze.default, call(graph, aten.transpose.int, result, 0, 1), 0)
@@ -73,7 +78,8 @@ class UnpadKVCache:
             node = graph.placeholder(name)
         _, heads, _, size = shape(values) or ()
         with self.fake_mode:
-            node.meta["val"] = values.meta["val"].new_empty((self.batch.rows, self.batch.capacity, heads, size))
+            node.meta["val"] = values.meta["val"].new_empty((self.batch.rows, self.batch.slots, heads, size))
+        node.meta["role"] = "cache"
         return node
 
 

@@ -18,6 +18,8 @@ class UnpadTokens:
 
         before:  forward(input_ids[1,T], positions[1,T])
         after:   forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R])
+
+    For trees of drafts there are also `slots[T]`, where a token's keys and values lie, and `ancestors[T, W]`, whom it sees.
     """
 
     name = "unpad_tokens"
@@ -41,6 +43,9 @@ class UnpadTokens:
                 "lengths": rows,
                 "logit_index": logit_index,
             }
+            if self.batch.tree_nodes:
+                words = index.new_empty((tokens, self.batch.ancestor_words), dtype=torch.int32)
+                fresh |= {"slots": index, "ancestors": words}
         after = positions
         for name, value in fresh.items():
             with graph.inserting_after(after):

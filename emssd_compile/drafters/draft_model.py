@@ -87,7 +87,6 @@ class DraftModel(Drafter):
             history=context.history,
             known=known,
             lengths=lengths,
-            draft_lengths=torch.zeros_like(known),
             active=context.active & has_place,
             token_range=context.draft_range,
             row_range=context.row_range,

@@ -7,10 +7,11 @@ device. `load_kernels` adds the fast forms for a kind of device.
 import hashlib
 from pathlib import Path
 
-from emssd_compile.ops._ancestors import pack_ancestors
+from emssd_compile.ops._ancestors import WORD_BITS, pack_ancestors
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
 from emssd_compile.ops._fingerprint import fingerprint
+from emssd_compile.ops._move_kv import move_kv
 from emssd_compile.ops._packed_linear import follow_packed, packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
 from emssd_compile.ops._tiled_attention import tiled_attention
@@ -19,6 +20,7 @@ from emssd_compile.ops.cpu_library import cpu_kernel_status, load_cpu_kernels
 from emssd_compile.ops.cuda_library import cuda_kernel_status, load_cuda_kernels
 
 __all__ = [
+    "WORD_BITS",
     "append_kv",
     "attention",
     "cpu_kernel_status",
@@ -29,6 +31,7 @@ __all__ = [
     "load_cpu_kernels",
     "load_cuda_kernels",
     "load_kernels",
+    "move_kv",
     "pack_ancestors",
     "packed_linear",
     "ragged_attention",

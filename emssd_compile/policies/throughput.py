@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emssd_compile.step.nodes import Lineage, Nodes, of_parents
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -36,39 +37,48 @@ class Throughput(LengthPolicy):
     share TIE below the best, and so at most that below plain decoding or verifying all.
 
     The rate of a draft is the geometric mean of two running averages, each with a prior: of drafts of the same grade
-    and position in all rows, and of the row itself, whose evidence fades within some steps so that a row that was
-    silenced is tried again. The constants fit prompt lookup on the demo model; they decide how fast rates follow, not
-    whether the rule holds.
+    and depth in all rows, and of the row itself, whose evidence fades within some steps so that a row that was
+    silenced is tried again. In a tree a row's average says how often one of several siblings is accepted; a draft's
+    part in that is its own average's among theirs. The constants fit prompt lookup on the demo model; they decide how
+    fast rates follow, not whether the rule holds.
     """
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
-        """Evidence of each row; grades of the drafts that the next step verifies; evidence of each grade and position.
-
-        `row_accepted` and `row_tried` float32 `[B]`, `grades` int64 `[B, K]`; `grade_accepted` and `grade_tried`
-        float32 `[G, K]`, which no request's start resets.
+        """Evidence of each row, `row_accepted` and `row_tried` float32 `[B]`; of each grade and depth, `grade_accepted`
+        and `grade_tried` float32 `[G, D]`, which no request's start resets.
         """
         of_row = TensorSpec((sizes.rows,), torch.float32)
-        grades = TensorSpec((sizes.rows, sizes.num_draft_tokens), torch.int64)
-        of_grade = TensorSpec((sizes.num_grades, sizes.num_draft_tokens), torch.float32, kept="forever")
-        return {
-            "row_accepted": of_row,
-            "row_tried": of_row,
-            "grades": grades,
-            "grade_accepted": of_grade,
-            "grade_tried": of_grade,
-        }
+        of_grade = TensorSpec((sizes.num_grades, sizes.depth), torch.float32, kept="forever")
+        return {"row_accepted": of_row, "row_tried": of_row, "grade_accepted": of_grade, "grade_tried": of_grade}
 
     def forward(self, context: PolicyContext) -> Ranking:
         """Take in what the step verified, then rank `[B, K]` drafts by survival and want the n* best of them."""
-        state = {**_learn(context), "grades": context.grades}
-        row = _rate(state["row_accepted"], state["row_tried"], ROW_PRIOR_WEIGHT)
-        grade = _rate(state["grade_accepted"], state["grade_tried"], GRADE_PRIOR_WEIGHT)
-        position = torch.arange(context.grades.shape[1], device=grade.device)
-        rate = (row[:, None] * grade[context.grades, position]).sqrt()  # [B, K]
+        state = _learn(context)
+        row = _rate(state["row_accepted"], state["row_tried"], ROW_PRIOR_WEIGHT)[:, None]  # [B, 1]
+        grades = _rate(state["grade_accepted"], state["grade_tried"], GRADE_PRIOR_WEIGHT)  # [G, D]
+        draft = context.draft
+        grade = grades[draft.grades, _level(draft)]  # [B, K]
+        if draft.parents is None:
+            rate = torch.where(context.proposed, (row * grade).sqrt(), 0.0)
+            survival = rate.cumprod(1)
+        else:
+            siblings = (draft.parents[:, :, None] == draft.parents[:, None]) & context.proposed[:, None]  # [B, K, K]
+            share = grade / torch.where(siblings, grade[:, None], 0.0).sum(2)
+            rate = torch.where(context.proposed, (row * share * grade).sqrt(), 0.0)
+            survival = rate
+            for _ in range(draft.max_depth - 1):
+                survival = rate * of_parents(survival, draft.parents, root=1.0)
         # The products are in memory, in the order in which `_rank` reads them: else each comparison computes its index.
-        survival = torch.where(position < context.proposed[:, None], rate, 0.0).cumprod(1).view(-1)  # [B * K]
+        survival = survival.flatten()  # [B * K]
         ranks = _rank(survival)
-        return Ranking(ranks.view_as(context.grades), _best_count(survival, ranks, context), state)
+        return Ranking(ranks.view_as(draft.tokens), _best_count(survival, ranks, context), state)
+
+
+def _level(draft: Nodes) -> Tensor:
+    """int64 `[K]` or `[B, K]`: edges between each draft and the root, less one."""
+    if draft.parents is None:
+        return draft.index
+    return (Lineage.of(draft.parents, draft.max_depth).depths[:, 1:] - 1).clamp(min=0)
 
 
 def _rank(merit: Tensor) -> Tensor:
@@ -86,18 +96,25 @@ def _rate(accepted: Tensor, tried: Tensor, prior_weight: float) -> Tensor:
 
 
 def _learn(context: PolicyContext) -> dict[str, Tensor]:
-    """Take in what this step verified: a draft was tried if all before it were accepted."""
-    state, drafted, accepted = context.state, context.drafted[:, None], context.accepted[:, None]
-    position = torch.arange(context.grades.shape[1], device=drafted.device)
-    tried = ((position < drafted) & (position <= accepted)).float()  # [B, K]
-    kept = ((position < drafted) & (position < accepted)).float()  # [B, K]
-    grades = torch.arange(state["grade_tried"].shape[0], device=drafted.device)
-    is_grade = (state["grades"] == grades[:, None, None]).float()  # [G, B, K]
+    """Take in what this step verified."""
+    state, verified = context.state, context.verified
+    tried, kept = context.tried.float(), context.accepted.float()  # [B, K]
+    levels = torch.arange(verified.max_depth, device=tried.device)
+    grades = torch.arange(state["grade_tried"].shape[0], device=tried.device)
+    is_grade = (verified.grades == grades[:, None, None]).float()  # [G, B, K]
+    if verified.parents is None:  # K is D
+        row_tried = tried.sum(1)  # [B]
+        grade_tried, grade_kept = (is_grade * tried).sum(1), (is_grade * kept).sum(1)  # [G, D]
+    else:
+        is_level = _level(verified)[:, :, None] == levels  # [B, K, D]
+        row_tried = (is_level & context.tried[:, :, None]).any(1).sum(1).float()
+        there = is_level.float().flatten(0, 1)  # [B * K, D]
+        grade_tried, grade_kept = ((is_grade * one).flatten(1) @ there for one in (tried, kept))
     return {
         "row_accepted": ROW_DECAY * state["row_accepted"] + kept.sum(1),
-        "row_tried": ROW_DECAY * state["row_tried"] + tried.sum(1),
-        "grade_accepted": GRADE_DECAY * state["grade_accepted"] + (is_grade * kept).sum(1),
-        "grade_tried": GRADE_DECAY * state["grade_tried"] + (is_grade * tried).sum(1),
+        "row_tried": ROW_DECAY * state["row_tried"] + row_tried,
+        "grade_accepted": GRADE_DECAY * state["grade_accepted"] + grade_kept,
+        "grade_tried": GRADE_DECAY * state["grade_tried"] + grade_tried,
     }
 
 

@@ -43,17 +43,14 @@ def assemble(
     caches, row, memory = (signature.with_role(role) for role in ("cache", "row", "memory"))
     own = {name: binding.spec for name, binding in {**caches, **row, **memory}.items()}
     tensors = allocate(own, device)  # first: the caches may not fit
-    shapes = {name: binding.spec.shape for name, binding in signature.with_role("state", "setting").items()}
-    (rows, capacity), (vocabulary,), (nodes,) = shapes["history"], shapes["is_eos"], shapes["histogram"]
-    state = StepState.empty(rows, capacity, vocabulary, nodes - 1, device)
+    state = StepState.empty(signature.sizes, device)
     names = [binding.name for binding in signature.inputs]
     run = _without_clock(step) if deterministic else step
     launcher = make_launcher(run, names, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
     return Engine(
         launcher,
-        tuple(row),
-        tuple(memory),
+        signature,
         layout,
         prefill_chunk=prefill_chunk,
         lag=lag,

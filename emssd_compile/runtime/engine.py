@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
-from emssd_compile.step.state import COUNTERS, StepState
+from emssd_compile.step.signature import Signature
+from emssd_compile.step.state import COUNTERS
 
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
 
@@ -33,8 +33,7 @@ class Engine:
 
     Args:
         launcher: runs steps and owns their tensors.
-        row_state: names of the row tensors of drafter and policy (zeroed when a request starts).
-        memory: names of the policy's other tensors.
+        signature: what these tensors are.
         layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
@@ -45,8 +44,7 @@ class Engine:
     def __init__(
         self,
         launcher: Launcher,
-        row_state: Collection[str],
-        memory: Collection[str],
+        signature: Signature,
         layout: PackedLayout,
         *,
         prefill_chunk: int,
@@ -55,7 +53,7 @@ class Engine:
     ) -> None:
         self.launcher = launcher
         self.num_rows, self.capacity = launcher.tensors["history"].shape
-        self.num_draft_tokens = launcher.tensors["histogram"].shape[0] - 1
+        self.num_draft_tokens = signature.sizes.num_draft_tokens
         self.chunk = prefill_chunk
         self.lag = lag
         self.deterministic = deterministic
@@ -63,9 +61,9 @@ class Engine:
         most = self.num_rows * (self.num_draft_tokens + 1)
         self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
-        self._row_state = tuple(row_state)
-        self._memory = tuple(memory)
-        self._kept = (*(f.name for f in fields(StepState)), *row_state, *memory)
+        self._row_state = tuple(signature.with_role("row"))
+        self._memory = tuple(signature.with_role("memory"))
+        self._kept = tuple(signature.with_role("state", "setting", "row", "memory"))
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._last_read = 0.0
         self._num_observed = 0

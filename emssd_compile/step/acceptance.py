@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from emssd_compile.errors import RuleError
+from emssd_compile.step.fields import holds_tensors
+from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.parts import Part
 
 
+@holds_tensors
 @dataclass
 class Verification:
     """What a rule decides from.
 
     Attributes:
         logits: float `[R, V]`, the target's logits on packed rows, after every logit option was applied.
-        offsets: int64 `[B + 1]`, jagged offsets of the rows in R. Entry `offsets[b] + i` predicts what follows the i-th
-            draft of row b (i = 0: what follows its newest known token). Rows that verify nothing are empty.
-        draft_tokens: int64 `[B, K]`, rubbish from `draft_lengths` on.
-        draft_lengths: int64 `[B]`.
+        offsets: int64 `[B + 1]`, jagged offsets of the rows in R. Entry `offsets[b] + n` predicts what follows node n
+            of row b (n = 0: its root token). Rows that verify nothing are empty.
+        draft: the drafts that the step verifies; of some rows fewer than were chosen, or none.
         seeds: int64 `[R]`, seed of the request that each entry belongs to.
         positions: int64 `[R]`, position in its row of the token that each entry predicts. A rule that draws takes its
             numbers from `randomness.uniforms(seeds, positions, ...)`: then a request gives the same tokens whatever it
@@ -29,27 +32,66 @@ class Verification:
 
     logits: Tensor
     offsets: Tensor
-    draft_tokens: Tensor
-    draft_lengths: Tensor
+    draft: Nodes
     seeds: Tensor
     positions: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
+@holds_tensors
 @dataclass
 class Verdict:
     """What a rule decides.
 
     Attributes:
-        accept_lengths: int64 `[B]`, number of leading drafts accepted; what exceeds `draft_lengths` is cut.
+        accept_lengths: int64 `[B]`, number of drafts accepted; of a path, so many as follow one another.
         next_tokens: int64 `[B]`, the token after them (correction or bonus), always from the target; ids outside the
             vocabulary count as its nearest one.
         state: new values of the tensors in `Rule.tensors`, but for those written in place.
+        path: int64 `[B, D + 1]`, where drafts are trees: the accepted node at each depth, the root 0 first; rubbish from
+            `accept_lengths + 1` on. None where drafts are chains: node i is that of depth i.
     """
 
     accept_lengths: Tensor = field(metadata={"shape": "B"})
     next_tokens: Tensor = field(metadata={"shape": "B"})
     state: dict[str, Tensor] = field(default_factory=dict)
+    path: Tensor | None = field(default=None, metadata={"shape": "BP", "of": "tree"})
+
+
+def first_accepted(draft: Nodes, wanted: Tensor) -> Verdict:
+    """From the root down, accept the first draft whose token is the one that is wanted behind its parent.
+
+    Args:
+        draft: chains or trees.
+        wanted: int64 `[B, K + 1]`, the token that the target chooses behind each node.
+    """
+    wanted_there = wanted[:, :-1] if draft.parents is None else wanted.gather(1, draft.parents)  # [B, K]
+    agrees = (draft.tokens == wanted_there) & draft.exist  # [B, K]
+    if draft.parents is None:
+        accept_lengths = agrees.to(wanted.dtype).cumprod(1).sum(1)  # [B]
+        return Verdict(accept_lengths, wanted.gather(1, accept_lengths[:, None]).squeeze(1))
+    node = torch.zeros_like(wanted[:, 0])  # [B]
+    path, accept_lengths = [node], node
+    going = node == 0  # [B]
+    for _ in range(draft.max_depth):
+        is_next = agrees & (draft.parents == node[:, None]) & going[:, None]  # [B, K]
+        going = is_next.any(1)
+        node = torch.where(going, is_next.to(wanted.dtype).argmax(1) + 1, node)
+        accept_lengths = accept_lengths + going
+        path.append(node)
+    return Verdict(accept_lengths, wanted.gather(1, node[:, None]).squeeze(1), path=torch.stack(path, 1))
+
+
+def feasible(draft: Nodes, verdict: Verdict) -> Tensor:
+    """How many drafts of each row a verdict may accept, int64 `[B]`: of a path, those that follow one another."""
+    if verdict.path is None:
+        return torch.minimum(verdict.accept_lengths, draft.lengths).clamp(min=0)
+    assert draft.parents is not None
+    node = verdict.path[:, 1:]  # [B, D]
+    before = torch.cat([torch.zeros_like(node[:, :1]), node[:, :-1]], 1)
+    parents = draft.parents.gather(1, (node - 1).clamp(0, draft.tokens.shape[1] - 1))
+    fits = (node > 0) & (node <= draft.lengths[:, None]) & (parents == before)
+    return torch.minimum(verdict.accept_lengths, fits.to(node.dtype).cumprod(1).sum(1)).clamp(min=0)
 
 
 class Rule(Part):

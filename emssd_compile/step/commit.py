@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from emssd_compile.step.acceptance import Verdict
+from emssd_compile.step.fields import holds_tensors
 from emssd_compile.step.pack import LogitRows, Packed
 from emssd_compile.step.state import COUNTERS, StepState
 
@@ -17,17 +19,20 @@ REPORT_FIELDS = ("counts", "active", "pending", "draft_lengths", "wanted")
 """
 
 
+@holds_tensors
 @dataclass
 class Emission:
     """What a step emits.
 
     Attributes:
-        tokens: int64 `[B, K + 1]`, tokens emitted by each row; the first `counts[b]` mean something.
+        tokens: int64 `[B, D + 1]`, tokens emitted by each row; the first `counts[b]` mean something.
         counts: int64 `[B]`.
+        accepted: int64 `[B]`, accepted drafts that are among them.
     """
 
     tokens: Tensor
     counts: Tensor
+    accepted: Tensor
 
 
 def bar_eos(logits: Tensor, rows: LogitRows, min_known: Tensor, is_eos: Tensor) -> Tensor:
@@ -36,13 +41,7 @@ def bar_eos(logits: Tensor, rows: LogitRows, min_known: Tensor, is_eos: Tensor) 
     return logits.masked_fill(barred[:, None] & is_eos[None, :], -torch.inf)
 
 
-def draft_tokens(history: Tensor, known: Tensor, num_draft_tokens: int) -> Tensor:
-    """The drafts `[B, K]` that lie behind the known tokens (rubbish past a row's draft length)."""
-    index = known[:, None] + torch.arange(num_draft_tokens, device=known.device)
-    return history.gather(1, index.clamp(max=history.shape[1] - 1))
-
-
-def commit(state: StepState, packed: Packed, accept_lengths: Tensor, next_tokens: Tensor) -> tuple[StepState, Emission]:
+def commit(state: StepState, packed: Packed, verdict: Verdict) -> tuple[StepState, Emission]:
     """Apply a verdict to the state.
 
     A ready row emits its accepted drafts and then `next_tokens`, cut behind the first EOS and at the row's limit.
@@ -51,36 +50,32 @@ def commit(state: StepState, packed: Packed, accept_lengths: Tensor, next_tokens
     Args:
         state: the state the step began with.
         packed: what the step fed.
-        accept_lengths: int64 `[B]`, drafts accepted.
-        next_tokens: int64 `[B]`, the correction or bonus token.
+        verdict: a feasible one.
     """
-    num_draft_tokens = state.histogram.shape[0] - 1
-    node = torch.arange(num_draft_tokens + 1, device=state.known.device)
-    drafts = torch.cat([draft_tokens(state.history, state.known, num_draft_tokens), next_tokens[:, None]], 1)
-    tokens = torch.where(node < accept_lengths[:, None], drafts, next_tokens[:, None])
-    ends = state.is_eos[tokens] & (node <= accept_lengths[:, None])
-    first_end = torch.where(ends, node, num_draft_tokens + 1).amin(1)
+    draft, accept_lengths, next_tokens = state.draft, verdict.accept_lengths, verdict.next_tokens
+    depth = torch.arange(draft.max_depth + 1, device=state.known.device)  # [D + 1]
+    on_path = draft.tokens
+    if verdict.path is not None:
+        on_path = on_path.gather(1, (verdict.path[:, 1:] - 1).clamp(0, on_path.shape[1] - 1))  # [B, D]
+    tokens = torch.cat([on_path, next_tokens[:, None]], 1)  # [B, D + 1]
+    tokens = torch.where(depth < accept_lengths[:, None], tokens, next_tokens[:, None])
+    ends = state.is_eos[tokens] & (depth <= accept_lengths[:, None])
+    first_end = torch.where(ends, depth, draft.max_depth + 1).amin(1)  # [B]
     counts = torch.minimum(torch.minimum(accept_lengths, first_end) + 1, state.limits - state.known)
     counts = torch.where(packed.ready, counts, 0)
     known = state.known + counts
     finished = packed.ready & ((first_end < counts) | (known >= state.limits))
     accepted = torch.minimum(accept_lengths, counts)
-    new = StepState(
+    new = replace(
+        state,
         history=write(state.history, state.known, tokens, counts),
         known=known,
         lengths=torch.where(packed.ready, known - 1, state.lengths + packed.fed),
-        draft_lengths=torch.zeros_like(state.draft_lengths),
         active=state.active & ~finished,
-        limits=state.limits,
-        min_known=state.min_known,
-        seeds=state.seeds,
-        is_eos=state.is_eos,
-        draft_budget=state.draft_budget,
-        step_seconds=state.step_seconds,
         counters=state.counters + _counts(state, packed, accepted, counts),
         histogram=_count_acceptance(state.histogram, packed, accepted),
     )
-    return new, Emission(tokens, counts)
+    return new, Emission(tokens, counts, accepted)
 
 
 def write(history: Tensor, start: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
@@ -113,5 +108,5 @@ def _count_acceptance(histogram: Tensor, packed: Packed, accepted: Tensor) -> Te
 
 
 def make_report(tokens: Tensor, columns: dict[str, Tensor]) -> Tensor:
-    """All that the host reads of a step: int64 `[B, 5 + K + 1]`, `REPORT_FIELDS` (`[B]` each), then emitted tokens."""
+    """All that the host reads of a step: int64 `[B, 5 + D + 1]`, `REPORT_FIELDS` (`[B]` each), then emitted tokens."""
     return torch.cat([torch.stack([columns[name] for name in REPORT_FIELDS], 1), tokens], 1)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from emssd_compile.errors import DrafterError
+from emssd_compile.step.batch import BatchShape
+from emssd_compile.step.fields import holds_tensors
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.parts import Part
 from emssd_compile.step.tensor_spec import TensorSpec
 
 
+@holds_tensors
 @dataclass
 class DraftContext:
     """What a drafter sees, after the step's tokens are committed.
@@ -24,7 +26,7 @@ class DraftContext:
         hidden: float `[B, H]`, the target's last hidden state where it predicted the root token.
         active: bool `[B]`, rows being decoded.
         can_draft: bool `[B]`, rows whose drafts will be verified in the next step.
-        max_drafts: int64 `[B]`, 0 to K: more would run past the row's limit.
+        max_drafts: int64 `[B]`, 0 to D: more drafts on a path would run past the row's limit.
         draft_range: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model
             of its own.
         row_range: int64, `arange` of the most of these that one row may take.
@@ -39,30 +41,36 @@ class DraftContext:
     max_drafts: Tensor
     draft_range: Tensor
     row_range: Tensor
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
+@holds_tensors
 @dataclass
 class Draft:
     """What a drafter answers.
 
     Attributes:
-        tokens: int64 `[B, K]`; ids outside the vocabulary end the row's draft.
-        lengths: int64 `[B]`, how many of them to verify; what exceeds `max_drafts` is cut.
+        tokens: int64 `[B, K]`; a draft whose id is outside the vocabulary is left out, with all that follow it.
+        lengths: int64 `[B]`, how many of them to verify; those deeper than `max_drafts` are left out.
         state: new values of the tensors in `Drafter.tensors`, but for those written in place.
         grades: int64 `[B, K]`, 0 to `num_grades - 1`: how sure the drafter is of each draft, in whatever way it knows.
             A policy learns what each grade is worth, so it need not be calibrated. None grades all alike; grades
             out of range count as the nearest.
+        parents: int64 `[B, K]`, of a drafter of trees: the node that each draft follows, 0 for the root token, i for
+            the i-th draft, one before it in any case; what follows nothing of that kind is left out. None for chains.
     """
 
     tokens: Tensor = field(metadata={"shape": "BK"})
     lengths: Tensor = field(metadata={"shape": "B"})
     state: dict[str, Tensor] = field(default_factory=dict)
-    grades: Tensor | None = field(default=None, metadata={"shape": "BK"})
+    grades: Tensor | None = field(default=None, metadata={"shape": "BK", "optional": True})
+    parents: Tensor | None = field(default=None, metadata={"shape": "BK", "of": "tree"})
 
 
 class PackedModel(Protocol):
     """A causal LM compiled to run on packed rows, for drafters that hold one."""
+
+    batch: BatchShape
 
     @property
     def vocabulary(self) -> int:
@@ -86,7 +94,12 @@ class PackedModel(Protocol):
         ...
 
 
-Compile = Callable[[nn.Module], PackedModel]
+class Compile(Protocol):
+    """Compiles a causal LM for as many rows as the target has."""
+
+    def __call__(self, model: nn.Module, *, tree_nodes: int = 0) -> PackedModel:
+        """With `tree_nodes`, for steps in which a row is a tree of so many tokens, its root included."""
+        ...
 
 
 class Drafter(Part):
@@ -94,11 +107,13 @@ class Drafter(Part):
 
     Attributes:
         num_draft_tokens: K, the most tokens a row may draft; 0 for none.
+        max_depth: D, of a drafter of trees: the most drafts on a path, 1 to K. None for chains.
         num_grades: how many grades `Draft.grades` may tell apart; at least 1.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
     """
 
     num_draft_tokens: int
+    max_depth: int | None = None
     num_grades: int = 1
     reads_ahead: bool = False
 
@@ -117,6 +132,14 @@ def check_drafter(drafter: Drafter) -> Drafter:
         value = getattr(drafter, attribute, None)
         if type(value) is not int or value < least:
             raise DrafterError(f"{name}.{attribute} = {value!r}; set it to an integer of at least {least}")
+    most, depth = drafter.num_draft_tokens, drafter.max_depth
+    if depth is not None and (type(depth) is not int or not 1 <= depth <= most):
+        raise DrafterError(f"{name}.max_depth = {depth!r}; set it to an integer of 1 to {most}, or to None for chains")
     if type(drafter.reads_ahead) is not bool:
         raise DrafterError(f"{name}.reads_ahead = {drafter.reads_ahead!r}; set it to True or False")
     return drafter
+
+
+def tree_nodes(drafter: Drafter) -> int:
+    """N, tokens of a row in a step where drafts are trees, its root included; 0 where they are chains."""
+    return 0 if drafter.max_depth is None else drafter.num_draft_tokens + 1

@@ -27,13 +27,20 @@ class PartSizes:
         vocabulary: V.
         num_draft_tokens: K.
         num_grades: G, grades that the drafter tells apart.
+        max_depth: D, most drafts on a path; None where drafts are chains, whose paths are as long as they are: K.
     """
 
     rows: int
     capacity: int
     vocabulary: int
     num_draft_tokens: int
-    num_grades: int
+    num_grades: int = 1
+    max_depth: int | None = None
+
+    @property
+    def depth(self) -> int:
+        """D, of chains too."""
+        return self.num_draft_tokens if self.max_depth is None else self.max_depth
 
 
 class Part(nn.Module):

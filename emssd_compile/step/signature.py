@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.state import CONSTANT_FIELDS
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -83,6 +84,14 @@ class Signature:
             tuple(bind(name, node, roles[name]) for name, node in placeholders.items()),
             tuple(bind(name, node, roles.get(name, "result")) for name, node in kept.items()),
         )
+
+    @property
+    def sizes(self) -> PartSizes:
+        """Sizes of a step with these inputs."""
+        shapes = {b.name: b.spec.shape for b in self.inputs if b.role in ("state", "setting")}
+        (rows, capacity), (vocabulary,), (_, most) = shapes["history"], shapes["is_eos"], shapes["draft_tokens"]
+        depth = shapes["histogram"][0] - 1 if "draft_parents" in shapes else None
+        return PartSizes(rows, capacity, vocabulary, most, max_depth=depth)
 
     def with_role(self, *roles: str) -> dict[str, Binding]:
         """The inputs that have one of these roles, by name."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from emssd_compile.step.fields import holds_tensors, named
+from emssd_compile.step.nodes import Nodes
+from emssd_compile.step.parts import PartSizes
 
 COUNTERS = (
     "num_steps",
@@ -24,26 +28,28 @@ those of them that verified at least one draft; `num_padding_tokens` the inert t
 """
 
 
+@holds_tensors
 @dataclass
 class StepState:
     """Everything a row carries from step to step. All tensors live on the model's device.
 
-    Token `t` of row `b` is `history[b, t]`, for `t < known[b]`. The drafts to verify next lie right behind:
-    `history[b, known[b] : known[b] + draft_lengths[b]]`. Keys and values are committed for `t < lengths[b]`; in
+    Token `t` of row `b` is `history[b, t]`, for `t < known[b]`. Keys and values are committed for `t < lengths[b]`; in
     steady state `lengths == known - 1`: the newest token's are written by the step that feeds it.
+
+    In the step's signature, and here as `tensors`, a field of `draft` is called `draft_<name>`.
 
     Attributes:
         history: int64 `[B, C]`, prompt and generated tokens.
         known: int64 `[B]`, number of tokens that are decided.
         lengths: int64 `[B]`, number of tokens whose KV is committed.
-        draft_lengths: int64 `[B]`, drafts to verify in the next step, 0 to K.
+        draft: what to verify in the next step.
         active: bool `[B]`, whether the row is being decoded.
         limits: int64 `[B]`, the row ends when `known` reaches this.
         min_known: int64 `[B]`, EOS is barred from positions before this.
         seeds: int64 `[B]`, seed of each row's random numbers (`randomness.uniforms`).
         is_eos: bool `[V]`, which token ids end a row.
         counters: int64 `[len(COUNTERS)]`, sums since they were last reset.
-        histogram: int64 `[K + 1]`, how often a verification accepted 0, 1, ..., K drafts.
+        histogram: int64 `[D + 1]`, how often a verification accepted 0, 1, ..., D drafts.
         draft_budget: int64 `[]`, most drafts of all rows together that the next step has room for.
         step_seconds: float32 `[B * (K + 1) + 1]`, element n is what a step of n packed tokens takes.
     """
@@ -51,7 +57,7 @@ class StepState:
     history: Tensor
     known: Tensor
     lengths: Tensor
-    draft_lengths: Tensor
+    draft: Nodes
     active: Tensor
     limits: Tensor
     min_known: Tensor
@@ -63,31 +69,33 @@ class StepState:
     step_seconds: Tensor
 
     @staticmethod
-    def empty(rows: int, capacity: int, vocabulary: int, num_draft_tokens: int, device: torch.device) -> StepState:
+    def empty(sizes: PartSizes, device: torch.device) -> StepState:
         """A state in which no row is active."""
+        rows, most = sizes.rows, sizes.num_draft_tokens
 
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
+        parents = None if sizes.max_depth is None else zeros(rows, most)
         return StepState(
-            history=zeros(rows, capacity),
+            history=zeros(rows, sizes.capacity),
             known=zeros(rows),
             lengths=zeros(rows),
-            draft_lengths=zeros(rows),
+            draft=Nodes(zeros(rows, most), zeros(rows), zeros(rows, most), parents, sizes.depth),
             active=zeros(rows, dtype=torch.bool),
             limits=zeros(rows),
             min_known=zeros(rows),
             seeds=zeros(rows),
-            is_eos=zeros(vocabulary, dtype=torch.bool),
+            is_eos=zeros(sizes.vocabulary, dtype=torch.bool),
             counters=zeros(len(COUNTERS)),
-            histogram=zeros(num_draft_tokens + 1),
-            draft_budget=torch.tensor(rows * num_draft_tokens, device=device),
-            step_seconds=torch.ones(rows * (num_draft_tokens + 1) + 1, dtype=torch.float32, device=device),
+            histogram=zeros(sizes.depth + 1),
+            draft_budget=torch.tensor(rows * most, device=device),
+            step_seconds=torch.ones(rows * (most + 1) + 1, dtype=torch.float32, device=device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """The tensors by name."""
+        return named(self)
 
 
 CONSTANT_FIELDS = frozenset({"limits", "min_known", "seeds", "is_eos", "draft_budget", "step_seconds"})

@@ -155,9 +155,9 @@ class _Cutter:
         if key not in self.shared:
             fake_mode = next(iter(given.values())).meta["val"].fake_mode
             traced = inline_function(
-                self.done.graph_module, lambda tensors: {"result": function(**tensors)}, given, fake_mode
+                self.done.graph_module, lambda tensors: function(**tensors), (given,), fake_mode
             )
-            self.shared[key] = traced["result"]
+            self.shared[key] = traced
         return self.shared[key]
 
 

@@ -17,13 +17,16 @@ from emssd_compile.layouts import LAYOUTS
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
 from emssd_compile.step.batch import BatchShape
-from tests.exactness.drafters import Oracle, Rubbish
+from emssd_compile.step.drafting import tree_nodes
+from tests.exactness.drafters import Oracle, OracleTree, Rubbish
 from tests.exactness.models import Reference, build, prompt
 
 ROWS, CAPACITY, K = 8, 96, 4
 NEW_TOKENS = 20
 LENGTHS = (1, 2, 3, 5, 7, 11, 17, 19, 23, 33, 40, 48, 61, 64, 70)
 DRAFTERS = ("none", "prompt-lookup", "draft-model", "rubbish", "always-right", "sometimes-wrong", "always-wrong")
+TREES = ("fixed-tree", "random-tree", "rubbish-tree", "always-right-tree")
+SHAPE = (0, 0, 1, 2, 1, 3, 3, 6, 4, 9, 0)
 
 
 class Target:
@@ -37,8 +40,19 @@ class Target:
     def __init__(self, architecture: str, rows: int = ROWS) -> None:
         self.model = build(architecture)
         self.reference = Reference(self.model)
-        self.batch = BatchShape(rows, CAPACITY)
-        self.compiled = compile_model(self.model, self.batch)
+        self.rows = rows
+
+        self._compiled: dict[int, CompiledModel] = {}
+
+    @property
+    def compiled(self) -> CompiledModel:
+        """For chains."""
+        return self._compile(0)
+
+    def _compile(self, tree_nodes: int) -> CompiledModel:
+        if tree_nodes not in self._compiled:
+            self._compiled[tree_nodes] = compile_model(self.model, BatchShape(self.rows, CAPACITY, tree_nodes))
+        return self._compiled[tree_nodes]
 
     def texts(self) -> list[list[int]]:
         """Every prompt of `LENGTHS` with the tokens that follow it."""
@@ -54,21 +68,28 @@ class Target:
             return DraftModel(self.model, K)
         if name == "rubbish":
             return Rubbish(K)
+        if name == "rubbish-tree":
+            return OracleTree(Rubbish(K), 7)
+        if name.endswith("tree"):
+            chain = self.drafter("always-right" if name == "always-right-tree" else "sometimes-wrong")
+            return OracleTree(chain, len(SHAPE), None if name == "random-tree" else SHAPE)
         wrong = {"always-right": 0, "sometimes-wrong": 2, "always-wrong": 7}[name]
         return Oracle(self.texts(), CAPACITY, K, wrong_of_seven=wrong, ragged=name == "sometimes-wrong")
 
     def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1, layout: str = "packed") -> OptimizedModel:
         """What `emssd_compile.optimize` does, without compiling the model again."""
-        drafter.prepare(self._disturbed, self.batch.rows, self.batch.capacity, self.compiled.vocabulary)
-        prefill_chunk = max(prefill_chunk, self.batch.rows * (drafter.num_draft_tokens + 1))
-        step = compile_step(self.compiled, self.batch, GreedyMatch(), drafter, LAYOUTS[layout].policy())
-        options = CompileOptions(self.batch.rows, self.batch.capacity, "eager", layout, prefill_chunk)
+        compiled = self._compile(tree_nodes(drafter))
+        drafter.prepare(self._disturbed, self.rows, CAPACITY, compiled.vocabulary)
+        prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
+        step = compile_step(compiled, compiled.batch, GreedyMatch(), drafter, LAYOUTS[layout].policy())
+        options = CompileOptions(self.rows, CAPACITY, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
 
-    def _disturbed(self, model: nn.Module) -> CompiledModel:
+    def _disturbed(self, model: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:
         """The target with noise on its weights: a draft model that is right now and then."""
         assert model is self.model
-        disturbed = replace(self.compiled, graph_module=copy.deepcopy(self.compiled.graph_module))
+        compiled = self._compile(tree_nodes)
+        disturbed = replace(compiled, graph_module=copy.deepcopy(compiled.graph_module))
         with torch.no_grad():
             for parameter in disturbed.graph_module.parameters():
                 parameter.add_(torch.randn_like(parameter) * parameter.abs().mean() * 0.05)

@@ -73,6 +73,45 @@ class Rubbish(Drafter):
         return Draft(tokens, lengths)
 
 
+class OracleTree(Drafter):
+    """Trees of drafts, one path of which an `Oracle` drafts; the other nodes are rubbish, now and then the right token.
+
+    Args:
+        chain: what drafts the path; its K is the depth D.
+        num_draft_tokens: K of the trees.
+        shape: the parent of each draft, where all trees are alike; without it they look random, and some of their nodes
+            are too deep or follow none before them.
+    """
+
+    def __init__(self, chain: Drafter, num_draft_tokens: int, shape: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.chain = chain
+        self.num_draft_tokens = num_draft_tokens
+        self.max_depth = chain.num_draft_tokens
+        self.shape = None if shape is None else list(shape)
+
+    def forward(self, context: DraftContext) -> Draft:
+        """Nodes in any order that has parents before their children."""
+        known, index = context.known, torch.arange(self.num_draft_tokens)
+        newest = context.history.gather(1, (known - 1).clamp(min=0)[:, None])
+        path = self.chain(context)
+        random = _scatter(known[:, None] + index, newest)  # [B, K]
+        parents = random % (index + 1) if self.shape is None else torch.tensor(self.shape).expand(random.shape)
+        depth, on_path = torch.zeros_like(random[:, :1]), torch.ones_like(random[:, :1], dtype=torch.bool)
+        tokens = []
+        for i in range(self.num_draft_tokens):
+            parent = parents[:, i : i + 1]
+            level = depth.gather(1, parent)  # [B, 1]
+            first = ~((parents[:, :i] == parent) & on_path[:, 1:]).any(1, keepdim=True)
+            right = on_path.gather(1, parent) & (level < path.lengths[:, None]) & first & (random[:, i : i + 1] % 4 > 0)
+            token = path.tokens.gather(1, level.clamp(max=self.max_depth - 1))
+            tokens.append(torch.where(right, token, random[:, i : i + 1] % (VOCABULARY + 9) - 4))
+            depth, on_path = torch.cat([depth, level + 1], 1), torch.cat([on_path, right], 1)
+        if self.shape is None:
+            parents = torch.where(random % 23 == 0, index + 1 + random % 3, parents)  # it follows itself, or a later one
+        return Draft(torch.cat(tokens, 1), torch.full_like(known, self.num_draft_tokens), parents=parents)
+
+
 def _scatter(*numbers: Tensor) -> Tensor:
     """Non-negative numbers that look random but follow from `numbers`."""
     mixed = sum(number * factor for number, factor in zip(numbers, (7919, 104729), strict=False))

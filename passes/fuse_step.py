@@ -1,0 +1,261 @@
+"""Put packing, the model, acceptance and the next drafts into one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from emssd_compile.errors import DrafterError, PolicyError, RuleError
+from emssd_compile.ops import append_kv, move_kv
+from emssd_compile.passes.graph import caches, call, fresh_index, results
+from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
+from emssd_compile.passes.traced_part import TracedPart
+from emssd_compile.step.acceptance import Rule, Verdict, Verification, feasible
+from emssd_compile.step.batch import BatchShape
+from emssd_compile.step.commit import Emission, bar_eos, commit, make_report
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter
+from emssd_compile.step.fields import holds_tensors, named, with_named
+from emssd_compile.step.nodes import Nodes, select
+from emssd_compile.step.pack import LogitRows, Packed, as_trees, logit_rows, pack
+from emssd_compile.step.parts import PartSizes
+from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking, fit, outcome, proposed_drafts
+from emssd_compile.step.signature import SIZE_NAMES, role_of_state
+from emssd_compile.step.state import CONSTANT_FIELDS, StepState
+
+
+class FuseStep:
+    """Wrap the unpadded model into a step over the device-resident state.
+
+    What is fed, what is accepted, what is kept, what is drafted next and how much of it is verified are tensor
+    operations; traced around the model they make one graph that needs nothing from the host but sizes, given by the
+    lengths of `arange`s. Where drafts are trees, the KV of the accepted path moves right behind the committed tokens.
+
+        before:  forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R], caches)
+        after:   forward(history[B,C], known[B], draft_tokens[B,K], ..., token_range[T], logit_range[R], ..., caches)
+                     -> {history, known, draft_tokens, ..., report, rule_<name>, drafter_<name>, policy_<name>}
+
+    Args:
+        batch: sizes of the batch.
+        rule: what accepts drafts.
+        drafter: what proposes them.
+        policy: what chooses how many of them are verified.
+        fake_mode: of the graph.
+    """
+
+    name = "fuse_step"
+
+    def __init__(
+        self, batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, fake_mode: FakeTensorMode
+    ) -> None:
+        self.batch = batch
+        self.rule = rule
+        self.drafter = drafter
+        self.policy = policy
+        self.fake_mode = fake_mode
+        self.notes: tuple[str, ...] = ()
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """Replace the model's graph by that of the step.
+
+        Raises:
+            RuleError, DrafterError, PolicyError: that part fails while it is traced, or breaks its contract.
+        """
+        model = fx.GraphModule(graph_module, graph_module.graph)
+        graph_module.graph = fx.Graph()
+        graph_module.graph.output(_Fusion(self, graph_module, model).step())
+        loss = f"{type(self.rule).__name__} is lossy: the tokens need not be the model's own"
+        parts = (self.rule, self.drafter, self.policy)
+        self.notes = (*(() if self.rule.lossless else (loss,)), *(note for part in parts for note in part.notes()))
+        return 1
+
+
+@holds_tensors
+@dataclass
+class _Read:
+    """What a step has read: its tokens, and what the model says of them."""
+
+    packed: Packed
+    rows: LogitRows
+    hidden: Tensor
+    logits: Tensor
+
+
+@holds_tensors
+@dataclass
+class _Done:
+    """What a step has decided, and what follows from it for the next drafts."""
+
+    emission: Emission
+    ready: Tensor
+    verified: Nodes
+    path: Tensor | None
+    hidden: Tensor
+
+
+class _Fusion:
+    """The graph of a step while it is made. Dataclasses of tensors hold nodes here, but for the functions traced."""
+
+    def __init__(self, of: FuseStep, into: fx.GraphModule, model: fx.GraphModule) -> None:
+        self.into, self.model, self.fake_mode, self.batch = into, model, of.fake_mode, of.batch
+        logits, drafter = results(model.graph)[1].meta["val"], of.drafter
+        self.sizes = PartSizes(
+            of.batch.rows,
+            of.batch.capacity,
+            logits.shape[-1],
+            drafter.num_draft_tokens,
+            drafter.num_grades,
+            drafter.max_depth,
+        )
+        self.rule = TracedPart("rule", of.rule, Verdict, RuleError, self.sizes)
+        self.drafter = TracedPart("drafter", drafter, Draft, DrafterError, self.sizes)
+        self.policy = TracedPart("policy", of.policy, Ranking, PolicyError, self.sizes)
+        with self.fake_mode:
+            empty = StepState.empty(self.sizes, logits.device)
+        graph = into.graph
+        state = {name: add_input(graph, name, value, role_of_state(name)) for name, value in named(empty).items()}
+        self.state = with_named(empty, state)
+        self.ranges = {
+            name: add_input(graph, name, fresh_index(self.fake_mode, logits.device), "size") for name in SIZE_NAMES
+        }
+        self.caches = {name: add_input(graph, name, value, "cache") for name, value in caches(model.graph).items()}
+
+    def step(self) -> dict[str, fx.Node]:
+        """Everything in order; returns the results by name."""
+        read = self._read()
+        verdict, rule_state = self._part(self.rule, self._inline(self._verification, self.state, read))
+        state, done = self._inline(self._commit, self.state, read, verdict)
+        self._move_kv(done)
+        context = self._inline(self._draft_context, state, done, self.ranges)
+        draft, drafter_state = self._part(self.drafter, context)
+        seen = self._inline(self._policy_context, state, done, draft, context.max_drafts)
+        ranking, policy_state = self._part(self.policy, seen)
+        state, report = self._inline(self._choose, state, done, seen, ranking)
+        kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
+        return {**kept, "report": report, **rule_state, **drafter_state, **policy_state}
+
+    def _inline(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return inline_function(self.into, function, arguments, self.fake_mode)
+
+    def _part(self, part: TracedPart, context: Any) -> tuple[Any, dict[str, fx.Node]]:
+        return part.inline(self.into, context, self.fake_mode)
+
+    def _read(self) -> _Read:
+        """Pack, and run the model on T tokens."""
+        packed, rows = self._inline(self._pack, self.state, self.ranges)
+        fed = {**self.caches, **named(packed), "lengths": self.state.lengths, "logit_index": rows.index}
+        hidden, logits = inline(self.into, self.model, fed)[:2]
+        with self.fake_mode:  # the model's graph knew its own T and R; the step's are the lengths of the ranges
+            for node, size in ((hidden, "token_range"), (logits, "logit_range")):
+                length, value = self.ranges[size].meta["val"].shape[0], node.meta["val"]
+                node.meta["val"] = value.new_empty((length, value.shape[-1]))
+        return _Read(packed, rows, hidden, logits)
+
+    def _pack(self, state: StepState, ranges: Tensors) -> tuple[Packed, LogitRows]:
+        packed = pack(
+            state.history,
+            state.known,
+            state.lengths,
+            state.active,
+            ranges["token_range"],
+            ranges["row_range"],
+            share=self.sizes.num_draft_tokens + 1,
+            draft=state.draft,
+        )
+        if self.batch.tree_nodes:
+            packed = as_trees(packed, state.lengths, self.batch.ancestor_words, state.draft)
+        return packed, logit_rows(packed, state.known, ranges["logit_range"])
+
+    def _verification(self, state: StepState, read: _Read) -> Verification:
+        rows = read.rows
+        return Verification(
+            logits=bar_eos(read.logits, rows, state.min_known, state.is_eos),
+            offsets=rows.offsets,
+            draft=replace(state.draft, lengths=read.packed.drafted),
+            seeds=state.seeds[rows.row_ids],
+            positions=rows.positions,
+        )
+
+    def _commit(self, state: StepState, read: _Read, verdict: Verdict) -> tuple[StepState, _Done]:
+        """Carry the verdict out, as far as it can be meant: only drafts are accepted, and only token ids emitted."""
+        packed = read.packed
+        verified = replace(state.draft, lengths=packed.drafted)
+        accept_lengths = torch.where(packed.ready, feasible(verified, verdict), 0)  # [B]
+        next_tokens = verdict.next_tokens.clamp(0, self.sizes.vocabulary - 1)  # [B]
+        verdict = replace(verdict, accept_lengths=accept_lengths, next_tokens=next_tokens, state={})
+        new, emission = commit(state, packed, verdict)
+        last = accept_lengths  # [B], the node whose logits chose the next token
+        if verdict.path is not None:
+            last = verdict.path.gather(1, last[:, None]).squeeze(1)
+        hidden = read.hidden[packed.roots + last]  # [B, H]
+        return new, _Done(emission, packed.ready, verified, verdict.path, hidden)
+
+    def _move_kv(self, done: _Done) -> None:
+        """Put the KV of accepted paths right behind the committed tokens."""
+        if done.path is None:
+            return
+        starts, counts = self._inline(self._accepted, self.state, done)
+        graph, caches = self.into.graph, self.caches
+        appended = [node for node in graph.nodes if node.target == append_kv]
+        for keys, values in dict.fromkeys(tuple(node.args[:2]) for node in appended):
+            if keys in caches.values():
+                call(graph, move_kv, keys, values, starts, done.path, counts)
+
+    def _accepted(self, state: StepState, done: _Done) -> tuple[Tensor, Tensor]:
+        """The slot of each row's root, and how many nodes follow it there, itself included."""
+        return (state.known - 1).clamp(min=0), torch.where(done.ready, done.emission.accepted + 1, 0)
+
+    def _draft_context(self, state: StepState, done: _Done, ranges: Tensors) -> DraftContext:
+        can_draft = state.active & done.ready  # [B]
+        left = (state.limits - state.known - 1).clamp(0, self.sizes.depth)  # [B], one place is for the bonus token
+        return DraftContext(
+            history=state.history,
+            known=state.known,
+            hidden=done.hidden,
+            active=state.active,
+            can_draft=can_draft,
+            max_drafts=torch.where(can_draft, left, 0),
+            draft_range=ranges["draft_range"],
+            row_range=ranges["row_range"],
+        )
+
+    def _policy_context(self, state: StepState, done: _Done, answer: Draft, max_drafts: Tensor) -> PolicyContext:
+        """What the drafter proposes, as far as it can be verified, and what became of what it proposed before."""
+        tokens, parents, most = answer.tokens, answer.parents, self.sizes.num_grades - 1
+        is_token = (tokens >= 0) & (tokens < self.sizes.vocabulary)  # [B, K]
+        if parents is not None:
+            is_token = is_token & (parents >= 0) & (parents <= torch.arange(tokens.shape[1], device=tokens.device))
+            parents = torch.where(is_token, parents, 0)
+        grades = torch.zeros_like(tokens) if answer.grades is None else answer.grades.clamp(0, most)
+        draft = Nodes(tokens, answer.lengths, grades, parents, self.sizes.depth)
+        tried, accepted = outcome(done.verified, done.path, done.emission.accepted)
+        return PolicyContext(
+            draft=draft,
+            proposed=proposed_drafts(draft, is_token, max_drafts),
+            verified=done.verified,
+            tried=tried,
+            accepted=accepted,
+            num_tokens=torch.where(state.active, state.known - state.lengths, 0).sum(),
+            num_emitting=state.active.sum(),
+            seconds=state.step_seconds,
+        )
+
+    def _choose(
+        self, state: StepState, done: _Done, seen: PolicyContext, ranking: Ranking
+    ) -> tuple[StepState, Tensor]:
+        """Keep the drafts that are to be verified, and tell the host."""
+        ranking = replace(ranking, wanted=ranking.wanted.clamp(0, seen.draft.tokens.numel()))
+        room = torch.minimum(ranking.wanted, state.draft_budget)  # []
+        draft = select(seen.draft, fit(ranking, seen.draft, seen.proposed, room))
+        columns = {
+            "counts": done.emission.counts,
+            "active": state.active.to(torch.int64),
+            "pending": state.known - state.lengths,
+            "draft_lengths": draft.lengths,
+            "wanted": ranking.wanted.expand(state.known.shape),
+        }
+        return replace(state, draft=draft), make_report(done.emission.tokens, columns)
