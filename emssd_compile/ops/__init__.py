@@ -11,6 +11,7 @@ from emssd_compile.ops._ancestors import pack_ancestors
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
 from emssd_compile.ops._fingerprint import fingerprint
+from emssd_compile.ops._move_kv import move_kv
 from emssd_compile.ops._packed_linear import follow_packed, packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
 from emssd_compile.ops._tiled_attention import tiled_attention
@@ -29,6 +30,7 @@ __all__ = [
     "load_cpu_kernels",
     "load_cuda_kernels",
     "load_kernels",
+    "move_kv",
     "pack_ancestors",
     "packed_linear",
     "ragged_attention",
