@@ -314,11 +314,15 @@ def _tree(given: Tensors, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     slots = torch.arange(capacity, device=lengths.device)
     step_index = slots - lengths[:, None]  # [B, C + 1], which token of the row's in this step lies in the slot
     committed = step_index < 0
+    counts = offsets.diff()[:, None]
+    own_index = counts - width + given["row_range"]  # [B, S], which token of the row's the query is; negative: none
 
     bits = unpack_ancestors(given["ancestors"].index_select(0, given["tokens"])).view(rows, width, -1)
-    has_bit = step_index < offsets.diff().clamp(max=bits.shape[2])[:, None]
+    has_bit = step_index < counts.clamp(max=bits.shape[2])
     index = step_index.clamp(0, bits.shape[2] - 1)[:, None].expand(-1, width, -1)
+    in_order = step_index[:, None] <= own_index[:, :, None]
     visible = committed[:, None] | (has_bit[:, None] & bits.gather(2, index))
+    visible = visible | ((step_index >= bits.shape[2])[:, None] & in_order)
 
     step_token = (offsets[:-1, None] + step_index).clamp(0, positions.shape[0] - 1)
     key_positions = torch.where(committed, slots, positions[step_token])

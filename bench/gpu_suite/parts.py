@@ -30,9 +30,9 @@ class Part:
 def full(device: str) -> list[Part]:
     """What is run on a large GPU, the most important parts first.
 
-    Compiling is what takes time: some 60 s a step of 32 layers, 20 s one of 8. Expected are, in order, 110, 35, 35, 60,
-    190, 60 and 45 s: the tables fill the suite's own limit, and what is behind them may have to be asked for with
-    `--parts`. A part's limit is what it may take at the cost of those behind it. Commands without these arguments
+    Compiling is what takes time: some 60 s a step of 32 layers, 20 s one of 8. Expected are, in order, 110, 35, 35, 30,
+    20, 60, 190, 60 and 45 s: the tables fill the suite's own limit, and what is behind them may have to be asked for
+    with `--parts`. A part's limit is what it may take at the cost of those behind it. Commands without these arguments
     measure more.
     """
     heads = "32/8/128 32/32/128"  # Llama-3-8B, OPT-6.7b
@@ -48,6 +48,8 @@ def full(device: str) -> list[Part]:
         _bench("exactness", 150, "gpu_suite.exactness", device),
         _bench("synchronisations", 60, "gpu_suite.syncs", device),
         _bench("attention kernels", 60, "kernels", device, kernels),
+        _bench("tree attention", 60, "gpu_suite.trees", device),
+        _bench("moves of accepted tokens", 45, "gpu_suite.moves", device, "--repeats 3"),
         _bench("roofline, 8 layers of llama-3-8b", 100, "roofline", device, f"{roofline} --steps 32 --repeats 2"),
         _bench("EMS-SD table, opt-6.7b", 270, "ems_table", device, ems),
         _bench("speed-up, demo", 100, "speedup", device, speedup),
@@ -72,6 +74,8 @@ def smoke(device: str) -> list[Part]:
         _bench("exactness", 150, "gpu_suite.exactness", device, "--smoke"),
         _bench("synchronisations", 150, "gpu_suite.syncs", device, "--smoke"),
         _bench("attention kernels", 150, "kernels", device, kernels),
+        _bench("tree attention", 150, "gpu_suite.trees", device, "--smoke"),
+        _bench("moves of accepted tokens", 150, "gpu_suite.moves", device, "--smoke --repeats 1"),
         _bench("roofline", 150, "roofline", device, f"{toy} --shape tiny-llama {places}"),
         _bench("EMS-SD table", 150, "ems_table", device, ems),
         _bench("speed-up", 150, "speedup", device, speedup),

@@ -42,8 +42,9 @@ def reference(
         lengths: int64 ``[B]``, committed tokens of each row.
         positions: int64 ``[T]``, true position of each token in its row.
         ancestors: int32 ``[T, W]``, made by `pack_ancestors`: bit ``j % 32`` of word ``j // 32`` says whether token
-            ``t`` sees the ``j``-th token of its row in this step (itself included); tokens from ``32 * W`` on are not
-            seen. None is a chain: every token sees itself and those before it.
+            ``t`` sees the ``j``-th token of its row in this step (itself included). Tokens from ``32 * W`` on have no
+            bit: each of them is seen by itself and those behind it, so a prompt may be longer than any tree. None is
+            a chain: every token sees itself and those before it.
         **attributes: the fields of `AttentionAttributes`.
 
     Returns:
@@ -86,12 +87,11 @@ def _sight(
     committed = slots < length[:, None]
     step_index = slots - length[:, None]  # which token of this step lies in the slot
     in_step = (step_index >= 0) & (step_index < (end - begin)[:, None])
-    if ancestors is None:
-        seen = step_index <= (tokens - begin)[:, None]
-    else:
+    seen = step_index <= (tokens - begin)[:, None]
+    if ancestors is not None:
         mask = unpack_ancestors(ancestors)
         last = mask.shape[1] - 1
-        seen = mask.gather(1, step_index.clamp(0, last)) & (step_index <= last)
+        seen = torch.where(step_index <= last, mask.gather(1, step_index.clamp(0, last)), seen)
     visible = (committed | (in_step & seen)) & ~in_tail[:, None]
 
     step_token = (begin[:, None] + step_index).clamp(0, positions.shape[0] - 1)

@@ -45,6 +45,7 @@ def _load() -> tuple[bool, str]:
     from emssd_compile.ops.triton import forms, varlen
 
     torch.library.impl("emssd::append_kv", "CUDA", forms.append_kv)
+    torch.library.impl("emssd::move_kv", "CUDA", forms.move_kv)
     torch.library.impl("emssd::ragged_attention", "CUDA", forms.ragged_attention)
     choice = ", or varlen_attn where it is faster" if varlen.is_available() else ""
     return True, f"Triton {triton.__version__}{choice}"

@@ -1,6 +1,7 @@
 """Ragged batches for the tests of the ops, and attention over them written to be obvious."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,22 +73,33 @@ def make_batch(
     )
 
 
-def with_trees(batch: Batch, *, seed: int = 0) -> Batch:
-    """The same batch with a random tree per row: ancestors, and the positions that go with them."""
+def with_trees(batch: Batch, *, seed: int = 0, words: int | None = None) -> Batch:
+    """The same batch with a random tree per row: ancestors, and the positions that go with them.
+
+    With `words`, there are bits for so many words; a row of more tokens is a chain.
+    """
     generator = torch.Generator().manual_seed(seed)
     counts = batch.offsets.diff().tolist()
-    ancestors = torch.zeros(len(batch.q), max([*counts, 1]), dtype=torch.bool)
+    width = max([*counts, 1]) if words is None else 32 * words
+    ancestors = torch.zeros(len(batch.q), max([*counts, width]), dtype=torch.bool)
     positions = batch.positions.clone()
     for begin, count, length in zip(batch.offsets.tolist(), counts, batch.lengths.tolist(), strict=False):
         for i in range(count):
             if i > 0:
-                parent = int(torch.randint(i, (), generator=generator))
+                parent = i - 1 if count > width else int(torch.randint(i, (), generator=generator))
                 ancestors[begin + i] = ancestors[begin + parent]
                 positions[begin + i] = positions[begin + parent] + 1
             else:
                 positions[begin] = length
             ancestors[begin + i, i] = True
-    return replace(batch, positions=positions).with_options(ancestors=ops.pack_ancestors(ancestors))
+    return replace(batch, positions=positions).with_options(ancestors=ops.pack_ancestors(ancestors[:, :width]))
+
+
+def with_random_bits(batch: Batch, *, seed: int = 0) -> Batch:
+    """The same batch with one word of ancestors for each token, filled at random."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(len(batch.q), 32, generator=generator) < 0.5
+    return batch.with_options(ancestors=ops.pack_ancestors(mask))
 
 
 def oracle(batch: Batch) -> Tensor:
@@ -123,7 +135,8 @@ def _seen(batch: Batch, token: int, begin: int, end: int, length: int) -> list[t
     assert isinstance(window, int)
     positions = {slot: slot for slot in range(length)}
     for other in range(begin, end):
-        if other <= token if ancestors is None else _bit(ancestors[token], other - begin):  # type: ignore[index]
+        words = ancestors[token] if isinstance(ancestors, Tensor) else ()
+        if _bit(words, other - begin) if other - begin < 32 * len(words) else other <= token:
             positions[length + other - begin] = int(batch.positions[other])
     own, chunk = int(batch.positions[token]), batch.options.get("chunk", 0)
     assert isinstance(chunk, int)
@@ -134,10 +147,10 @@ def _seen(batch: Batch, token: int, begin: int, end: int, length: int) -> list[t
     ]
 
 
-def _bit(words: Tensor, number: int) -> bool:
-    """A bit of int32 words: the lowest of the first is number 0; behind the last all are 0."""
+def _bit(words: Sequence[int] | Tensor, number: int) -> bool:
+    """A bit of int32 words: the lowest of the first is number 0."""
     place, bit = divmod(number, 32)
-    return place < len(words) and bool(int(words[place]) >> bit & 1)
+    return bool(int(words[place]) >> bit & 1)
 
 
 def _score(batch: Batch, head: int, dot: float, distance: int) -> float:

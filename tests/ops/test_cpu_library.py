@@ -77,7 +77,7 @@ def test_there_is_one_openmp_runtime(cpu_kernels: None) -> None:
 STANDALONE_PROGRAM = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-schemas = [str(getattr(torch.ops.emssd, name).default._schema) for name in ("append_kv", "ragged_attention")]
+schemas = [str(getattr(torch.ops.emssd, name).default._schema) for name in ("append_kv", "move_kv", "ragged_attention")]
 print(schemas, torch.ops.emssd.packed_linear(torch.ones(2, 3), [torch.ones(4, 3)], 1).sum().item())
 """
 
@@ -100,7 +100,7 @@ def _standalone_library(folder: Path) -> Path:
 def test_the_standalone_library_defines_the_ops_where_python_does_not(cpu_kernels: None, tmp_path: Path) -> None:
     command = [sys.executable, "-c", STANDALONE_PROGRAM, str(_standalone_library(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    schemas = [str(op._schema) for op in (ops.append_kv, ops.ragged_attention)]
+    schemas = [str(op._schema) for op in (ops.append_kv, ops.move_kv, ops.ragged_attention)]
     assert done.stdout == f"{schemas} 24.0\n"
 
 

@@ -44,7 +44,7 @@ from emssd_compile import ops
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 0
 print(ops.load_kernels("cuda"))
 print(ops.kernel_status("cuda"))
-for name in ("append_kv", "ragged_attention"):
+for name in ("append_kv", "move_kv", "ragged_attention"):
     print(torch._C._dispatch_has_kernel_for_dispatch_key(f"emssd::{name}", "CUDA"))
 from emssd_compile.ops.triton import forms
 q, cache, zeros = torch.randn(1, 2, 4).double(), torch.randn(1, 1, 1, 4).double(), torch.zeros(1, dtype=torch.int64)
@@ -69,7 +69,7 @@ def test_the_kernels_are_registered() -> None:
     loaded, status, *others = done.stdout.splitlines()
     assert loaded == "True"
     assert status.startswith("Triton ")
-    assert others == ["True"] * 4
+    assert others == ["True"] * 5
 
 
 def status(monkeypatch: pytest.MonkeyPatch, *, available: bool = True, capability: tuple[int, int] = (9, 0)) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emssd_compile import ops
-from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_trees
+from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_random_bits, with_trees
 
 ROWS = [(70, 3), (0, 1), (5, 0), (129, 5), (64, 1), (60, 4)]  # an empty row, no history, ends around a block of keys
 
@@ -52,6 +52,15 @@ OPTIONS: dict[str, dict[str, object]] = {
 def attend(batch: Batch) -> Tensor:
     result: Tensor = ops.ragged_attention(*batch.tensors, **batch.options)
     return result
+
+
+def seconds(batch: Batch) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        attend(batch)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def assert_exact(result: Tensor, expected: Tensor) -> None:
@@ -147,16 +156,12 @@ def test_long_rows_match_oracle(cpu_kernels: None) -> None:
 def test_what_lies_before_the_chunk_or_window_is_not_read(cpu_kernels: None, option: dict[str, object]) -> None:
     """A long row costs what its queries can see."""
     batch = make_batch([(120_000, 1)], Heads(2, 1, 64, 64))
-
-    def seconds(batch: Batch) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            attend(batch)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
     assert seconds(batch.with_options(**option)) < seconds(batch) / 10
+
+
+def test_a_long_prompt_costs_no_more_beside_trees(cpu_kernels: None) -> None:
+    batch = make_batch([(0, 1500)], Heads(8, 2, 64, 64))
+    assert seconds(with_trees(batch, words=1)) < 1.5 * seconds(batch)
 
 
 def test_any_strides(kernels: str) -> None:
@@ -248,13 +253,27 @@ def test_large_scores_do_not_overflow(kernels: str) -> None:
     assert_exact(attend(batch), oracle(batch))
 
 
-def test_ancestors_beyond_its_width_are_not_seen(kernels: str) -> None:
-    batch = make_batch([(10, 40)])
-    words = torch.full((40, 1), -1, dtype=torch.int32)
-    wide = torch.cat([words, torch.zeros_like(words)], dim=1)
-    result = attend(batch.with_options(ancestors=words))
-    assert torch.equal(result, attend(batch.with_options(ancestors=wide)))
-    assert_exact(result, oracle(batch.with_options(ancestors=words)))
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"chunk": 50}, OPTIONS["all"]], ids=str)
+@pytest.mark.parametrize("words", [1, 2])
+def test_a_long_prompt_is_read_in_order_beside_trees(kernels: str, options: dict[str, object], words: int) -> None:
+    rows = [(20, 30), (50, 150), (0, 33), (0, 65), (3, 1)]
+    batch = with_trees(make_batch(rows, tail=2), words=words).with_options(**options)
+    assert_exact(attend(batch), oracle(batch))
+
+
+def test_tokens_without_a_bit_see_those_before_them_and_of_the_others_what_their_bits_say(kernels: str) -> None:
+    batch = with_random_bits(make_batch([(10, 40), (3, 90), (0, 20)]))
+    assert_exact(attend(batch), oracle(batch))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_chain_has_the_same_bits_however_it_is_said(cpu_kernels: None, options: dict[str, object]) -> None:
+    batch = make_batch([(70, 200), (100, 7), (0, 33)]).with_options(**options)
+    expected = attend(batch)
+    for words in (1, 3):
+        chain = torch.ones(200, 32 * words, dtype=torch.bool).tril()
+        mask = torch.cat([chain, chain[:7], chain[:33]])
+        assert torch.equal(attend(batch.with_options(ancestors=ops.pack_ancestors(mask))), expected)
 
 
 def test_gradient_mode_is_no_obstacle(kernels: str) -> None:

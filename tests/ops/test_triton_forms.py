@@ -8,6 +8,7 @@ from torch import Tensor
 
 from emssd_compile import ops
 from emssd_compile.ops import _ragged_attention
+from tests.ops.moves import expected_caches, make_moves, same_bits
 from tests.ops.ragged import Batch, Heads, make_batch, with_trees
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -61,6 +62,15 @@ def test_matches_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_long_prompt_is_read_in_order_beside_trees(options: dict[str, object], dtype: torch.dtype) -> None:
+    batch = make_batch([(700, 30), (50, 300), (0, 33), (0, 1)], Heads(8, 2, 64, 64), tail=3, dtype=dtype)
+    batch = with_trees(batch, words=1).with_options(**options)
+    gpu = on_gpu(batch)
+    assert_exact(ops.ragged_attention(*gpu.tensors, **gpu.options), expected(batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [40, 80, 96, 128, 256])
 @pytest.mark.parametrize("num_kv_heads", [1, 8])
 def test_matches_the_reference_for_all_head_shapes(head_size: int, num_kv_heads: int, dtype: torch.dtype) -> None:
@@ -84,6 +94,16 @@ def test_append_writes_the_slots_and_nothing_else(dtype: torch.dtype) -> None:
     for cache, tokens, written in zip(caches, new, gpu_caches, strict=True):
         cache[row_ids[:3], slots[:3]] = tokens[:3]
         assert torch.equal(written.cpu(), cache)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_move_puts_the_accepted_tokens_behind_the_committed_ones(dtype: torch.dtype) -> None:
+    rows = [(5, [0, 2, 3]), (9, []), (90, range(1, 41)), (7, range(0, 80, 2))]
+    moves = make_moves(rows, dtype=dtype, value_size=300)
+    gpu_caches = moves.k_cache.cuda(), moves.v_cache.cuda()
+    ops.move_kv(*gpu_caches, moves.starts.cuda(), moves.path.cuda(), moves.counts.cuda())
+    for cache, expected_cache in zip(gpu_caches, expected_caches(moves), strict=True):
+        assert same_bits(cache.cpu(), expected_cache)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -43,6 +43,12 @@ class TritonProcess:
         """`append_kv_triton`; the caches as it leaves them."""
         return self._pool.submit(_append, k_cache, v_cache, k, v, row_ids, slots).result()
 
+    def move(
+        self, k_cache: Tensor, v_cache: Tensor, starts: Tensor, path: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`move_kv_triton`; the caches as it leaves them."""
+        return self._pool.submit(_move, k_cache, v_cache, starts, path, counts).result()
+
     def launched(self) -> list[Launched]:
         """The kernels that were compiled since the last call."""
         return self._pool.submit(_take_launched).result()
@@ -70,6 +76,13 @@ def _append(
     from emssd_compile.ops.triton.append_kv import append_kv_triton
 
     append_kv_triton(k_cache, v_cache, k, v, row_ids, slots)
+    return k_cache, v_cache
+
+
+def _move(k_cache: Tensor, v_cache: Tensor, starts: Tensor, path: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    from emssd_compile.ops.triton.move_kv import move_kv_triton
+
+    move_kv_triton(k_cache, v_cache, starts, path, counts)
     return k_cache, v_cache
 
 

@@ -11,7 +11,6 @@ from emssd_compile.passes.manager import PassManager
 from emssd_compile.passes.tile_attention import TileAttention
 from tests.exactness.compiled import assert_exact, rechunked, target
 from tests.exactness.models import prompt
-from tests.passes import trees
 from tests.passes.graphs import (
     BATCH,
     COMMITTED,
@@ -130,13 +129,8 @@ def test_refuses_a_graph_whose_results_have_no_names():
 
 
 @pytest.mark.parametrize(("width", "words"), [(40, 2), (43, 2), (43, 1)])
-def test_draft_trees_see_what_the_packed_form_sees(width, words, monkeypatch):
-    """Windows, chunks and ALiBi by true positions, rows and tile slots without a token, a tail, tokens without a bit.
-
-    A token without a bit, of its own neither, may be the first of its chunk, and then it sees nothing.
-    """
-    if words == 1:
-        monkeypatch.setattr(trees, "LAYERS", [layer for layer in trees.LAYERS if "chunk" not in layer])
+def test_draft_trees_see_what_the_packed_form_sees(width, words):
+    """Windows, chunks and ALiBi by true positions, rows and tile slots without tokens, a tail, tokens past the bits."""
     given = step_inputs(tree_batch())
     given["ancestors"] = given["ancestors"][:, :words]
     graph_module, fake_mode = tree_graph(given)

@@ -3,6 +3,7 @@
 
 #include "append_kv.h"
 #include "fingerprint.h"
+#include "move_kv.h"
 #include "packed_linear.h"
 #include "ragged_attention.h"
 
@@ -10,6 +11,7 @@ TORCH_LIBRARY_IMPL(emssd, CPU, m) {
   m.impl("append_kv", emssd::append_kv);
   m.impl("fingerprint", emssd::fingerprint);
   m.impl("follow_packed", emssd::follow_packed);
+  m.impl("move_kv", emssd::move_kv);
   m.impl("packed_linear", emssd::packed_linear);
   m.impl("ragged_attention", emssd::ragged_attention);
 }

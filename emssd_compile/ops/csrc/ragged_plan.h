@@ -46,11 +46,13 @@ struct Arguments {
   const T* alibi_slopes;  // [num_heads] or null
   const T* sinks;         // [num_heads] or null
   const int32_t* ancestors;  // [T, ancestor_words] or null; bit j % 32 of word j / 32: sees the row's token j
-  int64_t ancestor_words;
+  int64_t ancestor_words;    // 0 without them
   scalar_t* out;  // [T, num_heads, value_size]
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t num_tokens(int64_t row) const { return offsets[row + 1] - offsets[row]; }
+  // Tokens of a row of whom bits say by which others they are seen; those behind them are seen in order.
+  int64_t num_bits() const { return ancestor_words * kWordBits; }
 };
 
 // Queries of one row and one key/value head. Query m is the group's head m % group of the row's token m / group.
@@ -100,7 +102,7 @@ class Plan {
     tile.highest_position = *highest;
     const int64_t length = args_.lengths[tile.row];
     tile.begin_slot = std::min(args_.reach.first_seen(*lowest), length) / kKeyBlock * kKeyBlock;
-    tile.end_slot = length + (args_.ancestors ? args_.num_tokens(tile.row) : tile.last_token + 1);
+    tile.end_slot = length + std::max(tile.last_token + 1, std::min(args_.num_bits(), args_.num_tokens(tile.row)));
     multiply_adds += tile.num_queries * (tile.end_slot - tile.begin_slot) * (args_.head_size + args_.value_size);
     return tile;
   }

@@ -76,7 +76,9 @@ class TileAttention {
   bool sees_all(int64_t slot, int64_t num_keys) const {
     if (args_.reach.is_limited())
       return slot + num_keys <= length_ && slot >= args_.reach.first_seen(tile_.highest_position);
-    return slot + num_keys <= length_ + (args_.ancestors ? 0 : tile_.first_token + 1);
+    if (slot + num_keys <= length_) return true;
+    const bool in_order = args_.num_bits() == 0 || slot >= length_ + args_.num_bits();
+    return in_order && slot + num_keys <= length_ + tile_.first_token + 1;
   }
 
   // Fills scratch.visible and scratch.distance.
@@ -102,10 +104,9 @@ class TileAttention {
   }
 
   bool is_ancestor(int64_t other, int64_t token) const {
-    if (args_.ancestors == nullptr) return other <= token;
-    const int64_t word = other / kWordBits;
-    if (word >= args_.ancestor_words) return false;
-    return args_.ancestors[(first_packed_ + token) * args_.ancestor_words + word] >> other % kWordBits & 1;
+    if (other >= args_.num_bits()) return other <= token;
+    const int32_t* words = args_.ancestors + (first_packed_ + token) * args_.ancestor_words;
+    return words[other / kWordBits] >> other % kWordBits & 1;
   }
 
   void load_queries() {

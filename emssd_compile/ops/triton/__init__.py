@@ -9,6 +9,7 @@ Triton.
 | `attention_kernel`, `merge_kernel` | the kernels of ragged attention |
 | `ragged_attention` | checks its arguments and launches them |
 | `append_kv` | the kernel that writes keys and values, and its launch |
+| `move_kv` | the kernel that moves them within their rows, and its launch |
 | `varlen` | ragged attention by ``torch.nn.attention.varlen.varlen_attn`` |
 | `selection` | remembers which of several forms was measured to be fastest |
 | `forms` | what the ops call |

@@ -80,11 +80,10 @@ def attend(
 
     length = tl.load(lengths + row).to(tl.int32)
     first_slot = 0
-    if ancestors is None:
-        stop_slot = length + (tl.minimum(first_query + BLOCK_QUERIES, num_queries) - 1) // GROUP + 1
-    else:
-        stop_slot = length + tl.minimum(end - begin, ancestor_words * _WORD_BITS)
-    stop_slot = tl.minimum(stop_slot, capacity)
+    stop_token = (tl.minimum(first_query + BLOCK_QUERIES, num_queries) - 1) // GROUP + 1
+    if ancestors is not None:
+        stop_token = tl.maximum(stop_token, tl.minimum(end - begin, ancestor_words * _WORD_BITS))
+    stop_slot = tl.minimum(length + stop_token, capacity)
     # From here to `seen_by_all_stop` every query of the tile sees every slot.
     seen_by_all = first_slot
     position = step_index
@@ -238,16 +237,15 @@ def _attend_slots(
 @triton.jit
 def _visible(slots, step_index, length, num_step, ancestors, ancestor_words):
     """Whether each query sees each slot, before any window or chunk and up to the row's last slot."""
-    if ancestors is None:
-        visible = slots[None, :] <= length + step_index[:, None]
-    else:
-        column = slots - length
-        in_step = (column >= 0) & (column < ancestor_words * _WORD_BITS)
+    column = slots - length
+    visible = column[None, :] <= step_index[:, None]
+    if ancestors is not None:
+        has_bit = ((column >= 0) & (column < ancestor_words * _WORD_BITS))[None, :]
         valid = (step_index < num_step)[:, None]  # the last tile of a row reaches past its tokens
         words = ancestors[:, None] + (column // _WORD_BITS)[None, :]
-        words = tl.load(words, mask=valid & in_step[None, :], other=0)
+        words = tl.load(words, mask=valid & has_bit, other=0)
         bit = (column & (_WORD_BITS - 1))[None, :]  # unlike a remainder, never negative: such a shift has no meaning
-        visible = (slots < length)[None, :] | ((words >> bit) & 1 != 0)
+        visible = tl.where(has_bit, (words >> bit) & 1 != 0, visible)
     return visible
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 from emssd_compile.ops import _ragged_attention
 from emssd_compile.ops._scores import in_use
 from emssd_compile.ops.triton.append_kv import append_kv_triton
+from emssd_compile.ops.triton.move_kv import move_kv_triton
 from emssd_compile.ops.triton.ragged_attention import ATTRIBUTES, DTYPES, ragged_attention_triton
 from emssd_compile.ops.triton.selection import Selection, cuda_milliseconds
 from emssd_compile.ops.triton.varlen import applies, ragged_attention_varlen
 
 append_kv = append_kv_triton
+move_kv = move_kv_triton
 attention_selection = Selection(cuda_milliseconds, lambda: not torch.cuda.is_current_stream_capturing())
 
 

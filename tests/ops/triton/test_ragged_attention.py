@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_trees
+from emssd_compile import ops
+from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_random_bits, with_trees
 from tests.ops.triton_process import TritonProcess, needs_triton
 
 pytestmark = needs_triton
@@ -187,13 +188,28 @@ def test_large_scores_do_not_overflow(triton: TritonProcess) -> None:
     assert_exact(triton.attend(batch, **SMALL, num_splits=2), oracle(batch))
 
 
-def test_ancestors_beyond_its_width_are_not_seen(triton: TritonProcess) -> None:
-    batch = make_batch([(10, 40)], Heads(1, 1, 16, 16))
-    words = torch.full((40, 1), -1, dtype=torch.int32)
-    narrow, wide = (batch.with_options(ancestors=torch.cat([words, *more], dim=1)) for more in ([], [0 * words]))
-    result = triton.attend(narrow, **SMALL)
-    assert torch.equal(result, triton.attend(wide, **SMALL))
-    assert_exact(result, oracle(narrow))
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"chunk": 50}, {"alibi_slopes": SLOPES[:2]}], ids=str)
+def test_a_long_prompt_is_read_in_order_beside_trees(
+    triton: TritonProcess, options: dict[str, object], splits: int
+) -> None:
+    batch = with_trees(make_batch([(20, 30), (40, 100), (0, 33)], Heads(2, 1, 16, 16), tail=2), words=1)
+    batch = batch.with_options(**options)
+    assert_exact(triton.attend(batch, **SMALL, num_splits=splits), oracle(batch))
+
+
+def test_tokens_without_a_bit_see_those_before_them_and_of_the_others_what_their_bits_say(
+    triton: TritonProcess,
+) -> None:
+    batch = with_random_bits(make_batch([(10, 40), (3, 70), (0, 20)], Heads(1, 1, 16, 16)))
+    assert_exact(triton.attend(batch, **SMALL), oracle(batch))
+
+
+def test_a_chain_has_the_same_bits_however_it_is_said(triton: TritonProcess) -> None:
+    batch = make_batch([(20, 70), (40, 7)], Heads(1, 1, 16, 16))
+    chain = torch.ones(70, 32, dtype=torch.bool).tril()
+    tree = batch.with_options(ancestors=ops.pack_ancestors(torch.cat([chain, chain[:7]])))
+    assert torch.equal(triton.attend(tree, **SMALL), triton.attend(batch, **SMALL))
 
 
 @pytest.mark.parametrize(
