@@ -94,7 +94,9 @@ def _flaws_of_step(signature: Signature) -> list[str]:
     try:
         state = StepState.empty(sizes, torch.device("meta")).tensors()
     except RuntimeError:  # torch cannot count its bytes
-        return [f"a state of {rows} rows of {sizes.capacity} tokens and {sizes.num_draft_tokens} drafts is beyond any memory"]
+        return [
+            f"a state of {rows} rows of {sizes.capacity} tokens and {sizes.num_draft_tokens} drafts is beyond any memory"
+        ]
     expected = [Binding(name, tuple(value.shape), value.dtype, role_of_state(name)) for name, value in state.items()]
     expected += [Binding(name, (name,), torch.int64, "size") for name in SIZE_NAMES]
     found = [_difference(inputs.get(binding.name), binding) for binding in expected]

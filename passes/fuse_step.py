@@ -186,13 +186,15 @@ class _Fusion:
         verified = replace(state.draft, lengths=packed.drafted)
         accept_lengths = torch.where(packed.ready, feasible(verified, verdict), 0)  # [B]
         next_tokens = verdict.next_tokens.clamp(0, self.sizes.vocabulary - 1)  # [B]
-        verdict = replace(verdict, accept_lengths=accept_lengths, next_tokens=next_tokens, state={})
+        path, last = verdict.path, accept_lengths  # [B], the node whose logits chose the next token
+        if path is not None:
+            depth = torch.arange(path.shape[1], device=path.device)
+            path = torch.where((depth > 0) & (depth <= accept_lengths[:, None]), path, 0)
+            last = path.gather(1, last[:, None]).squeeze(1)
+        verdict = replace(verdict, accept_lengths=accept_lengths, next_tokens=next_tokens, path=path, state={})
         new, emission = commit(state, packed, verdict)
-        last = accept_lengths  # [B], the node whose logits chose the next token
-        if verdict.path is not None:
-            last = verdict.path.gather(1, last[:, None]).squeeze(1)
         hidden = read.hidden[packed.roots + last]  # [B, H]
-        return new, _Done(emission, packed.ready, verified, verdict.path, hidden)
+        return new, _Done(emission, packed.ready, verified, path, hidden)
 
     def _move_kv(self, done: _Done) -> None:
         """Put the KV of accepted paths right behind the committed tokens."""
@@ -244,9 +246,7 @@ class _Fusion:
             seconds=state.step_seconds,
         )
 
-    def _choose(
-        self, state: StepState, done: _Done, seen: PolicyContext, ranking: Ranking
-    ) -> tuple[StepState, Tensor]:
+    def _choose(self, state: StepState, done: _Done, seen: PolicyContext, ranking: Ranking) -> tuple[StepState, Tensor]:
         """Keep the drafts that are to be verified, and tell the host."""
         ranking = replace(ranking, wanted=ranking.wanted.clamp(0, seen.draft.tokens.numel()))
         room = torch.minimum(ranking.wanted, state.draft_budget)  # []

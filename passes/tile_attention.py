@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emssd_compile.ops import append_kv, ragged_attention, tiled_attention, update_kv
+from emssd_compile.ops import append_kv, move_kv, ragged_attention, tiled_attention, update_kv
 from emssd_compile.ops._ancestors import unpack_ancestors
 from emssd_compile.ops._scores import AttentionAttributes, in_use
 from emssd_compile.passes.graph import argument, aten, attribute, call, fresh_index, inputs, output, refuse
@@ -96,23 +96,23 @@ class TileAttention:
             UnsupportedModelError: the graph returns no dict.
         """
         graph = graph_module.graph
-        sites = [node for node in graph.nodes if node.target == ragged_attention]
+        sites = [node for node in graph.nodes if node.target in (ragged_attention, move_kv)]
         if not sites:
             return 0
         if not isinstance(output(graph).args[0], dict):
             raise refuse(output(graph), "the graph must return its results by name, to return the KV caches with them")
         fake_mode: FakeTensorMode = inputs(graph)[0].meta["val"].fake_mode
         rewrite = _Rewrite(graph_module, fake_mode, _row_range(graph, fake_mode), self.spare_slots)
-        for site in sites:
-            rewrite.attention(site)
+        for site in sites:  # in the order in which they run: each reads what those before it left in the caches
+            (rewrite.move if site.target == move_kv else rewrite.attention)(site)
         results: Any = output(graph).args[0]
         output(graph).args = ({**results, **{str(cache.target): now for cache, now in rewrite.caches.items()}},)
-        return len(sites)
+        return sum(site.target == ragged_attention for site in sites)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Nothing writes memory: each cache goes in and comes out."""
         for node in graph_module.graph.nodes:
-            if node.target in (append_kv, ragged_attention):
+            if node.target in (append_kv, ragged_attention, move_kv):
                 raise refuse(node, "a KV cache is written or read in the packed form")
 
 
@@ -158,6 +158,17 @@ class _Rewrite:
             result = self._attend(site, query, caches, self._tile(offsets, lengths, row_ids))
         result.meta = {**site.meta, **result.meta}
         site.replace_all_uses_with(result)
+        self.graph.erase_node(site)
+
+    def move(self, site: fx.Node) -> None:
+        """Rewrite a `move_kv`: all nodes of a path are written again, past those that count, where nothing is kept."""
+        *caches, starts, path = (argument(site, index) for index in range(4))
+        with self.graph.inserting_before(site):
+            for cache in caches:
+                now = self.caches[cache]
+                given = {"cache": now, "starts": starts, "path": path}
+                new = inline_function(self.graph_module, _moved, (given,), self.fake_mode)
+                self._update(cache, new["new"], new["row_ids"], new["slots"], new["offsets"], starts)
         self.graph.erase_node(site)
 
     def _append(self, site: fx.Node) -> fx.Node:
@@ -247,6 +258,22 @@ def _mark_broken(given: Tensors) -> Tensors:
     keys, values = given["keys"], given["values"]
     nothing = (values * 0).sum(-1, keepdim=True)  # 0, or NaN where a value is not finite
     return {"keys": keys + nothing, "values": torch.where(nothing == 0, values, 0)}
+
+
+def _moved(given: Tensors) -> Tensors:
+    """The keys or values of a path, and where `update_kv` writes them: behind one another, from `starts` on."""
+    cache, starts, path = given["cache"], given["starts"], given["path"]
+    rows, heads, _, size = cache.shape
+    width = path.shape[1]  # N
+    depth, row = torch.arange(width, device=path.device), torch.arange(rows, device=path.device)
+    source = starts[:, None] + path.clamp(0, width - 1)  # [B, N]
+    index = source[:, None, :, None].expand(rows, heads, width, size)
+    return {
+        "new": cache.gather(2, index).transpose(1, 2).flatten(0, 1),  # [B * N, Hkv, D]
+        "row_ids": row[:, None].expand(rows, width).flatten(),
+        "slots": (starts[:, None] + depth).flatten(),
+        "offsets": torch.arange(rows + 1, device=path.device) * width,
+    }
 
 
 def _lay_out(given: Tensors) -> Tensors:

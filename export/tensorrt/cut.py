@@ -154,9 +154,7 @@ class _Cutter:
         key = key or (function, *given.values())
         if key not in self.shared:
             fake_mode = next(iter(given.values())).meta["val"].fake_mode
-            traced = inline_function(
-                self.done.graph_module, lambda tensors: function(**tensors), (given,), fake_mode
-            )
+            traced = inline_function(self.done.graph_module, lambda tensors: function(**tensors), (given,), fake_mode)
             self.shared[key] = traced
         return self.shared[key]
 

@@ -108,7 +108,9 @@ class OracleTree(Drafter):
             tokens.append(torch.where(right, token, random[:, i : i + 1] % (VOCABULARY + 9) - 4))
             depth, on_path = torch.cat([depth, level + 1], 1), torch.cat([on_path, right], 1)
         if self.shape is None:
-            parents = torch.where(random % 23 == 0, index + 1 + random % 3, parents)  # it follows itself, or a later one
+            parents = torch.where(
+                random % 23 == 0, index + 1 + random % 3, parents
+            )  # it follows itself, or a later one
         return Draft(torch.cat(tokens, 1), torch.full_like(known, self.num_draft_tokens), parents=parents)
 
 
