@@ -6,7 +6,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, attention, ragged_attention
-from emssd_compile.passes.graph import aten, call, placeholder, refuse, shape
+from emssd_compile.passes.graph import aten, call, inserting_for, placeholder, refuse, shape
 from emssd_compile.step.batch import BatchShape
 
 
@@ -50,7 +50,7 @@ class UnpadKVCache:
         assert isinstance(value, fx.Node)
         caches = [self._cache(graph, f"{kind}_cache_{index}", node) for kind, node in (("k", key), ("v", value))]
         fields = {name: placeholder(graph, name) for name in ("row_ids", "positions", "offsets", "lengths")}
-        with graph.inserting_before(site):
+        with inserting_for(site):
             packed = [_packed(graph, node) for node in (query, key, value)]  # type: ignore[arg-type]
             call(graph, append_kv, *caches, *packed[1:], fields["row_ids"], fields["positions"])
             result = call(
