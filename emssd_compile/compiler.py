@@ -40,6 +40,7 @@ class CompiledModel:
         records: what each pass did.
         looked_at: tensors of the model's whose values a pass has looked at, by their name in the captured graph: what
             was made of them may stand in the graph.
+        taps: layers whose outputs `[T, H]` the graph returns behind hidden states and logits, as they were asked for.
     """
 
     graph_module: fx.GraphModule
@@ -49,6 +50,7 @@ class CompiledModel:
     cache_shapes: dict[str, TensorSpec]
     records: list[PassRecord] = field(default_factory=list)
     looked_at: dict[str, Tensor] = field(default_factory=dict)
+    taps: tuple[int, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -59,7 +61,9 @@ class CompiledModel:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""
         graph_module = _copy(self.graph_module, "Verify")
         result = output(graph_module.graph)
-        result.args = (dict(zip(("hidden", "logits"), results(graph_module.graph), strict=True)),)
+        hidden, logits, *_ = results(graph_module.graph)
+        result.args = ({"hidden": hidden, "logits": logits},)
+        graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
         return graph_module
 
@@ -70,16 +74,22 @@ class CompiledModel:
         if packed.ancestors is None and self.batch.tree_nodes:
             packed = as_trees(packed, lengths, self.batch.ancestor_words)
         given = {**caches, **named(packed), "lengths": lengths, "logit_index": logit_index}
-        hidden, logits = self.graph_module(*(given[str(node.target)] for node in inputs(self.graph_module.graph)))
+        hidden, logits, *_ = self.graph_module(*(given[str(node.target)] for node in inputs(self.graph_module.graph)))
         return hidden, logits
 
 
-def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
+def compile_model(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = ()) -> CompiledModel:
     """Capture `model` and rewrite it to level L2.
+
+    Args:
+        model: in eval mode.
+        batch: rows, and tokens that each can hold.
+        taps: layers whose outputs are wanted, too (`passes.tap_features`); negative indices count from the end.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
         UnsupportedModelError: the model cannot be captured, or a pass cannot prove its rewrite right.
+        OptionError: a layer of `taps` does not exist.
     """
     graph_module = capture(model, batch.capacity)
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
@@ -88,7 +98,7 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
     _check_capacity(batch.capacity, ids.shape[1])
     tensors = dict(chain(graph_module.named_parameters(remove_duplicate=False), graph_module.named_buffers()))
     manager = PassManager(fake_mode, active_observers())
-    manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
+    manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode, taps)))
     looked_at = {name: tensors[name] for name in sorted(read_attributes(graph_module)) if name in tensors}
     if not has_kernels and ids.device.type in ("cpu", "cuda"):
         note = f"ops on {ids.device.type}: {kernel_status(ids.device.type)}"
@@ -99,7 +109,7 @@ def compile_model(model: nn.Module, batch: BatchShape) -> CompiledModel:
         for name, value in caches(graph_module.graph).items()
     }
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
-    return CompiledModel(graph_module, batch, fake_mode, vocabulary, specs, manager.records, looked_at)
+    return CompiledModel(graph_module, batch, fake_mode, vocabulary, specs, manager.records, looked_at, taps)
 
 
 def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:

@@ -27,6 +27,7 @@ from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
 from emssd_compile.passes.raise_attention import RaiseAttention
 from emssd_compile.passes.restore_all_logits import RestoreAllLogits
 from emssd_compile.passes.select_logits import SelectLogits
+from emssd_compile.passes.tap_features import TapFeatures
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import UnpadTokens
 from emssd_compile.step.acceptance import Rule, check_rule
@@ -70,14 +71,15 @@ def canonical(batch: BatchShape) -> Level:
     )
 
 
-def unpadded(batch: BatchShape, fake_mode: FakeTensorMode) -> Level:
-    """L2: packed rows, one KV slab a row, logits where needed."""
+def unpadded(batch: BatchShape, fake_mode: FakeTensorMode, taps: tuple[int, ...] = ()) -> Level:
+    """L2: packed rows, one KV slab a row, logits where needed, the outputs of the layers `taps`."""
     return Level(
         "L2",
         (
             UnpadTokens(batch, fake_mode),
             SelectLogits(),  # needs the input `logit_index`, which unpad_tokens adds
             UnpadKVCache(batch, fake_mode),
+            *([TapFeatures(taps)] if taps else []),  # last: what a layer gives to others through caches is gone
         ),
         verify_unpadded,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -253,6 +254,18 @@ def scalar(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+@contextmanager
+def inserting_for(node: fx.Node) -> Iterator[None]:
+    """Insert before `node`; what is inserted is said to be of the module that `node` is of."""
+    before = node.prev
+    with node.graph.inserting_before(node):
+        yield
+    inserted = before.next
+    while inserted is not node:
+        inserted.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+        inserted = inserted.next
+
+
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call at the graph's insertion point and compute its fake value at once."""
     node = graph.call_function(target, args, kwargs)
@@ -276,7 +289,7 @@ def fresh_index(fake_mode: FakeTensorMode, device: torch.device) -> Tensor:
 
 
 def results(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """What an L2 graph returns: hidden states and logits."""
+    """What an L2 graph returns: hidden states, logits, and the outputs of tapped layers."""
     return tuple(output(graph).args[0])  # type: ignore[arg-type]
 
 

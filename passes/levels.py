@@ -59,7 +59,7 @@ def verify_canonical(graph_module: fx.GraphModule) -> None:
 
 
 def verify_unpadded(graph_module: fx.GraphModule) -> None:
-    """L2: every attention reads caches that were just appended to; two outputs, hidden `[T, H]` and logits `[R, V]`."""
+    """L2: every attention reads caches just appended to; results: hidden `[T, H]`, logits `[R, V]`, taps `[T, H]`."""
     graph = graph_module.graph
     _only_ops(graph)
     _expect_inputs(graph, ["input_ids", "positions", "row_ids", "offsets", "lengths", "logit_index"])
@@ -74,7 +74,7 @@ def verify_unpadded(graph_module: fx.GraphModule) -> None:
                 raise refuse(node, "an attention reads a KV cache before this step's tokens are written to it")
             appended.remove(node.args[1:3])
     results = output(graph).args[0]
-    if not (isinstance(results, (tuple, list)) and len(results) == 2):
+    if not (isinstance(results, (tuple, list)) and len(results) >= 2):
         raise refuse(output(graph), "the graph must return hidden states and logits")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from emssd_compile.passes.attention_sites.products import Terms, einsum_terms, permuted
-from emssd_compile.passes.graph import aten, call, same_size, shape
+from emssd_compile.passes.graph import aten, call, inserting_for, same_size, shape
 
 
 class LowerEinsum:
@@ -29,7 +29,7 @@ class LowerEinsum:
         changed = 0
         for node in list(graph_module.graph.nodes):
             if node.target == aten.einsum.default and (letters := _Letters.of(node)) is not None:
-                with graph_module.graph.inserting_before(node):
+                with inserting_for(node):
                     new = letters.multiplied(graph_module.graph)
                 node.replace_all_uses_with(new)
                 graph_module.graph.erase_node(node)

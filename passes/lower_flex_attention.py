@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from emssd_compile.passes.graph import aten, call
+from emssd_compile.passes.graph import aten, call, inserting_for
 from emssd_compile.passes.splice import Tensors, inline_function
 
 _FLEX = torch.ops.higher_order.flex_attention
@@ -44,8 +44,7 @@ def _spell_out(graph_module: fx.GraphModule, site: fx.Node) -> None:
     assert isinstance(value, fx.Node)
     assert isinstance(block_mask, tuple)
     graph = graph_module.graph
-    before = set(graph.nodes)
-    with graph.inserting_before(site):
+    with inserting_for(site):
         groups = query.meta["val"].shape[1] // key.meta["val"].shape[1]
         if groups > 1:
             key, value = (call(graph, aten.repeat_interleave.self_int, n, groups, 1) for n in (key, value))
@@ -61,8 +60,6 @@ def _spell_out(graph_module: fx.GraphModule, site: fx.Node) -> None:
             call(graph, aten.div.Tensor, call(graph, aten.logsumexp.default, scores, [-1]), math.log(2)),
             call(graph, aten.amax.default, scores, [-1]),
         ]
-    for node in set(graph.nodes) - before:
-        node.meta["nn_module_stack"] = site.meta.get("nn_module_stack")  # where a refusal says it is
     for user in list(site.users):
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
         graph.erase_node(user)

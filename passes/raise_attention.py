@@ -13,6 +13,7 @@ from emssd_compile.passes.graph import (
     aten,
     call,
     data_dependent,
+    inserting_for,
     refuse,
     same_size,
     shape,
@@ -78,10 +79,10 @@ class RaiseAttention:
     def _replace(self, graph_module: fx.GraphModule, site: AttentionSite) -> MaskFamily:
         graph = graph_module.graph
         result_dtype = site.result.meta["val"].dtype
-        with graph.inserting_before(site.result):
+        with inserting_for(site.result):
             key, value = _peel_repeats(graph_module, site.key, site.value)
         family = _family(site, self.longest)
-        with graph.inserting_before(site.result):
+        with inserting_for(site.result):
             result = call(
                 graph,
                 attention,

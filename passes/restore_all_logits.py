@@ -12,6 +12,7 @@ from emssd_compile.passes.graph import (
     argument,
     aten,
     call,
+    inserting_for,
     output,
     refuse,
     token_dims,
@@ -56,7 +57,7 @@ class RestoreAllLogits:
             raise refuse(node, "the logits are neither those of every token nor those of the last")
         source = sources[0]
         if node.target == aten.select.int:  # the dimension is gone after it: go on with [T, H]
-            with graph.inserting_before(node):
+            with inserting_for(node):
                 source = call(graph, aten.squeeze.dim, source, 0)
         node.replace_all_uses_with(source)
         if node.target == aten.select.int:

@@ -9,6 +9,7 @@ from emssd_compile.passes.graph import (
     aten,
     call,
     data_dependent,
+    inserting_for,
     output,
     placeholder,
     refuse,
@@ -45,7 +46,7 @@ class SelectLogits:
         (dim,) = token_dims(source, symbol)
         for node in after:
             _forget_token_count(node)
-        with graph.inserting_before(head):
+        with inserting_for(head):
             selected = call(graph, aten.index_select.default, source, dim, placeholder(graph, "logit_index"))
             hidden = call(graph, aten.reshape.default, source, [-1, source.meta["val"].shape[-1]])
         head.replace_input_with(source, selected)

@@ -6,7 +6,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, attention, ragged_attention
-from emssd_compile.passes.graph import aten, call, placeholder, refuse, shape
+from emssd_compile.passes.graph import aten, call, inserting_for, placeholder, refuse, shape
 from emssd_compile.step.batch import BatchShape
 
 
@@ -54,7 +54,7 @@ class UnpadKVCache:
         is_tree = self.batch.tree_nodes > 0
         slots = placeholder(graph, "slots") if is_tree else fields["positions"]
         sight = {"ancestors": placeholder(graph, "ancestors")} if is_tree else {}
-        with graph.inserting_before(site):
+        with inserting_for(site):
             packed = [_packed(graph, node) for node in (query, key, value)]  # type: ignore[arg-type]
             call(graph, append_kv, *caches, *packed[1:], fields["row_ids"], slots)
             result = call(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from emssd_compile.passes.attention_sites.form import AttentionSite, Form, Miss, Subject
-from emssd_compile.passes.graph import aten, call, shape
+from emssd_compile.passes.graph import aten, call, inserting_for, shape
 from emssd_compile.passes.mask_family import MaskFamily
 from emssd_compile.passes.sampled_evaluator import SampledEvaluator
 
@@ -71,7 +71,7 @@ class ScaledDotProduct(Form[Call]):
                 value = torch.zeros((), dtype=torch.float32, device=value.device).masked_fill(~value, -torch.inf)
             return (scaled + value.float()).softmax(-1).reshape(scores.shape)
 
-        with graph.inserting_before(node):
+        with inserting_for(node):
             query, key, value = (_four_dimensional(graph, match.given[name]) for name in _ARGUMENTS[:3])
         return AttentionSite(
             result=node,

@@ -22,7 +22,17 @@ from emssd_compile.passes.attention_sites.softmax import (
     site_of,
     softmax_path,
 )
-from emssd_compile.passes.graph import Evaluator, ancestors, argument, aten, call, shape, token_dims, token_symbol
+from emssd_compile.passes.graph import (
+    Evaluator,
+    ancestors,
+    argument,
+    aten,
+    call,
+    inserting_for,
+    shape,
+    token_dims,
+    token_symbol,
+)
 from emssd_compile.precision import coarsest
 
 _TOKENS = 12
@@ -76,7 +86,7 @@ class _Sinks(Form[SinkPath]):
         site.sinks = _per_head(subject, match)
         if isinstance(site.sinks, fx.Node) and len(shape(site.sinks) or ()) != 1:
             graph = subject.graph_module.graph
-            with graph.inserting_before(match.result):
+            with inserting_for(match.result):
                 site.sinks = call(graph, aten.reshape.default, site.sinks, [-1])
         return site
 

@@ -15,6 +15,7 @@ from emssd_compile.passes.attention_sites.products import Operand, Product, arra
 from emssd_compile.passes.graph import (
     Evaluator,
     aten,
+    inserting_for,
     scalar,
     token_dims,
     token_symbol,
@@ -273,7 +274,7 @@ def site_of(subject: Subject, weights: Weights, result: fx.Node | None = None) -
     """
     path = weights.path
     graph, output = subject.graph_module.graph, path.output
-    with graph.inserting_before(output.node):
+    with inserting_for(output.node):
         query = arrange(graph, weights.query, weights.heads, path.scores.contracted)
         key = arrange(graph, weights.key, _shared(weights.heads, weights.key), path.scores.contracted)
         value = arrange(graph, weights.values, _shared(weights.rows[:-1], weights.values), weights.features)

@@ -135,14 +135,15 @@ def unpadded(model: nn.Module) -> tuple[fx.GraphModule, PassManager]:
     )
 
 
-def run_packed(graph_module: fx.GraphModule, rows: list[Tensor], committed: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a level-L2 graph gives for `rows` of new tokens [n] behind `committed` tokens [m]: hidden states and logits.
+def run_packed(graph_module: fx.GraphModule, rows: list[Tensor], committed: list[Tensor]) -> tuple[Tensor, ...]:
+    """What a level-L2 graph gives for `rows` of new tokens [n] behind `committed` tokens [m]: hidden states and logits,
+    and what is tapped.
 
     The committed tokens are fed first, in a step of their own, to fill the caches.
     """
     held = {n: torch.zeros([int(s) for s in value.shape]) for n, value in caches(graph_module.graph).items()}
     lengths = torch.zeros(BATCH.rows, dtype=torch.int64)
-    results: tuple[Tensor, Tensor] | None = None
+    results: tuple[Tensor, ...] = ()
     for fed in (committed, rows):
         counts = torch.tensor([len(row) for row in fed])
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -153,7 +154,6 @@ def run_packed(graph_module: fx.GraphModule, rows: list[Tensor], committed: list
                 torch.cat(fed), positions, row_ids, offsets, lengths, torch.arange(len(row_ids)), *held.values()
             )
         lengths = lengths + counts
-    assert results is not None
     return results
 
 
