@@ -40,9 +40,7 @@ def assemble(
     Raises:
         CapacityError: the KV caches do not fit into memory.
     """
-    caches, row, memory = (signature.with_role(role) for role in ("cache", "row", "memory"))
-    own = {name: binding.spec for name, binding in {**caches, **row, **memory}.items()}
-    tensors = allocate(own, device)  # first: the caches may not fit
+    tensors = allocate(own_tensors(signature), device)  # first: the caches may not fit
     state = StepState.empty(signature.sizes, device)
     names = [binding.name for binding in signature.inputs]
     run = _without_clock(step) if deterministic else step

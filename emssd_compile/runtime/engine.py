@@ -61,9 +61,7 @@ class Engine:
         most = self.num_rows * (self.num_draft_tokens + 1)
         self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
-        self._row_state = tuple(signature.with_role("row"))
-        self._memory = tuple(signature.with_role("memory"))
-        self._kept = tuple(signature.with_role("state", "setting", "row", "memory"))
+        self.use(signature)
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._last_read = 0.0
         self._num_observed = 0
@@ -89,6 +87,13 @@ class Engine:
                     self._release()
         finally:
             self._clear()
+
+    def use(self, signature: Signature) -> None:
+        """Drive a step with these bindings from now on: that which the launcher runs."""
+        self._row_state = tuple(signature.with_role("row"))
+        self._memory = tuple(signature.with_role("memory"))
+        self._options = signature.with_role("option")
+        self._kept = tuple(signature.with_role("state", "setting", "option", "row", "memory"))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -156,9 +161,14 @@ class Engine:
             "draft_lengths": torch.zeros_like(lengths),
             "active": torch.ones_like(lengths, dtype=torch.bool),
             "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
-            "min_known": lengths + torch.tensor([r.min_new_tokens for r in started]),
+            "prompt_lengths": lengths,
+            "groups": torch.tensor([r.index if r.group is None else r.group for r in started]),
             "seeds": torch.tensor([r.seed for r in started]),
         }
+        for name, binding in self._options.items():
+            assert binding.option is not None
+            of_each = [r.options.get(name.removeprefix("option_"), binding.option.default) for r in started]
+            values[name] = torch.tensor(of_each, dtype=binding.dtype)
         rows = self.launcher.upload(torch.tensor(free))
         for name, value in values.items():
             self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))

@@ -27,6 +27,7 @@ class Verification:
         positions: int64 `[R]`, position in its row of the token that each entry predicts. A rule that draws takes its
             numbers from `randomness.uniforms(seeds, positions, ...)`: then a request gives the same tokens whatever it
             is batched with.
+        options: the options that the rule declares, `[B]` each, by name.
         state: the rule's own tensors, as declared by `Rule.tensors`.
     """
 
@@ -35,6 +36,7 @@ class Verification:
     draft: Nodes
     seeds: Tensor
     positions: Tensor
+    options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
