@@ -15,7 +15,7 @@ from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
 from emssd_compile.errors import OptionError, StaleModelError, UnsupportedModelError
-from emssd_compile.freshness import Freshness, Structure
+from emssd_compile.freshness import Freshness
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit, resolve_length
 from emssd_compile.lowering import BACKENDS
@@ -30,6 +30,7 @@ from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.signature import Signature
+from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
