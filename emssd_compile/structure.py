@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 _HARMLESS_OF_MODULES = frozenset(
     {
@@ -85,11 +88,12 @@ class Structure:
         self._seen.add(id(module))
         self._kinds.append((path, module, type(module)))
         self._note_classes(type(module))
-        self._containers.append(_Container(path, partial(vars, module), _HARMLESS_OF_MODULES))
+        harmless = _HARMLESS_OF_MODULES | _recomputed(module)
+        self._containers.append(_Container(path, partial(vars, module), harmless))
         for store in ("_parameters", "_buffers"):
             self._containers.append(_Names(f"{path} (its tensors)", partial(getattr, module, store)))
         for name, value in module.__dict__.items():
-            if name not in _HARMLESS_OF_MODULES and name not in _OWN_CHECK:
+            if name not in harmless and name not in _OWN_CHECK:
                 self._note(f"{path}.{name}", value, 0)
 
     def _note_classes(self, kind: type) -> None:
@@ -129,6 +133,13 @@ class Structure:
         for key, item in pairs:
             if key not in harmless:
                 self._note(f"{path}.{key}", item, depth + 1)
+
+
+def _recomputed(module: nn.Module) -> frozenset[str]:
+    """Attributes that `torch.nn.utils` computes anew from the weights in each forward, before a module reads them."""
+    hooks = module._forward_pre_hooks.values()
+    normalised = {hook.name for hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))}
+    return frozenset(normalised | {hook._tensor_name for hook in hooks if isinstance(hook, BasePruningMethod)})
 
 
 def _items(value: Any) -> tuple[Callable[[], Any], list[tuple[Any, Any]]] | None:

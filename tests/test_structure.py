@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import emssd_compile
 from emssd_compile.errors import StaleModelError
@@ -212,3 +213,28 @@ def test_what_hangs_on_modules_is_compared_wherever_it_is_kept(model, prepare):
     change()
     with pytest.raises(StaleModelError, match="has changed"):
         fast.generate([PROMPT], max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        weight_norm,
+        spectral_norm,
+        lambda linear: prune.random_unstructured(linear, "weight", 0.3),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "parametrized weight_norm", "parametrized spectral_norm"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated:FutureWarning")
+def test_a_weight_that_each_forward_computes_is_followed_through_what_it_is_computed_from(computed):
+    model: Any = build("own-positions")
+    computed(model.query)
+    model.eval()
+    fast = compiled(model)
+    assert_follows(fast, model)
+    with torch.no_grad():
+        for parameter in model.query.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert_follows(fast, model)  # the reference has run the model, which computes the weight
+    assert_follows(fast, model)
