@@ -79,7 +79,7 @@ def optimize(
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model, or breaks its contract.
         RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
-        CapacityError: the KV caches do not fit into memory.
+        CapacityError: the KV caches, or what a part keeps, do not fit into memory.
         BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
     check_model(model)

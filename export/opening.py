@@ -52,7 +52,7 @@ def open_artifact(
             f"{folder} is no artifact of {made_for.name}: {', '.join(wrong)} in its details cannot be read"
         )
     _compare_surroundings(folder, manifest, made_for, where)
-    check_room((b.spec for b in manifest.signature.inputs if b.role not in ("size", "input")), where)
+    check_room({b.name: b.spec for b in manifest.signature.inputs if b.role not in ("size", "input")}, where)
     with Files(folder, manifest.files) as files:
         return manifest, where, made_for.open(files, manifest.details, manifest.signature, where)
 

@@ -38,7 +38,7 @@ def assemble(
         buckets: sizes that are captured, where the device captures any.
 
     Raises:
-        CapacityError: the KV caches do not fit into memory.
+        CapacityError: the KV caches, or what a part keeps, do not fit into memory.
     """
     caches, row, memory = (signature.with_role(role) for role in ("cache", "row", "memory"))
     own = {name: binding.spec for name, binding in {**caches, **row, **memory}.items()}
