@@ -1,4 +1,4 @@
-"""Of the forms that an attention nearly has, the nearest one says why it is refused."""
+"""Of the forms that an attention nearly has, one says why it is refused: the nearest, and of those the first."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ def _column(m: TinyModel, q: Tensor) -> Tensor:
     return sinks_of(m).reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
 
 
-def test_the_nearest_miss_is_what_is_said():
-    """The form with sinks comes further than the one without, which only knows that scores are joined."""
+def test_of_forms_that_are_as_near_the_first_says_why():
+    """The one without sinks would only say that scores are joined."""
 
     def attend(m: TinyModel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = causal_scores(q @ k.transpose(-1, -2))
