@@ -16,7 +16,7 @@ from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
 from emssd_compile.errors import OptionError, StaleModelError, UnsupportedModelError
-from emssd_compile.freshness import Freshness, Structure
+from emssd_compile.freshness import Freshness
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit, resolve_length
 from emssd_compile.lowering import BACKENDS
@@ -31,6 +31,7 @@ from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
 from emssd_compile.step.signature import Signature
+from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
@@ -79,7 +80,7 @@ def optimize(
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model, or breaks its contract.
         RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
-        CapacityError: the KV caches do not fit into memory.
+        CapacityError: the KV caches, or what a part keeps, do not fit into memory.
         BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
     check_model(model)

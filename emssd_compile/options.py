@@ -51,8 +51,13 @@ class CompileOptions:
         All of that is one step's work: each row's newest token and its drafts. More than all rows can hold never is.
 
         Raises:
-            OptionError: `prefill_chunk` has no room for it.
+            OptionError: `prefill_chunk` has no room for it, or a row has none for its drafts.
         """
+        if num_draft_tokens > self.max_length:
+            raise OptionError(
+                f"num_draft_tokens={num_draft_tokens} is more than a row of max_length={self.max_length} tokens can "
+                "hold; draft fewer, or pass a larger max_length"
+            )
         least = self.max_batch * (num_draft_tokens + 1)
         if self.prefill_chunk is None:
             return max(PREFILL_CHUNK, least)

@@ -38,7 +38,7 @@ def assemble(
         buckets: sizes that are captured, where the device captures any.
 
     Raises:
-        CapacityError: the KV caches do not fit into memory.
+        CapacityError: the KV caches, or what a part keeps, do not fit into memory.
     """
     tensors = allocate(own_tensors(signature), device)  # first: the caches may not fit
     state = StepState.empty(signature.sizes, device)
