@@ -147,6 +147,10 @@ class CompiledStep:
     processors: tuple[LogitsProcessor, ...]
     records: list[PassRecord]
 
+    def with_processors(self, processors: tuple[LogitsProcessor, ...]) -> CompiledStep:
+        """The step of the same model and parts, with other logits processors."""
+        return compile_step(self.compiled, self.compiled.batch, self.rule, self.drafter, self.policy, processors)
+
     def for_target(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
         """A copy of the step in the form that a target's passes give it; what they did is added to `records`."""
         return apply_target_passes(self.graph_module, self.compiled, target, records)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from emssd_compile.acceptance import make_rule
 from emssd_compile.ambient import compiling, neutral
@@ -19,22 +19,27 @@ from emssd_compile.errors import OptionError, StaleModelError, UnsupportedModelE
 from emssd_compile.freshness import Freshness
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit, resolve_length
+from emssd_compile.logits import PROCESSORS, LogitsProcessor
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
 from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.assembly import assemble
+from emssd_compile.runtime.assembly import assemble, make_variant, switch
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.launch import Variant
 from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
+from emssd_compile.step.logits import in_use
+from emssd_compile.step.options import RowOption
 from emssd_compile.step.signature import Signature
 from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
+    from emssd_compile.passes import PassRecord
 
 
 def optimize(
@@ -48,6 +53,7 @@ def optimize(
     acceptance: str | Rule = "auto",
     prefill_chunk: int | None = None,
     deterministic: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
@@ -73,13 +79,15 @@ def optimize(
         deterministic: choose the sizes of steps without a clock: from assumed times where `layout` measures, and always
             from the same start. Then a call with the same prompts and options gives the same bits in half precision,
             too, on the same machine with the same number of threads, whatever was decoded before.
+        processors: logits processors of your own, applied behind those of the package.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
         OptionError: an option is unknown or out of range.
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model, or breaks its contract.
-        RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
+        RuleError, PolicyError, ProcessorError: the acceptance rule, the length policy or a logits processor breaks its
+            contract.
         CapacityError: the KV caches, or what a part keeps, do not fit into memory.
         BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
@@ -92,12 +100,12 @@ def optimize(
     BACKENDS[options.backend].require(_device(model))
     check_weights(model)
     with compiling, neutral(torch.get_default_dtype()):
-        step, captured = _compile(model, rule, proposer, options)
-        return OptimizedModel(model, step, options, captured)
+        step, captured = _compile(model, rule, proposer, options, tuple(processors))
+        return OptimizedModel(model, step, options, captured, tuple(processors))
 
 
 def _compile(
-    model: nn.Module, rule: Rule, drafter: Drafter, options: CompileOptions
+    model: nn.Module, rule: Rule, drafter: Drafter, options: CompileOptions, processors: tuple[LogitsProcessor, ...]
 ) -> tuple[CompiledStep, tuple[CompiledModel, ...]]:
     """The step, and the models that were captured for it."""
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
@@ -117,10 +125,10 @@ def _compile(
         most = min(batch.capacity, length_limit(source) or batch.capacity)
         return checked(source, _compile_as_far(source, BatchShape(batch.rows, most, tree_nodes)))
 
-    compiled = checked(model, compile_model(model, batch))
+    compiled = checked(model, compile_model(model, batch, drafter.taps))
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    step = compile_step(compiled, batch, rule, drafter, LAYOUTS[options.layout].policy())
-    return step, tuple(captured)
+    policy = LAYOUTS[options.layout].policy()
+    return compile_step(compiled, batch, rule, drafter, policy, in_use(processors, ())), tuple(captured)
 
 
 def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
@@ -140,6 +148,23 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class _Form:
+    """One form of the step.
+
+    Attributes:
+        variant: what runs.
+        graph_module: the graph of it, as the backend's passes left it.
+        source: the graph before that.
+        records: what each pass did.
+    """
+
+    variant: Variant
+    graph_module: fx.GraphModule
+    source: fx.GraphModule
+    records: list[PassRecord]
+
+
 class OptimizedModel(Decoder):
     """A compiled model. Made by `optimize`.
 
@@ -153,24 +178,27 @@ class OptimizedModel(Decoder):
     """
 
     def __init__(
-        self, model: nn.Module, step: CompiledStep, options: CompileOptions, captured: tuple[CompiledModel, ...] = ()
+        self,
+        model: nn.Module,
+        step: CompiledStep,
+        options: CompileOptions,
+        captured: tuple[CompiledModel, ...] = (),
+        processors: tuple[LogitsProcessor, ...] = (),
     ) -> None:
         self.model = model
         self.drafter = step.drafter
         self.options = options
+        self._processors = (*(make() for make in PROCESSORS), *processors)
         super().__init__(self._assemble(step, captured or (step.compiled,)), lossless=step.rule.lossless)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""
         backend, device, rows = BACKENDS[self.options.backend], _device(self.model), self.options.max_batch
-        records = [*step.records]
-        graph_module = step.for_target(backend.passes(device), records)
-        graphs = (graph_module, step.graph_module, *(c.graph_module for c in captured))
-        looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
-        freshness = Freshness(Structure(self.model, self.drafter), graphs, looked_at)
+        form = self._lower(step)
+        freshness = self._compare_from_now(captured, [form])
         engine = assemble(
-            backend.lower(graph_module, self.options.deterministic),
-            Signature.of(graph_module.graph, step.roles),
+            form.variant.step,
+            form.variant.signature,
             device,
             LAYOUTS[self.options.layout],
             prefill_chunk=self.options.chunk(step.drafter.num_draft_tokens),
@@ -178,8 +206,42 @@ class OptimizedModel(Decoder):
             buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
         )
         # Last, so that an object that cannot be refreshed stays what it was.
-        self._step, self._records, self.graph_module, self._freshness = step, records, graph_module, freshness
+        self._step, self._captured, self._freshness = step, captured, freshness
+        self._records, self.graph_module = form.records, form.graph_module
+        self._forms = {step.processors: replace(form, variant=engine.launcher.variant)}
         return engine
+
+    def _lower(self, step: CompiledStep) -> _Form:
+        """A step in the form that the backend runs."""
+        backend, records = BACKENDS[self.options.backend], [*step.records]
+        graph_module = step.for_target(backend.passes(_device(self.model)), records)
+        signature = Signature.of(graph_module.graph, step.roles, step.options)
+        deterministic = self.options.deterministic
+        variant = make_variant(backend.lower(graph_module, deterministic), signature, deterministic=deterministic)
+        return _Form(variant, graph_module, step.graph_module, records)
+
+    def _compare_from_now(self, captured: tuple[CompiledModel, ...], forms: Collection[_Form]) -> Freshness:
+        """What later changes of the model are compared with: what it is now."""
+        graphs = [graph for form in forms for graph in (form.graph_module, form.source)]
+        looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
+        everything = (*graphs, *(c.graph_module for c in captured))
+        return Freshness(Structure(self.model, self.drafter), everything, looked_at)
+
+    def _select(self, used: Collection[str]) -> None:
+        wanted = in_use(self._processors, used)
+        if wanted not in self._forms:
+            with compiling:
+                form = self._lower(self._step.with_processors(wanted))
+                self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
+            self._forms[wanted] = form
+        if self._engine.launcher.variant is not self._forms[wanted].variant:
+            switch(self._engine, self._forms[wanted].variant)
+
+    @property
+    def row_options(self) -> dict[str, RowOption]:
+        """What each request may set for the parts of the step, by the keyword of `generate`."""
+        parts = (self._step.rule, self._step.drafter, self._step.policy, *self._processors)
+        return {name: option for part in parts for name, option in part.options().items()}
 
     def _follow(self) -> None:
         if self._freshness.follow():
@@ -206,7 +268,8 @@ class OptimizedModel(Decoder):
                 self._follow()
             except StaleModelError:
                 check_weights(self.model)
-                self._take(self._assemble(*_compile(self.model, self._step.rule, self.drafter, self.options)))
+                parts = (self._step.rule, self.drafter)
+                self._take(self._assemble(*_compile(self.model, *parts, self.options, self._step.processors)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""
@@ -314,6 +377,7 @@ class OptimizedModel(Decoder):
 
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
-        what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
+            step = self._step.with_processors(self._processors)
+        what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

@@ -58,7 +58,8 @@ class TracedPart:
         Returns:
             The answer without its state, and the new values of the part's tensors by the step's names.
         """
-        device = next(iter(named(context).values())).meta["val"].device
+        known: Any = next(iter(named(context).values()))  # a node
+        device = known.meta["val"].device
         state = self._add_inputs(into.graph, device, fake_mode)
         options = self._add_options(into.graph, device, fake_mode)
         with self._blamed("failed while it was traced", f"A {self.kind}'s forward may hold tensor operations only"):
@@ -166,8 +167,9 @@ class TracedPart:
         same = isinstance(value, Tensor) and [str(n) for n in value.shape] == [str(n) for n in like.shape]
         if not isinstance(value, Tensor) or not same or (value.dtype, value.device) != (like.dtype, like.device):
             found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise self.error(f"{self.name} returned {what} = {found}; expected them as they came: {like.dtype} "
-                             f"{list(like.shape)}")
+            raise self.error(
+                f"{self.name} returned {what} = {found}; expected them as they came: {like.dtype} {list(like.shape)}"
+            )
 
     def _size(self, letter: str) -> int:
         return {"B": self.sizes.rows, "K": self.sizes.num_draft_tokens, "P": self.sizes.depth + 1}[letter]

@@ -21,10 +21,10 @@ def pack_ancestors(mask: Tensor) -> Tensor:
         int32 ``[T, ceil(N / 32)]``; bits from ``N`` on are 0.
     """
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % WORD_BITS))
-    # Of different bits, so no sum of them leaves the range of int32, in whatever order they are added.
-    numbers = _bit_numbers(mask)
-    values = torch.where(numbers == WORD_BITS - 1, -1, 1) * 2 ** numbers.to(torch.int64)  # without shifts, as below
-    return (padded.unflatten(1, (-1, WORD_BITS)) * values).sum(-1).to(torch.int32)
+    numbers = _bit_numbers(mask)  # without shifts, as below
+    values = torch.where(numbers == WORD_BITS - 1, -1, 1) * 2 ** numbers.to(torch.int64)
+    words: Tensor = (padded.unflatten(1, (-1, WORD_BITS)) * values).sum(-1).to(torch.int32)
+    return words
 
 
 def unpack_ancestors(words: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ _OWNERS = {
     "drafter_": "the drafter's own tensors",
     "rule_": "the acceptance rule's own tensors",
     "policy_": "the length policy's own tensors",
+    "processor_": "the logits processors' own tensors",
 }
 """Whose an input of a step is, by how its name begins; those of `StepState` begin with none of these."""
 

@@ -8,7 +8,6 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from emssd_compile.errors import DrafterError
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.fields import holds_tensors
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.parts import Part
@@ -85,8 +84,6 @@ class Draft:
 
 class PackedModel(Protocol):
     """A causal LM compiled to run on packed rows, for drafters that hold one."""
-
-    batch: BatchShape
 
     @property
     def vocabulary(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -94,3 +95,8 @@ class LogitsProcessor(Part):
     def forward(self, context: LogitContext) -> Processed:
         """Process the logits of all rows at once."""
         raise NotImplementedError
+
+
+def in_use(processors: Iterable[LogitsProcessor], used: Collection[str]) -> tuple[LogitsProcessor, ...]:
+    """Those of the processors that do something where requests set these options, in order."""
+    return tuple(p for p in processors if not p.options() or not p.options().keys().isdisjoint(used))

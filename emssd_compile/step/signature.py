@@ -73,9 +73,7 @@ class Signature:
     results: tuple[Binding, ...]
 
     @classmethod
-    def of(
-        cls, graph: fx.Graph, roles: Mapping[str, str], options: Mapping[str, RowOption] | None = None
-    ) -> Signature:
+    def of(cls, graph: fx.Graph, roles: Mapping[str, str], options: Mapping[str, RowOption] | None = None) -> Signature:
         """Read off a graph with named inputs and a dict of results; `roles` and `options` are those of the inputs."""
         symbols: dict[str, str] = {}
 
