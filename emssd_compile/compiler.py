@@ -17,6 +17,7 @@ from emssd_compile.ops import kernel_status, load_kernels
 from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
+from emssd_compile.passes.split_halves import Halves, split_halves
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
@@ -147,13 +148,20 @@ class CompiledStep:
     processors: tuple[LogitsProcessor, ...]
     records: list[PassRecord]
 
-    def with_processors(self, processors: tuple[LogitsProcessor, ...]) -> CompiledStep:
-        """The step of the same model and parts, with other logits processors."""
-        return compile_step(self.compiled, self.compiled.batch, self.rule, self.drafter, self.policy, processors)
+    def with_processors(self, processors: tuple[LogitsProcessor, ...], *, shows_logits: bool = False) -> CompiledStep:
+        """The step of the same model and parts with other logits processors; with `shows_logits`, to be cut in two."""
+        parts = (self.rule, self.drafter, self.policy)
+        return compile_step(self.compiled, self.compiled.batch, *parts, processors, shows_logits=shows_logits)
 
-    def for_target(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
-        """A copy of the step in the form that a target's passes give it; what they did is added to `records`."""
-        return apply_target_passes(self.graph_module, self.compiled, target, records)
+    def halves(self) -> Halves:
+        """The step, which shows its logits, as two graphs."""
+        return split_halves(self.graph_module)
+
+    def for_target(
+        self, target: tuple[Pass, ...], records: list[PassRecord], graph_module: fx.GraphModule | None = None
+    ) -> fx.GraphModule:
+        """A copy of the step, or of a half of it, in the form that a target's passes give it; `records` gets theirs."""
+        return apply_target_passes(graph_module or self.graph_module, self.compiled, target, records)
 
     @property
     def options(self) -> dict[str, RowOption]:
@@ -173,11 +181,16 @@ def compile_step(
     drafter: Drafter,
     policy: LengthPolicy,
     processors: tuple[LogitsProcessor, ...] = (),
+    *,
+    shows_logits: bool = False,
 ) -> CompiledStep:
     """Fuse packing, the model, what is done to its logits, acceptance and the next drafts into one step."""
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
-    manager.apply(graph_module, (passes.step(batch, rule, drafter, policy, compiled.fake_mode, processors),))
+    manager.apply(
+        graph_module,
+        (passes.step(batch, rule, drafter, policy, compiled.fake_mode, processors, shows_logits=shows_logits),),
+    )
     return CompiledStep(graph_module, compiled, rule, drafter, policy, processors, manager.records)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.turns import Turns
 from emssd_compile.stats import Stats
 from emssd_compile.step.options import RowOption
+
+if TYPE_CHECKING:
+    from emssd_compile.lowering.halves import LogitsHook
 
 KindT = TypeVar("KindT", Tensor, list[list[int]], list[Tensor], Array, list[Array])
 
@@ -52,8 +55,12 @@ class Decoder(ABC):
     def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
         """Take over what has changed since the step was made, or raise StaleModelError."""
 
-    def _select(self, used: Collection[str]) -> None:  # noqa: B027  (an artifact holds one form of its step)
-        """Drive the form of the step that honours these options of rows."""
+    def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
+        """Drive the form of the step that honours these options of rows; an artifact holds one form."""
+        if hook is not None:
+            raise NotImplementedError(
+                "logits_hook: an artifact's step is one graph, with no place for Python in it; use optimize"
+            )
 
     @property
     @abstractmethod
@@ -106,7 +113,7 @@ class Decoder(ABC):
         used = {n for n, value in options.items() if self.row_options[n].check(n, value) != self.row_options[n].default}
         with self._turns.take("warmup"), neutral(self._default_dtype):
             self._follow()
-            self._select(used)
+            self._select(used, None)
             self._warm_up(progress)
 
     def _warm_up(self, progress: bool) -> None:
@@ -198,6 +205,7 @@ class Decoder(ABC):
         attention_mask: object = None,
         input_ids: object = None,
         token_type_ids: object = None,
+        logits_hook: LogitsHook | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Any:
@@ -213,6 +221,10 @@ class Decoder(ABC):
             attention_mask: `[B, S]`, 0 where a tensor is padded.
             input_ids: Hugging Face's name for `inputs`.
             token_type_ids: accepted if all zero.
+            logits_hook: Python that changes logits: `hook(context) -> logits`, called once a step, between its two halves,
+                with the logits of all packed tokens and the text before each, drafts included
+                (`emssd_compile.logits.LogitContext`). It is called behind all logits processors, and tokens are those
+                of decoding without drafts if what it does to a logit depends on the text before it only.
             progress: show a progress bar.
             **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; and Hugging
                 Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
@@ -235,7 +247,7 @@ class Decoder(ABC):
         """
         with neutral(self._default_dtype):
             return self._generate(
-                inputs, generation_config, attention_mask, input_ids, token_type_ids, progress, options
+                inputs, generation_config, attention_mask, input_ids, token_type_ids, logits_hook, progress, options
             )
 
     def _generate(
@@ -245,6 +257,7 @@ class Decoder(ABC):
         attention_mask: object,
         input_ids: object,
         token_type_ids: object,
+        logits_hook: LogitsHook | None,
         progress: bool,
         options: dict[str, Any],
     ) -> Any:
@@ -270,7 +283,7 @@ class Decoder(ABC):
         ]
         with self._turns.take("generate"):
             self._follow()
-            self._select({name for options in own for name in options})
+            self._select({name for options in own for name in options}, logits_hook)
             if not self._is_warm:
                 self._warm_up(progress=False)
             self._decode(prompts, requests, chosen, progress)

@@ -20,7 +20,7 @@ from emssd_compile.freshness import Freshness
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit, resolve_length
 from emssd_compile.logits import PROCESSORS, LogitsProcessor
-from emssd_compile.lowering import BACKENDS
+from emssd_compile.lowering import BACKENDS, StepFunction
 from emssd_compile.options import CompileOptions
 from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
@@ -32,13 +32,14 @@ from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
-from emssd_compile.step.logits import in_use
+from emssd_compile.step.logits import LogitContext, in_use
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.signature import Signature
 from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
+    from emssd_compile.lowering.halves import HalvedStep, LogitsHook
     from emssd_compile.passes import PassRecord
 
 
@@ -154,15 +155,23 @@ class _Form:
 
     Attributes:
         variant: what runs.
-        graph_module: the graph of it, as the backend's passes left it.
-        source: the graph before that.
+        graphs: what holds weights: the graphs as the backend's passes left them, and as they were before.
         records: what each pass did.
+        halves: the step, if it is run in two halves.
     """
 
     variant: Variant
-    graph_module: fx.GraphModule
-    source: fx.GraphModule
+    graphs: tuple[fx.GraphModule, ...]
     records: list[PassRecord]
+    halves: HalvedStep | None = None
+
+
+def _inputs(graph_module: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+
+
+def _signature(step: CompiledStep, graph_module: fx.GraphModule) -> Signature:
+    return Signature.of(graph_module.graph, step.roles, step.options)
 
 
 class OptimizedModel(Decoder):
@@ -207,35 +216,61 @@ class OptimizedModel(Decoder):
         )
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness
-        self._records, self.graph_module = form.records, form.graph_module
-        self._forms = {step.processors: replace(form, variant=engine.launcher.variant)}
+        self._records, self.graph_module = form.records, form.graphs[0]
+        self._forms = {(step.processors, False): replace(form, variant=engine.launcher.variant)}
         return engine
 
     def _lower(self, step: CompiledStep) -> _Form:
         """A step in the form that the backend runs."""
-        backend, records = BACKENDS[self.options.backend], [*step.records]
-        graph_module = step.for_target(backend.passes(_device(self.model)), records)
-        signature = Signature.of(graph_module.graph, step.roles, step.options)
-        deterministic = self.options.deterministic
-        variant = make_variant(backend.lower(graph_module, deterministic), signature, deterministic=deterministic)
-        return _Form(variant, graph_module, step.graph_module, records)
+        records = [*step.records]
+        graph_module, function = self._lower_graph(step, step.graph_module, records)
+        variant = make_variant(function, _signature(step, graph_module), deterministic=self.options.deterministic)
+        return _Form(variant, (graph_module, step.graph_module), records)
+
+    def _lower_halves(self, step: CompiledStep) -> _Form:
+        """A step that shows its logits, in two parts."""
+        from emssd_compile.lowering.halves import HalvedStep  # brings sympy: not needed to import us
+
+        records, signature = [*step.records], _signature(step, step.graph_module)
+        halves = step.halves()
+        (forward, run), (decide, finish) = (
+            self._lower_graph(step, half, records) for half in (halves.forward, halves.decide)
+        )
+        function = HalvedStep(
+            [binding.name for binding in signature.inputs],
+            (run, _inputs(halves.forward)),
+            (finish, _inputs(halves.decide)),
+            LogitContext.form(signature.sizes),
+        )
+        variant = make_variant(function, signature, deterministic=self.options.deterministic, is_capturable=False)
+        return _Form(variant, (forward, decide, step.graph_module), records, function)
+
+    def _lower_graph(
+        self, step: CompiledStep, graph_module: fx.GraphModule, records: list[PassRecord]
+    ) -> tuple[fx.GraphModule, StepFunction]:
+        backend = BACKENDS[self.options.backend]
+        suited = step.for_target(backend.passes(_device(self.model)), records, graph_module)
+        return suited, backend.lower(suited, self.options.deterministic)
 
     def _compare_from_now(self, captured: tuple[CompiledModel, ...], forms: Collection[_Form]) -> Freshness:
         """What later changes of the model are compared with: what it is now."""
-        graphs = [graph for form in forms for graph in (form.graph_module, form.source)]
+        graphs = (*(g for form in forms for g in form.graphs), *(c.graph_module for c in captured))
         looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
-        everything = (*graphs, *(c.graph_module for c in captured))
-        return Freshness(Structure(self.model, self.drafter), everything, looked_at)
+        return Freshness(Structure(self.model, self.drafter), graphs, looked_at)
 
-    def _select(self, used: Collection[str]) -> None:
-        wanted = in_use(self._processors, used)
-        if wanted not in self._forms:
+    def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
+        key = (in_use(self._processors, used), hook is not None)
+        if key not in self._forms:
             with compiling:
-                form = self._lower(self._step.with_processors(wanted))
+                step = self._step.with_processors(key[0], shows_logits=key[1])
+                form = self._lower_halves(step) if key[1] else self._lower(step)
                 self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
-            self._forms[wanted] = form
-        if self._engine.launcher.variant is not self._forms[wanted].variant:
-            switch(self._engine, self._forms[wanted].variant)
+            self._forms[key] = form
+        form = self._forms[key]
+        if form.halves is not None:
+            form.halves.hook = hook
+        if self._engine.launcher.variant is not form.variant:
+            switch(self._engine, form.variant)
 
     @property
     def row_options(self) -> dict[str, RowOption]:

@@ -24,7 +24,7 @@ _MOST = 1 << 31  # of one size
 def entry(binding: Binding) -> dict[str, Any]:
     """A binding as what JSON knows."""
     dtype = str(binding.dtype).removeprefix("torch.")
-    found = {"name": binding.name, "shape": list(binding.shape), "dtype": dtype, "role": binding.role}
+    found: dict[str, Any] = {"name": binding.name, "shape": list(binding.shape), "dtype": dtype, "role": binding.role}
     option = binding.option
     if option is not None:
         found["option"] = {"default": option.default, "least": option.least, "most": option.most}
@@ -117,9 +117,8 @@ def _flaws_of_step(signature: Signature) -> list[str]:
     try:
         state = StepState.empty(sizes, torch.device("meta")).tensors()
     except RuntimeError:  # torch cannot count its bytes
-        return [
-            f"a state of {rows} rows of {sizes.capacity} tokens and {sizes.num_draft_tokens} drafts is beyond any memory"
-        ]
+        drafts = sizes.num_draft_tokens
+        return [f"a state of {rows} rows of {sizes.capacity} tokens and {drafts} drafts is beyond any memory"]
     expected = [Binding(name, tuple(value.shape), value.dtype, role_of_state(name)) for name, value in state.items()]
     expected += [Binding(name, (name,), torch.int64, "size") for name in SIZE_NAMES]
     found = [_difference(inputs.get(binding.name), binding) for binding in expected]

@@ -93,6 +93,8 @@ def step(
     policy: LengthPolicy,
     fake_mode: FakeTensorMode,
     processors: tuple[LogitsProcessor, ...] = (),
+    *,
+    shows_logits: bool = False,
 ) -> Level:
     """L3: pack, run, accept, commit, draft and choose lengths as one graph.
 
@@ -101,7 +103,8 @@ def step(
     """
     check_rule(rule)
     check_drafter(drafter)
-    return Level("L3", (FuseStep(batch, rule, drafter, policy, processors, fake_mode),), verify_step)
+    fuse = FuseStep(batch, rule, drafter, policy, processors, fake_mode, shows_logits=shows_logits)
+    return Level("L3", (fuse,), verify_step)
 
 
 def targeted(own: tuple[Pass, ...]) -> Level:

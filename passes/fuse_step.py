@@ -14,6 +14,7 @@ from emssd_compile.errors import DrafterError, PolicyError, ProcessorError, Rule
 from emssd_compile.ops import append_kv, move_kv
 from emssd_compile.passes.graph import caches, call, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
+from emssd_compile.passes.split_halves import SEAM
 from emssd_compile.passes.traced_part import TracedPart
 from emssd_compile.step.acceptance import Rule, Verdict, Verification, feasible
 from emssd_compile.step.batch import BatchShape
@@ -47,6 +48,8 @@ class FuseStep:
         policy: what chooses how many of them are verified.
         processors: what is done to the logits, in order.
         fake_mode: of the graph.
+        shows_logits: return what a `LogitContext` holds, too, as it is when the processors are done: at these results
+            `split_halves` can cut the step.
     """
 
     name = "fuse_step"
@@ -59,7 +62,10 @@ class FuseStep:
         policy: LengthPolicy,
         processors: tuple[LogitsProcessor, ...],
         fake_mode: FakeTensorMode,
+        *,
+        shows_logits: bool = False,
     ) -> None:
+        self.shows_logits = shows_logits
         self.batch = batch
         self.rule = rule
         self.drafter = drafter
@@ -72,7 +78,8 @@ class FuseStep:
         """Replace the model's graph by that of the step.
 
         Raises:
-            RuleError, DrafterError, PolicyError, ProcessorError: that part fails while it is traced, or breaks its contract.
+            RuleError, DrafterError, PolicyError, ProcessorError: that part fails while it is traced, or breaks its
+                contract.
         """
         model = fx.GraphModule(graph_module, graph_module.graph)
         graph_module.graph = fx.Graph()
@@ -111,6 +118,7 @@ class _Fusion:
 
     def __init__(self, of: FuseStep, into: fx.GraphModule, model: fx.GraphModule) -> None:
         self.into, self.model, self.fake_mode, self.batch = into, model, of.fake_mode, of.batch
+        self.shows_logits = of.shows_logits
         self.taps, self.reads_logits = of.drafter.taps, of.drafter.reads_logits
         logits, drafter = results(model.graph)[1].meta["val"], of.drafter
         self.sizes = PartSizes(
@@ -142,6 +150,8 @@ class _Fusion:
         """Everything in order; returns the results by name."""
         read = self._read()
         read, states = self._process(read)
+        shown = named(self._inline(self._logit_context, self.state, read)) if self.shows_logits else {}
+        seam = {f"{SEAM}{name}": node for name, node in shown.items()}
         verdict, rule_state = self._part(self.rule, self._inline(self._verification, self.state, read))
         state, done = self._inline(self._commit, self.state, read, verdict)
         self._move_kv(done)
@@ -151,7 +161,7 @@ class _Fusion:
         ranking, policy_state = self._part(self.policy, seen)
         state, report = self._inline(self._choose, state, done, seen, ranking)
         kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
-        return {**kept, "report": report, **states, **rule_state, **drafter_state, **policy_state}
+        return {**kept, "report": report, **seam, **states, **rule_state, **drafter_state, **policy_state}
 
     def _inline(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return inline_function(self.into, function, arguments, self.fake_mode)

@@ -49,9 +49,11 @@ def assemble(
     return Engine(launcher, layout, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
 
 
-def make_variant(step: StepFunction, signature: Signature, *, deterministic: bool) -> Variant:
-    """One form of a step, as launchers run it; the arguments are those of `assemble`."""
-    return Variant(_without_clock(step) if deterministic else step, signature)
+def make_variant(
+    step: StepFunction, signature: Signature, *, deterministic: bool, is_capturable: bool = True
+) -> Variant:
+    """One form of a step, as launchers run it; the arguments are those of `assemble` and of `Variant`."""
+    return Variant(_without_clock(step) if deterministic else step, signature, is_capturable)
 
 
 def switch(engine: Engine, variant: Variant) -> None:

@@ -45,10 +45,12 @@ class Variant:
     Attributes:
         step: the lowered step.
         signature: its bindings.
+        is_capturable: whether it can be one launch: all of it runs on the device.
     """
 
     step: StepFunction
     signature: Signature
+    is_capturable: bool = True
 
     @cached_property
     def input_names(self) -> tuple[str, ...]:
@@ -190,7 +192,7 @@ class GraphLauncher(Launcher):
 
     def launch(self, sizes: StepSizes) -> Report:
         """Replay the graph of the smallest bucket that covers `sizes`, or run the step where none does."""
-        bucket = smallest_cover(self.buckets, sizes)
+        bucket = smallest_cover(self.buckets, sizes) if self.variant.is_capturable else None
         if bucket is None:
             self._advance(sizes)
         elif (replay := self._replays.get((self.variant, bucket))) is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emssd_compile.step.fields import holds_tensors
 from emssd_compile.step.nodes import Lineage, Nodes
-from emssd_compile.step.parts import Part
+from emssd_compile.step.parts import Part, PartSizes
 
 
 @holds_tensors
@@ -43,6 +43,13 @@ class LogitContext:
     is_eos: Tensor
     options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def form(cls, sizes: PartSizes) -> LogitContext:
+        """One with the fields that there are in a step of these sizes, and nothing in them."""
+        none = torch.empty(0, device="meta")
+        draft = Nodes(none, none, none, None if sizes.max_depth is None else none, sizes.depth)
+        return cls(none, none, none, none, none, none, none, draft, none)
 
     def newest(self, count: int) -> Tensor:
         """int64 `[R, count]`: the last tokens of the text that each logit goes on from, oldest first.
