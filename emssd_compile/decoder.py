@@ -221,10 +221,10 @@ class Decoder(ABC):
             attention_mask: `[B, S]`, 0 where a tensor is padded.
             input_ids: Hugging Face's name for `inputs`.
             token_type_ids: accepted if all zero.
-            logits_hook: Python that changes logits: `hook(context) -> logits`, called once a step, between its two halves,
-                with the logits of all packed tokens and the text before each, drafts included
-                (`emssd_compile.logits.LogitContext`). It is called behind all logits processors, and tokens are those
-                of decoding without drafts if what it does to a logit depends on the text before it only.
+            logits_hook: Python that changes logits: `hook(context) -> logits`, called once a step, between its two
+                halves, with the logits of all packed tokens and the text before each, drafts included
+                (`emssd_compile.logits.LogitContext`). It comes behind all logits processors. Tokens are those of
+                decoding without drafts if what it does to a logit depends on the text before it only.
             progress: show a progress bar.
             **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; and Hugging
                 Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,

@@ -108,10 +108,7 @@ def _flaws_of_step(signature: Signature) -> list[str]:
     dims = {"history": 2, "is_eos": 1, "draft_tokens": 2, "histogram": 1}
     own = {b.name: b for b in signature.inputs if b.role in ("state", "setting")}
     if not all(n in own and len(own[n].shape) == dim and own[n].shape[0] for n, dim in dims.items()):
-        return [
-            "history is not [rows, tokens], is_eos not [vocabulary], draft_tokens not [rows, drafts], or histogram not "
-            "[depth + 1]"
-        ]
+        return ["history or draft_tokens is not [rows, ...], is_eos not [vocabulary], or histogram not [depth + 1]"]
     sizes = signature.sizes
     rows = sizes.rows
     try:

@@ -144,7 +144,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "more drafts than a row holds": (
         {"drafter": PromptLookup(num_draft_tokens=10**6)},
         OptionError,
-        r"num_draft_tokens=1000000 is more than a row of max_length=2048 tokens can hold; draft fewer",
+        r"num_draft_tokens=1000000: a row has at most 1024 drafts",
     ),
     "prefill_chunk": ({"prefill_chunk": -1}, OptionError, "prefill_chunk=-1 is out of range; pass at least 1"),
 }
