@@ -86,17 +86,18 @@ def _flaws_of_step(signature: Signature) -> list[str]:
     own = {b.name: b for b in signature.inputs if b.role in ("state", "setting")}
     if not all(n in own and len(own[n].shape) == dim and own[n].shape[0] for n, dim in dims.items()):
         return [
-            "history is not [rows, tokens], is_eos not [vocabulary], draft_tokens not [rows, drafts], or histogram not "
-            "[depth + 1]"
+            (
+                "history is not [rows, tokens], is_eos not [vocabulary], draft_tokens not [rows, drafts], or histogram "
+                "not [depth + 1]"
+            )
         ]
     sizes = signature.sizes
     rows = sizes.rows
     try:
         state = StepState.empty(sizes, torch.device("meta")).tensors()
     except RuntimeError:  # torch cannot count its bytes
-        return [
-            f"a state of {rows} rows of {sizes.capacity} tokens and {sizes.num_draft_tokens} drafts is beyond any memory"
-        ]
+        size = f"{rows} rows of {sizes.capacity} tokens and {sizes.num_draft_tokens} drafts"
+        return [f"a state of {size} is beyond any memory"]
     expected = [Binding(name, tuple(value.shape), value.dtype, role_of_state(name)) for name, value in state.items()]
     expected += [Binding(name, (name,), torch.int64, "size") for name in SIZE_NAMES]
     found = [_difference(inputs.get(binding.name), binding) for binding in expected]

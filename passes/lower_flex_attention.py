@@ -91,4 +91,5 @@ def _for_each(
         places = [torch.arange(size, device=values[0].device) for size in values[0].shape]
         return {"result": inner(*values[: len(first)], *places, *values[1:])}
 
-    return inline_function(graph_module, spread, (inputs,), scores.meta["val"].fake_mode)["result"]
+    result: fx.Node = inline_function(graph_module, spread, (inputs,), scores.meta["val"].fake_mode)["result"]
+    return result

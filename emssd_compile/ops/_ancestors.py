@@ -24,7 +24,8 @@ def pack_ancestors(mask: Tensor) -> Tensor:
     # Of different bits, so no sum of them leaves the range of int32, in whatever order they are added.
     numbers = _bit_numbers(mask)
     values = torch.where(numbers == WORD_BITS - 1, -1, 1) * 2 ** numbers.to(torch.int64)  # without shifts, as below
-    return (padded.unflatten(1, (-1, WORD_BITS)) * values).sum(-1).to(torch.int32)
+    words: Tensor = (padded.unflatten(1, (-1, WORD_BITS)) * values).sum(-1)
+    return words.to(torch.int32)
 
 
 def unpack_ancestors(words: Tensor) -> Tensor:

@@ -44,8 +44,9 @@ class Throughput(LengthPolicy):
     """
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
-        """Evidence of each row, `row_accepted` and `row_tried` float32 `[B]`; of each grade and depth, `grade_accepted`
-        and `grade_tried` float32 `[G, D]`, which no request's start resets.
+        """Evidence of rows, and of each grade at each depth, which no request's start resets.
+
+        `row_accepted` and `row_tried` float32 `[B]`, `grade_accepted` and `grade_tried` float32 `[G, D]`.
         """
         of_row = TensorSpec((sizes.rows,), torch.float32)
         of_grade = TensorSpec((sizes.num_grades, sizes.depth), torch.float32, kept="forever")

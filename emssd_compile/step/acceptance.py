@@ -48,8 +48,8 @@ class Verdict:
         next_tokens: int64 `[B]`, the token after them (correction or bonus), always from the target; ids outside the
             vocabulary count as its nearest one.
         state: new values of the tensors in `Rule.tensors`, but for those written in place.
-        path: int64 `[B, D + 1]`, where drafts are trees: the accepted node at each depth, the root 0 first; rubbish from
-            `accept_lengths + 1` on. None where drafts are chains: node i is that of depth i.
+        path: int64 `[B, D + 1]`, where drafts are trees: the accepted node at each depth, the root 0 first; rubbish
+            from `accept_lengths + 1` on. None where drafts are chains: node i is that of depth i.
     """
 
     accept_lengths: Tensor = field(metadata={"shape": "B"})

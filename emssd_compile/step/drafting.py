@@ -97,7 +97,7 @@ class PackedModel(Protocol):
 class Compile(Protocol):
     """Compiles a causal LM for as many rows as the target has."""
 
-    def __call__(self, model: nn.Module, *, tree_nodes: int = 0) -> PackedModel:
+    def __call__(self, model: nn.Module, /, *, tree_nodes: int = 0) -> PackedModel:
         """With `tree_nodes`, for steps in which a row is a tree of so many tokens, its root included."""
         ...
 
