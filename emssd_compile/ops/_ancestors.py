@@ -5,6 +5,8 @@ from torch import Tensor
 
 WORD_BITS = 32  # a GPU loads words of 32 bits, and shifts them in one instruction
 
+_POWERS = [1 << bit for bit in range(WORD_BITS)]  # not computed: behind its C++ wrapper, Inductor has no `2 ** n` of integers
+
 
 def pack_ancestors(mask: Tensor) -> Tensor:
     """A mask in the form that ``emssd::ragged_attention`` takes.
@@ -21,8 +23,8 @@ def pack_ancestors(mask: Tensor) -> Tensor:
         int32 ``[T, ceil(N / 32)]``; bits from ``N`` on are 0.
     """
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % WORD_BITS))
-    numbers = _bit_numbers(mask)  # without shifts, as below
-    values = torch.where(numbers == WORD_BITS - 1, -1, 1) * 2 ** numbers.to(torch.int64)
+    # Of different bits, so no sum of them leaves the range of int32, in whatever order they are added.
+    values = torch.tensor([*_POWERS[:-1], -_POWERS[-1]], device=mask.device)
     words: Tensor = (padded.unflatten(1, (-1, WORD_BITS)) * values).sum(-1).to(torch.int32)
     return words
 
@@ -33,10 +35,6 @@ def unpack_ancestors(words: Tensor) -> Tensor:
     Exported graphs hold this too, so it does without shifts: ONNX has them for unsigned numbers only. Bit ``j`` of a
     number is set if the number modulo ``2**(j + 1)`` is at least ``2**j``, also of a negative one.
     """
-    powers = 2 ** _bit_numbers(words).to(torch.int64)
+    powers = torch.tensor(_POWERS, device=words.device)
     bits = words.to(torch.int64)[:, :, None] % (2 * powers) >= powers
     return bits.flatten(1)
-
-
-def _bit_numbers(like: Tensor) -> Tensor:
-    return torch.arange(WORD_BITS, dtype=torch.int32, device=like.device)

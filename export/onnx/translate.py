@@ -172,6 +172,33 @@ def _cumprod(self: TensorType, dim: int, *, dtype: int = -1) -> TensorType:
     return result
 
 
+def _where(condition: TensorType, self: TensorType, other: TensorType) -> TensorType:
+    """ONNX Runtime chooses between numbers only, not between bools."""
+    if self.dtype != ir.DataType.BOOL or other.dtype != ir.DataType.BOOL:
+        numbers: TensorType = op.Where(condition, self, other)
+        return numbers
+    result: TensorType = op.Or(op.And(condition, self), op.And(op.Not(condition), other))
+    return result
+
+
+def _any(self: TensorType) -> TensorType:
+    """The exporter takes the largest element, which of nothing is the lowest number, and so true."""
+    result: TensorType = op.Cast(op.ReduceSum(_truths(self), keepdims=0), to=ir.DataType.BOOL)
+    return result
+
+
+def _any_in_dim(self: TensorType, dim: int, keepdim: bool = False) -> TensorType:
+    """As `_any`, in one dimension."""
+    found = op.ReduceSum(_truths(self), _ints(dim), keepdims=int(keepdim))
+    result: TensorType = op.Cast(found, to=ir.DataType.BOOL)
+    return result
+
+
+def _truths(value: Any) -> Any:
+    """0 or 1 for each element."""
+    return op.Cast(_cast(value, value.dtype, ir.DataType.BOOL), to=ir.DataType.INT64)
+
+
 def _int(value: int) -> Any:
     return op.Constant(value_int=value)
 
@@ -196,5 +223,8 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     tiled_attention: _tiled_attention,
     aten.searchsorted.Tensor: _searchsorted,
     aten.cumprod.default: _cumprod,
+    aten.where.self: _where,
+    aten.any.default: _any,
+    aten.any.dim: _any_in_dim,
 }
 """For `torch.onnx.export(custom_translation_table=...)`."""

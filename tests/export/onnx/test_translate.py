@@ -135,3 +135,16 @@ def test_cumprod(dim, dtype, tmp_path):
 def test_cumprod_of_nothing(tmp_path):
     """A step without drafts has none to multiply."""
     check(lambda given: given["x"].cumprod(1).sum(1), {"x": torch.ones(2, 0)}, tmp_path)
+
+
+def test_where_between_bools(tmp_path):
+    given = {name: torch.tensor([[name == "x", True], [False, name == "y"]]) for name in ("c", "x", "y")}
+    check(lambda given: torch.where(given["c"], given["x"], given["y"]), given, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_any(size, tmp_path):
+    """Of nothing, too: among the drafts before the first one, say."""
+    given = {"x": torch.tensor([[False] * 3, [False, True, True]])[:, :size]}
+    check(lambda given: torch.cat([given["x"].any(1), given["x"].any(0, keepdim=True).flatten()]), given, tmp_path)
+    check(lambda given: given["x"].any()[None], given, tmp_path)
