@@ -148,10 +148,24 @@ class CompiledStep:
     processors: tuple[LogitsProcessor, ...]
     records: list[PassRecord]
 
-    def with_processors(self, processors: tuple[LogitsProcessor, ...], *, shows_logits: bool = False) -> CompiledStep:
-        """The step of the same model and parts with other logits processors; with `shows_logits`, to be cut in two."""
-        parts = (self.rule, self.drafter, self.policy)
-        return compile_step(self.compiled, self.compiled.batch, *parts, processors, shows_logits=shows_logits)
+    def with_parts(
+        self,
+        *,
+        drafter: Drafter | None = None,
+        policy: LengthPolicy | None = None,
+        processors: tuple[LogitsProcessor, ...] | None = None,
+        shows_logits: bool = False,
+    ) -> CompiledStep:
+        """The step of the same model with other parts; with `shows_logits`, to be cut in two."""
+        return compile_step(
+            self.compiled,
+            self.compiled.batch,
+            self.rule,
+            drafter or self.drafter,
+            policy or self.policy,
+            self.processors if processors is None else processors,
+            shows_logits=shows_logits,
+        )
 
     def halves(self) -> Halves:
         """The step, which shows its logits, as two graphs."""

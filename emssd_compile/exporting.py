@@ -20,7 +20,7 @@ from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import StepFunction
 from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.assembly import assemble
+from emssd_compile.runtime.assembly import assemble, make_variant
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.requests import Request
 from emssd_compile.step.signature import SIZE_NAMES, Signature
@@ -164,7 +164,8 @@ def _decode(what: Exportable, step: StepFunction, signature: Signature) -> list[
     count = min(_NEW_TOKENS, capacity - 1)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (min(n, capacity - count),), generator=generator) for n in _PROMPT_LENGTHS]
-    engine = assemble(step, signature, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
+    variant = make_variant(step, signature, deterministic=False)
+    engine = assemble(variant, what.device, LAYOUTS["packed"], prefill_chunk=what.chunk)
     requests = [Request(i, p, count) for i, p in enumerate(prompts)]
     for _ in engine.run(requests):
         pass

@@ -15,7 +15,7 @@ from emssd_compile.export.opening import open_artifact
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import StepFunction
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.assembly import assemble
+from emssd_compile.runtime.assembly import assemble, make_variant
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.step.options import RowOption
 
@@ -55,8 +55,7 @@ class LoadedModel(Decoder):
         self._generation_config = SimpleNamespace(**manifest.generation_config)
         super().__init__(
             assemble(
-                step,
-                manifest.signature,
+                make_variant(step, manifest.signature, deterministic=manifest.deterministic),
                 device,
                 LAYOUTS[manifest.layout],
                 prefill_chunk=manifest.chunk,

@@ -14,7 +14,7 @@ from emssd_compile.acceptance import make_rule
 from emssd_compile.ambient import compiling, neutral
 from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
-from emssd_compile.drafters import make_drafter
+from emssd_compile.drafters import make_drafter, without
 from emssd_compile.errors import OptionError, StaleModelError, UnsupportedModelError
 from emssd_compile.freshness import Freshness
 from emssd_compile.layouts import LAYOUTS
@@ -206,8 +206,7 @@ class OptimizedModel(Decoder):
         form = self._lower(step)
         freshness = self._compare_from_now(captured, [form])
         engine = assemble(
-            form.variant.step,
-            form.variant.signature,
+            form.variant,
             device,
             LAYOUTS[self.options.layout],
             prefill_chunk=self.options.chunk(step.drafter.num_draft_tokens),
@@ -217,15 +216,20 @@ class OptimizedModel(Decoder):
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness
         self._records, self.graph_module = form.records, form.graphs[0]
-        self._forms = {(step.processors, False): replace(form, variant=engine.launcher.variant)}
+        self._forms = {(step.processors, False): form}
         return engine
 
     def _lower(self, step: CompiledStep) -> _Form:
         """A step in the form that the backend runs."""
         records = [*step.records]
         graph_module, function = self._lower_graph(step, step.graph_module, records)
-        variant = make_variant(function, _signature(step, graph_module), deterministic=self.options.deterministic)
-        return _Form(variant, (graph_module, step.graph_module), records)
+        deterministic, plain = self.options.deterministic, None
+        if step.drafter.is_costly and LAYOUTS[self.options.layout].is_measured and not deterministic:
+            plain = self._lower(step.with_parts(drafter=without(step.drafter), policy=LAYOUTS["packed"].policy()))
+        variant = make_variant(
+            function, _signature(step, graph_module), deterministic=deterministic, plain=plain and plain.variant
+        )
+        return _Form(variant, (graph_module, step.graph_module, *(plain.graphs if plain else ())), records)
 
     def _lower_halves(self, step: CompiledStep) -> _Form:
         """A step that shows its logits, in two parts."""
@@ -262,7 +266,7 @@ class OptimizedModel(Decoder):
         key = (in_use(self._processors, used), hook is not None)
         if key not in self._forms:
             with compiling:
-                step = self._step.with_processors(key[0], shows_logits=key[1])
+                step = self._step.with_parts(processors=key[0], shows_logits=key[1])
                 form = self._lower_halves(step) if key[1] else self._lower(step)
                 self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
             self._forms[key] = form
@@ -412,7 +416,7 @@ class OptimizedModel(Decoder):
 
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
-            step = self._step.with_processors(self._processors)
+            step = self._step.with_parts(processors=self._processors)
         what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

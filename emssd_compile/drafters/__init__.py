@@ -27,7 +27,13 @@ __all__ = [
     "gather_tensors",
     "make_drafter",
     "tensors_of",
+    "without",
 ]
+
+
+def without(drafter: Drafter) -> Drafter:
+    """What stands in a step in the place of a drafter that is not to run; it drafts nothing."""
+    return NoDrafter(instead_of=drafter)
 
 
 def make_drafter(choice: str | nn.Module) -> Drafter:

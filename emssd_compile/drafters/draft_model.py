@@ -35,7 +35,7 @@ class DraftModel(Drafter):
         num_draft_tokens: K, tokens to draft.
     """
 
-    reads_ahead = True
+    reads_ahead = is_costly = True
     num_grades = 8
 
     def __init__(self, model: nn.Module, num_draft_tokens: int = 4) -> None:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import torch
+
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter
 
 
 class NoDrafter(Drafter):
-    """Drafts nothing; every step emits one token a row."""
+    """Drafts nothing; every step emits one token a row.
+
+    Args:
+        instead_of: a drafter whose steps it is to fit.
+    """
 
     num_draft_tokens = 0
 
+    def __init__(self, instead_of: Drafter | None = None) -> None:
+        super().__init__()
+        if instead_of is not None:
+            self.num_draft_tokens, self.max_depth = instead_of.num_draft_tokens, instead_of.max_depth
+            self.num_grades = instead_of.num_grades
+
     def forward(self, context: DraftContext) -> Draft:
-        """Tokens `[B, 0]` and lengths `[B]` of 0."""
-        return Draft(context.known.new_zeros((context.known.shape[0], 0)), context.known.new_zeros(context.known.shape))
+        """Tokens `[B, K]` without a meaning, and lengths `[B]` of 0."""
+        none = context.known.new_zeros((context.known.shape[0], self.num_draft_tokens))
+        parents = None if self.max_depth is None else torch.zeros_like(none)
+        return Draft(none, torch.zeros_like(context.known), parents=parents)

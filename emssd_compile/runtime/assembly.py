@@ -18,8 +18,7 @@ from emssd_compile.step.tensor_spec import TensorSpec
 
 
 def assemble(
-    step: StepFunction,
-    signature: Signature,
+    variant: Variant,
     device: torch.device,
     layout: PackedLayout,
     *,
@@ -30,8 +29,7 @@ def assemble(
     """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
 
     Args:
-        step: runs a step.
-        signature: its bindings.
+        variant: the step.
         device: where it runs.
         layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
@@ -41,19 +39,23 @@ def assemble(
     Raises:
         CapacityError: the KV caches, or what a part keeps, do not fit into memory.
     """
-    tensors = allocate(_own(signature), device)  # first: the caches may not fit
-    state = StepState.empty(signature.sizes, device)
-    variant = make_variant(step, signature, deterministic=deterministic)
+    tensors = allocate(_own(variant.signature), device)  # first: the caches may not fit
+    state = StepState.empty(variant.signature.sizes, device)
     launcher = make_launcher(variant, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
     return Engine(launcher, layout, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
 
 
 def make_variant(
-    step: StepFunction, signature: Signature, *, deterministic: bool, is_capturable: bool = True
+    step: StepFunction,
+    signature: Signature,
+    *,
+    deterministic: bool,
+    is_capturable: bool = True,
+    plain: Variant | None = None,
 ) -> Variant:
     """One form of a step, as launchers run it; the arguments are those of `assemble` and of `Variant`."""
-    return Variant(_without_clock(step) if deterministic else step, signature, is_capturable)
+    return Variant(_without_clock(step) if deterministic else step, signature, is_capturable, plain)
 
 
 def switch(engine: Engine, variant: Variant) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
 from emssd_compile.runtime.launch import Launcher, Report, Variant
 from emssd_compile.runtime.planning import Planner
@@ -60,6 +61,7 @@ class Engine:
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
         self._note_roles()
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
+        self._has_drafts = True  # whether the step launched last may have left drafts
         self._last_read = 0.0
         self._num_observed = 0
         self._rows: list[Row | None] = [None] * self.num_rows
@@ -91,7 +93,9 @@ class Engine:
         self._note_roles()
 
     def _note_roles(self) -> None:
-        signature = self.launcher.variant.signature
+        self._variant = self.launcher.variant
+        self.clock = DraftClock(self.times, StepTimes(self.num_rows)) if self._variant.plain else None
+        signature = self._variant.signature
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))
         self._options = signature.with_role("option")
@@ -127,8 +131,19 @@ class Engine:
             captured = [bucket.token_range for bucket in self.launcher.buckets]
             with self._dry_run() as dry:
                 seconds = dry.idle_seconds(captured or sizes_to_measure(self.times.most))
-            self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
+                self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
+                if self.clock is not None:
+                    few = [size for size in captured if size < 2 * self.num_rows]
+                    self._run_drafter(False)
+                    seconds = dry.idle_seconds(few or sizes_to_measure(self.num_rows))
+                    self.clock.plain.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
+                    self._run_drafter(True)
         self._publish_times()
+
+    def _run_drafter(self, drafts: bool) -> None:
+        """Launch steps with the drafter from now on, or steps without it."""
+        plain = self._variant.plain
+        self.launcher.use(self._variant if drafts or plain is None else plain, {})
 
     def _dry_run(self) -> AbstractContextManager[DryRun]:
         return dry_run(self.launcher, self._kept, self.num_draft_tokens)
@@ -181,12 +196,16 @@ class Engine:
 
     def _launch(self, launched: Collection[RunningStep]) -> RunningStep:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
-        sizes = self.planner.sizes(self._rows, launched, drafts)
+        sizes = self.planner.sizes(self._rows, launched, drafts if self._has_drafts else 0)
+        drafted = self.clock is None or self.clock.is_drafting
+        self._run_drafter(drafted)
+        self._has_drafts = drafted
         if self.lag:
             self._make_room(sum(row is not None for row in self._rows))
         started = time.perf_counter()
         report = self._run_step(sizes)
-        return RunningStep(report, sizes, tuple(row.request if row else None for row in self._rows), started)
+        requests = tuple(row.request if row else None for row in self._rows)
+        return RunningStep(report, sizes, requests, started, drafted)
 
     def _make_room(self, busy: int) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
@@ -199,11 +218,18 @@ class Engine:
         self.sizes_used.add(sizes)
         return self.launcher.launch(sizes)
 
-    def _observe(self, launch: RunningStep) -> None:
+    def _observe(self, launch: RunningStep, lines: list[list[int]]) -> None:
         """Learn what a step took: with steps under way all the time, from the last report to this one."""
         now = time.perf_counter()
         if self.is_measured:
-            self.times.observe(launch.sizes.token_range, now - max(self._last_read, launch.started))
+            seconds = now - max(self._last_read, launch.started)
+            if launch.drafted:
+                self.times.observe(launch.sizes.token_range, seconds)
+            counts = [line[0] for line, request in zip(lines, launch.requests, strict=True) if request]
+            if self.clock is not None and all(counts):
+                self.clock.observe(
+                    drafted=launch.drafted, num_rows=len(counts), num_emitted=sum(counts), seconds=seconds
+                )
             self._num_observed += 1
             if self._num_observed % PUBLISH_EVERY == 0:
                 self._publish_times()
@@ -216,13 +242,21 @@ class Engine:
         """Read one report: hand out tokens, free the rows that ended."""
         columns = len(REPORT_FIELDS)
         lines = launch.report.read()
-        self._observe(launch)
-        self._record_wanted_drafts(launch, lines)
+        self._observe(launch, lines)
+        if launch.drafted:
+            self._record_wanted_drafts(launch, lines)
+        spare = launch.sizes.draft_range - 2 * sum(request is not None for request in launch.requests)
         for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request or request.finished:
                 continue  # the row was empty then, or has ended since
+            read = row.pending
             count, active, row.pending, row.draft_length, _ = line[:columns]
+            if launch.drafted:
+                caught_up = min(row.unseen, max(spare, 0))
+                row.unseen, spare = row.unseen - caught_up, spare - caught_up
+            else:
+                row.unseen += read + count - row.pending
             request.output.extend(line[columns : columns + count])
             row.is_active = bool(active)
             request.finished = not row.is_active

@@ -46,11 +46,13 @@ class Variant:
         step: the lowered step.
         signature: its bindings.
         is_capturable: whether it can be one launch: all of it runs on the device.
+        plain: the same step without its drafter, to be run where that is faster.
     """
 
     step: StepFunction
     signature: Signature
     is_capturable: bool = True
+    plain: Variant | None = None
 
     @cached_property
     def input_names(self) -> tuple[str, ...]:

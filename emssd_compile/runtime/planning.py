@@ -52,7 +52,7 @@ class Planner:
         needed = min(sum(pending) + drafts, self.chunk)
         # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
         # last draft was never fed to it), else what this step feeds.
-        reading = sum(2 if count == 1 else count + 1 for count in pending)
+        reading = sum(2 if count == 1 else count + 1 for count in pending) + sum(row.unseen for row in rows if row)
         return StepSizes(
             token_range=self.layout.tokens(needed, self.times),
             logit_range=min(len(pending) + drafts, needed),

@@ -52,12 +52,14 @@ class Row:
         pending: tokens that it knows and has not read.
         draft_length: drafts that it verifies behind them.
         is_active: whether the device goes on with it.
+        unseen: tokens that were fed by steps without the drafter, which it has yet to read.
     """
 
     request: Request
     pending: int
     draft_length: int = 0
     is_active: bool = True
+    unseen: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,11 @@ class RunningStep:
         sizes: of the step.
         requests: which request each row held when it was launched.
         started: when that was, seconds of `time.perf_counter`.
+        drafted: whether the drafter ran in it.
     """
 
     report: Report
     sizes: StepSizes
     requests: tuple[Request | None, ...]
     started: float
+    drafted: bool = True

@@ -52,8 +52,21 @@ class StepTimes:
 
     def table(self) -> Tensor:
         """float32 `[most + 1]`, seconds of a step of n tokens."""
+        return torch.tensor([self.corrected(measured) for measured in self._measured], dtype=torch.float32)
+
+    def expected(self, tokens: int) -> float:
+        """Seconds of a step of so many tokens."""
+        return self.corrected(self._measured[min(tokens, self.most)])
+
+    def corrected(self, measured: float) -> float:
+        """What steps take while decoding that took so long when they were measured."""
         offset, slope = self._line()
-        return torch.tensor([offset + slope * measured for measured in self._measured], dtype=torch.float32)
+        return offset + slope * measured
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether any step was observed."""
+        return self._sums[0] > 0
 
     def cheapest(self, tokens: int) -> int:
         """The number of tokens, at least `tokens`, whose step takes the least time.

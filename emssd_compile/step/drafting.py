@@ -124,6 +124,8 @@ class Drafter(Part):
         num_grades: how many grades `Draft.grades` may tell apart; at least 1.
         taps: decoder layers whose outputs the drafter wants to see, by number, negative ones from the last.
         reads_logits: whether it wants to see the target's logits.
+        is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it are
+            compiled, too, and run where they are faster, if the layout measures.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
     """
 
@@ -132,6 +134,7 @@ class Drafter(Part):
     num_grades: int = 1
     taps: tuple[int, ...] = ()
     reads_logits: bool = False
+    is_costly: bool = False
     reads_ahead: bool = False
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
@@ -152,7 +155,7 @@ def check_drafter(drafter: Drafter) -> Drafter:
     most, depth = drafter.num_draft_tokens, drafter.max_depth
     if depth is not None and (type(depth) is not int or not 1 <= depth <= most):
         raise DrafterError(f"{name}.max_depth = {depth!r}; set it to an integer of 1 to {most}, or to None for chains")
-    for attribute in ("reads_ahead", "reads_logits"):
+    for attribute in ("reads_ahead", "reads_logits", "is_costly"):
         value = getattr(drafter, attribute)
         if type(value) is not bool:
             raise DrafterError(f"{name}.{attribute} = {value!r}; set it to True or False")

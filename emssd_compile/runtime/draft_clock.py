@@ -1,0 +1,81 @@
+"""Whether running the drafter pays: its own time is part of every step that it is in."""
+
+from __future__ import annotations
+
+from emssd_compile.runtime.step_times import StepTimes
+
+WINDOW = 8  # steps with the drafter that are watched before it is judged
+DECAY = 0.9  # what is left of a step's evidence after the next one
+MARGIN = 0.02  # the drafter is left out where a step without it is faster by more than this share
+SHORTEST_PAUSE, LONGEST_PAUSE = 16, 512  # steps without the drafter before it is tried again
+
+
+class DraftClock:
+    """Chooses between steps with the drafter and steps without it, by tokens per second.
+
+    A step with the drafter that took s seconds and emitted e tokens for A rows is compared with plain steps, which emit
+    A tokens in t0(A) seconds: drafting pays where (sum of e) > (sum of A s / t0(A)). If over the last steps it does
+    not, the drafter is left out for some steps and then tried again; each time that it fails again it is left out for
+    twice as long. So what drafting can cost is a few steps in some hundred.
+
+    Args:
+        with_drafter: times of steps with the drafter.
+        plain: times of steps without it, of up to B tokens.
+
+    Attributes:
+        is_drafting: whether the next step should run the drafter.
+    """
+
+    def __init__(self, with_drafter: StepTimes, plain: StepTimes) -> None:
+        self._with_drafter, self.plain = with_drafter, plain
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as at first: the drafter runs."""
+        self.is_drafting = True
+        self._pause = SHORTEST_PAUSE
+        self._left = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._emitted = self._plain_tokens = 0.0
+        self._num_seen = 0
+
+    def observe(self, *, drafted: bool, num_rows: int, num_emitted: int, seconds: float) -> None:
+        """Take in a step in which each row decoded.
+
+        Args:
+            drafted: whether the drafter ran in it.
+            num_rows: A.
+            num_emitted: tokens that it emitted.
+            seconds: that it took.
+        """
+        if drafted != self.is_drafting:
+            return  # it was launched before the last change
+        if not drafted:
+            self.plain.observe(num_rows, seconds)
+            self._left -= 1
+            if self._left <= 0:
+                self.is_drafting = True
+                self._start()
+            return
+        self._num_seen += 1
+        if self._num_seen == 1:
+            return  # the drafter had much to read, or a form of the step ran for the first time
+        self._emitted = DECAY * self._emitted + num_emitted
+        self._plain_tokens = DECAY * self._plain_tokens + num_rows * seconds / self._plain_seconds(num_rows)
+        if self._num_seen > WINDOW:
+            self._judge()
+
+    def _judge(self) -> None:
+        if self._emitted >= (1 - MARGIN) * self._plain_tokens:
+            self._pause = SHORTEST_PAUSE
+            return
+        self.is_drafting = False
+        self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+
+    def _plain_seconds(self, num_rows: int) -> float:
+        """t0(A): as observed; before any plain step was, as measured, corrected as steps with the drafter are."""
+        if self.plain.is_observed:
+            return self.plain.expected(num_rows)
+        return self._with_drafter.corrected(self.plain.expected(num_rows))
