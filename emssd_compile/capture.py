@@ -93,6 +93,8 @@ def check_model(model: nn.Module) -> None:
         InvalidInputError: it is not a module, is in training mode, or its weights are not in memory.
         UnsupportedModelError: it is not decoder-only, or lies on several devices.
     """
+    if isinstance(model, type):
+        raise InvalidInputError(f"model is the class {model.__name__}; pass an instance of it")
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     if model.training:

@@ -17,10 +17,13 @@ from emssd_compile.ops import kernel_status, load_kernels
 from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
+from emssd_compile.passes.split_halves import Halves, split_halves
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.fields import named
+from emssd_compile.step.logits import LogitsProcessor
+from emssd_compile.step.options import RowOption
 from emssd_compile.step.pack import Packed, as_trees
 from emssd_compile.step.policy import LengthPolicy
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -133,6 +136,7 @@ class CompiledStep:
         rule: what accepts drafts.
         drafter: what proposes them.
         policy: what chooses how many are verified.
+        processors: what is done to the logits.
         records: what each pass did, those of the model included.
     """
 
@@ -141,11 +145,28 @@ class CompiledStep:
     rule: Rule
     drafter: Drafter
     policy: LengthPolicy
+    processors: tuple[LogitsProcessor, ...]
     records: list[PassRecord]
 
-    def for_target(self, target: tuple[Pass, ...], records: list[PassRecord]) -> fx.GraphModule:
-        """A copy of the step in the form that a target's passes give it; what they did is added to `records`."""
-        return apply_target_passes(self.graph_module, self.compiled, target, records)
+    def with_processors(self, processors: tuple[LogitsProcessor, ...], *, shows_logits: bool = False) -> CompiledStep:
+        """The step of the same model and parts with other logits processors; with `shows_logits`, to be cut in two."""
+        parts = (self.rule, self.drafter, self.policy)
+        return compile_step(self.compiled, self.compiled.batch, *parts, processors, shows_logits=shows_logits)
+
+    def halves(self) -> Halves:
+        """The step, which shows its logits, as two graphs."""
+        return split_halves(self.graph_module)
+
+    def for_target(
+        self, target: tuple[Pass, ...], records: list[PassRecord], graph_module: fx.GraphModule | None = None
+    ) -> fx.GraphModule:
+        """A copy of the step, or of a half of it, in the form that a target's passes give it; `records` gets theirs."""
+        return apply_target_passes(graph_module or self.graph_module, self.compiled, target, records)
+
+    @property
+    def options(self) -> dict[str, RowOption]:
+        """What requests may set, by the names of the inputs."""
+        return {str(n.target): n.meta["option"] for n in inputs(self.graph_module.graph) if "option" in n.meta}
 
     @property
     def roles(self) -> dict[str, str]:
@@ -154,13 +175,23 @@ class CompiledStep:
 
 
 def compile_step(
-    compiled: CompiledModel, batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy
+    compiled: CompiledModel,
+    batch: BatchShape,
+    rule: Rule,
+    drafter: Drafter,
+    policy: LengthPolicy,
+    processors: tuple[LogitsProcessor, ...] = (),
+    *,
+    shows_logits: bool = False,
 ) -> CompiledStep:
-    """Fuse packing, the model, acceptance and the next draft into one step."""
+    """Fuse packing, the model, what is done to its logits, acceptance and the next drafts into one step."""
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
-    manager.apply(graph_module, (passes.step(batch, rule, drafter, policy, compiled.fake_mode),))
-    return CompiledStep(graph_module, compiled, rule, drafter, policy, manager.records)
+    manager.apply(
+        graph_module,
+        (passes.step(batch, rule, drafter, policy, compiled.fake_mode, processors, shows_logits=shows_logits),),
+    )
+    return CompiledStep(graph_module, compiled, rule, drafter, policy, processors, manager.records)
 
 
 def apply_target_passes(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from emssd_compile import keywords
 from emssd_compile.ambient import neutral
-from emssd_compile.generation import GenerateOptions, resolve_options
+from emssd_compile.errors import OptionError
+from emssd_compile.generation import GenerateOptions, own_options, resolve_options
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.consumer import Consumer
@@ -22,6 +24,10 @@ from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
 from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.turns import Turns
 from emssd_compile.stats import Stats
+from emssd_compile.step.options import RowOption
+
+if TYPE_CHECKING:
+    from emssd_compile.lowering.halves import LogitsHook
 
 KindT = TypeVar("KindT", Tensor, list[list[int]], list[Tensor], Array, list[Array])
 
@@ -49,6 +55,18 @@ class Decoder(ABC):
     def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
         """Take over what has changed since the step was made, or raise StaleModelError."""
 
+    def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
+        """Drive the form of the step that honours these options of rows; an artifact holds one form."""
+        if hook is not None:
+            raise NotImplementedError(
+                "logits_hook: an artifact's step is one graph, with no place for Python in it; use optimize"
+            )
+
+    @property
+    @abstractmethod
+    def row_options(self) -> dict[str, RowOption]:
+        """What each request may set for the parts of the step, by the keyword of `generate`."""
+
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             f"{type(self).__name__} holds compiled code and the KV caches of its rows, and can be neither copied nor "
@@ -75,10 +93,27 @@ class Decoder(ABC):
     def explain(self) -> Explanation:
         """What each pass did and refused, and which ops the step holds; prints as tables."""
 
-    def warmup(self, *, progress: bool = False) -> None:
-        """Compile and measure now rather than in the first `generate`; with `progress`, show what is going on."""
+    def warmup(self, *, progress: bool = False, **options: Any) -> None:
+        """Compile and measure now rather than in the first `generate`.
+
+        Args:
+            progress: show what is going on.
+            **options: those of `generate` that later calls will set: what honours them is compiled into a form of the
+                step of its own, which is compiled here rather than when a call sets them first.
+
+        Raises:
+            OptionError: an option is none of a row's, or out of range.
+        """
+        unknown = sorted(options.keys() - self.row_options.keys())
+        if unknown:
+            raise OptionError(
+                f"warmup: {unknown[0]} asks for no form of the step of its own; those that do: "
+                f"{', '.join(self.row_options) or 'none'}"
+            )
+        used = {n for n, value in options.items() if self.row_options[n].check(n, value) != self.row_options[n].default}
         with self._turns.take("warmup"), neutral(self._default_dtype):
             self._follow()
+            self._select(used, None)
             self._warm_up(progress)
 
     def _warm_up(self, progress: bool) -> None:
@@ -170,6 +205,7 @@ class Decoder(ABC):
         attention_mask: object = None,
         input_ids: object = None,
         token_type_ids: object = None,
+        logits_hook: LogitsHook | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Any:
@@ -185,8 +221,13 @@ class Decoder(ABC):
             attention_mask: `[B, S]`, 0 where a tensor is padded.
             input_ids: Hugging Face's name for `inputs`.
             token_type_ids: accepted if all zero.
+            logits_hook: Python that changes logits: `hook(context) -> logits`, called once a step, between its two
+                halves, with the logits of all packed tokens and the text before each, drafts included
+                (`emssd_compile.logits.LogitContext`). It comes behind all logits processors. Tokens are those of
+                decoding without drafts if what it does to a logit depends on the text before it only.
             progress: show a progress bar.
-            **options: Hugging Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
+            **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; and Hugging
+                Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
                 `pad_token_id`, `stopping_criteria`, `streamer`, `return_dict_in_generate`, ... Stopping criteria are
                 called as transformers calls them: with all rows, `[B, n]`, once for each token that they get. Rows of
                 different lengths are padded on the left. With more prompts than `max_batch`, rows run to their end
@@ -206,7 +247,7 @@ class Decoder(ABC):
         """
         with neutral(self._default_dtype):
             return self._generate(
-                inputs, generation_config, attention_mask, input_ids, token_type_ids, progress, options
+                inputs, generation_config, attention_mask, input_ids, token_type_ids, logits_hook, progress, options
             )
 
     def _generate(
@@ -216,10 +257,12 @@ class Decoder(ABC):
         attention_mask: object,
         input_ids: object,
         token_type_ids: object,
+        logits_hook: LogitsHook | None,
         progress: bool,
         options: dict[str, Any],
     ) -> Any:
         vocabulary, capacity = self._vocabulary, self._engine.capacity
+        of_parts = {name: options.pop(name) for name in self.row_options.keys() & (options.keys() - keywords.KNOWN)}
         chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)
         prompts = parse_prompts(
             inputs,
@@ -231,14 +274,16 @@ class Decoder(ABC):
             token_type_ids=token_type_ids,
         )
         limits = limit_rows(chosen, prompts, capacity)
+        own = own_options(self.row_options, of_parts | {"min_new_tokens": limits.min_new_tokens}, len(prompts.lengths))
         requests = [
-            Request(i, ids, most, least)
-            for i, (ids, most, least) in enumerate(
-                zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, limits.min_new_tokens, strict=True)
+            Request(i, ids, most, options)
+            for i, (ids, most, options) in enumerate(
+                zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, own, strict=True)
             )
         ]
         with self._turns.take("generate"):
             self._follow()
+            self._select({name for options in own for name in options}, logits_hook)
             if not self._is_warm:
                 self._warm_up(progress=False)
             self._decode(prompts, requests, chosen, progress)

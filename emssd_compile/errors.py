@@ -99,5 +99,9 @@ class RuleError(PartError):
     """An acceptance rule broke the `Verdict` contract."""
 
 
+class ProcessorError(PartError):
+    """A logits processor breaks its contract."""
+
+
 class PolicyError(PartError):
     """A length policy broke the `Ranking` contract."""

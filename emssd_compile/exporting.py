@@ -126,7 +126,8 @@ def export(
         source = compiled.named() if verify_only else what.step.graph_module
         graph_module = apply_target_passes(source, compiled, target.passes(what.sizes, chosen), records)
         advance(1)
-        signature = Signature.of(graph_module.graph, _verify_roles(compiled) if verify_only else what.step.roles)
+        roles, options = (_verify_roles(compiled), {}) if verify_only else (what.step.roles, what.step.options)
+        signature = Signature.of(graph_module.graph, roles, options)
         details = target.write(graph_module, draft, what.sizes, chosen, signature)
         advance(1)
         if is_checked:
@@ -148,7 +149,7 @@ def _compare(what: Exportable, signature: Signature, step: StepFunction) -> None
         CapacityError: there is no memory for another set of KV caches.
     """
     own = what.step.graph_module
-    expected = _decode(what, own, Signature.of(own.graph, what.step.roles))
+    expected = _decode(what, own, Signature.of(own.graph, what.step.roles, what.step.options))
     found = _decode(what, step, signature)
     if found != expected:
         raise ArtifactError(
@@ -193,6 +194,7 @@ def _manifest(
         layout="" if verify_only else what.options.layout,
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
+        processors=[] if verify_only else [type(processor).__name__ for processor in what.step.processors],
         lossless=verify_only or what.step.rule.lossless,
         chunk=what.chunk,
         deterministic=what.options.deterministic,

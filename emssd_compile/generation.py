@@ -19,6 +19,7 @@ from torch import Tensor
 from emssd_compile import keywords
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import INT64_MIN, flag, integer, seconds, shown
+from emssd_compile.step.options import RowOption
 
 DEFAULT_NEW_TOKENS = 20  # what transformers generates when nobody sets a length
 
@@ -78,6 +79,28 @@ def saved_options(config: object) -> dict[str, Any]:
     values = {name: getattr(config, name, None) for name in keywords.KNOWN}
     plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
     return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str, list))}
+
+
+def own_options(known: Mapping[str, RowOption], given: Mapping[str, object], rows: int) -> list[dict[str, float]]:
+    """What each row sets for the parts of the step, without what is as it would be anyway.
+
+    Args:
+        known: the options of the parts.
+        given: for some of them a value, or a list with one for each row.
+        rows: how many there are.
+
+    Raises:
+        OptionError: a value is out of range, or a list has not one for each row.
+    """
+    of_rows: list[dict[str, float]] = [{} for _ in range(rows)]
+    for name, value in given.items():
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * rows
+        if len(values) != rows:
+            raise OptionError(f"{name} has {len(values)} values for {rows} prompts; pass one for each, or one for all")
+        for row, one in zip(of_rows, values, strict=True):
+            if (checked := known[name].check(name, one)) != known[name].default:
+                row[name] = checked
+    return of_rows
 
 
 def resolve_options(

@@ -17,6 +17,7 @@ from emssd_compile.lowering import StepFunction
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.step.options import RowOption
 
 
 def load(folder: str | Path, device: str | torch.device | None = None, *, target: str | None = None) -> LoadedModel:
@@ -66,6 +67,12 @@ class LoadedModel(Decoder):
             ),
             lossless=manifest.lossless,
         )
+
+    @property
+    def row_options(self) -> dict[str, RowOption]:
+        """What each request may set for the parts of the step, by the keyword of `generate`."""
+        bindings = self.manifest.signature.with_role("option").items()
+        return {name.removeprefix("option_"): b.option for name, b in bindings if b.option is not None}
 
     @property
     def generation_config(self) -> SimpleNamespace:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from emssd_compile.acceptance import make_rule
 from emssd_compile.ambient import compiling, neutral
@@ -16,24 +16,31 @@ from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter
 from emssd_compile.errors import OptionError, StaleModelError, UnsupportedModelError
-from emssd_compile.freshness import Freshness, Structure
+from emssd_compile.freshness import Freshness
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit, resolve_length
-from emssd_compile.lowering import BACKENDS
+from emssd_compile.logits import PROCESSORS, LogitsProcessor
+from emssd_compile.lowering import BACKENDS, StepFunction
 from emssd_compile.options import CompileOptions
 from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.assembly import assemble
+from emssd_compile.runtime.assembly import assemble, make_variant, switch
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.launch import Variant
 from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
+from emssd_compile.step.logits import LogitContext, in_use
+from emssd_compile.step.options import RowOption
 from emssd_compile.step.signature import Signature
+from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
+    from emssd_compile.lowering.halves import HalvedStep, LogitsHook
+    from emssd_compile.passes import PassRecord
 
 
 def optimize(
@@ -47,6 +54,7 @@ def optimize(
     acceptance: str | Rule = "auto",
     prefill_chunk: int | None = None,
     deterministic: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
@@ -72,14 +80,16 @@ def optimize(
         deterministic: choose the sizes of steps without a clock: from assumed times where `layout` measures, and always
             from the same start. Then a call with the same prompts and options gives the same bits in half precision,
             too, on the same machine with the same number of threads, whatever was decoded before.
+        processors: logits processors of your own, applied behind those of the package.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
         OptionError: an option is unknown or out of range.
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model, or breaks its contract.
-        RuleError, PolicyError: the acceptance rule or the length policy breaks its contract.
-        CapacityError: the KV caches do not fit into memory.
+        RuleError, PolicyError, ProcessorError: the acceptance rule, the length policy or a logits processor breaks its
+            contract.
+        CapacityError: the KV caches, or what a part keeps, do not fit into memory.
         BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
     check_model(model)
@@ -91,12 +101,12 @@ def optimize(
     BACKENDS[options.backend].require(_device(model))
     check_weights(model)
     with compiling, neutral(torch.get_default_dtype()):
-        step, captured = _compile(model, rule, proposer, options)
-        return OptimizedModel(model, step, options, captured)
+        step, captured = _compile(model, rule, proposer, options, tuple(processors))
+        return OptimizedModel(model, step, options, captured, tuple(processors))
 
 
 def _compile(
-    model: nn.Module, rule: Rule, drafter: Drafter, options: CompileOptions
+    model: nn.Module, rule: Rule, drafter: Drafter, options: CompileOptions, processors: tuple[LogitsProcessor, ...]
 ) -> tuple[CompiledStep, tuple[CompiledModel, ...]]:
     """The step, and the models that were captured for it."""
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
@@ -116,10 +126,10 @@ def _compile(
         most = min(batch.capacity, length_limit(source) or batch.capacity)
         return checked(source, _compile_as_far(source, BatchShape(batch.rows, most, tree_nodes)))
 
-    compiled = checked(model, compile_model(model, batch))
+    compiled = checked(model, compile_model(model, batch, drafter.taps))
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
-    step = compile_step(compiled, batch, rule, drafter, LAYOUTS[options.layout].policy())
-    return step, tuple(captured)
+    policy = LAYOUTS[options.layout].policy()
+    return compile_step(compiled, batch, rule, drafter, policy, in_use(processors, ())), tuple(captured)
 
 
 def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
@@ -139,6 +149,31 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class _Form:
+    """One form of the step.
+
+    Attributes:
+        variant: what runs.
+        graphs: what holds weights: the graphs as the backend's passes left them, and as they were before.
+        records: what each pass did.
+        halves: the step, if it is run in two halves.
+    """
+
+    variant: Variant
+    graphs: tuple[fx.GraphModule, ...]
+    records: list[PassRecord]
+    halves: HalvedStep | None = None
+
+
+def _inputs(graph_module: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+
+
+def _signature(step: CompiledStep, graph_module: fx.GraphModule) -> Signature:
+    return Signature.of(graph_module.graph, step.roles, step.options)
+
+
 class OptimizedModel(Decoder):
     """A compiled model. Made by `optimize`.
 
@@ -152,24 +187,27 @@ class OptimizedModel(Decoder):
     """
 
     def __init__(
-        self, model: nn.Module, step: CompiledStep, options: CompileOptions, captured: tuple[CompiledModel, ...] = ()
+        self,
+        model: nn.Module,
+        step: CompiledStep,
+        options: CompileOptions,
+        captured: tuple[CompiledModel, ...] = (),
+        processors: tuple[LogitsProcessor, ...] = (),
     ) -> None:
         self.model = model
         self.drafter = step.drafter
         self.options = options
+        self._processors = (*(make() for make in PROCESSORS), *processors)
         super().__init__(self._assemble(step, captured or (step.compiled,)), lossless=step.rule.lossless)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""
         backend, device, rows = BACKENDS[self.options.backend], _device(self.model), self.options.max_batch
-        records = [*step.records]
-        graph_module = step.for_target(backend.passes(device), records)
-        graphs = (graph_module, step.graph_module, *(c.graph_module for c in captured))
-        looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
-        freshness = Freshness(Structure(self.model, self.drafter), graphs, looked_at)
+        form = self._lower(step)
+        freshness = self._compare_from_now(captured, [form])
         engine = assemble(
-            backend.lower(graph_module, self.options.deterministic),
-            Signature.of(graph_module.graph, step.roles),
+            form.variant.step,
+            form.variant.signature,
             device,
             LAYOUTS[self.options.layout],
             prefill_chunk=self.options.chunk(step.drafter.num_draft_tokens),
@@ -177,8 +215,68 @@ class OptimizedModel(Decoder):
             buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
         )
         # Last, so that an object that cannot be refreshed stays what it was.
-        self._step, self._records, self.graph_module, self._freshness = step, records, graph_module, freshness
+        self._step, self._captured, self._freshness = step, captured, freshness
+        self._records, self.graph_module = form.records, form.graphs[0]
+        self._forms = {(step.processors, False): replace(form, variant=engine.launcher.variant)}
         return engine
+
+    def _lower(self, step: CompiledStep) -> _Form:
+        """A step in the form that the backend runs."""
+        records = [*step.records]
+        graph_module, function = self._lower_graph(step, step.graph_module, records)
+        variant = make_variant(function, _signature(step, graph_module), deterministic=self.options.deterministic)
+        return _Form(variant, (graph_module, step.graph_module), records)
+
+    def _lower_halves(self, step: CompiledStep) -> _Form:
+        """A step that shows its logits, in two parts."""
+        from emssd_compile.lowering.halves import HalvedStep  # brings sympy: not needed to import us
+
+        records, signature = [*step.records], _signature(step, step.graph_module)
+        halves = step.halves()
+        (forward, run), (decide, finish) = (
+            self._lower_graph(step, half, records) for half in (halves.forward, halves.decide)
+        )
+        function = HalvedStep(
+            [binding.name for binding in signature.inputs],
+            (run, _inputs(halves.forward)),
+            (finish, _inputs(halves.decide)),
+            LogitContext.form(signature.sizes),
+        )
+        variant = make_variant(function, signature, deterministic=self.options.deterministic, is_capturable=False)
+        return _Form(variant, (forward, decide, step.graph_module), records, function)
+
+    def _lower_graph(
+        self, step: CompiledStep, graph_module: fx.GraphModule, records: list[PassRecord]
+    ) -> tuple[fx.GraphModule, StepFunction]:
+        backend = BACKENDS[self.options.backend]
+        suited = step.for_target(backend.passes(_device(self.model)), records, graph_module)
+        return suited, backend.lower(suited, self.options.deterministic)
+
+    def _compare_from_now(self, captured: tuple[CompiledModel, ...], forms: Collection[_Form]) -> Freshness:
+        """What later changes of the model are compared with: what it is now."""
+        graphs = (*(g for form in forms for g in form.graphs), *(c.graph_module for c in captured))
+        looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
+        return Freshness(Structure(self.model, self.drafter), graphs, looked_at)
+
+    def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
+        key = (in_use(self._processors, used), hook is not None)
+        if key not in self._forms:
+            with compiling:
+                step = self._step.with_processors(key[0], shows_logits=key[1])
+                form = self._lower_halves(step) if key[1] else self._lower(step)
+                self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
+            self._forms[key] = form
+        form = self._forms[key]
+        if form.halves is not None:
+            form.halves.hook = hook
+        if self._engine.launcher.variant is not form.variant:
+            switch(self._engine, form.variant)
+
+    @property
+    def row_options(self) -> dict[str, RowOption]:
+        """What each request may set for the parts of the step, by the keyword of `generate`."""
+        parts = (self._step.rule, self._step.drafter, self._step.policy, *self._processors)
+        return {name: option for part in parts for name, option in part.options().items()}
 
     def _follow(self) -> None:
         if self._freshness.follow():
@@ -205,7 +303,8 @@ class OptimizedModel(Decoder):
                 self._follow()
             except StaleModelError:
                 check_weights(self.model)
-                self._take(self._assemble(*_compile(self.model, self._step.rule, self.drafter, self.options)))
+                parts = (self._step.rule, self.drafter)
+                self._take(self._assemble(*_compile(self.model, *parts, self.options, self._step.processors)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""
@@ -313,6 +412,7 @@ class OptimizedModel(Decoder):
 
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
-        what = Exportable(self._step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
+            step = self._step.with_processors(self._processors)
+        what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

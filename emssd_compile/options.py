@@ -9,6 +9,7 @@ from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.numeric import flag, integer
 
+MOST_DRAFTS = 1024  # of a row in a step; what ranks drafts compares all pairs
 PREFILL_CHUNK = 512  # packed tokens of a step, unless the rows' drafts alone take more
 
 
@@ -51,8 +52,10 @@ class CompileOptions:
         All of that is one step's work: each row's newest token and its drafts. More than all rows can hold never is.
 
         Raises:
-            OptionError: `prefill_chunk` has no room for it.
+            OptionError: `prefill_chunk` has no room for it, or there are more drafts than a row may have.
         """
+        if num_draft_tokens > MOST_DRAFTS:
+            raise OptionError(f"num_draft_tokens={num_draft_tokens}: a row has at most {MOST_DRAFTS} drafts")
         least = self.max_batch * (num_draft_tokens + 1)
         if self.prefill_chunk is None:
             return max(PREFILL_CHUNK, least)

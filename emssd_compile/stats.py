@@ -22,7 +22,8 @@ class Stats:
         num_accepted_draft_tokens: drafts accepted and emitted.
         num_emitted_tokens: tokens emitted, those included that a stopping criterion dropped afterwards.
         num_fed_tokens: tokens of rows that went through the model.
-        num_padding_tokens: tokens that went through the model for nobody: the inert tails of the buckets.
+        num_padding_tokens: tokens that went through the model for nobody, at the end of steps that were larger than
+            needed: a size that was measured to be faster (`layout="auto"`), one that is captured, or a padded one.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.
         lossless: whether the acceptance rule keeps the model's own tokens; not a count, and not reset.
     """

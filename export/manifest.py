@@ -43,6 +43,8 @@ class Manifest:
         environment: what must be the same where it is loaded (`Target.environment`).
         layout: how much room a step gives to drafts; empty for `"verify"`.
         drafter, acceptance: names of their classes; empty for `"verify"`.
+        processors: names of the classes of the logits processors that the step applies; what they do is an option of
+            each request.
         lossless: whether the acceptance rule keeps the model's own tokens.
         chunk: most packed tokens of a step.
         deterministic: whether the sizes of steps depend on nothing but the requests.
@@ -65,6 +67,7 @@ class Manifest:
     layout: str
     drafter: str
     acceptance: str
+    processors: list[str]
     lossless: bool
     chunk: int
     deterministic: bool

@@ -14,7 +14,6 @@ from emssd_compile.export.manifest import Manifest, fits
 from emssd_compile.export.target import Target
 from emssd_compile.lowering import StepFunction
 from emssd_compile.runtime.memory import check_room
-from emssd_compile.runtime.turns import Turns
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import ROLES, Binding
 from emssd_compile.step.state import COUNTERS
@@ -52,7 +51,7 @@ def open_artifact(
             f"{folder} is no artifact of {made_for.name}: {', '.join(wrong)} in its details cannot be read"
         )
     _compare_surroundings(folder, manifest, made_for, where)
-    check_room((b.spec for b in manifest.signature.inputs if b.role not in ("size", "input")), where)
+    check_room({b.name: b.spec for b in manifest.signature.inputs if b.role not in ("size", "input")}, where)
     with Files(folder, manifest.files) as files:
         return manifest, where, made_for.open(files, manifest.details, manifest.signature, where)
 
@@ -99,7 +98,7 @@ def _compare(folder: Path, what: str, made_for: object, here: object) -> None:
 
 
 class LoadedGraph:
-    """An artifact as a function of tensors, for a loop of one's own.
+    """An artifact as a function of tensors, for a loop of one's own; threads may call it at once.
 
     Attributes:
         manifest: what is known of it.
@@ -111,7 +110,6 @@ class LoadedGraph:
         self.device = torch.empty(0, device=device).device  # "cuda" is one of them, which has an index
         self._inputs = manifest.signature.inputs
         self._step = step
-        self._turns = Turns()  # a runtime binds its inputs, then runs: two callers would run each other's
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Results by name, for all inputs by name; KV caches are written in place.
@@ -126,8 +124,7 @@ class LoadedGraph:
         sizes: dict[str, int] = {}
         for binding in self._inputs:
             self._check(binding, tensors[binding.name], sizes)
-        with self._turns.take("the graph"):
-            return self._step(*(tensors[binding.name] for binding in self._inputs))
+        return self._step(*(tensors[binding.name] for binding in self._inputs))
 
     def empty(self, role: str) -> dict[str, Tensor]:
         """Zeros for every input of a role (`"cache"`, `"state"`, ...). Raises OptionError for another role."""

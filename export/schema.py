@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from emssd_compile.errors import OptionError
 from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.options import RowOption
 from emssd_compile.step.signature import ROLES, SIZE_NAMES, Binding, Signature, role_of_state
 from emssd_compile.step.state import StepState
 
@@ -22,24 +24,45 @@ _MOST = 1 << 31  # of one size
 def entry(binding: Binding) -> dict[str, Any]:
     """A binding as what JSON knows."""
     dtype = str(binding.dtype).removeprefix("torch.")
-    return {"name": binding.name, "shape": list(binding.shape), "dtype": dtype, "role": binding.role}
+    found: dict[str, Any] = {"name": binding.name, "shape": list(binding.shape), "dtype": dtype, "role": binding.role}
+    option = binding.option
+    if option is not None:
+        found["option"] = {"default": option.default, "least": option.least, "most": option.most}
+    return found
 
 
 def from_entry(content: dict[str, Any]) -> Binding:
     """Back from `entry`, which `is_entry`."""
-    return Binding(content["name"], tuple(content["shape"]), getattr(torch, content["dtype"]), content["role"])
+    dtype, option = getattr(torch, content["dtype"]), content.get("option")
+    found = RowOption(dtype=dtype, **option) if option is not None else None
+    return Binding(content["name"], tuple(content["shape"]), dtype, content["role"], found)
 
 
 def is_entry(content: dict[str, Any]) -> bool:
     """Whether this is a binding, by its types and ranges."""
     return (
-        content.keys() == {"name", "shape", "dtype", "role"}
+        content.keys() - {"option"} == {"name", "shape", "dtype", "role"}
         and all(isinstance(content[name], str) for name in ("name", "dtype", "role"))
         and isinstance(getattr(torch, content["dtype"], None), torch.dtype)
         and content["role"] in ROLES
         and isinstance(content["shape"], list)
         and all(isinstance(size, str) or (type(size) is int and 0 <= size < _MOST) for size in content["shape"])
+        and (content["role"] == "option") == ("option" in content)
+        and ("option" not in content or _is_option(content["option"], getattr(torch, content["dtype"])))
     )
+
+
+def _is_option(content: object, dtype: torch.dtype) -> bool:
+    """Whether this is what a request may set."""
+    if not isinstance(content, dict) or content.keys() != {"default", "least", "most"}:
+        return False
+    if not all(value is None or type(value) in (bool, int, float) for value in content.values()):
+        return False
+    try:
+        RowOption(dtype=dtype, **content).check("default", content["default"])
+    except (OptionError, KeyError, TypeError):
+        return False
+    return True
 
 
 def text(signature: Signature) -> str:
@@ -85,26 +108,22 @@ def _flaws_of_step(signature: Signature) -> list[str]:
     dims = {"history": 2, "is_eos": 1, "draft_tokens": 2, "histogram": 1}
     own = {b.name: b for b in signature.inputs if b.role in ("state", "setting")}
     if not all(n in own and len(own[n].shape) == dim and own[n].shape[0] for n, dim in dims.items()):
-        return [
-            "history is not [rows, tokens], is_eos not [vocabulary], draft_tokens not [rows, drafts], or histogram not "
-            "[depth + 1]"
-        ]
+        return ["history or draft_tokens is not [rows, ...], is_eos not [vocabulary], or histogram not [depth + 1]"]
     sizes = signature.sizes
     rows = sizes.rows
     try:
         state = StepState.empty(sizes, torch.device("meta")).tensors()
     except RuntimeError:  # torch cannot count its bytes
-        return [
-            f"a state of {rows} rows of {sizes.capacity} tokens and {sizes.num_draft_tokens} drafts is beyond any memory"
-        ]
+        drafts = sizes.num_draft_tokens
+        return [f"a state of {rows} rows of {sizes.capacity} tokens and {drafts} drafts is beyond any memory"]
     expected = [Binding(name, tuple(value.shape), value.dtype, role_of_state(name)) for name, value in state.items()]
     expected += [Binding(name, (name,), torch.int64, "size") for name in SIZE_NAMES]
     found = [_difference(inputs.get(binding.name), binding) for binding in expected]
     known = {binding.name for binding in expected}
     for b in signature.inputs:
-        if b.name not in known and b.role not in ("row", "memory", "cache"):
+        if b.name not in known and b.role not in ("row", "memory", "cache", "option"):
             found.append(f"{b.name} is a {b.role}, which a step has none of")
-        elif b.role == "row" and b.shape[:1] != (rows,):
+        elif b.role in ("row", "option") and b.shape[:1] != (rows,):
             found.append(f"{b.name} has no line for each of the {rows} rows")
     kept = [b for b in signature.inputs if b.role in ("state", "row", "memory")]
     report = Binding("report", (rows, len(REPORT_FIELDS) + sizes.depth + 1), torch.int64, "result")

@@ -46,9 +46,9 @@ class Target:
             are those of steps that will run most, ascending, and last the largest. `signature` says all of its
             bindings; a format that has room for text should hold `schema.text(signature)`.
         open: `open(files, details, signature, device) -> step`: what runs the files (`folder.Files`). It takes inputs
-            in the order of the signature, writes KV caches in place, and returns the signature's results. The signature
-            and the details are those of a manifest that anyone may have written: what does not agree with the graph
-            itself is refused, with ArtifactError.
+            in the order of the signature, writes KV caches in place, and returns the signature's results; threads may
+            call it at once. The signature and the details are those of a manifest that anyone may have written: what
+            does not agree with the graph itself is refused, with ArtifactError.
         environment: `environment(details, device) -> what must be the same where the artifact is loaded`, as text by
             name: versions, instruction sets, the GPU's capability. It is compared when the artifact is opened.
         require: `require(options, device, runs)`, asked before any work: raises ArtifactError if something is missing

@@ -33,6 +33,7 @@ from emssd_compile.passes.unpad_tokens import UnpadTokens
 from emssd_compile.step.acceptance import Rule, check_rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, check_drafter
+from emssd_compile.step.logits import LogitsProcessor
 from emssd_compile.step.policy import LengthPolicy
 
 __all__ = [
@@ -85,7 +86,16 @@ def unpadded(batch: BatchShape, fake_mode: FakeTensorMode, taps: tuple[int, ...]
     )
 
 
-def step(batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, fake_mode: FakeTensorMode) -> Level:
+def step(
+    batch: BatchShape,
+    rule: Rule,
+    drafter: Drafter,
+    policy: LengthPolicy,
+    fake_mode: FakeTensorMode,
+    processors: tuple[LogitsProcessor, ...] = (),
+    *,
+    shows_logits: bool = False,
+) -> Level:
     """L3: pack, run, accept, commit, draft and choose lengths as one graph.
 
     Raises:
@@ -93,7 +103,8 @@ def step(batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, 
     """
     check_rule(rule)
     check_drafter(drafter)
-    return Level("L3", (FuseStep(batch, rule, drafter, policy, fake_mode),), verify_step)
+    fuse = FuseStep(batch, rule, drafter, policy, processors, fake_mode, shows_logits=shows_logits)
+    return Level("L3", (fuse,), verify_step)
 
 
 def targeted(own: tuple[Pass, ...]) -> Level:

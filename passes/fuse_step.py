@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emssd_compile.errors import DrafterError, PolicyError, RuleError
+from emssd_compile.errors import DrafterError, PolicyError, ProcessorError, RuleError
 from emssd_compile.ops import append_kv, move_kv
 from emssd_compile.passes.graph import caches, call, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
+from emssd_compile.passes.split_halves import SEAM
 from emssd_compile.passes.traced_part import TracedPart
 from emssd_compile.step.acceptance import Rule, Verdict, Verification, feasible
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.commit import Emission, bar_eos, commit, make_report
+from emssd_compile.step.commit import Emission, commit, make_report, newly_read
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter
 from emssd_compile.step.fields import holds_tensors, named, with_named
+from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.nodes import Nodes, select
 from emssd_compile.step.pack import LogitRows, Packed, as_trees, logit_rows, pack
 from emssd_compile.step.parts import PartSizes
@@ -44,18 +46,31 @@ class FuseStep:
         rule: what accepts drafts.
         drafter: what proposes them.
         policy: what chooses how many of them are verified.
+        processors: what is done to the logits, in order.
         fake_mode: of the graph.
+        shows_logits: return what a `LogitContext` holds, too, as it is when the processors are done: at these results
+            `split_halves` can cut the step.
     """
 
     name = "fuse_step"
 
     def __init__(
-        self, batch: BatchShape, rule: Rule, drafter: Drafter, policy: LengthPolicy, fake_mode: FakeTensorMode
+        self,
+        batch: BatchShape,
+        rule: Rule,
+        drafter: Drafter,
+        policy: LengthPolicy,
+        processors: tuple[LogitsProcessor, ...],
+        fake_mode: FakeTensorMode,
+        *,
+        shows_logits: bool = False,
     ) -> None:
+        self.shows_logits = shows_logits
         self.batch = batch
         self.rule = rule
         self.drafter = drafter
         self.policy = policy
+        self.processors = processors
         self.fake_mode = fake_mode
         self.notes: tuple[str, ...] = ()
 
@@ -63,13 +78,14 @@ class FuseStep:
         """Replace the model's graph by that of the step.
 
         Raises:
-            RuleError, DrafterError, PolicyError: that part fails while it is traced, or breaks its contract.
+            RuleError, DrafterError, PolicyError, ProcessorError: that part fails while it is traced, or breaks its
+                contract.
         """
         model = fx.GraphModule(graph_module, graph_module.graph)
         graph_module.graph = fx.Graph()
         graph_module.graph.output(_Fusion(self, graph_module, model).step())
         loss = f"{type(self.rule).__name__} is lossy: the tokens need not be the model's own"
-        parts = (self.rule, self.drafter, self.policy)
+        parts = (self.rule, self.drafter, self.policy, *self.processors)
         self.notes = (*(() if self.rule.lossless else (loss,)), *(note for part in parts for note in part.notes()))
         return 1
 
@@ -81,7 +97,7 @@ class _Read:
 
     packed: Packed
     rows: LogitRows
-    hidden: Tensor
+    taps: dict[str | int, Tensor]
     logits: Tensor
 
 
@@ -94,7 +110,7 @@ class _Done:
     ready: Tensor
     verified: Nodes
     path: Tensor | None
-    hidden: Tensor
+    last: Tensor
 
 
 class _Fusion:
@@ -102,6 +118,8 @@ class _Fusion:
 
     def __init__(self, of: FuseStep, into: fx.GraphModule, model: fx.GraphModule) -> None:
         self.into, self.model, self.fake_mode, self.batch = into, model, of.fake_mode, of.batch
+        self.shows_logits = of.shows_logits
+        self.taps, self.reads_logits = of.drafter.taps, of.drafter.reads_logits
         logits, drafter = results(model.graph)[1].meta["val"], of.drafter
         self.sizes = PartSizes(
             of.batch.rows,
@@ -114,6 +132,10 @@ class _Fusion:
         self.rule = TracedPart("rule", of.rule, Verdict, RuleError, self.sizes)
         self.drafter = TracedPart("drafter", drafter, Draft, DrafterError, self.sizes)
         self.policy = TracedPart("policy", of.policy, Ranking, PolicyError, self.sizes)
+        self.processors = [
+            TracedPart(f"processor_{index}", processor, Processed, ProcessorError, self.sizes)
+            for index, processor in enumerate(of.processors)
+        ]
         with self.fake_mode:
             empty = StepState.empty(self.sizes, logits.device)
         graph = into.graph
@@ -127,16 +149,19 @@ class _Fusion:
     def step(self) -> dict[str, fx.Node]:
         """Everything in order; returns the results by name."""
         read = self._read()
+        read, states = self._process(read)
+        shown = named(self._inline(self._logit_context, self.state, read)) if self.shows_logits else {}
+        seam = {f"{SEAM}{name}": node for name, node in shown.items()}
         verdict, rule_state = self._part(self.rule, self._inline(self._verification, self.state, read))
         state, done = self._inline(self._commit, self.state, read, verdict)
         self._move_kv(done)
-        context = self._inline(self._draft_context, state, done, self.ranges)
+        context = self._inline(self._draft_context, self.state, state, read, done, self.ranges)
         draft, drafter_state = self._part(self.drafter, context)
         seen = self._inline(self._policy_context, state, done, draft, context.max_drafts)
         ranking, policy_state = self._part(self.policy, seen)
         state, report = self._inline(self._choose, state, done, seen, ranking)
         kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
-        return {**kept, "report": report, **rule_state, **drafter_state, **policy_state}
+        return {**kept, "report": report, **seam, **states, **rule_state, **drafter_state, **policy_state}
 
     def _inline(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return inline_function(self.into, function, arguments, self.fake_mode)
@@ -148,12 +173,35 @@ class _Fusion:
         """Pack, and run the model on T tokens."""
         packed, rows = self._inline(self._pack, self.state, self.ranges)
         fed = {**self.caches, **named(packed), "lengths": self.state.lengths, "logit_index": rows.index}
-        hidden, logits = inline(self.into, self.model, fed)[:2]
+        hidden, logits, *layers = inline(self.into, self.model, fed)
         with self.fake_mode:  # the model's graph knew its own T and R; the step's are the lengths of the ranges
-            for node, size in ((hidden, "token_range"), (logits, "logit_range")):
+            for node in (hidden, logits, *layers):
+                size = "logit_range" if node is logits else "token_range"
                 length, value = self.ranges[size].meta["val"].shape[0], node.meta["val"]
                 node.meta["val"] = value.new_empty((length, value.shape[-1]))
-        return _Read(packed, rows, hidden, logits)
+        return _Read(packed, rows, {"hidden": hidden, **dict(zip(self.taps, layers, strict=True))}, logits)
+
+    def _process(self, read: _Read) -> tuple[_Read, dict[str, fx.Node]]:
+        """What is decided by: the logits after all processors; and the processors' state."""
+        states: dict[str, fx.Node] = {}
+        for processor in self.processors:
+            processed, state = self._part(processor, self._inline(self._logit_context, self.state, read))
+            read, states = replace(read, logits=processed.logits), states | state
+        return read, states
+
+    def _logit_context(self, state: StepState, read: _Read) -> LogitContext:
+        rows = read.rows
+        return LogitContext(
+            logits=read.logits,
+            row_ids=rows.row_ids,
+            nodes=rows.nodes,
+            positions=rows.positions,
+            history=state.history,
+            known=state.known,
+            prompt_lengths=state.prompt_lengths,
+            draft=replace(state.draft, lengths=read.packed.drafted),
+            is_eos=state.is_eos,
+        )
 
     def _pack(self, state: StepState, ranges: Tensors) -> tuple[Packed, LogitRows]:
         packed = pack(
@@ -173,7 +221,7 @@ class _Fusion:
     def _verification(self, state: StepState, read: _Read) -> Verification:
         rows = read.rows
         return Verification(
-            logits=bar_eos(read.logits, rows, state.min_known, state.is_eos),
+            logits=read.logits,
             offsets=rows.offsets,
             draft=replace(state.draft, lengths=read.packed.drafted),
             seeds=state.seeds[rows.row_ids],
@@ -193,8 +241,7 @@ class _Fusion:
             last = path.gather(1, last[:, None]).squeeze(1)
         verdict = replace(verdict, accept_lengths=accept_lengths, next_tokens=next_tokens, path=path, state={})
         new, emission = commit(state, packed, verdict)
-        hidden = read.hidden[packed.roots + last]  # [B, H]
-        return new, _Done(emission, packed.ready, verified, path, hidden)
+        return new, _Done(emission, packed.ready, verified, path, last)
 
     def _move_kv(self, done: _Done) -> None:
         """Put the KV of accepted paths right behind the committed tokens."""
@@ -211,18 +258,31 @@ class _Fusion:
         """The slot of each row's root, and how many nodes follow it there, itself included."""
         return (state.known - 1).clamp(min=0), torch.where(done.ready, done.emission.accepted + 1, 0)
 
-    def _draft_context(self, state: StepState, done: _Done, ranges: Tensors) -> DraftContext:
+    def _draft_context(
+        self, before: StepState, state: StepState, read: _Read, done: _Done, ranges: Tensors
+    ) -> DraftContext:
+        new, source = newly_read(before, state, read.packed, done.path)
+        logits = None
+        if self.reads_logits:
+            last = read.rows.offsets[:-1] + done.last  # [B]
+            logits = read.logits[last.clamp(max=read.logits.shape[0] - 1)]
         can_draft = state.active & done.ready  # [B]
         left = (state.limits - state.known - 1).clamp(0, self.sizes.depth)  # [B], one place is for the bonus token
         return DraftContext(
             history=state.history,
             known=state.known,
-            hidden=done.hidden,
+            hidden=read.taps["hidden"][read.packed.roots + done.last],
             active=state.active,
             can_draft=can_draft,
             max_drafts=torch.where(can_draft, left, 0),
             draft_range=ranges["draft_range"],
             row_range=ranges["row_range"],
+            seeds=state.seeds,
+            groups=state.groups,
+            read=new,
+            source=source,
+            taps=read.taps,
+            logits=logits,
         )
 
     def _policy_context(self, state: StepState, done: _Done, answer: Draft, max_drafts: Tensor) -> PolicyContext:

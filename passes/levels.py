@@ -28,10 +28,32 @@ def _only_ops(graph: fx.Graph) -> None:
             raise refuse(node, "the graph holds a higher-order wrapper (control flow or a nested region)")
 
 
+def _no_randomness(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.users and _draws(node):
+            raise refuse(
+                node,
+                "the forward draws random numbers, so its tokens are not the same twice",
+                "let nothing random run in eval mode, as in dropout(x, p, training=self.training)",
+            )
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an op takes numbers from a random generator as it is called: dropout may be turned off."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    arguments = node.target._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    off = [given.get(name) is False for name in ("train", "training")] + [given.get("dropout_p") == 0.0]
+    return not any(off)
+
+
 def verify_captured(graph_module: fx.GraphModule) -> None:
-    """L0: ATen ops only, inputs `input_ids[1, T]` and `positions[1, T]`, T symbolic."""
+    """L0: ATen ops only, none that draws, inputs `input_ids[1, T]` and `positions[1, T]`, T symbolic."""
     graph = graph_module.graph
     _only_ops(graph)
+    _no_randomness(graph)
     _expect_inputs(graph, ["input_ids", "positions"])
     tokens = placeholder(graph, "input_ids").meta["val"].shape[1]
     if not isinstance(tokens, torch.SymInt) or not tokens.node.expr.free_symbols:

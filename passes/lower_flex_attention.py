@@ -86,9 +86,10 @@ def _for_each(
         inner = torch.vmap(inner, in_dims=(*(0 for _ in first), *along, *(None for _ in buffers)))
     inputs = {"scores": scores, **{f"buffer_{i}": node for i, node in enumerate(buffers)}}
 
-    def spread(given: Tensors) -> Tensors:
+    def spread(given: Tensors) -> Any:
         values = list(given.values())
         places = [torch.arange(size, device=values[0].device) for size in values[0].shape]
-        return {"result": inner(*values[: len(first)], *places, *values[1:])}
+        return inner(*values[: len(first)], *places, *values[1:])
 
-    return inline_function(graph_module, spread, (inputs,), scores.meta["val"].fake_mode)["result"]
+    found: fx.Node = inline_function(graph_module, spread, (inputs,), scores.meta["val"].fake_mode)
+    return found

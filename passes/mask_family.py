@@ -66,52 +66,51 @@ class MaskFamily:
         return seen
 
 
-def recognise(
-    probe: Probe,
-    heads: int,
-    longest: int,
-    scale: float,
-    softcap: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> MaskFamily:
-    """The family of the mask behind `probe`: equal to it among places of a row of `longest` tokens, its end included.
+@dataclass(frozen=True)
+class ProbedAttention:
+    """An attention whose mask is not known yet.
+
+    Attributes:
+        probe: computes the model's own attention probabilities.
+        heads: number of query heads H.
+        scale: factor on the raw scores.
+        softcap: 0, or c in `c * tanh(scaled / c)`.
+        dtype: the coarsest dtype on the way; decides how exactly probabilities must agree.
+        device: where to evaluate.
+    """
+
+    probe: Probe
+    heads: int
+    scale: float
+    softcap: float
+    dtype: torch.dtype
+    device: torch.device
+
+
+def recognise(attention: ProbedAttention, longest: int) -> MaskFamily:
+    """The family of an attention's mask: equal to it among places of a row of `longest` tokens, its end included.
 
     All places of the row are compared if they are few enough (1,024 with 4 heads, 362 with 32), else its
     beginning, its end, some between, and those around every edge of a window or chunk.
 
     Args:
-        probe: computes the model's own attention probabilities.
-        heads: number of query heads H.
+        attention: to be probed.
         longest: tokens a row can hold.
-        scale: factor on the raw scores.
-        softcap: 0, or c in `c * tanh(scaled / c)`.
-        dtype: the coarsest dtype on the way; decides how exactly probabilities must agree.
-        device: where to evaluate.
 
     Raises:
         UnknownMaskError: not a known family.
     """
-    return _Recogniser(probe, heads, longest, scale, softcap, dtype, device).family()
+    return _Recogniser(attention, longest).family()
 
 
 class _Recogniser:
     """What `recognise` asks of the probe, step by step."""
 
-    def __init__(
-        self,
-        probe: Probe,
-        heads: int,
-        longest: int,
-        scale: float,
-        softcap: float,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.probe, self.heads, self.longest = probe, heads, longest
-        self.scale, self.softcap, self.device = scale, softcap, device
-        self.exact = dtype in (torch.float32, torch.float64)
-        self.rounding = 1e-5 if self.exact else 8 * torch.finfo(dtype).eps
+    def __init__(self, attention: ProbedAttention, longest: int) -> None:
+        self.attention, self.longest = attention, longest
+        self.heads, self.device = attention.heads, attention.device
+        self.exact = attention.dtype in (torch.float32, torch.float64)
+        self.rounding = 1e-5 if self.exact else 8 * torch.finfo(attention.dtype).eps
         self.slopes: Tensor | None = None
 
     def family(self) -> MaskFamily:
@@ -154,7 +153,9 @@ class _Recogniser:
     def _flattening(self, places: Tensor) -> Tensor:
         """Raw scores [H, n, n] that cancel the bias."""
         zeros = torch.zeros(self.heads, len(places), len(places), dtype=torch.float32, device=self.device)
-        return zeros if self.slopes is None else self.slopes[:, None, None] * self._distance(places) / self.scale
+        return (
+            zeros if self.slopes is None else self.slopes[:, None, None] * self._distance(places) / self.attention.scale
+        )
 
     def _telling(self, places: Tensor) -> Tensor:
         """Where [H, n, n] a weight of 0 means "not seen": not where rounding of a large bias alone could make it 0."""
@@ -165,7 +166,7 @@ class _Recogniser:
 
     def _flat_weights(self, places: Tensor) -> Tensor:
         """Probabilities [H, n, n] where all that is seen weighs the same."""
-        return self.probe(places, self._flattening(places)).float()
+        return self.attention.probe(places, self._flattening(places)).float()
 
     def _seen(self, places: Tensor, weights: Tensor) -> Tensor:
         """Which keys the queries see, bool [n, n]: the same for all heads."""
@@ -228,8 +229,9 @@ class _Recogniser:
         """ALiBi slopes [H] of the bias over the first tokens; None if there is none."""
         tokens = len(short)
         with Precision(torch.float32):  # a slope is a number, not what half precision makes of its products
-            uniform = self.probe(
-                short, torch.zeros(self.heads, tokens, tokens, dtype=torch.float32, device=self.device)
+            uniform = self.attention.probe(
+                short,
+                torch.zeros(self.heads, tokens, tokens, dtype=torch.float32, device=self.device),
             )
         seen = uniform > 0
         if not bool(seen.diagonal(dim1=-2, dim2=-1).all()):
@@ -269,15 +271,20 @@ class _Recogniser:
         generator = torch.Generator(self.device).manual_seed(0)
         raw = (
             torch.randn(
-                self.heads, len(places), len(places), dtype=torch.float32, device=self.device, generator=generator
+                self.heads,
+                len(places),
+                len(places),
+                dtype=torch.float32,
+                device=self.device,
+                generator=generator,
             )
             * 3
         )
-        scaled = raw * self.scale
-        if self.softcap:
-            scaled = self.softcap * torch.tanh(scaled / self.softcap)
+        scaled = raw * self.attention.scale
+        if self.attention.softcap:
+            scaled = self.attention.softcap * torch.tanh(scaled / self.attention.softcap)
         expected = MaskFamily(family.window, self.slopes, family.chunk).probabilities(scaled, places)
-        actual = self.probe(places, raw).float()
+        actual = self.attention.probe(places, raw).float()
         tolerance = 1e-5 if self.exact else 2e-2
         if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
             raise UnknownMaskError(

@@ -20,7 +20,7 @@ from emssd_compile.passes.graph import (
     token_dims,
     token_symbol,
 )
-from emssd_compile.passes.mask_family import MaskFamily, UnknownMaskError, recognise
+from emssd_compile.passes.mask_family import MaskFamily, ProbedAttention, UnknownMaskError, recognise
 from emssd_compile.passes.sampled_evaluator import UnevaluatedError
 from emssd_compile.precision import coarsest
 
@@ -109,7 +109,9 @@ def _family(site: AttentionSite, longest: int) -> MaskFamily:
     value = site.query.meta["val"]
     dtype = coarsest(n.meta["val"].dtype for n in (site.query, site.key, site.value, site.result))
     try:
-        return recognise(site.probe, value.shape[1], longest, site.scale, site.softcap, dtype, value.device)
+        return recognise(
+            ProbedAttention(site.probe, value.shape[1], site.scale, site.softcap, dtype, value.device), longest
+        )
     except UnknownMaskError as error:
         raise refuse(site.result, f"the attention mask is not supported: {error}") from error
     except UnevaluatedError as error:

@@ -109,7 +109,7 @@ def inline_function(
     nodes: dict[str, fx.Node] = {}
     for path, leaf in leaves:
         name = _readable(path)
-        nodes[f"{name} of argument {path[0].idx}" if name in nodes else name] = leaf
+        nodes[f"{name} of argument {key_name(path[0])}" if name in nodes else name] = leaf
     returned: list[Any] = []
 
     def flat(given: Tensors) -> Tensors:

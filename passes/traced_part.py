@@ -14,9 +14,10 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emssd_compile.errors import EmssdError, PartError
+from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
 from emssd_compile.step.fields import mapped, named, spelled
-from emssd_compile.step.parts import Part, PartSizes, check_tensors
+from emssd_compile.step.parts import Part, PartSizes, check_options, check_tensors
 
 _SPELLED = {"P": "D + 1"}  # a size in the metadata of a field that no single letter says
 _CHAINS = "return None, or let the drafter set `max_depth`"
@@ -42,6 +43,8 @@ class TracedPart:
         with self._blamed("`tensors` failed", "It is to return a dict of TensorSpecs by name"):
             declared = part.tensors(sizes)
         self.specs = check_tensors(part, declared, sizes, error)
+        with self._blamed("`options` failed", "It is to return a dict of RowOptions by name"):
+            self.options = check_options(part, part.options(), error)
         self._returned = {name: spec for name, spec in self.specs.items() if not spec.in_place}
 
     def inline(self, into: fx.GraphModule, context: Any, fake_mode: FakeTensorMode) -> tuple[Any, dict[str, fx.Node]]:
@@ -55,10 +58,12 @@ class TracedPart:
         Returns:
             The answer without its state, and the new values of the part's tensors by the step's names.
         """
-        device = next(iter(named(context).values())).meta["val"].device
+        known: Any = next(iter(named(context).values()))  # a node
+        device = known.meta["val"].device
         state = self._add_inputs(into.graph, device, fake_mode)
+        options = self._add_options(into.graph, device, fake_mode)
         with self._blamed("failed while it was traced", f"A {self.kind}'s forward may hold tensor operations only"):
-            answer = inline_function(into, self._run, (replace(context, state=state),), fake_mode)
+            answer = inline_function(into, self._run, (replace(context, state=state, options=options),), fake_mode)
         own = {f"{self.kind}_{name}": node for name, node in answer.state.items()}
         return replace(answer, state={}), own
 
@@ -83,6 +88,24 @@ class TracedPart:
             state[name] = add_input(graph, f"{self.kind}_{name}", value, role)
         return state
 
+    def _add_options(self, graph: fx.Graph, device: torch.device, fake_mode: FakeTensorMode) -> dict[str, fx.Node]:
+        """An input for each option, which parts that declare the same one share."""
+        found = {}
+        for name, option in self.options.items():
+            known = next((n for n in inputs(graph) if n.meta.get("option_name") == name), None)
+            if known is None:
+                with fake_mode:
+                    value = torch.zeros(self.sizes.rows, dtype=option.dtype, device=device)
+                known = add_input(graph, f"option_{name}", value, "option")
+                known.meta |= {"option_name": name, "option": option}
+            elif known.meta["option"] != option:
+                raise self.error(
+                    f"{self.name} declares the option {name!r} as {option}, another part as {known.meta['option']}; "
+                    "parts share options of one name, so give it another"
+                )
+            found[name] = known
+        return found
+
     def _run(self, context: Any) -> Any:
         """Call the part; its answer, checked."""
         written = {f"context.state[{name!r}]" for name, spec in self.specs.items() if spec.in_place}
@@ -96,7 +119,7 @@ class TracedPart:
         if not isinstance(answer, self.answer):
             found = "Tensor" if isinstance(answer, Tensor) else type(answer).__name__
             raise self.error(f"{self.name} returned a {found}; expected a {self.answer.__name__}")
-        self._check(answer, device)
+        self._check(answer, context, device)
         # A result takes the input's place in the next step, where compiled code reads it as contiguous memory.
         kept = {name: answer.state[name].contiguous() for name in self._returned}
         # A weight that is returned as it is would be none of the graph's values.
@@ -118,8 +141,10 @@ class TracedPart:
                     "`tensors`, read from context.state, and returned in the answer's state"
                 )
 
-    def _check(self, answer: Any, device: torch.device) -> None:
+    def _check(self, answer: Any, context: Any, device: torch.device) -> None:
         for field in fields(self.answer):
+            if "like" in field.metadata:
+                self._expect_like(field.name, getattr(answer, field.name), getattr(context, field.metadata["like"]))
             value, letters = getattr(answer, field.name), field.metadata.get("shape")
             if letters is None or (value is None and field.metadata.get("optional")):
                 continue
@@ -136,6 +161,15 @@ class TracedPart:
         for name, spec in self._returned.items():
             where = f"state {name!r}"
             self._expect(where, answer.state[name], spec.shape, spec.dtype, device, f"{list(spec.shape)}, as declared")
+
+    def _expect_like(self, what: str, value: object, like: Tensor) -> None:
+        """A tensor of the shape, dtype and device of another, sizes that differ from step to step included."""
+        same = isinstance(value, Tensor) and [str(n) for n in value.shape] == [str(n) for n in like.shape]
+        if not isinstance(value, Tensor) or not same or (value.dtype, value.device) != (like.dtype, like.device):
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise self.error(
+                f"{self.name} returned {what} = {found}; expected them as they came: {like.dtype} {list(like.shape)}"
+            )
 
     def _size(self, letter: str) -> int:
         return {"B": self.sizes.rows, "K": self.sizes.num_draft_tokens, "P": self.sizes.depth + 1}[letter]

@@ -14,8 +14,8 @@ class UnpadKVCache:
     """Turn each attention over one sequence into append-then-attend over the rows' KV caches.
 
     Every row has its own slab of C slots and its own write offset: slot = position, so nothing is padded, and rejected
-    tokens are rolled back by not advancing `lengths`. For trees of drafts, whose nodes share positions, there are N more
-    slots a row, and slots come from the input of that name.
+    tokens are rolled back by not advancing `lengths`. For trees of drafts, whose nodes share positions, there are N
+    more slots a row, and a token's slot comes from the input of that name.
 
         before:  %o[1,Hq,T,D] = emssd.attention(%q, %k, %v, scale=0.35)
         after:   emssd.append_kv(%k_cache_0[B,C,Hkv,D], %v_cache_0, %k[T,Hkv,D], %v, %row_ids, %positions)

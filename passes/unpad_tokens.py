@@ -19,7 +19,8 @@ class UnpadTokens:
         before:  forward(input_ids[1,T], positions[1,T])
         after:   forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R])
 
-    For trees of drafts there are also `slots[T]`, where a token's keys and values lie, and `ancestors[T, W]`, whom it sees.
+    For trees of drafts there are also `slots[T]`, where a token's keys and values lie, and `ancestors[T, W]`, whom it
+    sees.
     """
 
     name = "unpad_tokens"

@@ -9,7 +9,7 @@ import torch
 
 from emssd_compile import memory
 from emssd_compile.errors import CapacityError
-from emssd_compile.runtime.memory import allocate
+from emssd_compile.runtime.memory import allocate, check_room
 from emssd_compile.step.tensor_spec import TensorSpec
 
 CPU = torch.device("cpu")
@@ -42,5 +42,22 @@ def test_caches_that_exceed_what_is_available_are_refused(monkeypatch):
     """Memory that others hold is not to be had, however much there is in all."""
     monkeypatch.setattr(memory, "_left_by_cgroups", lambda: iter([1000]))
     allocate({"k_cache_0": TensorSpec((10, 25), torch.float32)}, CPU)
-    with pytest.raises(CapacityError, match="the KV caches need"):
+    with pytest.raises(CapacityError, match=r"^the KV caches need .*smaller max_length or max_batch$"):
         allocate({"k_cache_0": TensorSpec((10, 26), torch.float32)}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "owner"), [("drafter", "the drafter"), ("rule", "the acceptance rule"), ("policy", "the length policy")]
+)
+def test_what_a_part_keeps_is_called_the_parts(monkeypatch, prefix, owner):
+    monkeypatch.setattr(memory, "_left_by_cgroups", lambda: iter([1 << 20]))
+    specs = {
+        "k_cache_0": TensorSpec((1,), torch.float32),
+        f"{prefix}_seen": TensorSpec((2,), torch.int64),
+        f"{prefix}_table": TensorSpec((2, 1 << 30), torch.int64),
+    }
+    expected = (
+        rf"^{owner}'s own tensors need 16\.0 GiB, most of it for 'table' \[2, 1073741824\]; cpu has .* keep less$"
+    )
+    with pytest.raises(CapacityError, match=expected):
+        check_room(specs, CPU)

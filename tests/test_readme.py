@@ -46,7 +46,15 @@ def test_quickstart_prints_the_models_own_text(quickstart):
     for prompt, text in zip(variables["prompts"], printed, strict=False):
         alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32)
         assert text == tokenizer.decode(alone[0])
+    assert re.fullmatch(r"\d\.\d\d tokens a row and step", printed[-1])
     assert len(printed) == len(variables["prompts"]) + 1
+
+
+def test_no_token_is_fed_for_nobody_where_the_readme_says_so(quickstart):
+    variables, _, _ = quickstart
+    packed = emssd_compile.optimize(variables["model"], max_batch=8, layout="packed", backend="eager")
+    packed.generate(variables["prompts"], max_new_tokens=32)
+    assert packed.stats.num_padding_tokens == 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ To add a rule: one file with a `Rule`, one line in `RULES`. A lossy rule is take
 from collections.abc import Callable
 
 from emssd_compile.acceptance.greedy import GreedyMatch
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import OptionError, RuleError
 from emssd_compile.step.acceptance import Rule, Verdict, Verification, check_rule
 
 RULES: dict[str, Callable[[], Rule]] = {"greedy": GreedyMatch}
@@ -18,11 +18,13 @@ def make_rule(choice: str | Rule) -> Rule:
     """A rule by name, or the lossless rule given; `"auto"` is the best lossless rule for greedy decoding.
 
     Raises:
-        OptionError: there is none of that name, or an object is given that is lossy.
-        RuleError: the rule does not say whether it is lossless.
+        OptionError: there is none of that name, a class is given, or an object that is lossy.
+        RuleError: the rule does not say whether it is lossless, or has no `forward`.
     """
+    if isinstance(choice, type):
+        raise OptionError(f"acceptance={choice.__name__} is a class; make an instance: acceptance={choice.__name__}()")
     if isinstance(choice, Rule):
-        if not check_rule(choice).lossless:
+        if not _usable(choice).lossless:
             name = type(choice).__name__
             raise OptionError(
                 f"{name} is lossy (lossless = False): the tokens would not be the model's own. A lossy rule is taken "
@@ -34,4 +36,10 @@ def make_rule(choice: str | Rule) -> Rule:
         return GreedyMatch()
     if not isinstance(choice, str) or choice not in RULES:
         raise OptionError(f"unknown acceptance rule {choice!r}; choose one of {['auto', *RULES]} or pass a Rule")
-    return check_rule(RULES[choice]())
+    return _usable(RULES[choice]())
+
+
+def _usable(rule: Rule) -> Rule:
+    if getattr(rule.forward, "__func__", None) is Rule.forward:
+        raise RuleError(f"{type(rule).__name__} has no forward of its own; define forward(verification) -> Verdict")
+    return check_rule(rule)

@@ -7,7 +7,7 @@ from torch import nn
 from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.prompt_lookup import PromptLookup
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter, check_drafter
 from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -34,10 +34,14 @@ def make_drafter(choice: str | nn.Module) -> Drafter:
     """A drafter by name, the drafter given, or a causal LM wrapped into a `DraftModel`.
 
     Raises:
-        OptionError: there is none of that name.
-        DrafterError: an attribute of the drafter given makes no sense.
+        OptionError: there is none of that name, or a class is given.
+        DrafterError: an attribute of the drafter given makes no sense, or it has no `forward`.
     """
+    if isinstance(choice, type):
+        raise OptionError(f"drafter={choice.__name__} is a class; make an instance: drafter={choice.__name__}(...)")
     if isinstance(choice, Drafter):
+        if getattr(choice.forward, "__func__", None) is Drafter.forward:
+            raise DrafterError(f"{type(choice).__name__} has no forward of its own; define forward(context) -> Draft")
         return check_drafter(choice)
     if isinstance(choice, nn.Module):
         return DraftModel(choice)

@@ -27,7 +27,8 @@ def pack_ancestors(mask: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % WORD_BITS))
     # Of different bits, so no sum of them leaves the range of int32, in whatever order they are added.
     values = torch.tensor([*_POWERS[:-1], -_POWERS[-1]], device=mask.device)
-    return (padded.unflatten(1, (-1, WORD_BITS)) * values).sum(-1).to(torch.int32)
+    words: Tensor = (padded.unflatten(1, (-1, WORD_BITS)) * values).sum(-1).to(torch.int32)
+    return words
 
 
 def unpack_ancestors(words: Tensor) -> Tensor:

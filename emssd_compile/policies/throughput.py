@@ -44,8 +44,10 @@ class Throughput(LengthPolicy):
     """
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
-        """Evidence of each row, `row_accepted` and `row_tried` float32 `[B]`; of each grade and depth, `grade_accepted`
-        and `grade_tried` float32 `[G, D]`, which no request's start resets.
+        """Evidence of each row, and of each grade and depth.
+
+        `row_accepted` and `row_tried` float32 `[B]`; `grade_accepted` and `grade_tried` float32 `[G, D]`, which no
+        request's start resets.
         """
         of_row = TensorSpec((sizes.rows,), torch.float32)
         of_grade = TensorSpec((sizes.num_grades, sizes.depth), torch.float32, kept="forever")

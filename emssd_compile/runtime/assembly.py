@@ -10,10 +10,11 @@ from emssd_compile.lowering import StepFunction
 from emssd_compile.ops.triton.selection import standard_forms
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
-from emssd_compile.runtime.launch import make_launcher
+from emssd_compile.runtime.launch import Variant, make_launcher
 from emssd_compile.runtime.memory import allocate
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import StepState
+from emssd_compile.step.tensor_spec import TensorSpec
 
 
 def assemble(
@@ -38,24 +39,36 @@ def assemble(
         buckets: sizes that are captured, where the device captures any.
 
     Raises:
-        CapacityError: the KV caches do not fit into memory.
+        CapacityError: the KV caches, or what a part keeps, do not fit into memory.
     """
-    caches, row, memory = (signature.with_role(role) for role in ("cache", "row", "memory"))
-    own = {name: binding.spec for name, binding in {**caches, **row, **memory}.items()}
-    tensors = allocate(own, device)  # first: the caches may not fit
+    tensors = allocate(_own(signature), device)  # first: the caches may not fit
     state = StepState.empty(signature.sizes, device)
-    names = [binding.name for binding in signature.inputs]
-    run = _without_clock(step) if deterministic else step
-    launcher = make_launcher(run, names, {**state.tensors(), **tensors}, buckets)
+    variant = make_variant(step, signature, deterministic=deterministic)
+    launcher = make_launcher(variant, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
-    return Engine(
-        launcher,
-        signature,
-        layout,
-        prefill_chunk=prefill_chunk,
-        lag=lag,
-        deterministic=deterministic,
-    )
+    return Engine(launcher, layout, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
+
+
+def make_variant(
+    step: StepFunction, signature: Signature, *, deterministic: bool, is_capturable: bool = True
+) -> Variant:
+    """One form of a step, as launchers run it; the arguments are those of `assemble` and of `Variant`."""
+    return Variant(_without_clock(step) if deterministic else step, signature, is_capturable)
+
+
+def switch(engine: Engine, variant: Variant) -> None:
+    """Let the engine, in which no row is busy, drive another form of its step, which shares its tensors.
+
+    Raises:
+        CapacityError: what only this form has does not fit into memory.
+    """
+    own = {name: spec for name, spec in _own(variant.signature).items() if name not in engine.tensors}
+    engine.use(variant, allocate(own, engine.tensors["history"].device))
+
+
+def _own(signature: Signature) -> dict[str, TensorSpec]:
+    """What is allocated beside `StepState`."""
+    return {name: binding.spec for name, binding in signature.with_role("cache", "row", "memory", "option").items()}
 
 
 def _without_clock(step: StepFunction) -> StepFunction:

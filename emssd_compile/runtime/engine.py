@@ -13,12 +13,11 @@ from torch import Tensor
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.dry_run import DryRun, dry_run
-from emssd_compile.runtime.launch import Launcher, Report
+from emssd_compile.runtime.launch import Launcher, Report, Variant
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
-from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import COUNTERS
 
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
@@ -33,7 +32,6 @@ class Engine:
 
     Args:
         launcher: runs steps and owns their tensors.
-        signature: what these tensors are.
         layout: how much room a step gives to drafts.
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
@@ -44,7 +42,6 @@ class Engine:
     def __init__(
         self,
         launcher: Launcher,
-        signature: Signature,
         layout: PackedLayout,
         *,
         prefill_chunk: int,
@@ -53,7 +50,7 @@ class Engine:
     ) -> None:
         self.launcher = launcher
         self.num_rows, self.capacity = launcher.tensors["history"].shape
-        self.num_draft_tokens = signature.sizes.num_draft_tokens
+        self.num_draft_tokens = launcher.variant.signature.sizes.num_draft_tokens
         self.chunk = prefill_chunk
         self.lag = lag
         self.deterministic = deterministic
@@ -61,9 +58,7 @@ class Engine:
         most = self.num_rows * (self.num_draft_tokens + 1)
         self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
-        self._row_state = tuple(signature.with_role("row"))
-        self._memory = tuple(signature.with_role("memory"))
-        self._kept = tuple(signature.with_role("state", "setting", "row", "memory"))
+        self._note_roles()
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._last_read = 0.0
         self._num_observed = 0
@@ -89,6 +84,18 @@ class Engine:
                     self._release()
         finally:
             self._clear()
+
+    def use(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
+        """Drive another form of the step, while no row is busy; `tensors` are those that only it has."""
+        self.launcher.use(variant, tensors)
+        self._note_roles()
+
+    def _note_roles(self) -> None:
+        signature = self.launcher.variant.signature
+        self._row_state = tuple(signature.with_role("row"))
+        self._memory = tuple(signature.with_role("memory"))
+        self._options = signature.with_role("option")
+        self._kept = tuple(signature.with_role("state", "setting", "option", "row", "memory"))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -156,9 +163,14 @@ class Engine:
             "draft_lengths": torch.zeros_like(lengths),
             "active": torch.ones_like(lengths, dtype=torch.bool),
             "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
-            "min_known": lengths + torch.tensor([r.min_new_tokens for r in started]),
+            "prompt_lengths": lengths,
+            "groups": torch.tensor([r.index if r.group is None else r.group for r in started]),
             "seeds": torch.tensor([r.seed for r in started]),
         }
+        for name, binding in self._options.items():
+            assert binding.option is not None
+            of_each = [r.options.get(name.removeprefix("option_"), binding.option.default) for r in started]
+            values[name] = torch.tensor(of_each, dtype=binding.dtype)
         rows = self.launcher.upload(torch.tensor(free))
         for name, value in values.items():
             self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))

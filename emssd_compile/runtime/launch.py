@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from emssd_compile.lowering import StepFunction
 from emssd_compile.runtime.buckets import StepSizes, smallest_cover
 from emssd_compile.runtime.cuda import CudaDevice
 from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import CONSTANT_FIELDS
 
 
@@ -37,24 +38,43 @@ class Report:
         return values
 
 
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One compiled form of a step. Those of a model differ in what is in them, and share tensors and caches.
+
+    Attributes:
+        step: the lowered step.
+        signature: its bindings.
+        is_capturable: whether it can be one launch: all of it runs on the device.
+    """
+
+    step: StepFunction
+    signature: Signature
+    is_capturable: bool = True
+
+    @cached_property
+    def input_names(self) -> tuple[str, ...]:
+        """What the step takes, in order."""
+        return tuple(binding.name for binding in self.signature.inputs)
+
+
 class Launcher(ABC):
     """Runs steps on the tensors it owns. All changes to them go through it, in the order of the calls.
 
     Args:
-        step: the lowered step.
-        input_names: its inputs in order.
-        tensors: its inputs by name, but for those named in `StepSizes`: state, the drafter's state, caches.
+        variant: the step.
+        tensors: its inputs by name, but for those named in `StepSizes`: state, the parts' state, options, caches.
 
     Attributes:
+        variant: the form of the step that is run.
         tensors: the same, as the last launched step leaves them.
         buckets: sizes that are run as one launch, once they have been launched before.
     """
 
     buckets: tuple[StepSizes, ...] = ()
 
-    def __init__(self, step: StepFunction, input_names: Sequence[str], tensors: dict[str, Tensor]) -> None:
-        self.step = step
-        self.input_names = tuple(input_names)
+    def __init__(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
+        self.variant = variant
         self.tensors = dict(tensors)
         self._ranges: dict[tuple[str, int], Tensor] = {}
 
@@ -70,13 +90,19 @@ class Launcher(ABC):
     def upload(self, value: Tensor) -> Tensor:
         """`value`, made on the CPU, where the tensors are."""
 
+    def use(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
+        """Run another form of the step from now on; `tensors` are those that only it has."""
+        self.variant = variant
+        self.tensors.update(tensors)
+
     def forget_captures(self) -> None:  # noqa: B027  (a launcher need not record anything)
         """Weights lie elsewhere than before: forget what was recorded with their old addresses."""
 
     def _run(self, sizes: StepSizes) -> dict[str, Tensor]:
         ranges = {name: self._arange(name, size) for name, size in sizes._asdict().items()}
         with torch.no_grad():
-            return self.step(*(ranges[n] if n in ranges else self.tensors[n] for n in self.input_names))
+            given = (ranges[n] if n in ranges else self.tensors[n] for n in self.variant.input_names)
+            return self.variant.step(*given)
 
     def _arange(self, name: str, length: int) -> Tensor:
         """The input `name` of that length. No two inputs share a tensor: a compiled step would take that for a rule.
@@ -140,25 +166,25 @@ class GraphLauncher(Launcher):
     Nothing waits for the device but `Report.read` and a capture.
 
     Args:
-        step, input_names, tensors: as for `Launcher`; `tensors` are written in place.
+        variant, tensors: as for `Launcher`; `tensors` are written in place.
         device: how to capture and to copy.
         buckets: sizes to capture, ascending; none runs every step directly.
     """
 
     def __init__(
-        self,
-        step: StepFunction,
-        input_names: Sequence[str],
-        tensors: dict[str, Tensor],
-        device: Device,
-        buckets: tuple[StepSizes, ...],
+        self, variant: Variant, tensors: dict[str, Tensor], device: Device, buckets: tuple[StepSizes, ...]
     ) -> None:
-        super().__init__(step, input_names, tensors)
+        super().__init__(variant, tensors)
         self.buckets = buckets
         self._device = device
-        self._replays: dict[StepSizes, Callable[[], object]] = {}
+        self._replays: dict[tuple[Variant, StepSizes], Callable[[], object]] = {}
         width = len(REPORT_FIELDS) + len(tensors["histogram"])
         self._report = tensors["history"].new_zeros((len(tensors["history"]), width))
+
+    def use(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
+        """Run another form of the step from now on; `tensors` are those that only it has."""
+        self.variant = variant
+        self.tensors.update(tensors)
 
     def forget_captures(self) -> None:
         """Each bucket is captured anew when it is launched next."""
@@ -166,13 +192,13 @@ class GraphLauncher(Launcher):
 
     def launch(self, sizes: StepSizes) -> Report:
         """Replay the graph of the smallest bucket that covers `sizes`, or run the step where none does."""
-        bucket = smallest_cover(self.buckets, sizes)
+        bucket = smallest_cover(self.buckets, sizes) if self.variant.is_capturable else None
         if bucket is None:
             self._advance(sizes)
-        elif bucket in self._replays:
-            self._replays[bucket]()
+        elif (replay := self._replays.get((self.variant, bucket))) is not None:
+            replay()
         else:
-            self._replays[bucket] = self._device.capture(partial(self._advance, bucket))
+            self._replays[self.variant, bucket] = self._device.capture(partial(self._advance, bucket))
         # The next step overwrites the report, maybe before it has reached the host: what travels is a copy.
         return Report(*self._device.download(self._report.clone()))
 
@@ -196,11 +222,9 @@ class GraphLauncher(Launcher):
             self.tensors[name].copy_(value)
 
 
-def make_launcher(
-    step: StepFunction, input_names: Sequence[str], tensors: dict[str, Tensor], buckets: tuple[StepSizes, ...]
-) -> Launcher:
+def make_launcher(variant: Variant, tensors: dict[str, Tensor], buckets: tuple[StepSizes, ...]) -> Launcher:
     """The launcher for the device that `tensors` lie on; `buckets` are captured where that is a CUDA device."""
     device = tensors["history"].device
     if device.type == "cuda":
-        return GraphLauncher(step, input_names, tensors, CudaDevice(device), buckets)
-    return DirectLauncher(step, input_names, tensors)
+        return GraphLauncher(variant, tensors, CudaDevice(device), buckets)
+    return DirectLauncher(variant, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,7 +19,8 @@ class Request:
         index: the caller's number for it.
         prompt: int64 `[S]`, on the CPU.
         max_new_tokens: it ends after so many.
-        min_new_tokens: EOS is barred before so many.
+        options: what it sets for the parts of the step, by name.
+        group: requests of one prompt have the same number; None: it is the only one of its prompt.
         seed: of its random numbers, for acceptance rules that draw.
         num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
         output: tokens emitted so far.
@@ -28,7 +30,8 @@ class Request:
     index: int
     prompt: Tensor
     max_new_tokens: int
-    min_new_tokens: int = 0
+    options: Mapping[str, float] = field(default_factory=dict)
+    group: int | None = None
     seed: int = 0
     num_read: int = 0
     output: list[int] = field(default_factory=list)

@@ -27,6 +27,7 @@ class Verification:
         positions: int64 `[R]`, position in its row of the token that each entry predicts. A rule that draws takes its
             numbers from `randomness.uniforms(seeds, positions, ...)`: then a request gives the same tokens whatever it
             is batched with.
+        options: the options that the rule declares, `[B]` each, by name.
         state: the rule's own tensors, as declared by `Rule.tensors`.
     """
 
@@ -35,6 +36,7 @@ class Verification:
     draft: Nodes
     seeds: Tensor
     positions: Tensor
+    options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -48,8 +50,8 @@ class Verdict:
         next_tokens: int64 `[B]`, the token after them (correction or bonus), always from the target; ids outside the
             vocabulary count as its nearest one.
         state: new values of the tensors in `Rule.tensors`, but for those written in place.
-        path: int64 `[B, D + 1]`, where drafts are trees: the accepted node at each depth, the root 0 first; rubbish from
-            `accept_lengths + 1` on. None where drafts are chains: node i is that of depth i.
+        path: int64 `[B, D + 1]`, where drafts are trees: the accepted node at each depth, the root 0 first; rubbish
+            from `accept_lengths + 1` on. None where drafts are chains: node i is that of depth i.
     """
 
     accept_lengths: Tensor = field(metadata={"shape": "B"})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emssd_compile.step.acceptance import Verdict
 from emssd_compile.step.fields import holds_tensors
-from emssd_compile.step.pack import LogitRows, Packed
+from emssd_compile.step.pack import Packed
 from emssd_compile.step.state import COUNTERS, StepState
 
 REPORT_FIELDS = ("counts", "active", "pending", "draft_lengths", "wanted")
@@ -33,12 +33,6 @@ class Emission:
     tokens: Tensor
     counts: Tensor
     accepted: Tensor
-
-
-def bar_eos(logits: Tensor, rows: LogitRows, min_known: Tensor, is_eos: Tensor) -> Tensor:
-    """Logits `[R, V]` with EOS impossible where a row is still too short."""
-    barred = rows.positions < min_known[rows.row_ids]
-    return logits.masked_fill(barred[:, None] & is_eos[None, :], -torch.inf)
 
 
 def commit(state: StepState, packed: Packed, verdict: Verdict) -> tuple[StepState, Emission]:
@@ -76,6 +70,37 @@ def commit(state: StepState, packed: Packed, verdict: Verdict) -> tuple[StepStat
         histogram=_count_acceptance(state.histogram, packed, accepted),
     )
     return new, Emission(tokens, counts, accepted)
+
+
+def newly_read(before: StepState, after: StepState, packed: Packed, path: Tensor | None) -> tuple[Packed, Tensor]:
+    """The tokens whose KV a step has committed, packed, and where each of them lay among the tokens of the step, `[T]`.
+
+    Args:
+        before, after: the state that the step began with, and the one that it leaves.
+        packed: what it fed.
+        path: int64 `[B, D + 1]`, the nodes accepted, of trees.
+    """
+    counts = after.lengths - before.lengths  # [B]
+    ends = counts.cumsum(0)
+    offsets = torch.cat([torch.zeros_like(ends[:1]), ends])
+    place = torch.arange(packed.row_ids.shape[0], device=counts.device)  # [T]
+    row_ids = torch.searchsorted(ends, place, right=True)
+    rows, tail = row_ids.clamp(max=counts.shape[0] - 1), row_ids >= counts.shape[0]
+    index = torch.where(tail, 0, place - offsets[rows])  # [T], which of its row's tokens each is
+    root = (before.known - before.lengths - 1)[rows]  # [T], the index of the row's root
+    node = index if path is None else root + path[rows, (index - root).clamp(0, path.shape[1] - 1)]
+    source = torch.where(tail, 0, packed.offsets[rows] + torch.where(index > root, node, index))  # [T]
+    read = Packed(
+        input_ids=packed.input_ids[source],
+        positions=torch.where(tail, 0, before.lengths[rows] + index),
+        row_ids=row_ids,
+        offsets=offsets,
+        fed=counts,
+        ready=packed.ready,
+        drafted=torch.zeros_like(counts),
+        roots=torch.where(packed.ready, ends - 1, 0),
+    )
+    return read, source
 
 
 def write(history: Tensor, start: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from emssd_compile.errors import DrafterError
-from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.fields import holds_tensors
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.parts import Part
@@ -30,6 +29,15 @@ class DraftContext:
         draft_range: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model
             of its own.
         row_range: int64, `arange` of the most of these that one row may take.
+        seeds: int64 `[B]`, seed of each request, for drafters that draw (see `randomness.uniforms`).
+        groups: int64 `[B]`, rows of one prompt have the same number.
+        read: the tokens whose KV this step has committed, of prompts too, packed; as many places as the step had.
+        source: int64 `[T]`, where each of them lay among the tokens of the step.
+        taps: what the target computed of each token of the step, float `[T, H]` each: `"hidden"`, the input of its LM
+            head, and the outputs of the layers in `Drafter.taps`, by the numbers given there.
+        logits: float `[B, V]`, the target's processed logits where it predicted the root token, if
+            `Drafter.reads_logits`; else None. Rubbish for rows that emitted nothing.
+        options: the options that the drafter declares, `[B]` each, by name.
         state: the drafter's own tensors, as declared by `Drafter.tensors`.
     """
 
@@ -41,6 +49,13 @@ class DraftContext:
     max_drafts: Tensor
     draft_range: Tensor
     row_range: Tensor
+    seeds: Tensor
+    groups: Tensor
+    read: Packed
+    source: Tensor
+    taps: dict[str | int, Tensor]
+    logits: Tensor | None = None
+    options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -70,8 +85,6 @@ class Draft:
 class PackedModel(Protocol):
     """A causal LM compiled to run on packed rows, for drafters that hold one."""
 
-    batch: BatchShape
-
     @property
     def vocabulary(self) -> int:
         """V."""
@@ -97,7 +110,7 @@ class PackedModel(Protocol):
 class Compile(Protocol):
     """Compiles a causal LM for as many rows as the target has."""
 
-    def __call__(self, model: nn.Module, *, tree_nodes: int = 0) -> PackedModel:
+    def __call__(self, model: nn.Module, /, *, tree_nodes: int = 0) -> PackedModel:
         """With `tree_nodes`, for steps in which a row is a tree of so many tokens, its root included."""
         ...
 
@@ -109,12 +122,16 @@ class Drafter(Part):
         num_draft_tokens: K, the most tokens a row may draft; 0 for none.
         max_depth: D, of a drafter of trees: the most drafts on a path, 1 to K. None for chains.
         num_grades: how many grades `Draft.grades` may tell apart; at least 1.
+        taps: decoder layers whose outputs the drafter wants to see, by number, negative ones from the last.
+        reads_logits: whether it wants to see the target's logits.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
     """
 
     num_draft_tokens: int
     max_depth: int | None = None
     num_grades: int = 1
+    taps: tuple[int, ...] = ()
+    reads_logits: bool = False
     reads_ahead: bool = False
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
@@ -135,8 +152,12 @@ def check_drafter(drafter: Drafter) -> Drafter:
     most, depth = drafter.num_draft_tokens, drafter.max_depth
     if depth is not None and (type(depth) is not int or not 1 <= depth <= most):
         raise DrafterError(f"{name}.max_depth = {depth!r}; set it to an integer of 1 to {most}, or to None for chains")
-    if type(drafter.reads_ahead) is not bool:
-        raise DrafterError(f"{name}.reads_ahead = {drafter.reads_ahead!r}; set it to True or False")
+    for attribute in ("reads_ahead", "reads_logits"):
+        value = getattr(drafter, attribute)
+        if type(value) is not bool:
+            raise DrafterError(f"{name}.{attribute} = {value!r}; set it to True or False")
+    if not isinstance(drafter.taps, tuple) or not all(type(tap) is int for tap in drafter.taps):
+        raise DrafterError(f"{name}.taps = {drafter.taps!r}; set it to a tuple of the numbers of layers")
     return drafter
 
 

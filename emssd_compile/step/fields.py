@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
@@ -42,7 +41,7 @@ def holds_tensors(cls: type[T]) -> type[T]:
     return cls
 
 
-def named(value: object) -> dict[str, Tensor]:
+def named(value: object) -> dict[str, Any]:
     """The tensors in a dataclass by name; the name of one in a dataclass within is joined to its field's with `_`."""
     return {"_".join(map(key_name, path)): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
 

@@ -160,12 +160,14 @@ class LogitRows:
         offsets: int64 `[B + 1]`, jagged offsets of the rows in R.
         positions: int64 `[R]`, position in the row of the token that the logit *predicts*; 0 for tail entries.
         row_ids: int64 `[R]`, row of each entry, clamped to B - 1 for tail entries.
+        nodes: int64 `[R]`, the node whose continuation it is: 0 for the root, i for the i-th draft; 0 for tail entries.
     """
 
     index: Tensor
     offsets: Tensor
     positions: Tensor
     row_ids: Tensor
+    nodes: Tensor
 
 
 def logit_rows(packed: Packed, known: Tensor, logit_range: Tensor) -> LogitRows:
@@ -183,4 +185,5 @@ def logit_rows(packed: Packed, known: Tensor, logit_range: Tensor) -> LogitRows:
         offsets=offsets,
         positions=torch.where(tail, 0, known[rows] + depth),
         row_ids=rows,
+        nodes=node,
     )

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from emssd_compile.errors import PartError
+from emssd_compile.errors import OptionError, PartError
+from emssd_compile.step.options import RowOption
 from emssd_compile.step.tensor_spec import TensorSpec
 
 T = TypeVar("T")
@@ -56,6 +57,10 @@ class Part(nn.Module):
         """Tensors that last from step to step, by names that need be unique within the part only."""
         return {}
 
+    def options(self) -> dict[str, RowOption]:
+        """Values that each request may set, by name; `context.options` holds them, `[B]` each."""
+        return {}
+
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the part as it was prepared, a sentence each; `explain()` shows them."""
         return ()
@@ -96,6 +101,23 @@ def check_tensors(part: Part, declared: object, sizes: PartSizes, error: type[Pa
         reason = _fault(tensor, spec, sizes)
         if reason:
             raise error(f"{name}.tensors declares {tensor!r}: {reason}")
+    return dict(declared)
+
+
+def check_options(part: Part, declared: object, error: type[PartError]) -> dict[str, RowOption]:
+    """What `part.options` declared, if it makes sense. Raises `error` saying which option does not."""
+    name = type(part).__name__
+    if not isinstance(declared, dict):
+        raise error(f"{name}.options returned a {type(declared).__name__}; return a dict of RowOptions by name")
+    for option, what in declared.items():
+        if not (isinstance(option, str) and option.isascii() and option.isidentifier()):
+            raise error(f"{name}.options declares {option!r}; an option is named as a keyword argument is")
+        if not isinstance(what, RowOption):
+            raise error(f"{name}.options declares {option!r}: a {type(what).__name__} is no RowOption")
+        try:
+            what.check("default", what.default)
+        except (OptionError, KeyError) as fault:
+            raise error(f"{name}.options declares {option!r} as {what}: {fault}") from fault
     return dict(declared)
 
 

@@ -28,6 +28,7 @@ class PolicyContext:
         num_tokens: int64 `[]`, tokens that the next step feeds besides drafts.
         num_emitting: int64 `[]`, rows that the next step feeds.
         seconds: float32 `[M + 1]`: element n is what a step of n packed tokens takes; it is measured while decoding.
+        options: the options that the policy declares, `[B]` each, by name.
         state: the policy's own tensors, as declared by `LengthPolicy.tensors`.
     """
 
@@ -39,6 +40,7 @@ class PolicyContext:
     num_tokens: Tensor
     num_emitting: Tensor
     seconds: Tensor
+    options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
 
 

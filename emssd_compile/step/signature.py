@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.state import CONSTANT_FIELDS
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -18,6 +19,7 @@ SIZE_NAMES = ("token_range", "logit_range", "draft_range", "row_range")
 ROLES = {
     "size": "an arange; its length is a size of the step, chosen by the host at each call",
     "setting": "set by the host; the step reads it",
+    "option": "a value for each row, set by the host when a request starts in it; the step reads it",
     "state": "state of the rows: the result of the same name replaces it",
     "row": "state of a part, a line a row, zeroed by the host when a request starts in it: the result of the same name "
     "replaces it",
@@ -43,12 +45,14 @@ class Binding:
         shape: sizes; a string stands for a size that may differ from call to call, equal strings for equal sizes.
         dtype: element type.
         role: a key of `ROLES`.
+        option: of an option, its default and the values that it may have.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: torch.dtype
     role: str
+    option: RowOption | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -69,13 +73,14 @@ class Signature:
     results: tuple[Binding, ...]
 
     @classmethod
-    def of(cls, graph: fx.Graph, roles: Mapping[str, str]) -> Signature:
-        """Read off a graph with named inputs and a dict of results; `roles` holds those of the inputs."""
+    def of(cls, graph: fx.Graph, roles: Mapping[str, str], options: Mapping[str, RowOption] | None = None) -> Signature:
+        """Read off a graph with named inputs and a dict of results; `roles` and `options` are those of the inputs."""
         symbols: dict[str, str] = {}
 
         def bind(name: str, node: fx.Node, role: str) -> Binding:
             value = node.meta["val"]
-            return Binding(name, tuple(_size(size, name, symbols) for size in value.shape), value.dtype, role)
+            shape = tuple(_size(size, name, symbols) for size in value.shape)
+            return Binding(name, shape, value.dtype, role, (options or {}).get(name))
 
         placeholders = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
         (results,) = next(node for node in graph.nodes if node.op == "output").args

@@ -45,7 +45,8 @@ class StepState:
         draft: what to verify in the next step.
         active: bool `[B]`, whether the row is being decoded.
         limits: int64 `[B]`, the row ends when `known` reaches this.
-        min_known: int64 `[B]`, EOS is barred from positions before this.
+        prompt_lengths: int64 `[B]`, how many of the tokens are the prompt.
+        groups: int64 `[B]`, rows of one prompt have the same number.
         seeds: int64 `[B]`, seed of each row's random numbers (`randomness.uniforms`).
         is_eos: bool `[V]`, which token ids end a row.
         counters: int64 `[len(COUNTERS)]`, sums since they were last reset.
@@ -60,7 +61,8 @@ class StepState:
     draft: Nodes
     active: Tensor
     limits: Tensor
-    min_known: Tensor
+    prompt_lengths: Tensor
+    groups: Tensor
     seeds: Tensor
     is_eos: Tensor
     counters: Tensor
@@ -84,7 +86,8 @@ class StepState:
             draft=Nodes(zeros(rows, most), zeros(rows), zeros(rows, most), parents, sizes.depth),
             active=zeros(rows, dtype=torch.bool),
             limits=zeros(rows),
-            min_known=zeros(rows),
+            prompt_lengths=zeros(rows),
+            groups=zeros(rows),
             seeds=zeros(rows),
             is_eos=zeros(sizes.vocabulary, dtype=torch.bool),
             counters=zeros(len(COUNTERS)),
@@ -98,5 +101,5 @@ class StepState:
         return named(self)
 
 
-CONSTANT_FIELDS = frozenset({"limits", "min_known", "seeds", "is_eos", "draft_budget", "step_seconds"})
+CONSTANT_FIELDS = frozenset({"limits", "prompt_lengths", "groups", "seeds", "is_eos", "draft_budget", "step_seconds"})
 """Fields that a step reads but does not return; only the host sets them."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import emssd_compile
 from emssd_compile.acceptance import RULES, GreedyMatch, Rule, Verdict, Verification, make_rule
 from emssd_compile.errors import OptionError, RuleError
+from emssd_compile.step.nodes import Nodes
 from tests.passes.graphs import Scripted, model_with_attention
 
 
@@ -26,8 +27,9 @@ def _verify(
         tokens[row, : len(draft)] = torch.tensor(draft, dtype=torch.int64)
     counts = torch.tensor([len(row) for row in choices])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    lengths, unused = torch.tensor([len(d) for d in drafts]), torch.zeros(len(logits), dtype=torch.int64)
-    verdict = GreedyMatch()(Verification(logits, offsets, tokens, lengths, seeds=unused, positions=unused))
+    unused = torch.zeros(len(logits), dtype=torch.int64)
+    nodes = Nodes(tokens, torch.tensor([len(d) for d in drafts]), torch.zeros_like(tokens), None, width)
+    verdict = GreedyMatch()(Verification(logits, offsets, nodes, seeds=unused, positions=unused))
     return verdict.accept_lengths.tolist(), verdict.next_tokens.tolist()
 
 
@@ -97,11 +99,11 @@ class _AcceptAll(Rule):
 
     def forward(self, verification: Verification) -> Verdict:
         verdict = self.greedy(verification)
-        last = verification.offsets[:-1] + verification.draft_lengths
+        last = verification.offsets[:-1] + verification.draft.lengths
         choice = verification.logits.argmax(-1)
         return replace(
             verdict,
-            accept_lengths=verification.draft_lengths,
+            accept_lengths=verification.draft.lengths,
             next_tokens=choice[last.clamp(max=choice.shape[0] - 1)],
         )
 
@@ -125,7 +127,7 @@ def test_a_lossy_rule_is_taken_by_its_name_and_everything_says_so(monkeypatch, t
     fast.stats.reset()
     assert fast.stats.lossless is False, "a reset forgets counts only"
     note = "_AcceptAll is lossy: the tokens need not be the model's own"
-    assert note in fast.explain().record("fuse_verify").notes
+    assert note in fast.explain().record("fuse_step").notes
     assert "_AcceptAll is lossy" in str(fast.explain())
     pytest.importorskip("onnxruntime")
     fast.export_onnx(tmp_path / "artifact", check=False)
@@ -139,7 +141,7 @@ def test_a_lossless_rule_of_ones_own_is_taken_as_an_object():
     model = model_with_attention()
     fast = emssd_compile.optimize(model, max_batch=2, max_length=32, backend="eager", acceptance=rule)
     assert fast.stats.lossless
-    assert fast.explain().record("fuse_verify").notes == ()
+    assert fast.explain().record("fuse_step").notes == ()
 
 
 @pytest.mark.parametrize("lossless", [None, 1, "no"])

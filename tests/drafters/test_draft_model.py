@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,18 +51,23 @@ def _with_vocabulary(size: int) -> TinyModel:
     return model.eval()
 
 
+def _compiled(vocabulary: int) -> Any:
+    """What compiles a model whose vocabulary alone is looked at."""
+    return lambda model, **sizes: SimpleNamespace(vocabulary=vocabulary, capacity=48)
+
+
 @pytest.mark.parametrize(("own", "targets"), [(40, 32), (32, 40), (5000, 4400), (33, 32), (4096, 4096 + 512)])
 def test_another_vocabulary_is_refused(own, targets):
     with pytest.raises(
         DrafterError, match=f"predicts {own} tokens and the target {targets}, which differ by more than"
     ):
-        DraftModel(model_with_attention()).prepare(lambda _: SimpleNamespace(vocabulary=own), 2, 48, targets)
+        DraftModel(model_with_attention()).prepare(_compiled(own), 2, 48, targets)
 
 
 @pytest.mark.parametrize(("own", "targets"), [(151936, 152064), (50257, 50304), (32000, 32064), (4100, 4096)])
 def test_a_vocabulary_that_is_padded_otherwise_is_taken_and_said(own, targets):
     drafter = DraftModel(model_with_attention())
-    drafter.prepare(lambda _: SimpleNamespace(vocabulary=own, capacity=48), 2, 48, targets)
+    drafter.prepare(_compiled(own), 2, 48, targets)
     assert drafter.notes() == (f"vocabularies of {own} and {targets}: taken for padding",)
 
 
@@ -84,7 +90,7 @@ def test_ids_that_only_one_of_the_models_has_do_no_harm(own, targets):
     reference = Reference(target)
     assert fast.generate(prompts, max_new_tokens=12) == [[*ids, *reference(ids, 12)] for ids in prompts]
     assert fast.stats.num_draft_tokens > 0
-    assert f"vocabularies of {own} and {targets}: taken for padding" in fast.explain().record("fuse_draft").notes
+    assert f"vocabularies of {own} and {targets}: taken for padding" in fast.explain().record("fuse_step").notes
 
 
 def _with_positions(positions: int) -> TinyModel:
@@ -108,7 +114,7 @@ def test_a_draft_model_of_fewer_positions_drafts_as_far_as_they_go(name):
     reference = Reference(target)
     assert fast.generate(prompts, max_new_tokens=24) == [[*ids, *reference(ids, 24)] for ids in prompts]
     assert fast._engine.tensors["drafter_k_cache_0"].shape[1] == 32, "it holds no more than it can read"
-    assert fast.explain().record("fuse_draft").notes == ("the draft model drafts up to position 32",)
+    assert fast.explain().record("fuse_step").notes == ("the draft model drafts up to position 32",)
 
 
 def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeypatch):

@@ -104,7 +104,7 @@ class OracleTree(Drafter):
             level = depth.gather(1, parent)  # [B, 1]
             first = ~((parents[:, :i] == parent) & on_path[:, 1:]).any(1, keepdim=True)
             right = on_path.gather(1, parent) & (level < path.lengths[:, None]) & first & (random[:, i : i + 1] % 4 > 0)
-            token = path.tokens.gather(1, level.clamp(max=self.max_depth - 1))
+            token = path.tokens.gather(1, level.clamp(max=self.chain.num_draft_tokens - 1))
             tokens.append(torch.where(right, token, random[:, i : i + 1] % (VOCABULARY + 9) - 4))
             depth, on_path = torch.cat([depth, level + 1], 1), torch.cat([on_path, right], 1)
         if self.shape is None:

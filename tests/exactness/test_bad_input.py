@@ -10,8 +10,16 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import emssd_compile
+from emssd_compile.acceptance import GreedyMatch, Rule
 from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
-from emssd_compile.errors import CapacityError, DrafterError, InvalidInputError, OptionError, UnsupportedModelError
+from emssd_compile.errors import (
+    CapacityError,
+    DrafterError,
+    InvalidInputError,
+    OptionError,
+    RuleError,
+    UnsupportedModelError,
+)
 from emssd_compile.options import CompileOptions
 from tests.exactness.compiled import CAPACITY, target
 from tests.exactness.models import build, prompt
@@ -41,6 +49,7 @@ NEVER_CAPTURED: dict[str, tuple[Any, type[Exception], str]] = {
     "NaN weights": (lambda: _with_nan(build("llama")), InvalidInputError, r"embed_tokens\.weight holds NaN"),
     "meta weights": (lambda: build("own-positions").to("meta"), InvalidInputError, "meta device"),
     "encoder-decoder": (_t5, UnsupportedModelError, "T5ForConditionalGeneration is an encoder-decoder model"),
+    "a class": (lambda: nn.Linear, InvalidInputError, "model is the class Linear; pass an instance of it"),
     "no module": (lambda: "gpt2", InvalidInputError, r"model is a str; pass a torch\.nn\.Module"),
 }
 
@@ -65,6 +74,14 @@ def test_a_model_of_another_kind_is_refused_with_its_reason(name):
     make, message = UNSUPPORTED[name]
     with pytest.raises(UnsupportedModelError, match=message):
         emssd_compile.optimize(make(), max_length=CAPACITY, backend="eager")
+
+
+class _NoForward(Drafter):
+    num_draft_tokens = 2
+
+
+class _RuleWithoutForward(Rule):
+    lossless = True
 
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -106,6 +123,28 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"max_batch": 8, "drafter": "none", "prefill_chunk": 7},
         OptionError,
         "prefill_chunk=7 is less than the 8 tokens",
+    ),
+    "a class of drafters": (
+        {"drafter": PromptLookup},
+        OptionError,
+        r"make an instance: drafter=PromptLookup\(",
+    ),
+    "a class of models as drafter": (
+        {"drafter": nn.Linear},
+        OptionError,
+        "drafter=Linear is a class; make an inst",
+    ),
+    "a class of rules": ({"acceptance": GreedyMatch}, OptionError, "acceptance=GreedyMatch is a class; make an inst"),
+    "a drafter without forward": ({"drafter": _NoForward()}, DrafterError, "_NoForward has no forward of its own; def"),
+    "a rule without forward": (
+        {"acceptance": _RuleWithoutForward()},
+        RuleError,
+        "_RuleWithoutForward has no forward of its own; define",
+    ),
+    "more drafts than a row holds": (
+        {"drafter": PromptLookup(num_draft_tokens=10**6)},
+        OptionError,
+        r"num_draft_tokens=1000000: a row has at most 1024 drafts",
     ),
     "prefill_chunk": ({"prefill_chunk": -1}, OptionError, "prefill_chunk=-1 is out of range; pass at least 1"),
 }

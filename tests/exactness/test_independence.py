@@ -26,7 +26,7 @@ def _compiled(architecture: str) -> CompiledModel:
 
 def _step(history: Tensor, known: Tensor, lengths: Tensor) -> Packed:
     active, slots = torch.ones(ROWS, dtype=torch.bool), torch.arange(SIZE)
-    return pack(history, known, lengths, torch.zeros_like(known), active, slots, slots, share=SIZE)
+    return pack(history, known, lengths, active, slots, slots, share=SIZE)
 
 
 def _row_results(compiled: CompiledModel, packed: Packed, lengths: Tensor, caches: dict[str, Tensor]) -> list[Tensor]:

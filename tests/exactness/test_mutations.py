@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
 from emssd_compile.compiler import CompiledModel, compile_step
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
-from emssd_compile.passes import fuse_verify
+from emssd_compile.passes import fuse_step
 from emssd_compile.passes.graph import placeholder
 from emssd_compile.policies import AllDrafts
 from emssd_compile.step.pack import Packed, pack
@@ -37,15 +38,16 @@ class Mistake:
     length_error: int = 0
 
 
-def _rows_begin_early(**given: Any) -> Packed:
-    packed = pack(**given)
+def _rows_begin_early(*given: Any, **options: Any) -> Packed:
+    packed = pack(*given, **options)
     inner = (packed.offsets[1:-1] - 1).clamp(min=0)
     return replace(packed, offsets=torch.cat([packed.offsets[:1], inner, packed.offsets[-1:]]))
 
 
-def _positions_of_the_longest_row(**given: Any) -> Packed:
-    packed = pack(**given)
-    lengths = given["lengths"]
+def _positions_of_the_longest_row(
+    history: Tensor, known: Tensor, lengths: Tensor, *rest: Any, **options: Any
+) -> Packed:
+    packed = pack(history, known, lengths, *rest, **options)
     behind = lengths.max() - lengths[packed.row_ids.clamp(max=ROWS - 1)]
     return replace(packed, positions=(packed.positions + behind).clamp(max=CAPACITY - 1))
 
@@ -55,9 +57,9 @@ class _BonusFromDraft(GreedyMatch):
 
     def forward(self, verification: Verification) -> Verdict:
         verdict = super().forward(verification)
-        last = verification.draft_tokens.shape[1] - 1
-        draft = verification.draft_tokens.gather(1, verdict.accept_lengths.clamp(max=last)[:, None]).squeeze(1)
-        rejected = verdict.accept_lengths < verification.draft_lengths
+        tokens = verification.draft.tokens
+        draft = tokens.gather(1, verdict.accept_lengths.clamp(max=tokens.shape[1] - 1)[:, None]).squeeze(1)
+        rejected = verdict.accept_lengths < verification.draft.lengths
         return Verdict(verdict.accept_lengths, torch.where(rejected, draft, verdict.next_tokens))
 
 
@@ -100,8 +102,8 @@ def _generate(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> object:
     drafter = compiled.drafter("sometimes-wrong")
     model = _with_wrong_lengths(compiled.compiled, mistake.length_error) if mistake.length_error else compiled.compiled
     with monkeypatch.context() as patch:
-        patch.setattr(fuse_verify, "pack", mistake.pack)
-        step = compile_step(model, compiled.batch, mistake.rule(), drafter, AllDrafts())
+        patch.setattr(fuse_step, "pack", mistake.pack)
+        step = compile_step(model, model.batch, mistake.rule(), drafter, AllDrafts())
     options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=ROWS * (drafter.num_draft_tokens + 1))
     return OptimizedModel(compiled.model, step, options).generate(PROMPTS, max_new_tokens=NEW_TOKENS)
 

@@ -56,7 +56,7 @@ def test_a_verify_only_graph_is_for_loops_of_ones_own(fast, tmp_path, verify_inp
     folder = export(fast, tmp_path / "verify", verify_only=True)
     with pytest.raises(ArtifactError, match="open_graph"):
         emssd_compile.load(folder)
-    assert not {"fuse_verify", "fuse_draft"} & {r["name"] for r in read_manifest(folder).explanation["records"]}
+    assert "fuse_step" not in {r["name"] for r in read_manifest(folder).explanation["records"]}
     graph = open_graph(folder)
     with pytest.raises(OptionError, match="role='caches' is none"):
         graph.empty("caches")

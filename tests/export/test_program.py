@@ -20,6 +20,7 @@ STATE = {
     "known": torch.tensor([9, 20, 4]),
     "lengths": torch.tensor([8, 0, 3]),
     "draft_lengths": torch.tensor([3, 0, 0]),
+    "draft_tokens": torch.randint(VOCABULARY, (BATCH.rows, 3), generator=torch.Generator().manual_seed(1)),
     "active": torch.ones(BATCH.rows, dtype=torch.bool),
     "limits": torch.full((BATCH.rows,), 50),
 }

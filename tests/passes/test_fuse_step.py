@@ -1,6 +1,6 @@
-"""`fuse_verify`: one graph that packs, runs, accepts and commits; the tokens are the model's own."""
+"""`fuse_step`: one graph that packs, runs, accepts and commits; the tokens are the model's own."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ import emssd_compile
 from emssd_compile import passes
 from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
 from emssd_compile.drafters import NoDrafter, PartSizes, PromptLookup, TensorSpec
-from emssd_compile.passes.fuse_draft import FuseDraft
-from emssd_compile.passes.fuse_verify import FuseVerify
+from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, inputs
 from emssd_compile.policies import AllDrafts
-from emssd_compile.step.state import StepState
+from emssd_compile.step.signature import SIZE_NAMES
+from emssd_compile.step.state import CONSTANT_FIELDS, StepState
 from tests.passes.graphs import (
     BATCH,
     LONGEST,
@@ -33,7 +33,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
 def _decode(step: fx.GraphModule, drafts: int, count: int) -> list[list[int]]:
     """Run the step until each of `PROMPTS` has `count` new tokens, as the engine does."""
-    state = StepState.empty(len(PROMPTS), LONGEST, VOCABULARY, drafts, torch.device("cpu")).tensors()
+    state = StepState.empty(PartSizes(len(PROMPTS), LONGEST, VOCABULARY, drafts), torch.device("cpu")).tensors()
     for row, prompt in enumerate(PROMPTS):
         state["history"][row, : len(prompt)] = torch.tensor(prompt)
         state["known"][row] = len(prompt)
@@ -92,7 +92,7 @@ class _Wild(Rule):
         self.accept, self.token = accept, token
 
     def forward(self, verification: Verification) -> Verdict:
-        lengths = verification.draft_lengths
+        lengths = verification.draft.lengths
         return Verdict(torch.full_like(lengths, self.accept), torch.full_like(lengths, self.token))
 
 
@@ -141,14 +141,14 @@ def test_a_rule_may_have_state():
 def test_the_step_is_one_graph_of_ops_with_named_inputs_and_outputs():
     step = step_of(PromptLookup(4, 2))
     names = [str(node.target) for node in inputs(step.graph)]
-    state = [f.name for f in fields(StepState)]
-    assert names == [*state, "token_range", "logit_range", "row_range", "k_cache_0", "v_cache_0", "draft_range"]
-    assert {"report", "history", "draft_lengths"} <= set(returned(step))
+    state = [*StepState.empty(PartSizes(BATCH.rows, LONGEST, VOCABULARY, 4), torch.device("cpu")).tensors()]
+    assert names == [*state, *SIZE_NAMES, "k_cache_0", "v_cache_0"]
+    assert {*returned(step)} == {*state, "report"} - CONSTANT_FIELDS
     assert "_local_scalar_dense" not in ops(step)
     assert {n.op for n in step.graph.nodes} == {"placeholder", "get_attr", "call_function", "output"}
 
 
-def test_the_manager_counts_each_as_one_change():
+def test_the_manager_counts_it_as_one_change():
     graph_module, manager = unpadded(model_with_attention())
     manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), NoDrafter(), AllDrafts(), manager.fake_mode),))
-    assert [(r.name, r.changed) for r in manager.records[-2:]] == [(FuseVerify.name, 1), (FuseDraft.name, 1)]
+    assert [(r.name, r.changed) for r in manager.records[-1:]] == [(FuseStep.name, 1)]

@@ -1,4 +1,4 @@
-"""`fuse_draft`: the step ends with the drafts that the next one verifies, or names the drafter that broke."""
+"""`fuse_step`: the step ends with the drafts that the next one verifies, or names the drafter that broke."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def _first_step(drafter: Drafter, limits: list[int]) -> dict[str, Tensor]:
 
 
 def _run(step: fx.GraphModule, num_draft_tokens: int, limits: list[int], draft_budget: int = 99) -> dict[str, Tensor]:
-    state = StepState.empty(BATCH.rows, LONGEST, VOCABULARY, num_draft_tokens, torch.device("cpu")).tensors()
+    state = StepState.empty(PartSizes(BATCH.rows, LONGEST, VOCABULARY, num_draft_tokens), torch.device("cpu")).tensors()
     state["draft_budget"] = torch.tensor(draft_budget)
     state["history"][:, 0] = 5
     state["known"][:] = 1
@@ -48,18 +48,24 @@ def _run(step: fx.GraphModule, num_draft_tokens: int, limits: list[int], draft_b
     return results
 
 
-def test_drafts_lie_behind_the_known_tokens_and_never_past_the_limit():
+def _drafts(results: dict[str, Tensor]) -> list[list[int]]:
+    """What the next step verifies of each row."""
+    lengths = results["draft_lengths"].tolist()
+    return [row[:length] for row, length in zip(results["draft_tokens"].tolist(), lengths, strict=True)]
+
+
+def test_drafts_are_those_of_the_drafter_and_never_past_the_limit():
     results = _first_step(Scripted([7, 8, 9]), limits=[20, 4, 3])
     assert results["known"].tolist() == [2, 2, 2]
     assert results["draft_lengths"].tolist() == [3, 1, 0], "one place is kept for the bonus token"
-    assert results["history"][0, 2:6].tolist() == [7, 8, 9, 0]
-    assert results["history"][1, 2:6].tolist() == [7, 0, 0, 0]
+    assert _drafts(results) == [[7, 8, 9], [7], []]
+    assert not results["history"][:, 2:].any(), "nothing is written before it is decided"
 
 
 def test_a_draft_ends_at_its_first_id_outside_the_vocabulary():
     results = _first_step(Scripted([7, VOCABULARY, 9]), limits=[20, 20, 20])
     assert results["draft_lengths"].tolist() == [1, 1, 1]
-    assert results["history"][0, 2:6].tolist() == [7, 0, 0, 0]
+    assert _drafts(results) == [[7]] * 3
 
 
 def test_a_drafters_state_goes_in_and_comes_out():
@@ -136,7 +142,7 @@ class _Wild(LengthPolicy):
         self.wanted = wanted
 
     def forward(self, context: PolicyContext) -> Ranking:
-        return Ranking(torch.zeros_like(context.grades), torch.full_like(context.num_tokens, self.wanted))
+        return Ranking(torch.zeros_like(context.draft.tokens), torch.full_like(context.num_tokens, self.wanted))
 
 
 @pytest.mark.parametrize(("wanted", "told", "lengths"), [(10**12, 9, [3, 1, 0]), (-5, 0, [0, 0, 0]), (2, 2, [2, 0, 0])])

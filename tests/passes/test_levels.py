@@ -1,8 +1,11 @@
 """Each level's verifier lets a good graph pass and catches a broken one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from emssd_compile import passes
 from emssd_compile.acceptance import GreedyMatch
@@ -53,6 +56,51 @@ def test_l0(break_it, reason):
     break_it(graph_module)
     with pytest.raises(UnsupportedModelError, match=reason):
         verify_captured(graph_module)
+
+
+RANDOM = {
+    "dropout": (lambda x: functional.dropout(x, 0.1, training=True), "native_dropout"),
+    "noise": (lambda x: x + torch.rand_like(x), "rand_like"),
+    "a table of noise": (lambda x: x + torch.randn(x.shape[-1]), "randn"),
+    "noise written in place": (lambda x: x + torch.empty_like(x).exponential_(), "exponential"),
+    "an order": (lambda x: x[..., torch.randperm(x.shape[-1])], "randperm"),
+    "rrelu": (lambda x: functional.rrelu(x, training=True), "rrelu"),
+    "attention": (lambda x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5), "scaled_dot_product"),
+}
+
+
+class _Then(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x)
+
+
+def _with(change: Callable[[Tensor], Tensor]) -> nn.Module:
+    return nn.Sequential(nn.Embedding(20, 8), _Then(change), nn.Linear(8, 20)).eval()
+
+
+@pytest.mark.parametrize(("draw", "op"), RANDOM.values(), ids=RANDOM)
+def test_a_forward_that_draws_is_refused_by_the_op_and_its_module(draw, op):
+    with pytest.raises(UnsupportedModelError, match="draws random numbers") as caught:
+        verify_captured(capture(_with(draw)))
+    assert op in str(caught.value.op)
+    assert caught.value.module == "1 (_Then)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: functional.dropout(x, 0.1, training=False),
+        lambda x: functional.rrelu(x),
+        lambda x: functional.scaled_dot_product_attention(x, x, x),
+    ],
+    ids=["dropout", "rrelu", "attention"],
+)
+def test_an_op_that_could_draw_and_does_not_is_taken(change):
+    verify_captured(capture(_with(change)))
 
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, target: object, *args: object) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
 from emssd_compile.compiler import _copy
 from emssd_compile.drafters import Draft, DraftContext, Drafter, NoDrafter, PartSizes, TensorSpec
 from emssd_compile.errors import DrafterError, PartError, PolicyError, RuleError
-from emssd_compile.passes.fuse_draft import FuseDraft
-from emssd_compile.passes.fuse_verify import FuseVerify
+from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import inputs
 from emssd_compile.policies import AllDrafts, LengthPolicy, PolicyContext, Ranking
 from tests.passes.graphs import BATCH, compiled_model, returned, step_with
@@ -79,23 +77,10 @@ KINDS: dict[str, tuple[Callable[..., Any], type[PartError]]] = {
 }
 
 
-@functools.cache
-def _verified() -> fx.GraphModule:
-    """The step up to where the drafter comes, made once."""
-    graph_module = _copy(compiled_model().graph_module, "Step")
-    FuseVerify(BATCH, GreedyMatch(), _Drafter(lambda _, a: a), compiled_model().fake_mode).run(graph_module)
-    return graph_module
-
-
 def _trace(kind: str, part: Any) -> None:
     """Fuse the part in, and do no more: quicker than `step_with`."""
-    mode = compiled_model().fake_mode
-    if kind == "rule":
-        source = _copy(compiled_model().graph_module, "Step")
-        FuseVerify(BATCH, part, _Drafter(lambda _, a: a), mode).run(source)
-    else:
-        parts = {"drafter": _Drafter(lambda _, a: a), "policy": _Policy(lambda _, a: a), kind: part}
-        FuseDraft(**parts, fake_mode=mode).run(_copy(_verified(), "Step"))
+    parts = {"rule": GreedyMatch(), "drafter": _Drafter(lambda _, a: a), "policy": AllDrafts(), kind: part}
+    FuseStep(BATCH, **parts, fake_mode=compiled_model().fake_mode).run(_copy(compiled_model().graph_module, "Step"))
 
 
 def _refused(kind: str, message: str, change: Change = lambda _, answer: answer, tensors: Any = None) -> None:
@@ -134,9 +119,10 @@ WRITES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "foreach": ("drafter", r"context\.(known|max_drafts) in place", lambda c: torch._foreach_add_([c.known], 1)),
     "resize": ("drafter", r"context\.known in place", lambda c: c.known.resize_(1)),
     "logits": ("rule", r"context\.logits in place", lambda c: c.logits.masked_fill_(c.logits > 0, 1.0)),
-    "draft tokens": ("rule", r"context\.draft_tokens in place", lambda c: c.draft_tokens.zero_()),
+    "draft tokens": ("rule", r"context\.draft\.tokens in place", lambda c: c.draft.tokens.zero_()),
     "seconds": ("policy", r"context\.seconds in place", lambda c: c.seconds.fill_(1.0)),
-    "proposed": ("policy", r"context\.proposed in place", lambda c: c.proposed.sub_(1)),
+    "proposed": ("policy", r"context\.proposed in place", lambda c: c.proposed.fill_(True)),
+    "grades": ("policy", r"context\.verified\.grades in place", lambda c: c.verified.grades.add_(1)),
 }
 
 
@@ -214,7 +200,7 @@ FIELDS: dict[str, tuple[str, str, str, Change]] = {
     "int32 next tokens": ("rule", "next_tokens", r"next_tokens of dtype torch\.int32", lambda _, v: v.int()),
     "transposed ranks": ("policy", "ranks", r"shape \(2, 3\); expected \[B, K\] = \[3, 2\]", lambda _, v: v.T),
     "float ranks": ("policy", "ranks", r"ranks of dtype torch\.float32", lambda _, v: v.float()),
-    "wanted by row": ("policy", "wanted", r"of shape \(3,\); expected \[\] = \[\]", lambda c, _: c.proposed),
+    "wanted by row": ("policy", "wanted", r"of shape \(3,\); expected \[\] = \[\]", lambda c, _: c.draft.lengths),
     "a number": ("policy", "wanted", "wanted = 3; expected a tensor", lambda _, v: 3),
     "float wanted": ("policy", "wanted", r"wanted of dtype torch\.float32", lambda _, v: v.float()),
 }
@@ -368,7 +354,7 @@ def test_a_rule_says_whether_it_is_lossless():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_that_depend_on_values_are_the_parts_fault(kind):
-    sized = {"drafter": "known", "rule": "draft_lengths", "policy": "proposed"}[kind]
+    sized = {"drafter": "known", "rule": "offsets", "policy": "proposed"}[kind]
     _refused(kind, "makes a shape that depends on values", _writing(lambda c: getattr(c, sized).nonzero()))
 
 

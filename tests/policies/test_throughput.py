@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from emssd_compile.policies import AllDrafts, Throughput
 from emssd_compile.policies.throughput import GRADE_PRIOR_WEIGHT, PRIOR, ROW_PRIOR_WEIGHT, TIE
-from tests.policies.contexts import context, lengths, zeros
+from emssd_compile.step.nodes import select
+from tests.policies.contexts import chains, chosen, context, lengths, zeros
 
 POLICY = Throughput()
 ROWS, LIMIT, GRADES = 3, 3, 2
@@ -119,9 +120,14 @@ class _Rows:
     """Rows step after step; a draft takes a fifth of the time of a step without any, per row."""
 
     def __init__(self, rows: int, limit: int, num_grades: int = 1) -> None:
-        self.limit, self.drafted = limit, [0] * rows
+        self.limit, self.verified = limit, chains([0] * rows, limit)
         self.state = zeros(POLICY, rows, limit, num_grades)
         self.seconds = 1 + 0.2 * torch.arange(rows * (limit + 1) + 1.0)
+
+    @property
+    def drafted(self) -> list[int]:
+        """What the next step verifies."""
+        return self.verified.lengths.tolist()
 
     def step(self, right: list[int], grades: list[int] | None = None) -> list[int]:
         """Verify the drafts, of which the first `right` of each row are accepted; what is drafted next."""
@@ -131,13 +137,13 @@ class _Rows:
             [self.limit] * len(right),
             self.limit,
             self.state,
-            drafted=torch.tensor(self.drafted),
-            accepted=torch.tensor(accepted),
+            verified=self.verified,
+            accepted=accepted,
             grades=grade,
             seconds=self.seconds,
         )
         ranking = POLICY(seen)
-        self.state, self.drafted = ranking.state, lengths(ranking, seen)
+        self.state, self.verified = ranking.state, select(seen.draft, chosen(ranking, seen))
         return self.drafted
 
 
@@ -178,7 +184,7 @@ def test_what_one_row_shows_is_not_held_against_another_row():
 
 def test_only_the_draft_that_was_refused_counts_against_it_not_those_behind():
     state = zeros(POLICY, 1, 4)
-    seen = context([0], 4, state, drafted=torch.tensor([4]), accepted=torch.tensor([1]))
+    seen = context([0], 4, state, verified=chains([4], 4), accepted=[1])
     learnt = POLICY(seen).state
     assert learnt["grade_tried"].tolist() == [[1, 1, 0, 0]]
     assert learnt["grade_accepted"].tolist() == [[1, 0, 0, 0]]
@@ -204,15 +210,16 @@ def _speed_on_paper(policy, rates: list[float], price: float, *, limit: int = 4,
     draws = torch.rand(num_steps, rows, limit, generator=torch.Generator().manual_seed(0))
     right = (draws < torch.tensor(rates)[:, None]).cumprod(2).sum(2)
     table = 1 + price * torch.arange(rows * (limit + 1) + 1.0)
-    state, drafted = zeros(policy, rows, limit), torch.zeros(rows, dtype=torch.int64)
+    state, drafted = zeros(policy, rows, limit), [0] * rows
     tokens = seconds = 0.0
     for step in range(num_steps):
-        accepted = torch.minimum(right[step], drafted)
-        tokens += rows + int(accepted.sum())
-        seconds += float(table[rows + int(drafted.sum())])
-        seen = context([limit] * rows, limit, state, drafted=drafted, accepted=accepted, seconds=table)
+        accepted = [min(n, most) for n, most in zip(right[step].tolist(), drafted, strict=True)]
+        tokens += rows + sum(accepted)
+        seconds += float(table[rows + sum(drafted)])
+        verified = chains(drafted, limit)
+        seen = context([limit] * rows, limit, state, verified=verified, accepted=accepted, seconds=table)
         ranking = policy(seen)
-        state, drafted = ranking.state, torch.tensor(lengths(ranking, seen))
+        state, drafted = ranking.state, lengths(ranking, seen)
     return tokens / seconds
 
 

@@ -6,26 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from emssd_compile.step.acceptance import Verdict
 from emssd_compile.step.commit import REPORT_FIELDS, bar_eos, commit, make_report, write
 from emssd_compile.step.pack import LogitRows, Packed, pack
+from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.state import COUNTERS, StepState
 
 EOS, K = 9, 3
 
 
 def _state(known: list[int], drafts: list[list[int]], lengths: list[int] | None = None) -> StepState:
-    """Rows whose token `t` is `t`, with drafts behind the known tokens."""
+    """Rows whose token `t` is `t`, and their drafts; rubbish behind these."""
     rows = len(known)
-    state = StepState.empty(rows, 16, 12, K, torch.device("cpu"))
-    history = torch.arange(16).repeat(rows, 1).clamp(max=8)
-    for row, (start, draft) in enumerate(zip(known, drafts, strict=True)):
-        history[row, start : start + len(draft)] = torch.tensor(draft, dtype=torch.int64)
+    state = StepState.empty(PartSizes(rows, 16, 12, K), torch.device("cpu"))
+    tokens = torch.tensor([[*draft, *[EOS] * (K - len(draft))] for draft in drafts])
     return replace(
         state,
-        history=history,
+        history=torch.arange(16).repeat(rows, 1).clamp(max=8),
         known=torch.tensor(known),
         lengths=torch.tensor(lengths or [k - 1 for k in known]),
-        draft_lengths=torch.tensor([len(d) for d in drafts]),
+        draft=replace(state.draft, tokens=tokens, lengths=torch.tensor([len(d) for d in drafts])),
         active=torch.ones(rows, dtype=torch.bool),
         limits=torch.full((rows,), 16),
         is_eos=torch.arange(12) == EOS,
@@ -34,11 +34,11 @@ def _state(known: list[int], drafts: list[list[int]], lengths: list[int] | None 
 
 def _pack(state: StepState, tokens: int = 16) -> Packed:
     slots = torch.arange(tokens)
-    return pack(state.history, state.known, state.lengths, state.draft_lengths, state.active, slots, slots, share=K + 1)
+    return pack(state.history, state.known, state.lengths, state.active, slots, slots, K + 1, state.draft)
 
 
 def _commit(state: StepState, accepted: list[int], following: list[int], tokens: int = 16):
-    new, emission = commit(state, _pack(state, tokens), torch.tensor(accepted), torch.tensor(following))
+    new, emission = commit(state, _pack(state, tokens), Verdict(torch.tensor(accepted), torch.tensor(following)))
     emitted = [row[:count].tolist() for row, count in zip(emission.tokens, emission.counts.tolist(), strict=True)]
     return new, emitted
 
@@ -53,10 +53,9 @@ def test_accepted_drafts_and_the_next_token_are_emitted():
     assert emitted == [[1, 2, 3, 10], [11]]
     assert new.known.tolist() == [8, 6]
     assert new.history[0, :8].tolist() == [0, 1, 2, 3, 1, 2, 3, 10]
-    assert new.history[1, :6].tolist() == [0, 1, 2, 3, 4, 11], "a rejected draft is overwritten"
+    assert new.history[1, :6].tolist() == [0, 1, 2, 3, 4, 11], "a rejected draft leaves no trace"
     assert new.lengths.tolist() == [7, 5], "the newest token's KV is written by the next step"
     assert new.active.tolist() == [True, True]
-    assert new.draft_lengths.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

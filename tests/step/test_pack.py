@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.pack import Packed, logit_rows, pack
 
-CAPACITY = 40
+CAPACITY, MOST, RUBBISH = 40, 5, 9999
 
 
 def _pack(
@@ -19,13 +20,19 @@ def _pack(
     active: list[bool] | None = None,
     row_tokens: int = CAPACITY,
 ) -> Packed:
-    """Pack rows whose token `t` is `100 * row + t`."""
+    """Pack rows whose token `t` is `100 * row + t`, and whose draft `i` is `-100 * row - i - 1`."""
     history = torch.arange(CAPACITY) + 100 * torch.arange(len(known))[:, None]
+    history = torch.where(torch.arange(CAPACITY) < torch.tensor(known)[:, None], history, RUBBISH)
     flags = torch.tensor([True] * len(known) if active is None else active)
     slots, row_range = torch.arange(tokens), torch.arange(row_tokens)
-    return pack(
-        history, torch.tensor(known), torch.tensor(lengths), torch.tensor(drafts), flags, slots, row_range, share
-    )
+    return pack(history, torch.tensor(known), torch.tensor(lengths), flags, slots, row_range, share, _chains(drafts))
+
+
+def _chains(lengths: list[int]) -> Nodes:
+    index = torch.arange(MOST)
+    tokens = -100 * torch.arange(len(lengths))[:, None] - index - 1
+    tokens = torch.where(index < torch.tensor(lengths)[:, None], tokens, RUBBISH)
+    return Nodes(tokens, torch.tensor(lengths), torch.zeros_like(tokens), None, MOST)
 
 
 def test_example_of_the_docstring():
@@ -33,7 +40,7 @@ def test_example_of_the_docstring():
     assert packed.offsets.tolist() == [0, 3, 4, 7]
     assert packed.positions.tolist()[:7] == [4, 5, 6, 7, 0, 1, 2]
     assert packed.row_ids.tolist() == [0, 0, 0, 1, 2, 2, 2, 3], "the last token is tail"
-    assert packed.input_ids.tolist()[:7] == [4, 5, 6, 107, 200, 201, 202]
+    assert packed.input_ids.tolist()[:7] == [4, -1, -2, 107, 200, 201, 202]
     assert packed.drafted.tolist() == [2, 0, 0]
     assert packed.roots.tolist() == [0, 3, 6]
 
@@ -103,7 +110,7 @@ def _batches(draw: st.DrawFn) -> dict[str, object]:
     lengths = each(st.integers(0, 15))
     known = [length + pending for length, pending in zip(lengths, each(st.integers(1, 18)), strict=True)]
     active = draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
-    drafts = each(st.integers(0, 4))
+    drafts = each(st.integers(0, MOST))
     return {
         "known": known,
         "lengths": lengths,
@@ -137,7 +144,9 @@ def test_properties(batch):
         own = _of_row(packed, row)
         assert packed.row_ids[own].eq(row).all()
         assert packed.positions[own].tolist() == list(range(batch["lengths"][row], batch["lengths"][row] + fed[row]))
-        assert torch.equal(packed.input_ids[own], 100 * row + packed.positions[own])
+        place, known = packed.positions[own], batch["known"][row]
+        draft = known - place - 1 - 100 * row
+        assert torch.equal(packed.input_ids[own], torch.where(place < known, 100 * row + place, draft))
         pending = batch["known"][row] - batch["lengths"][row]
         assert bool(packed.ready[row]) == (batch["active"][row] and fed[row] >= pending)
         assert packed.drafted[row] == (fed[row] - pending if packed.ready[row] else 0)

@@ -1,10 +1,11 @@
-"""`fit` gives a policy's best drafts room, and never a draft without those before it."""
+"""`fit` gives a policy's best drafts room, and never a draft without those that it follows."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emssd_compile.step.policy import Ranking, fit
+from tests.policies.contexts import chains
 
 LIMIT = 4
 
@@ -19,9 +20,11 @@ def test_lengths_hold_the_best_drafts_and_no_more_than_there_is_room_for(data):
     for place, row in enumerate(order):
         ranks[row, order[:place].count(row)] = place
 
-    lengths = fit(Ranking(ranks, torch.tensor(0)), torch.tensor(proposed), torch.tensor(room))
+    draft = chains(proposed, LIMIT)
+    kept = fit(Ranking(ranks, torch.tensor(0)), draft, draft.exist, torch.tensor(room))
 
-    assert lengths.tolist() == [order[:room].count(row) for row in range(len(proposed))]
+    assert torch.equal(kept, draft.index < kept.sum(1)[:, None]), "the first of each row"
+    assert kept.sum(1).tolist() == [order[:room].count(row) for row in range(len(proposed))]
 
 
 @given(data=st.data())
@@ -31,7 +34,10 @@ def test_whatever_the_ranks_no_more_drafts_are_verified_than_proposed_or_than_th
     room = data.draw(st.integers(-2, 20), label="room")
 
     ranking = Ranking(torch.tensor(ranks).view(-1, LIMIT), torch.tensor(0))
-    lengths = fit(ranking, torch.tensor(proposed), torch.tensor(room)).tolist()
+    draft = chains(proposed, LIMIT)
+    kept = fit(ranking, draft, draft.exist, torch.tensor(room))
+    lengths = kept.sum(1).tolist()
 
+    assert torch.equal(kept, draft.index < kept.sum(1)[:, None]), "the first of each row"
     assert all(0 <= length <= most for length, most in zip(lengths, proposed, strict=True))
     assert sum(lengths) <= max(room, 0)

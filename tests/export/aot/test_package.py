@@ -36,6 +36,7 @@ def _inputs(sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:
         "known": torch.tensor([9, 20, 4]),
         "lengths": torch.tensor([8, 0, 3]),
         "draft_lengths": torch.tensor([3, 0, 0]),
+        "draft_tokens": torch.randint(VOCABULARY, (ROWS, 3), generator=torch.Generator().manual_seed(1)),
         "active": torch.ones(ROWS, dtype=torch.bool),
         "limits": torch.full((ROWS,), 50),
         **{name: torch.arange(size) for name, size in zip(SIZE_NAMES, sizes, strict=True)},

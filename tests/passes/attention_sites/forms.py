@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx
 
+from emssd_compile.capture import capture
+from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import attention
 from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.raise_attention import RaiseAttention
-from tests.passes.graphs import HEADS, LONGEST, Attend, TinyModel, capture_and_apply, eager, run
+from tests.passes.graphs import HEADS, LONGEST, Attend, TinyModel, apply, capture_and_apply, eager, run
 
 
 def causal_scores(scores: Tensor) -> Tensor:
@@ -37,3 +40,16 @@ def assert_raised(attend: Attend, kv_heads: int = HEADS) -> tuple[fx.GraphModule
     for tokens in (2, 9, 40):
         torch.testing.assert_close(run(graph_module, tokens), eager(model, tokens), rtol=1e-5, atol=1e-5)
     return graph_module, site
+
+
+def attributes(attend: Attend, kv_heads: int = HEADS) -> dict[str, object]:
+    """Those of the one op that `attend` becomes, without those that are 0 or None."""
+    _, site = assert_raised(attend, kv_heads)
+    return {name: value for name, value in site.kwargs.items() if value}
+
+
+def refusal(attend: Attend) -> UnsupportedModelError:
+    """The error for a model whose attention is of no form."""
+    with pytest.raises(UnsupportedModelError) as caught:
+        apply(capture(TinyModel(attend=attend)), DropNoops(), RaiseAttention(LONGEST))
+    return caught.value
