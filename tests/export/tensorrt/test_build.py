@@ -104,7 +104,7 @@ def test_float32_can_be_decomposed(tmp_path):
 
 @pytest.mark.parametrize(("drafter", "attention", "writes"), [(Forks(), "fused", 2), ("prompt-lookup", "masked", 1)])
 def test_layers_that_see_the_same_are_built(drafter, attention, writes, tmp_path):
-    """What two layers may see is one mask. Where drafts are trees, each cache is written once more, in its own memory."""
+    """What two layers may see is one mask. Where drafts are trees, each cache is written once more, in place."""
     model = toy_model("llama").to(torch.float16)
     fast = optimize(model, drafter, max_batch=ROWS, max_length=LENGTH, backend="eager", prefill_chunk=CHUNK)
     most = ROWS * (fast.drafter.num_draft_tokens + 1)
