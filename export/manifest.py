@@ -19,7 +19,7 @@ from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import COUNTERS
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 
 _MOST = 1 << 31  # tokens of a step

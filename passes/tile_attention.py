@@ -263,13 +263,13 @@ def _mark_broken(given: Tensors) -> Tensors:
 def _moved(given: Tensors) -> Tensors:
     """The keys or values of a path, and where `update_kv` writes them: behind one another, from `starts` on."""
     cache, starts, path = given["cache"], given["starts"], given["path"]
-    rows, heads, _, size = cache.shape
-    width = path.shape[1]  # N
-    depth, row = torch.arange(width, device=path.device), torch.arange(rows, device=path.device)
-    source = starts[:, None] + path.clamp(0, width - 1)  # [B, N]
-    index = source[:, None, :, None].expand(rows, heads, width, size)
+    rows, heads, slots, size = cache.shape
+    width = path.shape[1]  # D + 1
+    row, head, depth = (torch.arange(length, device=path.device) for length in (rows, heads, width))
+    source = (starts[:, None] + path).clamp(0, slots - 1)  # [B, D + 1]
+    vectors = (row[:, None, None] * heads + head) * slots + source[:, :, None]  # [B, D + 1, Hkv]
     return {
-        "new": cache.gather(2, index).transpose(1, 2).flatten(0, 1),  # [B * N, Hkv, D]
+        "new": torch.embedding(cache.reshape(-1, size), vectors.flatten(0, 1)),  # [B * (D + 1), Hkv, size]
         "row_ids": row[:, None].expand(rows, width).flatten(),
         "slots": (starts[:, None] + depth).flatten(),
         "offsets": torch.arange(rows + 1, device=path.device) * width,

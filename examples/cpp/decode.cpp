@@ -32,7 +32,7 @@ int main(int argc, char** argv) {
     while (words >> size) shape.push_back(size == "*" ? 0 : std::stoll(size));
     if (kind == "input") tensors[name] = at::zeros(shape, dtypes.at(dtype));
   }
-  const int64_t most = tensors["histogram"].size(0) - 1, length = prompt.size();
+  const int64_t most = tensors["draft_tokens"].size(1), length = prompt.size();
   tensors["history"][0].narrow(0, 0, length).copy_(at::tensor(prompt));
   tensors["known"][0] = length;
   tensors["limits"][0] = length + std::stoll(argv[2]);

@@ -114,8 +114,12 @@ class _Splicer:
         layer.decomposable = False
         layer.key_value_lengths = kv_lengths
         if mask is not None:
-            layer.mask = mask
+            layer.mask = self._copy(mask)
         return layer.get_output(0)
+
+    def _copy(self, mask: Any) -> Any:
+        """The same mask: TensorRT-RTX names what it makes of one after it, and fails where two layers share one."""
+        return self._made(self.network.add_elementwise(mask, mask, self.trt.ElementWiseOperation.AND)).get_output(0)
 
     def _made(self, layer: Any) -> Any:
         if layer is None:

@@ -16,7 +16,7 @@ from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftModel, Par
 from emssd_compile.optimized_model import OptimizedModel
 
 VOCABULARY, WIDTH, HEADS, ROWS, CAPACITY, K = 48, 32, 4, 3, 2048, 4
-DRAFTERS = ("none", "lookup", "draft-model", "last-bigram")
+DRAFTERS = ("none", "lookup", "draft-model", "last-bigram", "forks")
 
 
 class Small(nn.Module):
@@ -58,6 +58,22 @@ class LastBigram(Drafter):
         return Draft(tokens, torch.full_like(context.known, 2), {"followers": followers})
 
 
+class Forks(Drafter):
+    """Trees: what prompt lookup drafts, each draft behind a wrong one that follows the same node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = PromptLookup(K)
+        self.num_draft_tokens, self.max_depth = 2 * K, K
+
+    def forward(self, context: DraftContext) -> Draft:
+        """Node `2 i` is the i-th draft of the chain, and node `2 i - 1` the wrong one beside it."""
+        chain = self.chain(context)
+        tokens = torch.stack([(chain.tokens + 1) % VOCABULARY, chain.tokens], 2).flatten(1)
+        parents = torch.arange(2 * K) // 2 * 2
+        return Draft(tokens, 2 * chain.lengths, parents=parents.expand_as(tokens))
+
+
 def drafter(name: str) -> str | nn.Module:
     """A drafter of `DRAFTERS`."""
     made: dict[str, str | nn.Module] = {
@@ -65,6 +81,7 @@ def drafter(name: str) -> str | nn.Module:
         "lookup": PromptLookup(K),
         "draft-model": DraftModel(Small(), K),  # the target itself: always right
         "last-bigram": LastBigram(),
+        "forks": Forks(),
     }
     return made[name]
 
@@ -73,7 +90,7 @@ def drafter(name: str) -> str | nn.Module:
 def optimized(name: str, backend: str = "eager") -> OptimizedModel:
     """The model with a drafter of `DRAFTERS`."""
     return emssd_compile.optimize(
-        Small(), drafter(name), max_batch=ROWS, max_length=CAPACITY, backend=backend, layout="packed", prefill_chunk=24
+        Small(), drafter(name), max_batch=ROWS, max_length=CAPACITY, backend=backend, layout="packed", prefill_chunk=27
     )
 
 

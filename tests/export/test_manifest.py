@@ -76,6 +76,6 @@ def test_another_version_of_the_package_that_writes_the_same_format_is_loaded(ar
 
 
 def test_another_format_is_named(artifact, monkeypatch):
-    monkeypatch.setattr("emssd_compile.export.manifest.FORMAT", 3)
-    with pytest.raises(ArtifactError, match="has format 2, this package reads 3"):
+    monkeypatch.setattr("emssd_compile.export.manifest.FORMAT", 4)
+    with pytest.raises(ArtifactError, match="has format 3, this package reads 4"):
         emssd_compile.load(artifact)

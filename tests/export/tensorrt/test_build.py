@@ -21,6 +21,7 @@ from emssd_compile.passes.graph import inputs
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.step.signature import Signature
 from tests.export.opened import signature_of
+from tests.export.subjects import Forks
 from tests.export.tensorrt.steps import CHUNK
 from tests.ops.ragged import Heads
 from tests.passes import trees
@@ -99,6 +100,22 @@ def test_float32_can_be_decomposed(tmp_path):
     assert details["layers"]["kv_cache_update"] == 2
     assert "attention_input" not in details["layers"]
     assert (tmp_path / ENGINE).exists()
+
+
+@pytest.mark.parametrize(("drafter", "attention", "writes"), [(Forks(), "fused", 2), ("prompt-lookup", "masked", 1)])
+def test_layers_that_see_the_same_are_built(drafter, attention, writes, tmp_path):
+    """What two layers may see is one mask. Where drafts are trees, each cache is written once more, in place."""
+    model = toy_model("llama").to(torch.float16)
+    fast = optimize(model, drafter, max_batch=ROWS, max_length=LENGTH, backend="eager", prefill_chunk=CHUNK)
+    most = ROWS * (fast.drafter.num_draft_tokens + 1)
+    sizes = (StepSizes(CHUNK, most, CHUNK + ROWS, CHUNK),)
+    chosen = BuildOptions(compute_capabilities=["8.0"], attention=attention)
+    step = fast._step.for_target(passes(sizes, chosen), [])
+    details = write(step, tmp_path, sizes, chosen, Signature.of(step.graph, fast._step.roles))
+    assert details["layers"]["attention_input"] == 2
+    assert details["layers"]["kv_cache_update"] == 4 * writes
+    outputs = {b["name"] for b in details["bindings"] if b["direction"] == "output"}
+    assert sum(cache == "k_cache_0" for name, cache in details["caches"].items() if name in outputs) == writes
 
 
 def test_what_cannot_be_built_is_refused_before_any_work():
