@@ -50,14 +50,15 @@ class Engine:
     ) -> None:
         self.launcher = launcher
         self.num_rows, self.capacity = launcher.tensors["history"].shape
-        self.num_draft_tokens = launcher.variant.signature.sizes.num_draft_tokens
+        sizes = launcher.variant.signature.sizes
+        self.num_draft_tokens, self.max_depth, self._depth = sizes.num_draft_tokens, sizes.max_depth, sizes.depth
         self.chunk = prefill_chunk
         self.lag = lag
         self.deterministic = deterministic
         self.sizes_used: set[StepSizes] = set()
         most = self.num_rows * (self.num_draft_tokens + 1)
         self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
-        self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
+        self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times, self.max_depth)
         self._note_roles()
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._last_read = 0.0
@@ -111,8 +112,7 @@ class Engine:
         """Compile: run the step once."""
         with self._dry_run() as dry:
             # Not more than a step of these rows can ever have: an artifact may be made for no more.
-            size = min(2, self.num_rows * (self.num_draft_tokens + 1))
-            dry.step(StepSizes(size, size, size, size))
+            dry.decode(min(2, self.num_rows * (self.num_draft_tokens + 1)))
 
     def capture(self) -> Iterator[StepSizes]:
         """Run every bucket of sizes once, so that none is captured later; yields each when done."""
@@ -131,7 +131,7 @@ class Engine:
         self._publish_times()
 
     def _dry_run(self) -> AbstractContextManager[DryRun]:
-        return dry_run(self.launcher, self._kept, self.num_draft_tokens)
+        return dry_run(self.launcher, self._kept, self.num_draft_tokens, self.max_depth)
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
         """The counters and the acceptance histogram, read from the device, and reset there."""
@@ -233,7 +233,7 @@ class Engine:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
         counts, active, _, _, wanted = list(zip(*lines, strict=True))[: len(REPORT_FIELDS)]
         drafting = [(r, n) for r, n, alive in zip(launch.requests, counts, active, strict=True) if r and n and alive]
-        if any(r.max_new_tokens - len(r.output) - n > self.num_draft_tokens for r, n in drafting):
+        if any(r.max_new_tokens - len(r.output) - n > self._depth for r, n in drafting):
             self.planner.record_wanted_drafts(wanted[0], len(drafting))
 
     def _release(self) -> None:
