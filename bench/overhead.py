@@ -39,6 +39,7 @@ from bench.command import (
     versions,
 )
 from emssd_compile import LoadedModel, OptimizedModel
+from emssd_compile.runtime.buckets import StepSizes
 
 _START = """
 import json, sys, time
@@ -113,22 +114,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def decode(fast: OptimizedModel | LoadedModel, prompts: list[list[int]], tokens: int) -> Decoding:
     """Decode `tokens` of each prompt without EOS; steps that read prompts are left out."""
     launcher = fast._engine.launcher
-    step, calls = launcher.step, list[tuple[float, float]]()
+    run, calls = launcher._run, list[tuple[float, float]]()
     device = fast.device
 
-    def timed_step(*inputs: Tensor) -> dict[str, Tensor]:
+    def timed_run(sizes: StepSizes) -> dict[str, Tensor]:
         started = time.perf_counter()
-        results = step(*inputs)
+        results = run(sizes)
         synchronize(device)
         calls.append((started, time.perf_counter()))
         return results
 
-    launcher.step = timed_step
+    launcher._run = timed_run  # type: ignore[method-assign]
     try:
         fast.generate(prompts, max_new_tokens=tokens, eos_token_id=None)
         ended = time.perf_counter()
     finally:
-        launcher.step = step
+        launcher._run = run  # type: ignore[method-assign]
     num_reading = -(-sum(map(len, prompts)) // fast._engine.chunk)
     decoding = calls[num_reading:]
     return Decoding(ended - decoding[0][0], sum(end - start for start, end in decoding), len(decoding))

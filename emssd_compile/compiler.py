@@ -60,6 +60,11 @@ class CompiledModel:
         """C, tokens that a row of its KV caches can hold."""
         return self.batch.capacity
 
+    @property
+    def ancestor_words(self) -> int:
+        """W, words of `Packed.ancestors`; 0 where it was compiled for chains."""
+        return self.batch.ancestor_words
+
     def named(self) -> fx.GraphModule:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""
         graph_module = _copy(self.graph_module, "Verify")
@@ -75,7 +80,7 @@ class CompiledModel:
     ) -> tuple[Tensor, Tensor]:
         """Hidden states `[T, H]` and logits `[R, V]`; writes the KV of the packed tokens into `caches`."""
         if packed.ancestors is None and self.batch.tree_nodes:
-            packed = as_trees(packed, lengths, self.batch.ancestor_words)
+            packed = as_trees(packed, lengths, self.ancestor_words)
         given = {**caches, **named(packed), "lengths": lengths, "logit_index": logit_index}
         hidden, logits, *_ = self.graph_module(*(given[str(node.target)] for node in inputs(self.graph_module.graph)))
         return hidden, logits

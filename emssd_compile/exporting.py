@@ -55,7 +55,7 @@ class Exportable:
         """Sizes of the steps that will run: those of decoding, ascending, and last a chunk of prompts."""
         rows, drafts = self.options.max_batch, self.step.drafter.num_draft_tokens
         chunk = StepSizes(self.chunk, min(self.chunk, rows * (drafts + 1)), self.chunk + rows, self.chunk)
-        return (*decode_buckets(rows, drafts), chunk)
+        return (*decode_buckets(rows, drafts, self.step.drafter.max_depth), chunk)
 
 
 def prepare(

@@ -205,13 +205,14 @@ class OptimizedModel(Decoder):
         backend, device, rows = BACKENDS[self.options.backend], _device(self.model), self.options.max_batch
         form = self._lower(step)
         freshness = self._compare_from_now(captured, [form])
+        drafts = step.drafter.num_draft_tokens
         engine = assemble(
             form.variant,
             device,
             LAYOUTS[self.options.layout],
-            prefill_chunk=self.options.chunk(step.drafter.num_draft_tokens),
+            prefill_chunk=self.options.chunk(drafts),
             deterministic=self.options.deterministic,
-            buckets=decode_buckets(rows, step.drafter.num_draft_tokens) if backend.is_captured else (),
+            buckets=decode_buckets(rows, drafts, step.drafter.max_depth) if backend.is_captured else (),
         )
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness

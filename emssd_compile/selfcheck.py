@@ -106,10 +106,9 @@ def _coarsest(compiled: CompiledModel) -> torch.dtype:
 def _longest(compiled: CompiledModel, device: torch.device) -> int:
     """Tokens of the long row: what a row can hold, as far as caches and logits of the check fit into memory."""
     shapes = [spec.shape for spec in compiled.cache_shapes.values()]
-    capacity = shapes[0][1]
     cached = (len(_SHORT) + 1) * sum(torch.Size(s[2:]).numel() for s in shapes)
     elements = available_memory(device) // _SHARE // 4  # of float32
-    return max(1, min(capacity, _LONGEST, elements // (cached + 2 * compiled.vocabulary)))
+    return max(1, min(compiled.capacity, _LONGEST, elements // (cached + 2 * compiled.vocabulary)))
 
 
 def _room_for_float32(model: nn.Module, device: torch.device) -> bool:

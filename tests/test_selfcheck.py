@@ -118,3 +118,11 @@ def test_the_long_row_is_as_long_as_memory_allows(monkeypatch):
     monkeypatch.setattr(selfcheck, "available_memory", lambda device: 4 * 21 * per_token)
     check_against(model, compiled)
     assert "rows of (1, 6, 19, 21) tokens" in compiled.records[-1].notes[0]
+
+
+def test_the_long_row_is_no_longer_than_the_positions_of_a_model_that_is_compiled_for_trees():
+    """Its caches have more slots."""
+    model = TinyModel(lambda m, x, ids: x + m.table[: x.shape[1]], attend=causal)
+    compiled = compile_model(model, BatchShape(rows=2, capacity=LONGEST, tree_nodes=5))
+    check_against(model, compiled)
+    assert f"rows of (1, 6, 19, {LONGEST}) tokens" in compiled.records[-1].notes[0]

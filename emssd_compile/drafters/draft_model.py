@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from emssd_compile.drafters.tree_shape import TreeShape
 from emssd_compile.errors import DrafterError, OptionError
-from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel
-from emssd_compile.step.pack import Packed, pack
+from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, most_unread
+from emssd_compile.step.nodes import Nodes
+from emssd_compile.step.pack import Packed, as_trees, pack
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -22,9 +25,16 @@ differ by padding: what pads an embedding is 8 to 512 rows that no tokenizer giv
 class DraftModel(Drafter):
     """A second causal LM, compiled by the same passes, with its own unpadded KV cache (2211.17192, 2302.01318).
 
-    Each step it first reads the tokens it has not seen (one a row; two where every draft was accepted, since the last
-    draft was never fed; a chunk of the prompt in prefill), all rows packed together. Then it drafts greedily, one
-    token a row at a time. The grade of a draft is the probability that the draft model gives it, in eighths.
+    Each step it first reads the tokens it has not seen, all rows packed together: a chunk of the prompt in prefill, and
+    what was accepted in decoding. Then it drafts. The grade of a draft is the probability that the draft model gives it
+    where it stands, in eighths.
+
+    Chains are drafted greedily, one token a row at a time; each is read as it is drafted, so that later at most two
+    tokens of a row are left to read, the last draft and the one after it.
+
+    Trees are drafted breadth first (2305.09781): behind each node the likeliest tokens. For each level but the last the
+    draft model runs once, on the root and all nodes drafted so far; its cache keeps nothing of them, and what is
+    accepted is read in the next step.
 
     A draft model may have fewer positions than the target: it drafts as far as they go, and rows that are longer decode
     without drafts. Its vocabulary may be padded to another size than the target's: an id past the target's ends a
@@ -32,31 +42,51 @@ class DraftModel(Drafter):
 
     Args:
         model: a causal LM over the target's vocabulary.
-        num_draft_tokens: K, tokens to draft.
+        num_draft_tokens: K, tokens of a chain; 4 unless there is a `tree`.
+        tree: how many tokens to draft behind the root, behind each of those, and so on.
+
+    Raises:
+        OptionError: an option is out of range, or both are given.
+
+    Example:
+        `tree=(4, 2, 2)` drafts the 4 likeliest tokens behind the root, and two more times the 2 likeliest behind each
+        of the newest: K = 4 + 8 + 16 drafts, of which at most D = 3 are accepted.
     """
 
     reads_ahead = is_costly = True
     num_grades = 8
 
-    def __init__(self, model: nn.Module, num_draft_tokens: int = 4) -> None:
+    def __init__(
+        self, model: nn.Module, num_draft_tokens: int | None = None, *, tree: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-            raise OptionError(f"DraftModel num_draft_tokens={num_draft_tokens!r} must be an integer of at least 1")
         self.model = model
-        self.num_draft_tokens = num_draft_tokens
+        self.tree = None if tree is None else TreeShape.of("DraftModel tree", tree)
+        if self.tree is None:
+            self.num_draft_tokens = _chain_length(num_draft_tokens)
+        elif num_draft_tokens is None:
+            self.num_draft_tokens, self.max_depth = self.tree.num_nodes, self.tree.depth
+        else:
+            raise OptionError(
+                f"DraftModel num_draft_tokens={num_draft_tokens!r} is for chains, and tree={self.tree.branching} says "
+                "how many drafts there are; pass one of them"
+            )
         self._packed: PackedModel | None = None
         self._notes: tuple[str, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, path: str, num_draft_tokens: int = 4, **options: Any) -> DraftModel:
+    def from_pretrained(
+        cls, path: str, num_draft_tokens: int | None = None, *, tree: Sequence[int] | None = None, **options: Any
+    ) -> DraftModel:
         """Load a Hugging Face causal LM (`options` go to its `from_pretrained`) and draft with it."""
         from transformers import AutoModelForCausalLM
 
-        return cls(AutoModelForCausalLM.from_pretrained(path, **options).eval(), num_draft_tokens)
+        return cls(AutoModelForCausalLM.from_pretrained(path, **options).eval(), num_draft_tokens, tree=tree)
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
         """Compile the model. Raises DrafterError if its vocabulary is not the target's, up to padding."""
-        packed = compile_model(self.model)
+        # The last level of a tree is never fed.
+        packed = compile_model(self.model, tree_nodes=1 + sum(self.tree.levels[:-1]) if self.tree else 0)
         larger, difference = max(packed.vocabulary, vocabulary), abs(packed.vocabulary - vocabulary)
         if difference >= MOST_PADDING or difference > MOST_PADDING_SHARE * larger:
             raise DrafterError(
@@ -78,7 +108,7 @@ class DraftModel(Drafter):
         return {"lengths": TensorSpec((sizes.rows,), torch.int64), **self._model.cache_shapes}
 
     def forward(self, context: DraftContext) -> Draft:
-        """Read what is new, then draft greedily: tokens `[B, K]`, lengths `[B]`, grades `[B, K]`."""
+        """Read what is new, then draft: tokens `[B, K]`, lengths `[B]`, grades `[B, K]`, of trees parents `[B, K]`."""
         known, capacity = context.known, self._model.capacity
         has_place = known <= capacity  # [B], whether the root token has a position
         # KV of drafts that were rejected is stale: it counts only up to the root token.
@@ -90,38 +120,86 @@ class DraftModel(Drafter):
             active=context.active & has_place,
             token_range=context.draft_range,
             row_range=context.row_range,
-            share=2,
+            share=most_unread(self.max_depth),
         )
-        drafting = context.can_draft & packed.ready
-        max_drafts = torch.minimum(context.max_drafts, capacity - known + 1)  # the last one is not fed
-        token, grade = self._predict(packed, lengths, packed.roots, context)
-        tokens, grades = [token], [grade]  # [B] each
+        max_drafts = torch.minimum(context.max_drafts, capacity - known + 1)  # [B], the deepest ones are not fed
+        max_drafts = torch.where(context.can_draft & packed.ready, max_drafts, 0)
+        first = self._predict(packed, lengths, packed.roots, context, self.tree.branching[0] if self.tree else 1)
         lengths = lengths + packed.fed
+        if self.tree is None:
+            return self._draft_chain(first, max_drafts, lengths, context)
+        return self._draft_tree(self.tree, first, max_drafts, lengths, context)
+
+    def _draft_chain(self, first: _Guess, max_drafts: Tensor, lengths: Tensor, context: DraftContext) -> Draft:
+        """Run the model on one token of each row at a time; it stays read."""
+        guesses = [first]
         for index in range(1, self.num_draft_tokens):
-            going = drafting & (index < max_drafts)
+            going = index < max_drafts
             # Rows that do not go on may be longer than the cache, which no target may be told.
-            position = (known + index - 1).clamp(max=capacity)  # [B]
-            single, order = _one_token_each(token, position, going)
-            token, grade = self._predict(single, position, order, context)
-            tokens.append(token)
-            grades.append(grade)
+            position = (context.known + index - 1).clamp(max=self._model.capacity)  # [B]
+            single, order = _one_token_each(guesses[-1].tokens.squeeze(1), position, going)
+            guesses.append(self._predict(single, lengths, order, context))
             lengths = lengths + going
-        count = torch.where(drafting, max_drafts.clamp(max=self.num_draft_tokens), 0)
-        return Draft(torch.stack(tokens, 1), count, {"lengths": lengths}, torch.stack(grades, 1))
+        tokens, grades = (torch.cat(levels, 1) for levels in zip(*guesses, strict=True))
+        return Draft(tokens, max_drafts.clamp(max=self.num_draft_tokens), {"lengths": lengths}, grades)
+
+    def _draft_tree(
+        self, tree: TreeShape, first: _Guess, max_drafts: Tensor, lengths: Tensor, context: DraftContext
+    ) -> Draft:
+        """Run the model on the root and all nodes so far, once for each level that has another below it."""
+        (tokens, grades), known = first, context.known  # [B, nodes so far]
+        rows, device = len(known), known.device
+        parents = tree.parents(device).expand(rows, -1)  # [B, K]
+        for depth in range(1, tree.depth):
+            going = depth < max_drafts
+            roots = torch.where(going, known - 1, 0)  # [B], where the others are may be past the cache's end
+            count = tokens.shape[1]
+            drafted = Nodes(tokens, torch.full_like(known, count), grades, parents[:, :count], depth)
+            token_range, row_range = (torch.arange(size, device=device) for size in (rows * (count + 1), count + 1))
+            packed = pack(context.history, known, roots, going, token_range, row_range, share=count + 1, draft=drafted)
+            packed = as_trees(packed, roots, self._model.ancestor_words, drafted)
+            newest = packed.roots[:, None] + row_range[-tree.levels[depth - 1] :]  # [B, nodes of this depth]
+            guess = self._predict(packed, roots, newest.flatten(), context, tree.branching[depth])
+            tokens = torch.cat([tokens, guess.tokens.view(rows, -1)], 1)
+            grades = torch.cat([grades, guess.grades.view(rows, -1)], 1)
+        counts = (tree.depths(device) <= max_drafts[:, None]).sum(1)  # [B]
+        return Draft(tokens, counts, {"lengths": lengths}, grades, parents)
 
     @property
     def _model(self) -> PackedModel:
         assert self._packed is not None, "prepare comes first"
         return self._packed
 
-    def _predict(self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext) -> tuple[Tensor, Tensor]:
-        """The likeliest token of each row, and its grade."""
+    def _predict(self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext, count: int = 1) -> _Guess:
+        """The `count` likeliest tokens behind the packed tokens that `index[R]` names."""
         caches = {name: context.state[name] for name in self._model.cache_shapes}
         readable = packed.input_ids.clamp(max=self._model.vocabulary - 1)  # [T]
-        _, logits = self._model(replace(packed, input_ids=readable), lengths, index, caches)  # [B, V]
-        best, token = logits.float().max(-1)
-        probability = (best - logits.float().logsumexp(-1)).exp()
-        return token, (probability * self.num_grades).long().clamp(0, self.num_grades - 1)
+        _, logits = self._model(replace(packed, input_ids=readable), lengths, index, caches)  # [R, V]
+        logits = logits.float()
+        # To find one is much faster than to rank several.
+        best, tokens = logits.max(1, keepdim=True) if count == 1 else logits.topk(count, 1)
+        probability = (best - logits.logsumexp(1, keepdim=True)).exp()
+        return _Guess(tokens, (probability * self.num_grades).long().clamp(0, self.num_grades - 1))
+
+
+class _Guess(NamedTuple):
+    """What the draft model expects next.
+
+    Attributes:
+        tokens: int64 `[R, W]`, the likeliest tokens behind each of R, the likeliest first.
+        grades: int64 `[R, W]`, their probabilities in eighths.
+    """
+
+    tokens: Tensor
+    grades: Tensor
+
+
+def _chain_length(num_draft_tokens: int | None) -> int:
+    if num_draft_tokens is None:
+        return 4
+    if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
+        raise OptionError(f"DraftModel num_draft_tokens={num_draft_tokens!r} must be an integer of at least 1")
+    return num_draft_tokens
 
 
 def _one_token_each(tokens: Tensor, positions: Tensor, going: Tensor) -> tuple[Packed, Tensor]:

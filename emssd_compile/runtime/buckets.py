@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from emssd_compile.step.drafting import most_unread
+
 
 class StepSizes(NamedTuple):
     """Sizes of a step: the lengths of its inputs of the same names. More than is wanted only makes inert tail.
@@ -26,20 +28,35 @@ class StepSizes(NamedTuple):
         return all(have >= need for have, need in zip(self, other, strict=True))
 
 
-def decode_buckets(num_rows: int, num_draft_tokens: int) -> tuple[StepSizes, ...]:
+def decode_sizes(tokens: int, num_rows: int, num_draft_tokens: int, max_depth: int | None) -> StepSizes:
+    """Sizes of a step of so many packed tokens in which rows decode, whatever they choose to verify.
+
+    R is T, so that no choice of tokens can want more logits.
+
+    Args:
+        tokens: T.
+        num_rows: B.
+        num_draft_tokens: K.
+        max_depth: D, where drafts are trees; None for chains.
+    """
+    reading = most_unread(max_depth) * min(tokens, num_rows)
+    return StepSizes(tokens, tokens, reading, num_draft_tokens + 1)
+
+
+def decode_buckets(num_rows: int, num_draft_tokens: int, max_depth: int | None = None) -> tuple[StepSizes, ...]:
     """Sizes, ascending, that cover every step in which all rows decode.
 
-    T is 1, 2, 3, 4, 6, 8, 12, ... (at most half more than is wanted) and last what all rows want, B * (K + 1). R is T,
-    so that no choice of tokens can want more logits. A row that decodes leaves a drafter two tokens to read.
+    T is 1, 2, 3, 4, 6, 8, 12, ... (at most half more than is wanted) and last what all rows want, B * (K + 1).
 
     Args:
         num_rows: B.
         num_draft_tokens: K.
+        max_depth: D, where drafts are trees; None for chains.
     """
     most = num_rows * (num_draft_tokens + 1)
     steps = {factor << power for power in range(most.bit_length()) for factor in (1, 3)}
     tokens = sorted({most, *(size for size in steps if size < most)})
-    return tuple(StepSizes(size, size, 2 * min(size, num_rows), num_draft_tokens + 1) for size in tokens)
+    return tuple(decode_sizes(size, num_rows, num_draft_tokens, max_depth) for size in tokens)
 
 
 def smallest_cover(buckets: Sequence[StepSizes], sizes: StepSizes) -> StepSizes | None:

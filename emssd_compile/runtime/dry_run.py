@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
-from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.runtime.buckets import StepSizes, decode_sizes
 from emssd_compile.runtime.launch import Launcher
 
 CONTEXT = 1024  # tokens that each row holds, if it has room for twice as many
@@ -21,12 +22,13 @@ class DryRun:
     Args:
         launcher: its tensors are given back as they were, all but the KV caches.
         num_draft_tokens: K.
+        max_depth: D, where drafts are trees; None for chains.
     """
 
-    def __init__(self, launcher: Launcher, num_draft_tokens: int) -> None:
+    def __init__(self, launcher: Launcher, num_draft_tokens: int, max_depth: int | None) -> None:
         self._launcher = launcher
-        self._num_draft_tokens = num_draft_tokens
         rows, capacity = launcher.tensors["history"].shape
+        self._sizes = partial(decode_sizes, num_rows=rows, num_draft_tokens=num_draft_tokens, max_depth=max_depth)
         context = min(CONTEXT, capacity // 2)
         self._state = {
             name: launcher.upload(torch.full((rows,), value))
@@ -38,6 +40,10 @@ class DryRun:
                 "limits": capacity,
             }.items()
         }
+
+    def decode(self, tokens: int) -> None:
+        """Run one step of so many packed tokens, and wait until it is done."""
+        self.step(self._sizes(tokens))
 
     def step(self, sizes: StepSizes) -> None:
         """Run one step, and wait until it is done."""
@@ -53,9 +59,7 @@ class DryRun:
         """
         active = self._launcher.tensors["active"]
         self._launcher.assign("active", torch.zeros_like(active))
-        sizes = {
-            count: StepSizes(count, count, 2 * min(count, len(active)), self._num_draft_tokens + 1) for count in tokens
-        }
+        sizes = {count: self._sizes(count) for count in tokens}
         rounds = [{count: self._timed(size) for count, size in sizes.items()} for _ in range(ROUNDS + 1)][1:]
         return {count: min(seconds[count] for seconds in rounds) for count in sizes}
 
@@ -66,11 +70,13 @@ class DryRun:
 
 
 @contextmanager
-def dry_run(launcher: Launcher, kept: Collection[str], num_draft_tokens: int) -> Iterator[DryRun]:
+def dry_run(
+    launcher: Launcher, kept: Collection[str], num_draft_tokens: int, max_depth: int | None
+) -> Iterator[DryRun]:
     """A dry run, after which the `kept` tensors are as they were before."""
     before = {name: launcher.tensors[name].clone() for name in kept}
     try:
-        yield DryRun(launcher, num_draft_tokens)
+        yield DryRun(launcher, num_draft_tokens, max_depth)
     finally:
         for name, value in before.items():
             launcher.assign(name, value)

@@ -19,6 +19,7 @@ from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.drafting import most_unread
 from emssd_compile.step.state import COUNTERS
 
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
@@ -51,14 +52,15 @@ class Engine:
     ) -> None:
         self.launcher = launcher
         self.num_rows, self.capacity = launcher.tensors["history"].shape
-        self.num_draft_tokens = launcher.variant.signature.sizes.num_draft_tokens
+        sizes = launcher.variant.signature.sizes
+        self.num_draft_tokens, self.max_depth, self._depth = sizes.num_draft_tokens, sizes.max_depth, sizes.depth
         self.chunk = prefill_chunk
         self.lag = lag
         self.deterministic = deterministic
         self.sizes_used: set[StepSizes] = set()
         most = self.num_rows * (self.num_draft_tokens + 1)
         self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
-        self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times)
+        self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times, self.max_depth)
         self._note_roles()
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._has_drafts = True  # whether the step launched last may have left drafts
@@ -115,8 +117,7 @@ class Engine:
         """Compile: run the step once."""
         with self._dry_run() as dry:
             # Not more than a step of these rows can ever have: an artifact may be made for no more.
-            size = min(2, self.num_rows * (self.num_draft_tokens + 1))
-            dry.step(StepSizes(size, size, size, size))
+            dry.decode(min(2, self.num_rows * (self.num_draft_tokens + 1)))
 
     def capture(self) -> Iterator[StepSizes]:
         """Run every bucket of sizes once, so that none is captured later; yields each when done."""
@@ -146,7 +147,7 @@ class Engine:
         self.launcher.use(self._variant if drafts or plain is None else plain, {})
 
     def _dry_run(self) -> AbstractContextManager[DryRun]:
-        return dry_run(self.launcher, self._kept, self.num_draft_tokens)
+        return dry_run(self.launcher, self._kept, self.num_draft_tokens, self.max_depth)
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
         """The counters and the acceptance histogram, read from the device, and reset there."""
@@ -245,7 +246,8 @@ class Engine:
         self._observe(launch, lines)
         if launch.drafted:
             self._record_wanted_drafts(launch, lines)
-        spare = launch.sizes.draft_range - 2 * sum(request is not None for request in launch.requests)
+        reading = most_unread(self.planner.max_depth) * sum(request is not None for request in launch.requests)
+        spare = launch.sizes.draft_range - reading  # for what steps without the drafter fed
         for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request or request.finished:
@@ -267,7 +269,7 @@ class Engine:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
         counts, active, _, _, wanted = list(zip(*lines, strict=True))[: len(REPORT_FIELDS)]
         drafting = [(r, n) for r, n, alive in zip(launch.requests, counts, active, strict=True) if r and n and alive]
-        if any(r.max_new_tokens - len(r.output) - n > self.num_draft_tokens for r, n in drafting):
+        if any(r.max_new_tokens - len(r.output) - n > self._depth for r, n in drafting):
             self.planner.record_wanted_drafts(wanted[0], len(drafting))
 
     def _release(self) -> None:

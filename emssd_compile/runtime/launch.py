@@ -183,11 +183,6 @@ class GraphLauncher(Launcher):
         width = len(REPORT_FIELDS) + len(tensors["histogram"])
         self._report = tensors["history"].new_zeros((len(tensors["history"]), width))
 
-    def use(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
-        """Run another form of the step from now on; `tensors` are those that only it has."""
-        self.variant = variant
-        self.tensors.update(tensors)
-
     def forget_captures(self) -> None:
         """Each bucket is captured anew when it is launched next."""
         self._replays.clear()

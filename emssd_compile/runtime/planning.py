@@ -8,6 +8,7 @@ from emssd_compile.layouts import PackedLayout
 from emssd_compile.runtime.buckets import StepSizes, smallest_cover
 from emssd_compile.runtime.requests import Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes
+from emssd_compile.step.drafting import most_unread
 
 
 class Planner:
@@ -19,16 +20,24 @@ class Planner:
         chunk: most packed tokens of a step.
         layout: how much room a step gives to drafts.
         times: what steps take, for the layout.
+        max_depth: D, where drafts are trees; None for chains.
     """
 
     def __init__(
-        self, num_rows: int, num_draft_tokens: int, chunk: int, layout: PackedLayout, times: StepTimes
+        self,
+        num_rows: int,
+        num_draft_tokens: int,
+        chunk: int,
+        layout: PackedLayout,
+        times: StepTimes,
+        max_depth: int | None = None,
     ) -> None:
         self.num_rows = num_rows
         self.num_draft_tokens = num_draft_tokens
         self.chunk = chunk
         self.layout = layout
         self.times = times
+        self.max_depth = max_depth
         self.forget()
 
     def forget(self) -> None:
@@ -50,9 +59,10 @@ class Planner:
         pending = self._pending_at_launch(rows, launched)
         drafts = self.layout.room(len(pending), self.num_draft_tokens, drafts)
         needed = min(sum(pending) + drafts, self.chunk)
-        # After the step a drafter that reads along has at most this left to read: two tokens a row that decodes (the
-        # last draft was never fed to it), else what this step feeds.
-        reading = sum(2 if count == 1 else count + 1 for count in pending) + sum(row.unseen for row in rows if row)
+        # After the step a drafter that reads along has at most this left to read: of a row that reads its prompt, what
+        # this step feeds and the token after it.
+        reading = sum(max(count + 1, most_unread(self.max_depth)) for count in pending)
+        reading += sum(row.unseen for row in rows if row)  # what steps without the drafter fed
         return StepSizes(
             token_range=self.layout.tokens(needed, self.times),
             logit_range=min(len(pending) + drafts, needed),
@@ -77,7 +87,8 @@ class Planner:
         if not exact:  # a row that still has to read more than one token has drafted nothing
             return min(max(self.num_draft_tokens + 1, *pending), self.chunk)
         wanted = sorted(row.pending + row.draft_length for row in rows if row)
-        left, least = needed, min(2, self.num_draft_tokens + 1)  # a drafter that reads along takes two
+        # A drafter that reads along takes two tokens, or a tree.
+        left, least = needed, self.num_draft_tokens + 1 if self.max_depth else min(2, self.num_draft_tokens + 1)
         for index, count in enumerate(wanted):
             share = -(-left // (len(wanted) - index))
             if count >= share:

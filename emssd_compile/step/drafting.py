@@ -28,7 +28,8 @@ class DraftContext:
         max_drafts: int64 `[B]`, 0 to D: more drafts on a path would run past the row's limit.
         draft_range: int64 `[S]`, `arange(S)`: budget of packed tokens for a drafter that reads the text with a model
             of its own.
-        row_range: int64, `arange` of the most of these that one row may take.
+        row_range: int64, `arange` of the most of these that one row may take, and of any that the drafter packs itself;
+            at least K + 1 where drafts are trees.
         seeds: int64 `[B]`, seed of each request, for drafters that draw (see `randomness.uniforms`).
         groups: int64 `[B]`, rows of one prompt have the same number.
         read: the tokens whose KV this step has committed, of prompts too, packed; as many places as the step had.
@@ -93,6 +94,11 @@ class PackedModel(Protocol):
     @property
     def capacity(self) -> int:
         """Tokens that a row of its KV caches can hold: C, or less where the model has fewer positions."""
+        ...
+
+    @property
+    def ancestor_words(self) -> int:
+        """W, words of `Packed.ancestors`; 0 where it was compiled for chains."""
         ...
 
     @property
@@ -167,3 +173,15 @@ def check_drafter(drafter: Drafter) -> Drafter:
 def tree_nodes(drafter: Drafter) -> int:
     """N, tokens of a row in a step where drafts are trees, its root included; 0 where they are chains."""
     return 0 if drafter.max_depth is None else drafter.num_draft_tokens + 1
+
+
+def most_unread(max_depth: int | None) -> int:
+    """Most tokens of a row that decodes which a drafter with a model of its own has not read when it begins to draft.
+
+    Drafts of a chain are read as they are made, all but the last: that is left, and the token after it. Of a tree
+    nothing need be kept: the accepted path is left, and the token after it.
+
+    Args:
+        max_depth: D, of a drafter of trees; None for chains.
+    """
+    return 2 if max_depth is None else max_depth + 1

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from emssd_compile.step.drafting import DraftContext
+from emssd_compile.step.pack import pack
 
 
 def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int = 0) -> DraftContext:
@@ -13,6 +14,7 @@ def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int 
         history[row, : len(text)] = torch.tensor(text)
     rows = torch.ones(len(texts), dtype=torch.bool)
     known: Tensor = torch.tensor([len(text) for text in texts])
+    places = torch.arange(8)
     return DraftContext(
         history=history,
         known=known,
@@ -20,7 +22,11 @@ def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int 
         active=rows,
         can_draft=rows,
         max_drafts=torch.full_like(known, limit),
-        draft_range=torch.arange(8),
-        row_range=torch.arange(8),
-        state={},
+        draft_range=places,
+        row_range=places,
+        seeds=torch.zeros_like(known),
+        groups=torch.arange(len(texts)),
+        read=pack(history, known, known - 1, rows, places, places, share=1),
+        source=places,
+        taps={"hidden": torch.zeros(len(places), 4)},
     )

@@ -1,4 +1,4 @@
-"""`DraftModel`: a second causal LM drafts greedily, from its own cache, for every row at once."""
+"""`DraftModel`: a second causal LM drafts chains or trees, from its own cache, for every row at once."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+from torch import nn
 
 import emssd_compile
-from emssd_compile.drafters import Draft, DraftContext, DraftModel
+from emssd_compile.compiler import CompiledModel, compile_model
+from emssd_compile.drafters import Draft, DraftContext, DraftModel, PartSizes
 from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.step.batch import BatchShape
+from tests.drafters.contexts import context
 from tests.exactness.models import Reference, prompt
 from tests.passes.graphs import TinyModel, causal, model_with_attention
 from tests.zoo import toy_model
 
 PROMPTS = [[3, 1, 4], [9], [2, 6, 5, 3, 5, 8, 9, 7, 1, 1, 2]]
+FEW_TOKENS = [[3, 1, 4], [9], [2, 6], [5, 3, 5]]
+"""Prompts shorter than any tree here: steps that read them leave room for one."""
+TREE_SHAPES = [(4,), (2, 2), (3, 1, 2)]
 
 
 def _fast(model, drafter):
@@ -31,11 +38,25 @@ def test_the_target_as_its_own_draft_model_has_every_draft_accepted():
     assert fast.stats.num_accepted_draft_tokens == fast.stats.num_draft_tokens > 0
 
 
-def test_another_model_drafts_and_the_tokens_stay_the_targets():
+@pytest.mark.parametrize("tree", TREE_SHAPES)
+def test_of_trees_of_the_target_itself_each_step_accepts_a_whole_path(tree):
+    """Rows end where a step does, so that none is cut short."""
+    model, depth = model_with_attention(), len(tree)
+    tokens = 1 + 4 * (depth + 1)
+    fast = emssd_compile.optimize(
+        model, DraftModel(model, tree=tree), max_batch=2, max_length=48, backend="eager", layout="packed"
+    )
+    reference = Reference(model)
+    assert fast.generate(FEW_TOKENS, max_new_tokens=tokens) == [[*ids, *reference(ids, tokens)] for ids in FEW_TOKENS]
+    assert fast.stats.acceptance_histogram == [*[0] * depth, 4 * len(FEW_TOKENS)]
+
+
+@pytest.mark.parametrize("options", [{"num_draft_tokens": 3}, {"tree": (2, 2)}])
+def test_another_model_drafts_and_the_tokens_stay_the_targets(options):
     model = model_with_attention()
     torch.manual_seed(7)
     other = TinyModel(attend=causal, kv_heads=1)
-    fast = _fast(model, DraftModel(other, num_draft_tokens=3))
+    fast = _fast(model, DraftModel(other, **options))
     assert fast.generate(PROMPTS, max_new_tokens=20) == _fast(model, "none").generate(PROMPTS, max_new_tokens=20)
     assert fast.stats.num_accepted_draft_tokens < fast.stats.num_draft_tokens
 
@@ -105,22 +126,30 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_a_draft_model_of_fewer_positions_drafts_as_far_as_they_go(name):
+@pytest.mark.parametrize(
+    ("name", "options"), [*((n, {"num_draft_tokens": 4}) for n in SHORT), ("opt", {"tree": (2, 2)})]
+)
+def test_a_draft_model_of_fewer_positions_drafts_as_far_as_they_go(name, options):
     """Rows pass position 32 while they decode, begin just before it, and have prompts longer than that."""
     target = toy_model(name, vocab_size=160)
     prompts = [prompt(n) for n in (3, 25, 29, 31, 32, 33, 50)]
-    fast = emssd_compile.optimize(target, DraftModel(SHORT[name](), 4), max_batch=3, max_length=96, backend="eager")
+    drafter = DraftModel(SHORT[name](), **options)
+    fast = emssd_compile.optimize(target, drafter, max_batch=3, max_length=96, backend="eager")
     reference = Reference(target)
     assert fast.generate(prompts, max_new_tokens=24) == [[*ids, *reference(ids, 24)] for ids in prompts]
-    assert fast._engine.tensors["drafter_k_cache_0"].shape[1] == 32, "it holds no more than it can read"
+    beside = 3 if drafter.tree else 0  # the root and the first level of a tree
+    assert fast._engine.tensors["drafter_k_cache_0"].shape[1] == 32 + beside, "it holds no more than it can read"
     assert fast.explain().record("fuse_step").notes == ("the draft model drafts up to position 32",)
 
 
-def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "drafts"), [({"num_draft_tokens": 3}, (0, 1, 2, 3)), ({"tree": (2, 1, 2)}, (0, 2, 4, 8))]
+)
+def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeypatch, options, drafts):
     """The same model with fewer positions is always right while it drafts: of 20 tokens 1 to 16 are drafted, no more.
 
-    With the root at position 15, the last there is, one token can still be drafted: that at position 16.
+    With the root at position 15, the last there is, one token can still be drafted: that at position 16. `drafts`: of
+    how many depths there are how many drafts.
     """
     torch.manual_seed(0)
     target = _with_positions(64)
@@ -131,7 +160,7 @@ def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeyp
     seen: list[tuple[int, int]] = []
 
     fast = emssd_compile.optimize(
-        target, DraftModel(short, 3), max_batch=1, max_length=48, backend="eager", layout="packed"
+        target, DraftModel(short, **options), max_batch=1, max_length=48, backend="eager", layout="packed"
     )
     reference = Reference(target)
     launch = fast._engine.launcher.launch
@@ -145,8 +174,9 @@ def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeyp
     fast.warmup()
     monkeypatch.setattr(fast._engine.launcher, "launch", watched)
     assert fast.generate([[3]], max_new_tokens=30) == [[3, *reference([3], 30)]]
-    assert seen[:-1] == [(k, max(0, min(3, 17 - k))) for k, _ in seen[:-1]]
-    assert fast.stats.num_accepted_draft_tokens == fast.stats.num_draft_tokens > 0
+    depths = [max(0, min(3, 17 - k)) for k, _ in seen[:-1]]
+    assert [count for _, count in seen[:-1]] == [drafts[depth] for depth in depths]
+    assert [k + depth + 1 for (k, _), depth in zip(seen[:-2], depths, strict=False)] == [k for k, _ in seen[1:-1]]
 
 
 @pytest.mark.parametrize("target", ["onnx", "aot"])
@@ -195,3 +225,101 @@ def test_the_grade_is_the_probability_in_eighths():
 def test_a_size_that_makes_no_sense_is_refused(size):
     with pytest.raises(OptionError, match=f"DraftModel num_draft_tokens={size}"):
         DraftModel(TinyModel(), size)
+
+
+@pytest.mark.parametrize("tree", [5, (), (2, 0)])
+def test_a_tree_that_makes_no_sense_is_refused(tree):
+    with pytest.raises(OptionError, match="DraftModel tree"):
+        DraftModel(TinyModel(), tree=tree)
+
+
+def test_a_chain_and_a_tree_exclude_one_another():
+    with pytest.raises(OptionError, match=r"num_draft_tokens=4 is for chains, and tree=\(2, 2\) says .*; pass one"):
+        DraftModel(TinyModel(), 4, tree=(2, 2))
+
+
+def test_a_draft_model_is_loaded_with_its_tree(tmp_path):
+    toy_model("gpt2").save_pretrained(tmp_path)
+    drafter = DraftModel.from_pretrained(tmp_path, tree=(4, 2, 2))
+    assert (drafter.num_draft_tokens, drafter.max_depth) == (4 + 8 + 16, 3)
+    assert DraftModel.from_pretrained(tmp_path).num_draft_tokens == 4
+
+
+CAPACITY = 64
+
+
+class Alone:
+    """A draft model that drafts outside of any step, and what its model says of single texts.
+
+    Args:
+        tree: the shape of its trees.
+        rows: B.
+    """
+
+    def __init__(self, tree: tuple[int, ...], rows: int) -> None:
+        self.tree, self.model = tree, toy_model("llama")
+        self.drafter = DraftModel(self.model, tree=tree)
+
+        def compile_draft_model(model: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:
+            return compile_model(model, BatchShape(rows, CAPACITY, tree_nodes))
+
+        self.drafter.prepare(compile_draft_model, rows, CAPACITY, 160)
+        sizes = PartSizes(rows, CAPACITY, 160, self.drafter.num_draft_tokens, 8, len(tree))
+        specs = self.drafter.tensors(sizes)
+        self.state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+
+    @torch.no_grad()
+    def draft(self, texts: list[list[int]], max_drafts: list[int], budget: int) -> Draft:
+        """Draft behind the texts, reading no more than `budget` tokens of them."""
+        seen = replace(
+            context(texts, 0, CAPACITY, filler=77),
+            max_drafts=torch.tensor(max_drafts),
+            draft_range=torch.arange(budget),
+            row_range=torch.arange(budget),
+            state=self.state,
+        )
+        draft = self.drafter(seen)
+        self.state |= draft.state
+        return draft
+
+    @torch.no_grad()
+    def expected(self, text: list[int], depth: int) -> list[tuple[int, int, int]]:
+        """Token, parent and grade of each draft behind a text, down to a depth."""
+        nodes: list[tuple[int, int, int]] = []
+        level = [(0, text)]  # number of each node, and the text up to it
+        for width in self.tree[:depth]:
+            below = []
+            for parent, path in level:
+                probabilities = self.model(torch.tensor([path])).logits[0, -1].softmax(0)
+                for probability, token in zip(*map(torch.Tensor.tolist, probabilities.topk(width)), strict=True):
+                    nodes.append((token, parent, min(int(8 * probability), 7)))
+                    below.append((len(nodes), [*path, token]))
+            level = below
+        return nodes
+
+
+@pytest.mark.parametrize("tree", [*TREE_SHAPES, (4, 2, 2)])
+def test_each_node_has_the_likeliest_tokens_behind_its_own_path(tree):
+    """Step after step, for rows of several lengths of which paths of all lengths are accepted, then another token.
+
+    After the prompts a row has D + 1 tokens to read at most, and the budget is no more.
+    """
+    depth, texts = len(tree), [prompt(n) for n in (3, 1, 17, 9)]
+    alone = Alone(tree, len(texts))
+    budget = sum(map(len, texts))
+    for step in range(depth + 3):
+        max_drafts = [(row + step) % (depth + 1) if row == 1 else depth for row in range(len(texts))]
+        draft = alone.draft(texts, max_drafts, budget)
+        budget = len(texts) * (depth + 1)
+        for row, text in enumerate(texts):
+            fields = [field for field in (draft.tokens, draft.parents, draft.grades) if field is not None]
+            nodes = list(zip(*(field[row, : draft.lengths[row]].tolist() for field in fields), strict=True))
+            assert nodes == alone.expected(text, max_drafts[row])
+            node, path = 0, []
+            for _ in range((row + step) % (depth + 1)):  # the last child of each node
+                children = [i for i, (_, parent, _) in enumerate(nodes, 1) if parent == node]
+                if not children:
+                    break
+                node = children[-1]
+                path.append(nodes[node - 1][0])
+            text += [*path, 5 + step]

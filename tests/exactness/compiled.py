@@ -25,7 +25,7 @@ ROWS, CAPACITY, K = 8, 96, 4
 NEW_TOKENS = 20
 LENGTHS = (1, 2, 3, 5, 7, 11, 17, 19, 23, 33, 40, 48, 61, 64, 70)
 DRAFTERS = ("none", "prompt-lookup", "draft-model", "rubbish", "always-right", "sometimes-wrong", "always-wrong")
-TREES = ("fixed-tree", "random-tree", "rubbish-tree", "always-right-tree")
+TREES = ("fixed-tree", "random-tree", "rubbish-tree", "always-right-tree", "draft-model-tree")
 SHAPE = (0, 0, 1, 2, 1, 3, 3, 6, 4, 9, 0)
 
 
@@ -66,6 +66,8 @@ class Target:
             return PromptLookup(K)
         if name == "draft-model":
             return DraftModel(self.model, K)
+        if name == "draft-model-tree":
+            return DraftModel(self.model, tree=(3, 1, 2))
         if name == "rubbish":
             return Rubbish(K)
         if name == "rubbish-tree":

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
+from emssd_compile.runtime.buckets import StepSizes
 from tests.exactness.compiled import DRAFTERS, target
 from tests.exactness.models import Reference, build, prompt
 
@@ -68,13 +69,14 @@ class _RecordOps(TorchDispatchMode):
 def test_the_step_reads_nothing_back(drafter):
     compiled = target("llama")
     fast = compiled.optimize(compiled.drafter(drafter))
-    run, record = fast._engine.launcher.step, _RecordOps()
+    launcher, record = fast._engine.launcher, _RecordOps()
+    run = launcher._run
 
-    def recorded(*inputs):
+    def recorded(sizes: StepSizes):
         with record:
-            return run(*inputs)
+            return run(sizes)
 
-    fast._engine.launcher.step = recorded
+    launcher._run = recorded  # type: ignore[method-assign]
     fast.generate([prompt(40), prompt(3)], max_new_tokens=4)
     assert torch.ops.emssd.ragged_attention.default in record.ops
     assert not record.ops & HOST_READS

@@ -30,7 +30,9 @@ def _decode(engine: Engine) -> dict[str, int]:
     return engine.counters()[0]
 
 
-@pytest.mark.parametrize("drafter", ["none", "prompt-lookup", "draft-model", "rubbish", "sometimes-wrong"])
+@pytest.mark.parametrize(
+    "drafter", ["none", "prompt-lookup", "draft-model", "draft-model-tree", "rubbish", "sometimes-wrong"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_the_tokens_of_the_reference(layout, drafter):
     fast = _compiled(drafter, layout)

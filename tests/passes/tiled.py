@@ -9,7 +9,8 @@ from emssd_compile.lowering import StepFunction
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.tile_attention import TileAttention
-from emssd_compile.runtime.launch import DirectLauncher
+from emssd_compile.runtime.launch import DirectLauncher, Variant
+from emssd_compile.step.signature import Signature
 
 
 def tile_step(fast: OptimizedModel) -> fx.GraphModule:
@@ -40,5 +41,6 @@ def run_with(fast: OptimizedModel, graph_module: fx.GraphModule, step: StepFunct
     for name, value in nodes.items():
         if "_cache_" in name:
             tensors[name] = torch.zeros([int(size) for size in value.shape], dtype=value.dtype)
-    fast._engine.launcher = DirectLauncher(step, list(nodes), tensors)
+    variant = Variant(step, Signature.of(graph_module.graph, fast._step.roles, fast._step.options))
+    fast._engine.launcher = DirectLauncher(variant, tensors)
     return fast

@@ -19,8 +19,8 @@ def graph_engine(fast: OptimizedModel, prefill_chunk: int, device: TapeDevice) -
     """As on a CUDA device: steps are captured per bucket, and the host is one step behind."""
     engine = rechunked(fast, prefill_chunk)._engine
     direct = engine.launcher
-    buckets = decode_buckets(engine.num_rows, engine.num_draft_tokens)
-    engine.launcher = GraphLauncher(direct.step, direct.input_names, direct.tensors, device, buckets)
+    buckets = decode_buckets(engine.num_rows, engine.num_draft_tokens, engine.max_depth)
+    engine.launcher = GraphLauncher(direct.variant, direct.tensors, device, buckets)
     engine.lag = 1
     return engine
 

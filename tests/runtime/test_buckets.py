@@ -23,6 +23,12 @@ def test_a_decode_step_takes_at_most_half_more_than_it_wants(rows, drafts):
             assert bucket.logit_range == bucket.token_range
 
 
+def test_of_a_tree_a_drafter_may_have_a_whole_path_and_the_token_after_it_to_read():
+    assert decode_buckets(2, 6, max_depth=2)[-3:] == (
+        *(StepSizes(8, 8, 2 * 3, 7), StepSizes(12, 12, 2 * 3, 7), StepSizes(14, 14, 2 * 3, 7)),
+    )
+
+
 @pytest.mark.parametrize(("rows", "drafts"), [(1, 0), (8, 4), (24, 7)])
 def test_a_full_batch_is_not_rounded(rows, drafts):
     full = StepSizes(rows * (drafts + 1), rows * (drafts + 1), 2 * rows, drafts + 1)

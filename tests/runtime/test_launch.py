@@ -11,9 +11,10 @@ from torch import Tensor
 
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
-from emssd_compile.runtime.launch import DirectLauncher, GraphLauncher, Launcher, Report, make_launcher
+from emssd_compile.runtime.launch import DirectLauncher, GraphLauncher, Launcher, Report, Variant, make_launcher
 from emssd_compile.runtime.requests import Request
 from emssd_compile.step.commit import REPORT_FIELDS
+from emssd_compile.step.signature import Binding, Signature
 from tests.exactness.compiled import LENGTHS, NEW_TOKENS, target
 from tests.exactness.models import prompt
 from tests.runtime.engines import graph_engine
@@ -148,6 +149,10 @@ def _toy_step(history: Tensor, histogram: Tensor, a: Tensor, b: Tensor, *slots: 
     return {"history": history, "a": b, "b": a[:], "report": report}
 
 
+SIGNATURE = Signature(tuple(Binding(name, (), torch.int64, "input") for name in STEP_INPUTS), ())
+TOY = Variant(_toy_step, SIGNATURE)
+
+
 def _toy_tensors() -> dict[str, Tensor]:
     return {
         "history": torch.zeros(1, 1, dtype=torch.int64),
@@ -159,8 +164,8 @@ def _toy_tensors() -> dict[str, Tensor]:
 
 def _toy_launchers() -> tuple[Launcher, Launcher]:
     return (
-        DirectLauncher(_toy_step, STEP_INPUTS, _toy_tensors()),
-        GraphLauncher(_toy_step, STEP_INPUTS, _toy_tensors(), TapeDevice(), (StepSizes(2, 2, 2, 2),)),
+        DirectLauncher(TOY, _toy_tensors()),
+        GraphLauncher(TOY, _toy_tensors(), TapeDevice(), (StepSizes(2, 2, 2, 2),)),
     )
 
 
@@ -187,4 +192,4 @@ def test_sizes_are_rounded_up_only_where_they_are_captured():
 
 
 def test_on_the_cpu_steps_are_called():
-    assert isinstance(make_launcher(_toy_step, STEP_INPUTS, _toy_tensors(), (StepSizes(2, 2, 2, 2),)), DirectLauncher)
+    assert isinstance(make_launcher(TOY, _toy_tensors(), (StepSizes(2, 2, 2, 2),)), DirectLauncher)

@@ -13,8 +13,8 @@ from emssd_compile.runtime.step_times import StepTimes
 B, K, CHUNK = 3, 4, 64
 
 
-def _planner(layout: str = "packed") -> Planner:
-    return Planner(B, K, CHUNK, LAYOUTS[layout], StepTimes(B * (K + 1)))
+def _planner(layout: str = "packed", max_depth: int | None = None) -> Planner:
+    return Planner(B, K, CHUNK, LAYOUTS[layout], StepTimes(B * (K + 1)), max_depth)
 
 
 def _row(pending: int, draft_length: int = 0) -> Row:
@@ -43,6 +43,20 @@ def _under_way(sizes: StepSizes, *rows: Row | None) -> RunningStep:
 def test_with_nothing_under_way_sizes_are_what_the_rows_want(layout, rows, expected):
     drafts = sum(row.draft_length for row in rows if row)
     assert _planner(layout).sizes(rows, [], drafts) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([_row(1, 2), None, _row(1, 0)], StepSizes(4, 4, 3 + 3, K + 1)),
+        ([_row(1, 4), _row(2), None], StepSizes(7, 6, 3 + 3, K + 1)),
+        ([_row(1, 2), _row(20), None], StepSizes(23, 4, 3 + 21, 20)),
+    ],
+    ids=["decoding", "a short prompt comes in", "a prompt comes in"],
+)
+def test_a_drafter_of_trees_has_room_to_read_a_path_and_to_draft_a_tree(rows, expected):
+    drafts = sum(row.draft_length for row in rows if row)
+    assert _planner(max_depth=2).sizes(rows, [], drafts) == expected
 
 
 def test_a_row_that_decodes_has_one_token_to_read_after_any_step_under_way():

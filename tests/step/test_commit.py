@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from emssd_compile.step.acceptance import Verdict
-from emssd_compile.step.commit import REPORT_FIELDS, bar_eos, commit, make_report, write
-from emssd_compile.step.pack import LogitRows, Packed, pack
+from emssd_compile.step.commit import REPORT_FIELDS, commit, make_report, write
+from emssd_compile.step.pack import Packed, pack
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.state import COUNTERS, StepState
 
@@ -127,17 +127,6 @@ def test_counters_and_histogram():
 def test_drafts_cut_by_eos_are_not_counted_as_accepted():
     new, _ = _commit(_state([4], [[1, EOS, 3]]), [3], [10])
     assert _counters(new)["num_accepted_draft_tokens"] == 2
-
-
-def test_eos_is_barred_while_a_row_is_too_short():
-    rows = LogitRows(
-        index=torch.zeros(3, dtype=torch.int64),
-        offsets=torch.tensor([0, 2, 3]),
-        positions=torch.tensor([6, 7, 6]),
-        row_ids=torch.tensor([0, 0, 1]),
-    )
-    logits = bar_eos(torch.zeros(3, 4), rows, torch.tensor([7, 0]), torch.tensor([False, True, True, False]))
-    assert logits.isinf().tolist() == [[False, True, True, False], [False] * 4, [False] * 4]
 
 
 def test_write_leaves_the_rest_of_the_history_alone():
