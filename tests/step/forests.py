@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from emssd_compile.step.nodes import Nodes
 
@@ -73,6 +74,23 @@ def forests(
     parents = draw(st.lists(st.integers(0, num_drafts), min_size=count, max_size=count))
     tokens = draw(st.lists(st.integers(0, num_tokens - 1), min_size=count, max_size=count))
     return Forest(found, nodes_of(found, num_drafts, max_depth, parents, tokens))
+
+
+def masks(rows: int, num_drafts: int) -> st.SearchStrategy[Tensor]:
+    """Bool `[rows, num_drafts]`."""
+    count = rows * num_drafts
+    return st.lists(st.booleans(), min_size=count, max_size=count).map(lambda m: torch.tensor(m).view(rows, num_drafts))
+
+
+@st.composite
+def closed_masks(draw: st.DrawFn, forest: Forest) -> Tensor:
+    """Some of the drafts, bool `[B, K]`, each with all that it follows."""
+    shape = forest.nodes.tokens.shape
+    may, closed = draw(masks(*shape)), torch.zeros(shape, dtype=torch.bool)
+    for row, tree in enumerate(forest.trees):
+        for i in range(len(tree.parents)):
+            closed[row, i] = all(bool(may[row, node - 1]) for node in tree.path(i + 1)[1:])
+    return closed
 
 
 def nodes_of(

@@ -6,13 +6,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emssd_compile.step.nodes import Lineage, Nodes, of_parents, select
-from tests.step.forests import Forest, Tree, forests
+from tests.step.forests import Forest, Tree, forests, masks
 
 ROWS, K, D = 3, 6, 4
 FOREST = forests(ROWS, K, D)
-MASK = st.lists(st.booleans(), min_size=ROWS * K, max_size=ROWS * K).map(
-    lambda flags: torch.tensor(flags).view(ROWS, K)
-)
+MASK = masks(ROWS, K)
 
 
 def _closed(forest: Forest, drafts: Tensor) -> list[list[bool]]:

@@ -7,26 +7,12 @@ from torch import Tensor
 
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.policy import Ranking, fit, outcome, proposed_drafts
-from tests.step.forests import Forest, Tree, forests, nodes_of
+from tests.step.forests import Forest, Tree, closed_masks, forests, masks, nodes_of
 
 ROWS, K, D = 3, 6, 4
 FOREST = forests(ROWS, K, D)
-MASK = st.lists(st.booleans(), min_size=ROWS * K, max_size=ROWS * K).map(
-    lambda flags: torch.tensor(flags).view(ROWS, K)
-)
+MASK = masks(ROWS, K)
 ANY = st.integers(-3, K + 3)
-
-
-@st.composite
-def _proposals(draw: st.DrawFn) -> tuple[Forest, Tensor]:
-    """Trees, and which of their drafts may be verified: with each the one that it follows."""
-    forest = draw(FOREST)
-    may = draw(MASK)
-    proposed = torch.zeros(ROWS, K, dtype=torch.bool)
-    for row, tree in enumerate(forest.trees):
-        for i in range(len(tree.parents)):
-            proposed[row, i] = all(bool(may[row, node - 1]) for node in tree.path(i + 1)[1:])
-    return forest, proposed
 
 
 def _is_closed(forest: Forest, kept: Tensor) -> bool:
@@ -39,10 +25,10 @@ def _is_closed(forest: Forest, kept: Tensor) -> bool:
     )
 
 
-@given(_proposals(), st.lists(ANY, min_size=ROWS * K, max_size=ROWS * K), st.integers(-2, ROWS * K + 2))
+@given(FOREST, st.data(), st.lists(ANY, min_size=ROWS * K, max_size=ROWS * K), st.integers(-2, ROWS * K + 2))
 @settings(max_examples=300)
-def test_whatever_the_ranks_what_is_kept_are_trees_and_no_more_than_there_is_room_for(proposals, ranks, room):
-    forest, proposed = proposals
+def test_whatever_the_ranks_what_is_kept_are_trees_and_no_more_than_there_is_room_for(forest, data, ranks, room):
+    proposed = data.draw(closed_masks(forest))
     ranking = Ranking(torch.tensor(ranks).view(ROWS, K), torch.tensor(0))
     kept = fit(ranking, forest.nodes, proposed, torch.tensor(room))
     assert kept.dtype == torch.bool
@@ -51,10 +37,10 @@ def test_whatever_the_ranks_what_is_kept_are_trees_and_no_more_than_there_is_roo
     assert _is_closed(forest, kept)
 
 
-@given(_proposals(), st.data())
+@given(FOREST, st.data())
 @settings(max_examples=200)
-def test_of_right_ranks_the_first_are_kept(proposals, data):
-    forest, proposed = proposals
+def test_of_right_ranks_the_first_are_kept(forest, data):
+    proposed = data.draw(closed_masks(forest))
     left = [(row, i) for row in range(ROWS) for i in range(K) if proposed[row, i]]
     order: list[tuple[int, int]] = []
     while left:  # those whose parent has its place
@@ -75,9 +61,8 @@ def test_of_right_ranks_the_first_are_kept(proposals, data):
 def test_outcome_is_which_nodes_were_accepted_and_which_followed_these(forest, data):
     ends = [data.draw(st.integers(0, len(tree.parents))) for tree in forest.trees]
     paths = [tree.path(end) for tree, end in zip(forest.trees, ends, strict=True)]
-    padded = [
-        [*path, *data.draw(st.lists(ANY, min_size=D + 1 - len(path), max_size=D + 1 - len(path)))] for path in paths
-    ]
+    rubbish = data.draw(st.lists(ANY, min_size=D, max_size=D))
+    padded = [[*path, *rubbish[len(path) - 1 :]] for path in paths]
     counts = torch.tensor([len(path) - 1 for path in paths])
     tried, accepted = outcome(forest.nodes, torch.tensor(padded), counts)
     for row, (tree, path) in enumerate(zip(forest.trees, paths, strict=True)):
