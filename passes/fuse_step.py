@@ -232,6 +232,7 @@ class _Fusion:
         if parents is not None:
             is_token = is_token & (parents >= 0) & (parents <= torch.arange(tokens.shape[1], device=tokens.device))
             parents = torch.where(is_token, parents, 0)
+        tokens = torch.where(is_token, tokens, 0)  # a dry run verifies K of them, whatever they are
         grades = torch.zeros_like(tokens) if answer.grades is None else answer.grades.clamp(0, most)
         draft = Nodes(tokens, answer.lengths, grades, parents, self.sizes.depth)
         tried, accepted = outcome(done.verified, done.path, done.emission.accepted)
