@@ -35,9 +35,14 @@ class Tree:
         """The nodes that follow a node, in order."""
         return [i + 1 for i, parent in enumerate(self.parents) if parent == node]
 
-    def cut(self, length: int) -> Tree:
-        """The first drafts alone."""
-        return Tree(self.parents[:length], self.tokens[:length])
+    def walk(self, wanted: list[int]) -> list[int]:
+        """The path on which each draft is the first whose token is wanted behind its parent, from the root down."""
+        path = [0]
+        while True:
+            right = [child for child in self.children(path[-1]) if self.tokens[child - 1] == wanted[path[-1]]]
+            if not right:
+                return path
+            path.append(right[0])
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,6 @@ FOREST = forests(ROWS, K, D)
 WANTED = st.lists(st.integers(0, 2), min_size=ROWS * (K + 1), max_size=ROWS * (K + 1))
 
 
-def _walk(tree: Tree, wanted: list[int]) -> list[int]:
-    """The nodes from the root down to the last one accepted."""
-    path = [0]
-    while True:
-        right = [child for child in tree.children(path[-1]) if tree.tokens[child - 1] == wanted[path[-1]]]
-        if not right:
-            return path
-        path.append(right[0])
-
-
 @given(FOREST, WANTED)
 @settings(max_examples=200)
 def test_of_a_tree_the_path_that_the_target_goes_is_accepted(forest, wanted):
@@ -35,7 +25,8 @@ def test_of_a_tree_the_path_that_the_target_goes_is_accepted(forest, wanted):
     assert verdict.path.shape == (ROWS, D + 1)
     assert torch.equal(feasible(forest.nodes, verdict), verdict.accept_lengths), "it can be carried out as it is"
     for row, tree in enumerate(forest.trees):
-        path, own = _walk(tree, choices[row].tolist()), choices[row].tolist()
+        own = choices[row].tolist()
+        path = tree.walk(own)
         assert verdict.path[row, : len(path)].tolist() == path
         assert verdict.accept_lengths[row] == len(path) - 1
         assert verdict.next_tokens[row] == own[path[-1]]
