@@ -115,3 +115,9 @@ def test_of_a_chain_what_is_no_token_ends_it(rows, is_token):
         leading = [*is_token[row].tolist(), False].index(False)
         expected = max(0, min(leading, int(lengths[row]), int(max_drafts[row])))
         assert proposed[row] == [i < expected for i in range(K)]
+
+
+def test_a_tree_deeper_than_it_may_be_is_cut_at_that_depth():
+    nodes = nodes_of([Tree([0, 1, 2, 3, 4, 5], [0] * 6)], K, D)
+    proposed = proposed_drafts(nodes, torch.ones(1, K, dtype=torch.bool), torch.tensor([D]))
+    assert proposed.tolist() == [[True] * D + [False] * (K - D)]
