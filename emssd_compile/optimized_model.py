@@ -228,7 +228,10 @@ class OptimizedModel(Decoder):
         if step.drafter.is_costly and LAYOUTS[self.options.layout].is_measured and not deterministic:
             plain = self._lower(step.with_parts(drafter=without(step.drafter), policy=LAYOUTS["packed"].policy()))
         variant = make_variant(
-            function, _signature(step, graph_module), deterministic=deterministic, plain=plain and plain.variant
+            function,
+            _signature(step, graph_module),
+            deterministic=deterministic,
+            plain=plain.variant if plain else None,
         )
         return _Form(variant, (graph_module, step.graph_module, *(plain.graphs if plain else ())), records)
 

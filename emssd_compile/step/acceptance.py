@@ -74,10 +74,9 @@ def first_accepted(draft: Nodes, wanted: Tensor) -> Verdict:
         return Verdict(accept_lengths, wanted.gather(1, accept_lengths[:, None]).squeeze(1))
     node = torch.zeros_like(wanted[:, 0])  # [B]
     path, accept_lengths = [node], node
-    going = node == 0  # [B]
     for _ in range(draft.max_depth):
-        is_next = agrees & (draft.parents == node[:, None]) & going[:, None]  # [B, K]
-        going = is_next.any(1)
+        is_next = agrees & (draft.parents == node[:, None])  # [B, K], of none once there was none
+        going = is_next.any(1)  # [B]
         node = torch.where(going, is_next.to(wanted.dtype).argmax(1) + 1, node)
         accept_lengths = accept_lengths + going
         path.append(node)

@@ -12,6 +12,7 @@ from emssd_compile.acceptance import RULES, GreedyMatch, Rule, Verdict, Verifica
 from emssd_compile.errors import OptionError, RuleError
 from emssd_compile.step.nodes import Nodes
 from tests.passes.graphs import Scripted, model_with_attention
+from tests.step.forests import forests
 
 
 def _verify(
@@ -73,6 +74,28 @@ def test_agrees_with_the_loop(rows, tail, filler):
     choices, drafts = [row[0] for row in rows], [row[1] for row in rows]
     accepted, following = _verify(choices, drafts, width=4, tail=tail, filler=filler)
     assert list(zip(accepted, following, strict=True)) == [_walk(*row) for row in rows]
+
+
+@given(forest=forests(rows=3, num_drafts=5, max_depth=3), data=st.data())
+@settings(max_examples=200)
+def test_of_a_tree_the_path_of_the_argmax_is_accepted(forest, data):
+    """Rows lie side by side; one that verifies nothing has none, and what follows them all is rubbish."""
+    drafts = [len(tree.parents) for tree in forest.trees]
+    idle = data.draw(st.lists(st.sampled_from([False, False, True]), min_size=3, max_size=3))
+    counts = [0 if skip else count + 1 for count, skip in zip(drafts, idle, strict=True)]
+    chosen = data.draw(st.lists(st.integers(0, 2), min_size=sum(counts) + 2, max_size=sum(counts) + 2))
+    offsets = [sum(counts[:row]) for row in range(4)]
+    unused = torch.zeros(len(chosen), dtype=torch.int64)
+    logits = torch.nn.functional.one_hot(torch.tensor(chosen), 3).float()
+    verdict = GreedyMatch()(Verification(logits, torch.tensor(offsets), forest.nodes, seeds=unused, positions=unused))
+    assert verdict.path is not None
+    for row, tree in enumerate(forest.trees):
+        if not idle[row]:
+            wanted = chosen[offsets[row] : offsets[row + 1]]
+            path = tree.walk(wanted)
+            assert verdict.path[row, : len(path)].tolist() == path
+            assert verdict.accept_lengths[row] == len(path) - 1
+            assert verdict.next_tokens[row] == wanted[path[-1]]
 
 
 def test_it_is_lossless_and_the_default():

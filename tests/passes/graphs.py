@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
 from emssd_compile.policies import AllDrafts, LengthPolicy
 from emssd_compile.step.batch import BatchShape
+from emssd_compile.step.drafting import tree_nodes
 
 VOCABULARY, HIDDEN, HEADS, LONGEST = 32, 16, 4, 64
 
@@ -128,10 +130,10 @@ def canonical(model: nn.Module) -> tuple[fx.GraphModule, PassManager]:
     return at_level(model, lambda _: passes.captured(), lambda _: passes.canonical(BATCH))
 
 
-def unpadded(model: nn.Module) -> tuple[fx.GraphModule, PassManager]:
+def unpadded(model: nn.Module, batch: BatchShape = BATCH) -> tuple[fx.GraphModule, PassManager]:
     """Level L2 of `model`."""
     return at_level(
-        model, lambda _: passes.captured(), lambda _: passes.canonical(BATCH), lambda m: passes.unpadded(BATCH, m)
+        model, lambda _: passes.captured(), lambda _: passes.canonical(batch), lambda m: passes.unpadded(batch, m)
     )
 
 
@@ -174,10 +176,12 @@ def alone(model: nn.Module) -> Tensor:
     return torch.cat([logits[len(logits) - len(new) :] for logits, new in zip(whole, ROWS, strict=True)])
 
 
-def step_of(drafter: Drafter) -> fx.GraphModule:
-    """The step graph of the tiny model with a drafter."""
-    graph_module, manager = unpadded(model_with_attention())
-    return manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), drafter, AllDrafts(), manager.fake_mode),))
+def step_of(drafter: Drafter, rule: Rule | None = None) -> fx.GraphModule:
+    """The step graph of the tiny model with a drafter, of trees too, and a rule, else greedy matching."""
+    batch = replace(BATCH, tree_nodes=tree_nodes(drafter))
+    graph_module, manager = unpadded(model_with_attention(), batch)
+    level = passes.step(batch, rule or GreedyMatch(), drafter, AllDrafts(), manager.fake_mode)
+    return manager.apply(graph_module, (level,))
 
 
 @functools.cache
@@ -206,6 +210,18 @@ class Scripted(Drafter):
     def forward(self, context: DraftContext) -> Draft:
         tokens = torch.tensor(self.tokens).expand(len(context.known), -1)
         return Draft(tokens, torch.full_like(context.known, self.length))
+
+
+class ScriptedTree(Scripted):
+    """Drafts the same tree for every row."""
+
+    def __init__(self, tokens: list[int], parents: list[int], max_depth: int, length: int | None = None) -> None:
+        super().__init__(tokens, length)
+        self.parents, self.max_depth = parents, max_depth
+
+    def forward(self, context: DraftContext) -> Draft:
+        draft = super().forward(context)
+        return replace(draft, parents=torch.tensor(self.parents).expand(draft.tokens.shape))
 
 
 def returned(step: fx.GraphModule) -> dict[str, fx.Node]:

@@ -9,7 +9,7 @@ from torch import fx
 import emssd_compile
 from emssd_compile import passes
 from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
-from emssd_compile.drafters import NoDrafter, PartSizes, PromptLookup, TensorSpec
+from emssd_compile.drafters import Drafter, NoDrafter, PartSizes, PromptLookup, TensorSpec
 from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, inputs
 from emssd_compile.policies import AllDrafts
@@ -20,6 +20,7 @@ from tests.passes.graphs import (
     LONGEST,
     VOCABULARY,
     Scripted,
+    ScriptedTree,
     model_with_attention,
     ops,
     returned,
@@ -31,9 +32,11 @@ from tests.passes.graphs import (
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
 
-def _decode(step: fx.GraphModule, drafts: int, count: int) -> list[list[int]]:
+def _decode(step: fx.GraphModule, drafter: Drafter, count: int) -> list[list[int]]:
     """Run the step until each of `PROMPTS` has `count` new tokens, as the engine does."""
-    state = StepState.empty(PartSizes(len(PROMPTS), LONGEST, VOCABULARY, drafts), torch.device("cpu")).tensors()
+    drafts, depth = drafter.num_draft_tokens, drafter.max_depth
+    sizes_of_parts = PartSizes(len(PROMPTS), LONGEST, VOCABULARY, drafts, max_depth=depth)
+    state = StepState.empty(sizes_of_parts, torch.device("cpu")).tensors()
     for row, prompt in enumerate(PROMPTS):
         state["history"][row, : len(prompt)] = torch.tensor(prompt)
         state["known"][row] = len(prompt)
@@ -72,6 +75,10 @@ DRAFTERS = {
     "negative ids": Scripted([-1, -5]),
     "a length beyond the draft": Scripted([1, 2], length=50),
     "a negative length": Scripted([1, 2], length=-3),
+    "a tree": ScriptedTree([*range(5)], [0, 0, 1, 3, 0], max_depth=3),
+    "a tree with nodes that follow none before them": ScriptedTree([*range(5)], [3, -1, 10**9, 0, 4], max_depth=2),
+    "a tree deeper than it may be": ScriptedTree([1, 2, 3, 4], [0, 1, 2, 3], max_depth=1),
+    "a tree with ids beyond the vocabulary": ScriptedTree([1, 10**6, 2, -4], [0, 0, 2, 1], max_depth=2),
 }
 
 
@@ -79,7 +86,7 @@ DRAFTERS = {
 def test_whatever_is_drafted_the_tokens_are_the_models_own(drafter):
     torch.manual_seed(0)
     step = step_of(drafter)
-    assert _decode(step, drafter.num_draft_tokens, 12) == _greedy(12)
+    assert _decode(step, drafter, 12) == _greedy(12)
 
 
 class _Wild(Rule):
@@ -106,8 +113,42 @@ class _Wild(Rule):
     ids=["too much", "too little", "in range"],
 )
 def test_a_verdict_is_carried_out_as_far_as_it_can_be_meant(accept, token, text):
-    step = step_with(Scripted([1, 2]), rule=_Wild(accept, token)).graph_module
-    assert _decode(step, 2, len(text)) == [text] * 3
+    drafter = Scripted([1, 2])
+    step = step_with(drafter, rule=_Wild(accept, token)).graph_module
+    assert _decode(step, drafter, len(text)) == [text] * 3
+
+
+class _WildPath(Rule):
+    """Goes through a tree along a path of its own choice, then on with token 9."""
+
+    lossless = True
+
+    def __init__(self, path: list[int], accept: int) -> None:
+        super().__init__()
+        self.path, self.accept = path, accept
+
+    def forward(self, verification: Verification) -> Verdict:
+        lengths = verification.draft.lengths
+        path = torch.tensor(self.path).expand(len(lengths), -1)
+        return Verdict(torch.full_like(lengths, self.accept), torch.full_like(lengths, 9), path=path)
+
+
+@pytest.mark.parametrize(
+    ("path", "accept", "text"),
+    [
+        ([0, 2, 3], 2, [9, 2, 3, 9, 2, 3, 9]),
+        ([0, 2, 3], 10**9, [9, 2, 3, 9, 2, 3, 9]),
+        ([77, 2, 3], 1, [9, 2, 9, 2, 9, 2, 9]),
+        ([0, 1, 3], 2, [9, 1, 9, 1, 9, 1, 9]),
+        ([0, 3, 2], 2, [9, 9, 9, 9, 9, 9, 9]),
+        ([0, -5, 10**9], 2, [9, 9, 9, 9, 9, 9, 9]),
+        ([0, 2, 3], -1, [9, 9, 9, 9, 9, 9, 9]),
+    ],
+    ids=["in range", "too much", "from no root", "from another node", "not from the root", "no nodes", "too little"],
+)
+def test_a_path_is_gone_as_far_as_it_is_one(path, accept, text):
+    drafter = ScriptedTree([1, 2, 3], [0, 0, 2], max_depth=2)
+    assert _decode(step_of(drafter, _WildPath(path, accept)), drafter, len(text)) == [text] * 3
 
 
 class _Counts(GreedyMatch):

@@ -12,7 +12,7 @@ from emssd_compile.passes.graph import inputs
 from emssd_compile.policies import LengthPolicy, PolicyContext, Ranking
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.state import StepState
-from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, returned, step_of, step_with
+from tests.passes.graphs import BATCH, LONGEST, VOCABULARY, Scripted, ScriptedTree, returned, step_of, step_with
 
 
 class _Counts(Scripted):
@@ -28,11 +28,12 @@ class _Counts(Scripted):
 
 def _first_step(drafter: Drafter, limits: list[int]) -> dict[str, Tensor]:
     """What the first step returns for three rows whose prompt is token 5."""
-    return _run(step_of(drafter), drafter.num_draft_tokens, limits)
+    return _run(step_of(drafter), drafter, limits)
 
 
-def _run(step: fx.GraphModule, num_draft_tokens: int, limits: list[int], draft_budget: int = 99) -> dict[str, Tensor]:
-    state = StepState.empty(PartSizes(BATCH.rows, LONGEST, VOCABULARY, num_draft_tokens), torch.device("cpu")).tensors()
+def _run(step: fx.GraphModule, drafter: Drafter, limits: list[int], draft_budget: int = 99) -> dict[str, Tensor]:
+    sizes = PartSizes(BATCH.rows, LONGEST, VOCABULARY, drafter.num_draft_tokens, max_depth=drafter.max_depth)
+    state = StepState.empty(sizes, torch.device("cpu")).tensors()
     state["draft_budget"] = torch.tensor(draft_budget)
     state["history"][:, 0] = 5
     state["known"][:] = 1
@@ -66,6 +67,44 @@ def test_a_draft_ends_at_its_first_id_outside_the_vocabulary():
     results = _first_step(Scripted([7, VOCABULARY, 9]), limits=[20, 20, 20])
     assert results["draft_lengths"].tolist() == [1, 1, 1]
     assert _drafts(results) == [[7]] * 3
+
+
+def _trees(results: dict[str, Tensor]) -> list[list[tuple[int, int]]]:
+    """Parent and token of each draft."""
+    parents = results["draft_parents"].tolist()
+    return [[*zip(own, tokens, strict=False)] for own, tokens in zip(parents, _drafts(results), strict=True)]
+
+
+def test_of_a_tree_what_is_too_deep_for_a_rows_limit_is_left_out():
+    results = _first_step(ScriptedTree([7, 8, 9, 4, 5], [0, 0, 1, 2, 4], max_depth=3), limits=[20, 5, 4])
+    whole = [(0, 7), (0, 8), (1, 9), (2, 4), (4, 5)]
+    assert _trees(results) == [whole, whole[:4], whole[:2]], "one place is kept for the bonus token"
+
+
+def test_of_a_tree_what_cannot_be_a_draft_is_left_out_with_what_follows_it_and_the_others_move_up():
+    tokens = [7, VOCABULARY, 9, 4, 5, 6, 3]
+    parents = [0, 0, 2, 1, 5, -1, 4]  # 2 is no token, and 3 follows it; 5 follows itself; 6 follows nothing
+    results = _first_step(ScriptedTree(tokens, parents, max_depth=3), limits=[20] * 3)
+    assert _trees(results) == [[(0, 7), (1, 4), (2, 3)]] * 3
+    assert 0 <= int(results["draft_parents"].min()) <= int(results["draft_parents"].max()) <= 7
+
+
+@pytest.mark.parametrize(("length", "count"), [(2, 2), (-1, 0), (99, 3)])
+def test_of_a_tree_no_more_than_its_length_is_verified(length, count):
+    results = _first_step(ScriptedTree([7, 8, 9], [0, 1, 1], max_depth=2, length=length), limits=[20] * 3)
+    assert _trees(results) == [[(0, 7), (1, 8), (1, 9)][:count]] * 3
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [Scripted([7, VOCABULARY, -1, 9]), ScriptedTree([-1, VOCABULARY, 9, 4], [0, 0, 2, 9], max_depth=2)],
+    ids=["chains", "trees"],
+)
+def test_what_lies_behind_the_drafts_can_be_read_by_the_model(drafter):
+    """A dry run verifies as many as there may be, whatever they are."""
+    results = _first_step(drafter, limits=[20] * 3)
+    assert int(results["draft_lengths"].max()) < 4
+    assert 0 <= int(results["draft_tokens"].min()) <= int(results["draft_tokens"].max()) < VOCABULARY
 
 
 def test_a_drafters_state_goes_in_and_comes_out():
@@ -148,7 +187,8 @@ class _Wild(LengthPolicy):
 @pytest.mark.parametrize(("wanted", "told", "lengths"), [(10**12, 9, [3, 1, 0]), (-5, 0, [0, 0, 0]), (2, 2, [2, 0, 0])])
 def test_a_policy_that_ranks_wrongly_makes_no_step_too_large(wanted, told, lengths):
     """The host gives the next step room for so many drafts, and no more."""
-    step = step_with(Scripted([7, 8, 9]), policy=_Wild(wanted)).graph_module
-    results = _run(step, 3, limits=[20, 20, 20], draft_budget=4)
+    drafter = Scripted([7, 8, 9])
+    step = step_with(drafter, policy=_Wild(wanted)).graph_module
+    results = _run(step, drafter, limits=[20, 20, 20], draft_budget=4)
     assert results["report"][:, REPORT_FIELDS.index("wanted")].tolist() == [told] * 3
     assert results["draft_lengths"].tolist() == lengths

@@ -83,6 +83,37 @@ def _trace(kind: str, part: Any) -> None:
     FuseStep(BATCH, **parts, fake_mode=compiled_model().fake_mode).run(_copy(compiled_model().graph_module, "Step"))
 
 
+class _TreeDrafter(_Drafter):
+    """One whose trees are as deep as they are large."""
+
+    max_depth = K
+
+
+TREES: dict[str, tuple[str, str, Change]] = {
+    "no parents": ("drafter", "parents = None; expected a tensor", lambda _, a: replace(a, parents=None)),
+    "parents of a row": ("drafter", r"parents of shape \(3,\)", lambda _, a: replace(a, parents=a.lengths)),
+    "bool parents": ("drafter", r"parents of dtype torch\.bool", lambda _, a: replace(a, parents=a.tokens > 0)),
+    "no path": ("rule", "path = None; expected a tensor", lambda _, a: replace(a, path=None)),
+    "a path without the root": (
+        "rule",
+        r"path of shape \(3, 2\); expected \[B, D \+ 1\] = \[3, 3\]",
+        lambda _, a: replace(a, path=a.path[:, 1:]),
+    ),
+    "an int32 path": ("rule", r"path of dtype torch\.int32", lambda _, a: replace(a, path=a.path.int())),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_where_drafts_are_trees_they_have_parents_and_what_is_accepted_a_path(name):
+    kind, message, change = TREES[name]
+    trees = _TreeDrafter(lambda _, answer: replace(answer, parents=answer.tokens))
+    part = {"drafter": _TreeDrafter(change), "rule": _Rule(change)}[kind]
+    parts: dict[str, Any] = {"rule": GreedyMatch(), "drafter": trees, "policy": AllDrafts(), kind: part}
+    step = FuseStep(BATCH, **parts, fake_mode=compiled_model().fake_mode)
+    with pytest.raises(KINDS[kind][1], match=f"(?s){message}"):
+        step.run(_copy(compiled_model().graph_module, "Step"))
+
+
 def _refused(kind: str, message: str, change: Change = lambda _, answer: answer, tensors: Any = None) -> None:
     make, error = KINDS[kind]
     with pytest.raises(error, match=f"(?s)^_{kind.capitalize()}.*{message}") as caught:
@@ -194,6 +225,18 @@ FIELDS: dict[str, tuple[str, str, str, Change]] = {
     "another device": ("drafter", "lengths", "lengths on meta; expected it on cpu", lambda _, v: ELSEWHERE),
     "float grades": ("drafter", "grades", r"grades of dtype torch\.float64", lambda _, v: v.double()),
     "a grade a row": ("drafter", "grades", r"grades of shape \(3,\)", lambda _, v: v[:, 0]),
+    "parents of chains": (
+        "drafter",
+        "parents",
+        "parents, but the drafts are chains: return None",
+        lambda _, v: 1,
+    ),
+    "a path of chains": (
+        "rule",
+        "path",
+        "path, but the drafts are chains: return None",
+        lambda c, _: c.offsets,
+    ),
     "a column of lengths": ("rule", "accept_lengths", r"of shape \(3, 1\); expected \[B\]", lambda _, v: v[:, None]),
     "float accept lengths": ("rule", "accept_lengths", r"of dtype torch\.float32", lambda _, v: v.float()),
     "all choices": ("rule", "next_tokens", "next_tokens of shape", lambda c, _: c.logits.argmax(-1)),

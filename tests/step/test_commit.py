@@ -43,6 +43,38 @@ def _commit(state: StepState, accepted: list[int], following: list[int], tokens:
     return new, emitted
 
 
+PARENTS = [0, 0, 2, 1, 3]
+"""Of nodes 1 to 5: the longest path is 2, 3, 5."""
+
+
+def _with_trees(tokens: list[list[int]], known: int = 4) -> StepState:
+    """Rows that decode, each with a tree of `PARENTS`."""
+    rows = len(tokens)
+    state = StepState.empty(PartSizes(rows, 16, 12, 5, max_depth=3), torch.device("cpu"))
+    parents = torch.tensor(PARENTS).expand(rows, 5)
+    return replace(
+        state,
+        history=torch.arange(16).repeat(rows, 1).clamp(max=8),
+        known=torch.full((rows,), known),
+        lengths=torch.full((rows,), known - 1),
+        draft=replace(state.draft, tokens=torch.tensor(tokens), lengths=torch.full((rows,), 5), parents=parents),
+        active=torch.ones(rows, dtype=torch.bool),
+        limits=torch.full((rows,), 16),
+        is_eos=torch.arange(12) == EOS,
+    )
+
+
+def _commit_paths(state: StepState, paths: list[list[int]], following: list[int]):
+    """The nodes accepted behind the root; rubbish behind them."""
+    slots = torch.arange(16)
+    packed = pack(state.history, state.known, state.lengths, state.active, slots, slots, 6, state.draft)
+    path = torch.tensor([[0, *nodes, *[5] * (3 - len(nodes))] for nodes in paths])
+    verdict = Verdict(torch.tensor([len(nodes) for nodes in paths]), torch.tensor(following), path=path)
+    new, emission = commit(state, packed, verdict)
+    emitted = [row[:count].tolist() for row, count in zip(emission.tokens, emission.counts.tolist(), strict=True)]
+    return new, emitted, emission.accepted.tolist()
+
+
 def _counters(state: StepState) -> dict[str, int]:
     return dict(zip(COUNTERS, state.counters.tolist(), strict=True))
 
@@ -127,6 +159,58 @@ def test_counters_and_histogram():
 def test_drafts_cut_by_eos_are_not_counted_as_accepted():
     new, _ = _commit(_state([4], [[1, EOS, 3]]), [3], [10])
     assert _counters(new)["num_accepted_draft_tokens"] == 2
+
+
+def test_the_accepted_path_of_a_tree_is_emitted_and_no_other_node():
+    state = _with_trees([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+    new, emitted, accepted = _commit_paths(state, [[2, 3, 5], [1]], following=[10, 11])
+    assert emitted == [[2, 3, 5, 10], [5, 11]]
+    assert accepted == [3, 1]
+    assert new.known.tolist() == [8, 6]
+    assert new.lengths.tolist() == [7, 5]
+    assert new.history[0].tolist() == [0, 1, 2, 3, 2, 3, 5, 10, *state.history[0, 8:].tolist()]
+    assert new.history[1].tolist() == [0, 1, 2, 3, 5, 11, *state.history[1, 6:].tolist()]
+    assert new.histogram.tolist() == [0, 1, 0, 1]
+    assert _counters(new)["num_draft_tokens"] == 10
+    assert _counters(new)["num_accepted_draft_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "path", "following", "emitted", "accepted", "ends"),
+    [
+        ([1, 2, EOS, 4, 5], [2, 3, 5], 10, [2, EOS], 2, True),
+        ([1, EOS, 3, 4, 5], [2, 3], 10, [EOS], 1, True),
+        ([EOS, 2, 3, EOS, 5], [2, 3, 5], 10, [2, 3, 5, 10], 3, False),
+        ([1, 2, 3, 4, EOS], [2, 3], 10, [2, 3, 10], 2, False),
+        ([1, 2, 3, 4, EOS], [2, 3, 5], 10, [2, 3, EOS], 3, True),
+        ([1, 2, 3, 4, 5], [2, 3], EOS, [2, 3, EOS], 2, True),
+    ],
+    ids=["inside the path", "at its start", "on another path", "behind the path", "at its end", "as correction"],
+)
+def test_a_path_ends_behind_its_first_eos(tokens, path, following, emitted, accepted, ends):
+    new, found, kept = _commit_paths(_with_trees([tokens]), [path], [following])
+    assert (found, kept) == ([emitted], [accepted])
+    assert bool(new.active[0]) is not ends
+    assert (int(new.known), int(new.lengths)) == (4 + len(emitted), 3 + len(emitted))
+
+
+@pytest.mark.parametrize(
+    ("limit", "emitted", "accepted"), [(5, [2], 1), (6, [2, 3], 2), (7, [2, 3, 5], 3), (8, [2, 3, 5, 10], 3)]
+)
+def test_a_path_ends_at_the_rows_limit(limit, emitted, accepted):
+    state = replace(_with_trees([[1, 2, 3, 4, 5]]), limits=torch.tensor([limit]))
+    new, found, kept = _commit_paths(state, [[2, 3, 5]], [10])
+    assert (found, kept) == ([emitted], [accepted])
+    assert new.active.tolist() == [False]
+    assert int(new.known) == limit
+
+
+def test_a_row_that_does_not_emit_keeps_nothing_of_its_path():
+    state = replace(_with_trees([[1, 2, 3, 4, 5]] * 2), active=torch.tensor([False, True]))
+    new, emitted, _ = _commit_paths(state, [[2, 3, 5], [2]], [10, 10])
+    assert emitted == [[], [2, 10]]
+    assert torch.equal(new.history[0], state.history[0])
+    assert (int(new.known[0]), int(new.lengths[0])) == (4, 3)
 
 
 def test_write_leaves_the_rest_of_the_history_alone():
