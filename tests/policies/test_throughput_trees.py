@@ -178,3 +178,11 @@ def test_of_siblings_the_one_whose_grade_proves_right_comes_first():
     nodes = replace(nodes_of([TREE], K, D), grades=torch.tensor([[0, 1, 0, 1]]))
     ranking = POLICY(context_of(nodes, nodes.exist, state))
     assert ranking.ranks.tolist() == [[2, 0, 3, 1]]
+
+
+def test_a_sibling_that_cannot_be_verified_takes_no_share():
+    nodes = nodes_of([Tree([0, 0], [0, 1]), Tree([0], [0])], K, D, parents=[1] * 2 * K)
+    nodes = replace(nodes, grades=torch.zeros_like(nodes.tokens))
+    proposed = torch.tensor([[True, False, False, False]] * 2)
+    ranking = POLICY(context_of(nodes, proposed, zeros(POLICY, 2, K, GRADES, D)))
+    assert ranking.ranks[:, 0].tolist() == [0, 1], "as good as an only child, so the first row goes first"
