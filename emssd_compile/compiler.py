@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -136,7 +138,7 @@ class CompiledStep:
         rule: what accepts drafts.
         drafter: what proposes them.
         policy: what chooses how many are verified.
-        processors: what is done to the logits.
+        processors: what is done to the logits, by number.
         records: what each pass did, those of the model included.
     """
 
@@ -145,10 +147,10 @@ class CompiledStep:
     rule: Rule
     drafter: Drafter
     policy: LengthPolicy
-    processors: tuple[LogitsProcessor, ...]
+    processors: Mapping[int, LogitsProcessor]
     records: list[PassRecord]
 
-    def with_processors(self, processors: tuple[LogitsProcessor, ...], *, shows_logits: bool = False) -> CompiledStep:
+    def with_processors(self, processors: Mapping[int, LogitsProcessor], *, shows_logits: bool = False) -> CompiledStep:
         """The step of the same model and parts with other logits processors; with `shows_logits`, to be cut in two."""
         parts = (self.rule, self.drafter, self.policy)
         return compile_step(self.compiled, self.compiled.batch, *parts, processors, shows_logits=shows_logits)
@@ -180,7 +182,7 @@ def compile_step(
     rule: Rule,
     drafter: Drafter,
     policy: LengthPolicy,
-    processors: tuple[LogitsProcessor, ...] = (),
+    processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
     *,
     shows_logits: bool = False,
 ) -> CompiledStep:

@@ -5,9 +5,8 @@ from torch import Tensor
 
 WORD_BITS = 32  # a GPU loads words of 32 bits, and shifts them in one instruction
 
-_POWERS = [
-    1 << bit for bit in range(WORD_BITS)
-]  # not computed: behind its C++ wrapper, Inductor has no `2 ** n` of integers
+# Not computed: behind its C++ wrapper, Inductor has no `2 ** n` of integers.
+_POWERS = [1 << bit for bit in range(WORD_BITS)]
 
 
 def pack_ancestors(mask: Tensor) -> Tensor:
