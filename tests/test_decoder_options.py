@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 import emssd_compile
+from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
 from emssd_compile.drafters import Draft, DraftContext, Drafter, PromptLookup
-from emssd_compile.errors import DrafterError, OptionError, PartError, ProcessorError, ReentryError
+from emssd_compile.errors import DrafterError, OptionError, PartError, ProcessorError, ReentryError, RuleError
 from emssd_compile.logits import LogitContext, LogitsProcessor, Processed, RowOption
 from tests.exactness.models import Reference
 from tests.passes.graphs import model_with_attention
@@ -43,10 +45,16 @@ def _nothing(context: LogitContext) -> Processed:
     return Processed(context.logits)
 
 
-def _optimize(*processors: Any, drafter: Any = "none") -> emssd_compile.OptimizedModel:
+def _optimize(*processors: Any, drafter: Any = "none", rule: Any = "auto") -> emssd_compile.OptimizedModel:
     torch.manual_seed(0)
     return emssd_compile.optimize(
-        model_with_attention(), drafter, max_batch=2, max_length=32, backend="eager", processors=list(processors)
+        model_with_attention(),
+        drafter,
+        max_batch=2,
+        max_length=32,
+        backend="eager",
+        acceptance=rule,
+        processors=list(processors),
     )
 
 
@@ -267,3 +275,28 @@ class _Parents(Drafter):
 def test_parents_are_of_drafters_of_trees_only(max_depth, message):
     with pytest.raises(DrafterError, match=message):
         _optimize(drafter=_Parents(max_depth))
+
+
+class _Path(Rule):
+    """Greedy matching that forgets the path of a tree, and makes one up for a chain."""
+
+    lossless = True
+
+    def forward(self, verification: Verification) -> Verdict:
+        verdict = GreedyMatch()(verification)
+        rows, depth = verification.draft.tokens.shape[0], verification.draft.max_depth
+        return replace(verdict, path=torch.zeros(rows, depth + 1).long() if verdict.path is None else None)
+
+
+class _Tree(_Parents):
+    def forward(self, context: DraftContext) -> Draft:
+        return replace(super().forward(context), parents=context.history[:, :2] * 0)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [("none", "_Path returned path, but the drafts are chains"), (_Tree(2), "_Path returned path = None; expected")],
+)
+def test_paths_are_of_trees_only(drafter, message):
+    with pytest.raises(RuleError, match=message):
+        _optimize(drafter=drafter, rule=_Path())
