@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -141,7 +143,7 @@ class CompiledStep:
         rule: what accepts drafts.
         drafter: what proposes them.
         policy: what chooses how many are verified.
-        processors: what is done to the logits.
+        processors: what is done to the logits, by number.
         records: what each pass did, those of the model included.
     """
 
@@ -150,7 +152,7 @@ class CompiledStep:
     rule: Rule
     drafter: Drafter
     policy: LengthPolicy
-    processors: tuple[LogitsProcessor, ...]
+    processors: Mapping[int, LogitsProcessor]
     records: list[PassRecord]
 
     def with_parts(
@@ -158,7 +160,7 @@ class CompiledStep:
         *,
         drafter: Drafter | None = None,
         policy: LengthPolicy | None = None,
-        processors: tuple[LogitsProcessor, ...] | None = None,
+        processors: Mapping[int, LogitsProcessor] | None = None,
         shows_logits: bool = False,
     ) -> CompiledStep:
         """The step of the same model with other parts; with `shows_logits`, to be cut in two."""
@@ -199,7 +201,7 @@ def compile_step(
     rule: Rule,
     drafter: Drafter,
     policy: LengthPolicy,
-    processors: tuple[LogitsProcessor, ...] = (),
+    processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
     *,
     shows_logits: bool = False,
 ) -> CompiledStep:

@@ -14,6 +14,7 @@ from emssd_compile import keywords
 from emssd_compile.ambient import neutral
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import GenerateOptions, own_options, resolve_options
+from emssd_compile.numeric import shown
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.consumer import Consumer
@@ -261,6 +262,8 @@ class Decoder(ABC):
         progress: bool,
         options: dict[str, Any],
     ) -> Any:
+        if logits_hook is not None and not callable(logits_hook):
+            raise OptionError(f"logits_hook={shown(logits_hook)} cannot be called; pass a function of a LogitContext")
         vocabulary, capacity = self._vocabulary, self._engine.capacity
         of_parts = {name: options.pop(name) for name in self.row_options.keys() & (options.keys() - keywords.KNOWN)}
         chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)

@@ -195,7 +195,7 @@ def _manifest(
         layout="" if verify_only else what.options.layout,
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
-        processors=[] if verify_only else [type(processor).__name__ for processor in what.step.processors],
+        processors=[] if verify_only else [type(processor).__name__ for processor in what.step.processors.values()],
         lossless=verify_only or what.step.rule.lossless,
         chunk=what.chunk,
         deterministic=what.options.deterministic,

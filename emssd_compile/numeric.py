@@ -46,6 +46,14 @@ def seconds(name: str, value: object) -> float:
     return duration
 
 
+def number(name: str, value: object) -> float:
+    """`value` as a float that may be infinite, or as the int that it is. Raises OptionError if it is no number."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, Real) or value != value:
+        raise OptionError(f"{name}={shown(value)} is not a number")
+    return integer(name, value) if isinstance(value, Integral) else float(value)
+
+
 def flag(name: str, value: object) -> bool:
     """`value` as a bool. Raises OptionError if it is none: "no" would count as true."""
     value = plain(value)

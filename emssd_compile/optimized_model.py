@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from emssd_compile import keywords
 from emssd_compile.acceptance import make_rule
 from emssd_compile.ambient import compiling, neutral
 from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter, without
-from emssd_compile.errors import OptionError, StaleModelError, UnsupportedModelError
+from emssd_compile.errors import OptionError, PartError, ProcessorError, StaleModelError, UnsupportedModelError
 from emssd_compile.freshness import Freshness
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit, resolve_length
-from emssd_compile.logits import PROCESSORS, LogitsProcessor
+from emssd_compile.logits import LogitsProcessor, make_processors
 from emssd_compile.lowering import BACKENDS, StepFunction
 from emssd_compile.options import CompileOptions
 from emssd_compile.progress import progress_bar
@@ -34,6 +36,7 @@ from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
 from emssd_compile.step.logits import LogitContext, in_use
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.parts import merge_options
 from emssd_compile.step.signature import Signature
 from emssd_compile.structure import Structure
 
@@ -93,7 +96,7 @@ def optimize(
         BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
     check_model(model)
-    rule, proposer = make_rule(acceptance), make_drafter(drafter)
+    rule, proposer, every = make_rule(acceptance), make_drafter(drafter), make_processors(processors)
     length = resolve_length(model, max_length)
     options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic)
     options.chunk(proposer.num_draft_tokens)
@@ -101,8 +104,8 @@ def optimize(
     BACKENDS[options.backend].require(_device(model))
     check_weights(model)
     with compiling, neutral(torch.get_default_dtype()):
-        step, captured = _compile(model, rule, proposer, options, tuple(processors))
-        return OptimizedModel(model, step, options, captured, tuple(processors))
+        step, captured = _compile(model, rule, proposer, options, every)
+        return OptimizedModel(model, step, options, captured, every)
 
 
 def _compile(
@@ -129,7 +132,16 @@ def _compile(
     compiled = checked(model, compile_model(model, batch, drafter.taps))
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
     policy = LAYOUTS[options.layout].policy()
-    return compile_step(compiled, batch, rule, drafter, policy, in_use(processors, ())), tuple(captured)
+    step = compile_step(compiled, batch, rule, drafter, policy, in_use(processors, ()))
+    _check_names(merge_options((rule, drafter, policy, *processors), ProcessorError))
+    return step, tuple(captured)
+
+
+def _check_names(options: Collection[str]) -> None:
+    """Raises PartError if `generate` takes something else by the name of an option."""
+    taken = sorted({*options} & (keywords.NO_OPTIONS | inspect.signature(Decoder.generate).parameters.keys()))
+    if taken:
+        raise PartError(f"a part declares the option {taken[0]!r}, which `generate` knows as something else; rename it")
 
 
 def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
@@ -197,7 +209,7 @@ class OptimizedModel(Decoder):
         self.model = model
         self.drafter = step.drafter
         self.options = options
-        self._processors = (*(make() for make in PROCESSORS), *processors)
+        self._processors = processors or make_processors(())
         super().__init__(self._assemble(step, captured or (step.compiled,)), lossless=step.rule.lossless)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
@@ -217,7 +229,7 @@ class OptimizedModel(Decoder):
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness
         self._records, self.graph_module = form.records, form.graphs[0]
-        self._forms = {(step.processors, False): form}
+        self._forms = {(tuple(step.processors), False): form}
         return engine
 
     def _lower(self, step: CompiledStep) -> _Form:
@@ -267,10 +279,11 @@ class OptimizedModel(Decoder):
         return Freshness(Structure(self.model, self.drafter), graphs, looked_at)
 
     def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
-        key = (in_use(self._processors, used), hook is not None)
+        processors = in_use(self._processors, used)
+        key = (tuple(processors), hook is not None)
         if key not in self._forms:
             with compiling:
-                step = self._step.with_parts(processors=key[0], shows_logits=key[1])
+                step = self._step.with_parts(processors=processors, shows_logits=key[1])
                 form = self._lower_halves(step) if key[1] else self._lower(step)
                 self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
             self._forms[key] = form
@@ -284,7 +297,7 @@ class OptimizedModel(Decoder):
     def row_options(self) -> dict[str, RowOption]:
         """What each request may set for the parts of the step, by the keyword of `generate`."""
         parts = (self._step.rule, self._step.drafter, self._step.policy, *self._processors)
-        return {name: option for part in parts for name, option in part.options().items()}
+        return merge_options(parts, PartError)
 
     def _follow(self) -> None:
         if self._freshness.follow():
@@ -312,7 +325,7 @@ class OptimizedModel(Decoder):
             except StaleModelError:
                 check_weights(self.model)
                 parts = (self._step.rule, self.drafter)
-                self._take(self._assemble(*_compile(self.model, *parts, self.options, self._step.processors)))
+                self._take(self._assemble(*_compile(self.model, *parts, self.options, self._processors)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""
@@ -420,7 +433,7 @@ class OptimizedModel(Decoder):
 
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
-            step = self._step.with_parts(processors=self._processors)
+            step = self._step.with_parts(processors=dict(enumerate(self._processors)))
         what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

@@ -7,6 +7,9 @@ Each tuple below is one stage; each level is verified when it is reached (`level
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.bar_unreadable import BarUnreadable
@@ -92,7 +95,7 @@ def step(
     drafter: Drafter,
     policy: LengthPolicy,
     fake_mode: FakeTensorMode,
-    processors: tuple[LogitsProcessor, ...] = (),
+    processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
     *,
     shows_logits: bool = False,
 ) -> Level:
@@ -103,7 +106,7 @@ def step(
     """
     check_rule(rule)
     check_drafter(drafter)
-    fuse = FuseStep(batch, rule, drafter, policy, processors, fake_mode, shows_logits=shows_logits)
+    fuse = FuseStep(batch, rule, drafter, policy, fake_mode, processors, shows_logits=shows_logits)
     return Level("L3", (fuse,), verify_step)
 
 

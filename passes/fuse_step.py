@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class FuseStep:
         rule: what accepts drafts.
         drafter: what proposes them.
         policy: what chooses how many of them are verified.
-        processors: what is done to the logits, in order.
         fake_mode: of the graph.
+        processors: what is done to the logits, in order; their numbers name their tensors.
         shows_logits: return what a `LogitContext` holds, too, as it is when the processors are done: at these results
             `split_halves` can cut the step.
     """
@@ -60,8 +61,8 @@ class FuseStep:
         rule: Rule,
         drafter: Drafter,
         policy: LengthPolicy,
-        processors: tuple[LogitsProcessor, ...],
         fake_mode: FakeTensorMode,
+        processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
         *,
         shows_logits: bool = False,
     ) -> None:
@@ -85,7 +86,7 @@ class FuseStep:
         graph_module.graph = fx.Graph()
         graph_module.graph.output(_Fusion(self, graph_module, model).step())
         loss = f"{type(self.rule).__name__} is lossy: the tokens need not be the model's own"
-        parts = (self.rule, self.drafter, self.policy, *self.processors)
+        parts = (self.rule, self.drafter, self.policy, *self.processors.values())
         self.notes = (*(() if self.rule.lossless else (loss,)), *(note for part in parts for note in part.notes()))
         return 1
 
@@ -133,8 +134,8 @@ class _Fusion:
         self.drafter = TracedPart("drafter", drafter, Draft, DrafterError, self.sizes)
         self.policy = TracedPart("policy", of.policy, Ranking, PolicyError, self.sizes)
         self.processors = [
-            TracedPart(f"processor_{index}", processor, Processed, ProcessorError, self.sizes)
-            for index, processor in enumerate(of.processors)
+            TracedPart(f"processor_{number}", processor, Processed, ProcessorError, self.sizes)
+            for number, processor in of.processors.items()
         ]
         with self.fake_mode:
             empty = StepState.empty(self.sizes, logits.device)

@@ -17,7 +17,7 @@ from emssd_compile.errors import EmssdError, PartError
 from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
 from emssd_compile.step.fields import mapped, named, spelled
-from emssd_compile.step.parts import Part, PartSizes, check_options, check_tensors
+from emssd_compile.step.parts import Part, PartSizes, check_options, check_tensors, clash
 
 _SPELLED = {"P": "D + 1"}  # a size in the metadata of a field that no single letter says
 _CHAINS = "return None, or let the drafter set `max_depth`"
@@ -99,10 +99,7 @@ class TracedPart:
                 known = add_input(graph, f"option_{name}", value, "option")
                 known.meta |= {"option_name": name, "option": option}
             elif known.meta["option"] != option:
-                raise self.error(
-                    f"{self.name} declares the option {name!r} as {option}, another part as {known.meta['option']}; "
-                    "parts share options of one name, so give it another"
-                )
+                raise self.error(clash(self.part, name, option, known.meta["option"]))
             found[name] = known
         return found
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emssd_compile.errors import OptionError
-from emssd_compile.numeric import INT64_MAX, INT64_MIN, flag, integer, seconds
+from emssd_compile.numeric import INT64_MAX, INT64_MIN, flag, integer, number, seconds
 
 
 @given(st.integers(INT64_MIN, INT64_MAX))
@@ -65,3 +65,12 @@ def test_seconds_are_real_and_not_negative():
     for value in (math.nan, -1, -math.inf, np.float32("nan"), torch.tensor(math.nan)):
         with pytest.raises(OptionError, match="out of range"):
             seconds("n", value)
+
+
+def test_a_number_is_real_and_may_be_infinite():
+    given = (3, -1.5, Fraction(1, 2), math.inf, np.float32(0.5), torch.tensor(2))
+    assert [number("n", value) for value in given] == [3, -1.5, 0.5, math.inf, 0.5, 2]
+    assert type(number("n", np.int64(3))) is int
+    for value in (math.nan, torch.tensor(math.nan), True, None, "1", [1.0], 1j):
+        with pytest.raises(OptionError, match=r"^n=.* is not a number$"):
+            number("n", value)

@@ -3,12 +3,34 @@
 To add one: one file with a `LogitsProcessor`, one line in `PROCESSORS`, in the order in which they are applied.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from emssd_compile.errors import OptionError, ProcessorError
 from emssd_compile.logits.min_new_tokens import MinNewTokens
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.parts import merge_options
 
 PROCESSORS: tuple[Callable[[], LogitsProcessor], ...] = (MinNewTokens,)
 
-__all__ = ["PROCESSORS", "LogitContext", "LogitsProcessor", "MinNewTokens", "Processed", "RowOption"]
+__all__ = ["PROCESSORS", "LogitContext", "LogitsProcessor", "MinNewTokens", "Processed", "RowOption", "make_processors"]
+
+
+def make_processors(given: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
+    """Those of the package, and those given behind them.
+
+    Raises:
+        OptionError: what is given is no sequence of logits processors.
+        ProcessorError: one of them has no `forward`, or its options make no sense or mean something else in another.
+    """
+    if not isinstance(given, (list, tuple)):
+        raise OptionError(f"processors={type(given).__name__} is no list; pass processors=[...]")
+    for each in given:
+        name = each.__name__ if isinstance(each, type) else type(each).__name__
+        if isinstance(each, type) or not isinstance(each, LogitsProcessor):
+            raise OptionError(f"processors holds {name}; make instances of a LogitsProcessor: processors=[{name}()]")
+        if getattr(each.forward, "__func__", None) is LogitsProcessor.forward:
+            raise ProcessorError(f"{name} has no forward of its own; define forward(context) -> Processed")
+    every = (*(make() for make in PROCESSORS), *given)
+    merge_options(every, ProcessorError)
+    return every

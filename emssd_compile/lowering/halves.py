@@ -57,6 +57,6 @@ class HalvedStep:
                     f"the logits hook returned {found}; it is to return logits as it got them: {context.logits.dtype} "
                     f"{list(context.logits.shape)}"
                 )
-            read[f"{SEAM}logits"] = logits.to(context.logits.device)
+            read[f"{SEAM}logits"] = logits.to(context.logits.device).contiguous()  # as compiled code reads it
         decide, names = self._decide
         return decide(*(read[name] if name in read else given[name] for name in names))

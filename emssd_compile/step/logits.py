@@ -104,6 +104,10 @@ class LogitsProcessor(Part):
         raise NotImplementedError
 
 
-def in_use(processors: Iterable[LogitsProcessor], used: Collection[str]) -> tuple[LogitsProcessor, ...]:
-    """Those of the processors that do something where requests set these options, in order."""
-    return tuple(p for p in processors if not p.options() or not p.options().keys().isdisjoint(used))
+def in_use(processors: Iterable[LogitsProcessor], used: Collection[str]) -> dict[int, LogitsProcessor]:
+    """Those of the processors that do something where requests set these options, in order, by their places among all.
+
+    The places name their tensors, which the forms of a step share.
+    """
+    options = [(place, p, p.options().keys()) for place, p in enumerate(processors)]
+    return {place: p for place, p, own in options if not own or not own.isdisjoint(used)}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from emssd_compile.errors import OptionError
+from emssd_compile.numeric import flag, integer, number, shown
+
+OPTION_DTYPES = (torch.int64, torch.float32, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,11 @@ class RowOption:
 
     def check(self, name: str, value: object) -> float:
         """The value, if it may be set. Raises OptionError saying what is wrong with it."""
-        kinds = {torch.bool: (bool,), torch.int64: (int,), torch.float32: (int, float)}[self.dtype]
-        what = {torch.bool: "True or False", torch.int64: "an integer", torch.float32: "a number"}[self.dtype]
-        if type(value) not in kinds:
-            raise OptionError(f"{name}={value!r} must be {what}")
-        assert isinstance(value, (bool, int, float))
-        below = self.least is not None and not value >= self.least
-        if below or (self.most is not None and not value <= self.most):
-            bounds = (f"at least {self.least}", f"at most {self.most}")
-            said = " and ".join(b for b, end in zip(bounds, (self.least, self.most), strict=True) if end is not None)
-            raise OptionError(f"{name}={value!r} must be {said}")
-        return value
+        readers: dict[torch.dtype, Callable[[str, object], float]]
+        readers = {torch.bool: flag, torch.int64: integer, torch.float32: number}
+        found = readers[self.dtype](name, value)
+        if self.least is not None and found < self.least:
+            raise OptionError(f"{name}={shown(found)} is out of range; pass at least {self.least}")
+        if self.most is not None and found > self.most:
+            raise OptionError(f"{name}={shown(found)} is out of range; pass at most {self.most}")
+        return found

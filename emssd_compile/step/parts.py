@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from emssd_compile.errors import OptionError, PartError
-from emssd_compile.step.options import RowOption
+from emssd_compile.step.options import OPTION_DTYPES, RowOption
 from emssd_compile.step.tensor_spec import TensorSpec
 
 T = TypeVar("T")
@@ -114,11 +114,31 @@ def check_options(part: Part, declared: object, error: type[PartError]) -> dict[
             raise error(f"{name}.options declares {option!r}; an option is named as a keyword argument is")
         if not isinstance(what, RowOption):
             raise error(f"{name}.options declares {option!r}: a {type(what).__name__} is no RowOption")
+        if what.dtype not in OPTION_DTYPES:
+            raise error(f"{name}.options declares {option!r} of {what.dtype}; options are of {OPTION_DTYPES}")
         try:
             what.check("default", what.default)
-        except (OptionError, KeyError) as fault:
+        except OptionError as fault:
             raise error(f"{name}.options declares {option!r} as {what}: {fault}") from fault
     return dict(declared)
+
+
+def merge_options(parts: Iterable[Part], error: type[PartError]) -> dict[str, RowOption]:
+    """The options of all parts, each of them checked. Raises `error` naming the part whose option is another's, too."""
+    found: dict[str, RowOption] = {}
+    for part in parts:
+        for name, option in check_options(part, part.options(), error).items():
+            if found.setdefault(name, option) != option:
+                raise error(clash(part, name, option, found[name]))
+    return found
+
+
+def clash(part: Part, name: str, option: RowOption, other: RowOption) -> str:
+    """What is said of an option that two parts declare as different ones."""
+    return (
+        f"{type(part).__name__} declares the option {name!r} as {option}, another part as {other}; parts share options "
+        "of one name, so give it another"
+    )
 
 
 def _fault(tensor: object, spec: object, sizes: PartSizes) -> str:

@@ -48,6 +48,11 @@ def _siblings_see_one_another(packed: Packed) -> Packed:
     return replace(packed, ancestors=pack_ancestors(columns <= index[:, None]))
 
 
+def _positions_are_slots(packed: Packed) -> Packed:
+    assert packed.slots is not None
+    return replace(packed, positions=packed.slots)
+
+
 def _committed(change: Callable[[StepState, Packed, Verdict], tuple[StepState, Emission]]) -> Change:
     return lambda patch: patch.setattr(fuse_step, "commit", change)
 
@@ -98,7 +103,7 @@ class _BonusOfTheLastNode(GreedyMatch):
 
 MISTAKES: dict[str, tuple[Change, type[Rule]]] = {
     "a sibling is visible": (_laid_out(_siblings_see_one_another), GreedyMatch),
-    "position = slot": (_laid_out(lambda packed: replace(packed, positions=packed.slots)), GreedyMatch),
+    "position = slot": (_laid_out(_positions_are_slots), GreedyMatch),
     "the path is moved in the wrong order": (_moved(_descending), GreedyMatch),
     "KV is not moved": (_moved(_nothing), GreedyMatch),
     "the bonus token of another node": (lambda patch: None, _BonusOfTheLastNode),

@@ -72,7 +72,8 @@ def test_a_chain_given_as_a_tree_takes_the_same_steps_as_a_chain():
     chain, tree = compiled.optimize(oracle), compiled.optimize(Stretched(oracle, K))
     for fast in (chain, tree):
         assert_exact(fast, compiled.reference, PROMPTS, NEW_TOKENS)
-    assert tree.stats.to_dict() == chain.stats.to_dict()
+    assert tree.stats == chain.stats
+    assert tree.stats.num_accepted_draft_tokens > 0
 
 
 @st.composite

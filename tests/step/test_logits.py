@@ -1,0 +1,56 @@
+"""`LogitContext`: the text that each logit goes on from, drafts on the way included."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed, in_use
+from emssd_compile.step.options import RowOption
+from tests.logits.contexts import CAPACITY, Line, context
+
+
+@st.composite
+def _rows(draw: st.DrawFn, trees: bool) -> list[Line]:
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        text = draw(st.lists(st.integers(0, 50), min_size=1, max_size=CAPACITY))
+        drafts = draw(st.lists(st.integers(51, 90), max_size=5))
+        parents = [draw(st.integers(0, i)) if trees else i for i in range(len(drafts))]
+        rows.append(Line(text, drafts, parents))
+    return rows
+
+
+@settings(max_examples=150)
+@given(data=st.data(), trees=st.booleans(), count=st.integers(1, 15), tail=st.integers(0, 2))
+def test_the_newest_tokens_are_those_of_the_text_and_of_the_drafts_on_the_way(data, trees, count, tail):
+    rows = data.draw(_rows(trees), label="rows")
+    newest = context(rows, 5, trees=trees, tail=tail).newest(count).tolist()
+    expected = []
+    for row in rows:
+        for node in range(len(row.drafts) + 1):
+            text = [*[-1] * count, *row.text, *row.path(node)]
+            expected.append(text[len(text) - count :])
+    assert newest[: len(expected)] == expected
+
+
+def test_without_drafts_the_text_is_all_there_is():
+    newest = context([Line([3, 1, 4], [], []), Line([5], [], [])], 0, trees=False).newest(2)
+    assert newest.tolist() == [[1, 4], [-1, 5]]
+
+
+class _Always(LogitsProcessor):
+    def forward(self, context: LogitContext) -> Processed:
+        return Processed(context.logits)
+
+
+class _Asked(_Always):
+    def options(self) -> dict[str, RowOption]:
+        return {"x": RowOption(0), "y": RowOption(0)}
+
+
+def test_a_processor_is_in_use_where_one_of_its_options_is_or_where_it_has_none():
+    always, asked = _Always(), _Asked()
+    assert in_use([asked, always], ()) == {1: always}
+    assert in_use([asked, always], {"z"}) == {1: always}
+    assert in_use([asked, always], {"y", "z"}) == {0: asked, 1: always}
