@@ -249,11 +249,9 @@ class _Fusion:
         if done.path is None:
             return
         starts, counts = self._inline(self._accepted, self.state, done)
-        graph, caches = self.into.graph, self.caches
-        appended = [node for node in graph.nodes if node.target == append_kv]
+        appended = [node for node in self.into.graph.nodes if node.target == append_kv]  # the target's: no drafter yet
         for keys, values in dict.fromkeys(tuple(node.args[:2]) for node in appended):
-            if keys in caches.values():
-                call(graph, move_kv, keys, values, starts, done.path, counts)
+            call(self.into.graph, move_kv, keys, values, starts, done.path, counts)
 
     def _accepted(self, state: StepState, done: _Done) -> tuple[Tensor, Tensor]:
         """The slot of each row's root, and how many nodes follow it there, itself included."""

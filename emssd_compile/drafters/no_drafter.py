@@ -20,7 +20,7 @@ class NoDrafter(Drafter):
         super().__init__()
         if instead_of is not None:
             self.num_draft_tokens, self.max_depth = instead_of.num_draft_tokens, instead_of.max_depth
-            self.num_grades = instead_of.num_grades
+            self.num_grades, self.taps = instead_of.num_grades, instead_of.taps
 
     def forward(self, context: DraftContext) -> Draft:
         """Tokens `[B, K]` without a meaning, and lengths `[B]` of 0."""

@@ -1,0 +1,94 @@
+"""The drafter runs where tokens come faster with it, and what it costs to find out is bounded."""
+
+import itertools
+
+import pytest
+import torch
+
+from emssd_compile.drafters import DraftModel
+from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.runtime.draft_clock import LONGEST_PAUSE, SHORTEST_PAUSE, WINDOW, DraftClock
+from emssd_compile.runtime.requests import Request
+from emssd_compile.runtime.step_times import StepTimes
+from tests.exactness.compiled import NEW_TOKENS, K, target
+from tests.exactness.models import prompt
+
+ROWS, PLAIN = 4, 0.010
+LENGTHS = (5, 33, 1, 70, 17, 2, 40)
+
+
+def _clock() -> DraftClock:
+    """Plain steps take 10 ms, whatever the rows."""
+    times, plain = StepTimes(ROWS * 5), StepTimes(ROWS)
+    times.calibrate({1: 0.02, ROWS * 5: 0.02})
+    plain.calibrate({1: PLAIN, ROWS: PLAIN})
+    return DraftClock(times, plain)
+
+
+def _drafting(clock: DraftClock, steps: int, *, emitted: int, seconds: float) -> list[bool]:
+    """Whether the drafter ran in each of so many steps, each with this outcome where it did."""
+    ran = []
+    for _ in range(steps):
+        drafted = clock.is_drafting
+        ran.append(drafted)
+        count, took = (emitted, seconds) if drafted else (ROWS, PLAIN)
+        clock.observe(drafted=drafted, num_rows=ROWS, num_emitted=count, seconds=took)
+    return ran
+
+
+def test_a_drafter_that_pays_is_never_left_out():
+    assert all(_drafting(_clock(), 500, emitted=2 * ROWS, seconds=1.5 * PLAIN))
+
+
+def test_a_drafter_that_does_not_pay_is_tried_now_and_then_and_costs_little():
+    ran = _drafting(_clock(), 4000, emitted=ROWS, seconds=2 * PLAIN)
+    pauses = [len([*group]) for drafted, group in itertools.groupby(ran) if not drafted]
+    assert pauses[:3] == [SHORTEST_PAUSE, 2 * SHORTEST_PAUSE, 4 * SHORTEST_PAUSE]
+    assert max(pauses) == LONGEST_PAUSE
+    assert sum(ran) < 0.04 * len(ran)
+
+
+def test_a_drafter_that_becomes_better_comes_back():
+    clock = _clock()
+    _drafting(clock, 200, emitted=ROWS, seconds=2 * PLAIN)
+    ran = _drafting(clock, 2 * LONGEST_PAUSE, emitted=3 * ROWS, seconds=2 * PLAIN)
+    assert all(ran[-WINDOW:])
+
+
+def test_steps_that_were_launched_before_the_last_change_say_nothing():
+    clock = _clock()
+    _drafting(clock, WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
+    assert not clock.is_drafting
+    for _ in range(LONGEST_PAUSE):
+        clock.observe(drafted=True, num_rows=ROWS, num_emitted=9 * ROWS, seconds=PLAIN)
+    assert not clock.is_drafting
+
+
+def _engine_of(drafter: DraftModel) -> OptimizedModel:
+    fast = target("llama", ROWS).optimize(drafter, layout="auto")
+    fast.warmup()
+    return fast
+
+
+@pytest.mark.parametrize("tree", [None, (2, 2)], ids=["chain", "tree"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_with_and_without_the_drafter_take_turns_and_the_tokens_stay(lag, tree):
+    """Rows that came, read their prompts and decoded while the drafter did not run are read by it when it does."""
+    model = target("llama", ROWS).model
+    fast = _engine_of(DraftModel(model, K) if tree is None else DraftModel(model, tree=tree))
+    engine, turn = fast._engine, itertools.cycle([True] * 3 + [False] * 5)
+    engine.lag = lag
+    assert engine.clock is not None
+    engine.clock.observe = lambda **seen: setattr(engine.clock, "is_drafting", next(turn))  # type: ignore[method-assign]
+    requests = [Request(i, torch.tensor(prompt(n)), NEW_TOKENS) for i, n in enumerate(LENGTHS)]
+    seen = 0
+    for _ in engine.run(requests):
+        seen = max(seen, *(row.unseen for row in engine._rows if row))
+    assert [r.output for r in requests] == [target("llama", ROWS).reference(prompt(n), NEW_TOKENS) for n in LENGTHS]
+    assert seen > 0, "some tokens were fed by steps without the drafter"
+    assert fast._engine.counters()[0]["num_accepted_draft_tokens"] > 0, "it drafts again afterwards"
+
+
+def test_layouts_without_a_clock_always_run_the_drafter():
+    fast = target("llama", ROWS).optimize(DraftModel(target("llama", ROWS).model, K), layout="packed")
+    assert fast._engine.clock is None
