@@ -273,6 +273,6 @@ BAD_PROMPTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
 @pytest.mark.parametrize("name", BAD_PROMPTS)
 def test_a_bad_call_of_generate_is_refused_before_any_step(name, fast, monkeypatch):
     args, options, error, message = BAD_PROMPTS[name]
-    monkeypatch.setattr(fast._engine.launcher, "step", lambda *inputs: pytest.fail("work was done"))
+    monkeypatch.setattr(fast._engine.launcher, "launch", lambda *inputs: pytest.fail("work was done"))
     with pytest.raises(error, match=message):
         fast.generate(*args, **{"max_new_tokens": 4, **options})

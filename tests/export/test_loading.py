@@ -34,7 +34,11 @@ def test_what_is_loaded_decodes_as_what_was_exported(fast, model, artifact):
     assert loaded.generate(PROMPTS, max_new_tokens=NEW) == expected
     assert loaded.stats.num_emitted_tokens == fast.stats.num_emitted_tokens == NEW * len(PROMPTS)
     assert (loaded.device, loaded.dtype) == (fast.device, fast.dtype)
-    assert str(loaded.explain()) == str(fast.explain())
+    # The artifact's step applies all logits processors; that of `fast`, those that its requests ask for.
+    assert [r.name for r in loaded.explain().records][: len(fast.explain().records)] == [
+        r.name for r in fast.explain().records
+    ]
+    assert loaded.explain().ops.items() >= {("aten.argmax.default", 1), ("aten.masked_fill.Scalar", 1)}
 
 
 def test_the_models_defaults_for_options_come_along(fast, model, artifact):

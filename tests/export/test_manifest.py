@@ -23,7 +23,7 @@ def test_the_manifest_says_what_the_step_was_made_from(artifact):
     bindings = {binding.name: binding for binding in manifest.signature.inputs}
     assert bindings["history"].shape == (2, 64)
     assert bindings["token_range"].shape == ("token_range",)
-    assert {b.role for b in bindings.values()} == {"state", "setting", "size", "cache", "row", "memory"}
+    assert {b.role for b in bindings.values()} == {"state", "setting", "size", "cache", "row", "memory", "option"}
     assert {b.name for b in manifest.signature.results} == {
         *(name for name, b in bindings.items() if b.role in ("state", "row", "memory")),
         "report",
@@ -57,7 +57,10 @@ def test_an_entry_of_another_type_is_refused(artifact, wrong):
     ("change", "message"),
     [
         (lambda content: content["inputs"][0].update(dtype="load"), "inputs cannot be read"),
-        (lambda content: content["inputs"].pop(0), "describes nothing that can be driven: history is not"),
+        (
+            lambda content: content["inputs"].pop(0),
+            "describes nothing that can be driven: history or draft_tokens is not",
+        ),
         (lambda content: content.update(buckets=[[1, 2]]), "buckets cannot be read"),
         (lambda content: content["files"].update({"../x": content["files"]["empty"]}), "files cannot be read"),
         (lambda content: content["details"].clear(), "is no artifact of toy: graph in its details cannot"),

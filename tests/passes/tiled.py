@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 
@@ -43,4 +45,6 @@ def run_with(fast: OptimizedModel, graph_module: fx.GraphModule, step: StepFunct
             tensors[name] = torch.zeros([int(size) for size in value.shape], dtype=value.dtype)
     variant = Variant(step, Signature.of(graph_module.graph, fast._step.roles, fast._step.options))
     fast._engine.launcher = DirectLauncher(variant, tensors)
+    fast._engine.use(variant, {})
+    fast._forms = {key: replace(form, variant=variant) for key, form in fast._forms.items()}
     return fast

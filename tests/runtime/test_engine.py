@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import LENGTHS, K, rechunked, target
@@ -230,8 +230,8 @@ def test_a_prompt_that_was_read_makes_no_later_step_larger(kind):
 
 
 def test_a_warm_up_is_no_larger_than_steps_can_be():
-    """One row without drafts never wants two logits: an engine of TensorRT is not built for them."""
+    """One row without drafts never wants two logits: an engine of TensorRT is built for the sizes of decoding."""
     engine = target("llama", 1).optimize(target("llama", 1).drafter("none"), prefill_chunk=16)._engine
     steps = watch(engine)
     engine.warmup()
-    assert [step.sizes for step in steps] == [StepSizes(1, 1, 1, 1)]
+    assert [step.sizes for step in steps] == [StepSizes(1, 1, 2, 1)] == [*decode_buckets(1, 0)]
