@@ -290,7 +290,7 @@ class OptimizedModel(Decoder):
         form = self._forms[key]
         if form.halves is not None:
             form.halves.hook = hook
-        if self._engine.launcher.variant is not form.variant:
+        if self._engine.variant is not form.variant:
             switch(self._engine, form.variant)
 
     @property

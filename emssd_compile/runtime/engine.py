@@ -61,6 +61,7 @@ class Engine:
         most = self.num_rows * (self.num_draft_tokens + 1)
         self.times = assumed_times(most, self.tensors["history"].device) if deterministic else StepTimes(most)
         self.planner = Planner(self.num_rows, self.num_draft_tokens, self.chunk, layout, self.times, self.max_depth)
+        self._clock: DraftClock | None = None  # one for all forms: what is measured hardly differs between them
         self._note_roles()
         self._room = self.num_rows * self.num_draft_tokens  # drafts that the step launched next may verify
         self._has_drafts = True  # whether the step launched last may have left drafts
@@ -95,9 +96,10 @@ class Engine:
         self._note_roles()
 
     def _note_roles(self) -> None:
-        self._variant = self.launcher.variant
-        self.clock = DraftClock(self.times, StepTimes(self.num_rows)) if self._variant.plain else None
-        signature = self._variant.signature
+        self.variant = self.launcher.variant  # the form that is driven, also while steps without its drafter run
+        if self.variant.plain is not None and self._clock is None:
+            self._clock = DraftClock(self.times, StepTimes(self.num_rows))
+        signature = self.variant.signature
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))
         self._options = signature.with_role("option")
@@ -107,6 +109,11 @@ class Engine:
     def tensors(self) -> dict[str, Tensor]:
         """State, the drafter's state and caches by name; to change one, assign to it through the launcher."""
         return self.launcher.tensors
+
+    @property
+    def clock(self) -> DraftClock | None:
+        """What chooses between steps with the drafter and without, if the form that is driven has both."""
+        return None if self.variant.plain is None else self._clock
 
     @property
     def is_measured(self) -> bool:
@@ -143,8 +150,8 @@ class Engine:
 
     def _run_drafter(self, drafts: bool) -> None:
         """Launch steps with the drafter from now on, or steps without it."""
-        plain = self._variant.plain
-        self.launcher.use(self._variant if drafts or plain is None else plain, {})
+        plain = self.variant.plain
+        self.launcher.use(self.variant if drafts or plain is None else plain, {})
 
     def _dry_run(self) -> AbstractContextManager[DryRun]:
         return dry_run(self.launcher, self._kept, self.num_draft_tokens, self.max_depth)

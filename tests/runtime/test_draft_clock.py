@@ -89,6 +89,24 @@ def test_steps_with_and_without_the_drafter_take_turns_and_the_tokens_stay(lag, 
     assert fast._engine.counters()[0]["num_accepted_draft_tokens"] > 0, "it drafts again afterwards"
 
 
+def test_what_was_learnt_outlasts_calls_and_other_forms_of_the_step():
+    fast, reference = _engine_of(DraftModel(target("llama", ROWS).model, K)), target("llama", ROWS).reference
+    clock = fast._engine.clock
+    assert clock is not None
+    measured = clock.plain.table()
+    assert float(measured.max()) < 1.0, "seconds, and not what stands there before anything is measured"
+    clock.observe = lambda **seen: setattr(clock, "is_drafting", False)  # type: ignore[method-assign]
+    for options in ({}, {}, {"min_new_tokens": 2}, {"logits_hook": lambda context: context.logits}, {}):
+        ids = prompt(5)
+        assert fast.generate([ids], max_new_tokens=6, **options) == [[*ids, *reference(ids, 6)]]
+        if "logits_hook" in options:
+            assert fast._engine.clock is None, "this form has no steps without the drafter"
+        else:
+            assert fast._engine.clock is clock
+    assert not clock.is_drafting
+    assert torch.equal(clock.plain.table(), measured)
+
+
 def test_layouts_without_a_clock_always_run_the_drafter():
     fast = target("llama", ROWS).optimize(DraftModel(target("llama", ROWS).model, K), layout="packed")
     assert fast._engine.clock is None
