@@ -17,6 +17,7 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import kernel_status, load_kernels
 from emssd_compile.passes import PassManager, PassRecord
+from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.split_halves import Halves, split_halves
@@ -166,7 +167,6 @@ class CompiledStep:
         """The step of the same model with other parts; with `shows_logits`, to be cut in two."""
         return compile_step(
             self.compiled,
-            self.compiled.batch,
             self.rule,
             drafter or self.drafter,
             policy or self.policy,
@@ -197,7 +197,6 @@ class CompiledStep:
 
 def compile_step(
     compiled: CompiledModel,
-    batch: BatchShape,
     rule: Rule,
     drafter: Drafter,
     policy: LengthPolicy,
@@ -208,10 +207,9 @@ def compile_step(
     """Fuse packing, the model, what is done to its logits, acceptance and the next drafts into one step."""
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
-    manager.apply(
-        graph_module,
-        (passes.step(batch, rule, drafter, policy, compiled.fake_mode, processors, shows_logits=shows_logits),),
-    )
+    parts = (rule, drafter, policy)
+    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, processors, shows_logits=shows_logits)
+    manager.apply(graph_module, (passes.step(fuse),))
     return CompiledStep(graph_module, compiled, rule, drafter, policy, processors, manager.records)
 
 

@@ -132,7 +132,7 @@ def _compile(
     compiled = checked(model, compile_model(model, batch, drafter.taps))
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
     policy = LAYOUTS[options.layout].policy()
-    step = compile_step(compiled, batch, rule, drafter, policy, in_use(processors, ()))
+    step = compile_step(compiled, rule, drafter, policy, in_use(processors, ()))
     _check_names(merge_options((rule, drafter, policy, *processors), ProcessorError))
     return step, tuple(captured)
 

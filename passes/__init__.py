@@ -7,9 +7,6 @@ Each tuple below is one stage; each level is verified when it is reached (`level
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.passes.bar_unreadable import BarUnreadable
@@ -33,11 +30,9 @@ from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.tap_features import TapFeatures
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import UnpadTokens
-from emssd_compile.step.acceptance import Rule, check_rule
+from emssd_compile.step.acceptance import check_rule
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import Drafter, check_drafter
-from emssd_compile.step.logits import LogitsProcessor
-from emssd_compile.step.policy import LengthPolicy
+from emssd_compile.step.drafting import check_drafter
 
 __all__ = [
     "Level",
@@ -89,24 +84,14 @@ def unpadded(batch: BatchShape, fake_mode: FakeTensorMode, taps: tuple[int, ...]
     )
 
 
-def step(
-    batch: BatchShape,
-    rule: Rule,
-    drafter: Drafter,
-    policy: LengthPolicy,
-    fake_mode: FakeTensorMode,
-    processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
-    *,
-    shows_logits: bool = False,
-) -> Level:
+def step(fuse: FuseStep) -> Level:
     """L3: pack, run, accept, commit, draft and choose lengths as one graph.
 
     Raises:
         DrafterError, RuleError: an attribute of the drafter or the rule makes no sense.
     """
-    check_rule(rule)
-    check_drafter(drafter)
-    fuse = FuseStep(batch, rule, drafter, policy, fake_mode, processors, shows_logits=shows_logits)
+    check_rule(fuse.rule)
+    check_drafter(fuse.drafter)
     return Level("L3", (fuse,), verify_step)
 
 

@@ -83,7 +83,7 @@ class Target:
         compiled = self._compile(tree_nodes(drafter))
         drafter.prepare(self._disturbed, self.rows, CAPACITY, compiled.vocabulary)
         prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
-        step = compile_step(compiled, compiled.batch, GreedyMatch(), drafter, LAYOUTS[layout].policy())
+        step = compile_step(compiled, GreedyMatch(), drafter, LAYOUTS[layout].policy())
         options = CompileOptions(self.rows, CAPACITY, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
 

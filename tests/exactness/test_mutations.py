@@ -103,7 +103,7 @@ def _generate(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> object:
     model = _with_wrong_lengths(compiled.compiled, mistake.length_error) if mistake.length_error else compiled.compiled
     with monkeypatch.context() as patch:
         patch.setattr(fuse_step, "pack", mistake.pack)
-        step = compile_step(model, model.batch, mistake.rule(), drafter, AllDrafts())
+        step = compile_step(model, mistake.rule(), drafter, AllDrafts())
     options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=ROWS * (drafter.num_draft_tokens + 1))
     return OptimizedModel(compiled.model, step, options).generate(PROMPTS, max_new_tokens=NEW_TOKENS)
 

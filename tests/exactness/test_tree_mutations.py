@@ -137,7 +137,7 @@ def _generate(change: Change, rule: type[Rule], monkeypatch: pytest.MonkeyPatch,
     drafter = _Forks(Oracle(subject.texts(), CAPACITY, K, wrong_of_seven=1))
     with monkeypatch.context() as patch:
         change(patch)
-        step = compile_step(compiled, compiled.batch, rule(), drafter, AllDrafts())
+        step = compile_step(compiled, rule(), drafter, AllDrafts())
     options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=ROWS * (drafter.num_draft_tokens + 1))
     fast = OptimizedModel(subject.model, step, options)
     return fast.generate(PROMPTS, max_new_tokens=NEW_TOKENS, eos_token_id=_eos())

@@ -18,6 +18,7 @@ from emssd_compile.capture import capture
 from emssd_compile.compiler import CompiledModel, CompiledStep, compile_model, compile_step
 from emssd_compile.drafters import Draft, DraftContext, Drafter, PromptLookup
 from emssd_compile.passes import Level
+from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
 from emssd_compile.policies import AllDrafts, LengthPolicy
@@ -180,7 +181,7 @@ def step_of(drafter: Drafter, rule: Rule | None = None) -> fx.GraphModule:
     """The step graph of the tiny model with a drafter, of trees too, and a rule, else greedy matching."""
     batch = replace(BATCH, tree_nodes=tree_nodes(drafter))
     graph_module, manager = unpadded(model_with_attention(), batch)
-    level = passes.step(batch, rule or GreedyMatch(), drafter, AllDrafts(), manager.fake_mode)
+    level = passes.step(FuseStep(batch, rule or GreedyMatch(), drafter, AllDrafts(), manager.fake_mode))
     return manager.apply(graph_module, (level,))
 
 
@@ -196,7 +197,7 @@ def step_with(
 ) -> CompiledStep:
     """The step of `compiled_model` with these parts, else prompt lookup, greedy matching and all drafts."""
     parts = (rule or GreedyMatch(), drafter or PromptLookup(2), policy or AllDrafts())
-    return compile_step(compiled_model(), BATCH, *parts)
+    return compile_step(compiled_model(), *parts)
 
 
 class Scripted(Drafter):

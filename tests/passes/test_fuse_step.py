@@ -191,5 +191,7 @@ def test_the_step_is_one_graph_of_ops_with_named_inputs_and_outputs():
 
 def test_the_manager_counts_it_as_one_change():
     graph_module, manager = unpadded(model_with_attention())
-    manager.apply(graph_module, (passes.step(BATCH, GreedyMatch(), NoDrafter(), AllDrafts(), manager.fake_mode),))
+    manager.apply(
+        graph_module, (passes.step(FuseStep(BATCH, GreedyMatch(), NoDrafter(), AllDrafts(), manager.fake_mode)),)
+    )
     assert [(r.name, r.changed) for r in manager.records[-1:]] == [(FuseStep.name, 1)]

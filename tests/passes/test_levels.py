@@ -13,6 +13,7 @@ from emssd_compile.capture import capture
 from emssd_compile.drafters import NoDrafter
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import append_kv, attention, ragged_attention
+from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import aten, call, inputs, output, placeholder, results
 from emssd_compile.passes.levels import verify_canonical, verify_captured, verify_unpadded
 from emssd_compile.policies import AllDrafts
@@ -238,7 +239,7 @@ STEP = {
 @pytest.mark.parametrize(("break_it", "reason"), STEP.values(), ids=STEP)
 def test_l3(break_it, reason):
     graph_module, manager = unpadded(model_with_attention())
-    level = passes.step(BATCH, GreedyMatch(), NoDrafter(), AllDrafts(), manager.fake_mode)
+    level = passes.step(FuseStep(BATCH, GreedyMatch(), NoDrafter(), AllDrafts(), manager.fake_mode))
     step = manager.apply(graph_module, (level,))
     level.verify(step)
     break_it(step)
