@@ -119,7 +119,9 @@ class _Splicer:
 
     def _copy(self, mask: Any) -> Any:
         """The same mask: TensorRT-RTX names what it makes of one after it, and fails where two layers share one."""
-        return self._made(self.network.add_elementwise(mask, mask, self.trt.ElementWiseOperation.AND)).get_output(0)
+        kind = self.trt.ElementWiseOperation
+        same = kind.AND if mask.dtype == self.trt.bool else kind.MAX  # a mask with ALiBi in it is a number
+        return self._made(self.network.add_elementwise(mask, mask, same)).get_output(0)
 
     def _made(self, layer: Any) -> Any:
         if layer is None:

@@ -22,7 +22,7 @@ from emssd_compile.export.aot.package import environment, open_package
 from emssd_compile.ops import load_cpu_kernels
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 from tests.export.opened import files_of
-from tests.export.subjects import CAPACITY, ROWS, VOCABULARY, artifact, optimized, prompt
+from tests.export.subjects import CAPACITY, ROWS, VOCABULARY, K, artifact, optimized, prompt
 
 NEW = 24
 PROMPTS = [prompt(n) for n in (1, 2, 7, 30, 61)]  # more than there are rows, and longer than a chunk
@@ -32,11 +32,12 @@ def _inputs(sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:
     """Two rows that decode, with three drafts and none, and one that reads its prompt; the KV caches are empty."""
     tensors = {name: value.clone() for name, value in optimized("lookup")._engine.tensors.items()}
     return tensors | {
+        "option_min_new_tokens": torch.tensor([0, 50, 0]),
         "history": torch.randint(VOCABULARY, (ROWS, CAPACITY), generator=torch.Generator().manual_seed(0)),
         "known": torch.tensor([9, 20, 4]),
         "lengths": torch.tensor([8, 0, 3]),
         "draft_lengths": torch.tensor([3, 0, 0]),
-        "draft_tokens": torch.randint(VOCABULARY, (ROWS, 3), generator=torch.Generator().manual_seed(1)),
+        "draft_tokens": torch.randint(VOCABULARY, (ROWS, K), generator=torch.Generator().manual_seed(1)),
         "active": torch.ones(ROWS, dtype=torch.bool),
         "limits": torch.full((ROWS,), 50),
         **{name: torch.arange(size) for name, size in zip(SIZE_NAMES, sizes, strict=True)},
@@ -48,7 +49,9 @@ def _inputs(sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:
     "sizes", [(40, 6, 9, 20), (25, 25, 25, 25), (5, 4, 1, 5), (1, 1, 1, 1), (2, 1, 7, 1), (64, 63, 61, 62)]
 )
 def test_one_package_serves_sizes_that_differ_and_sizes_that_agree(sizes):
-    graph, step = open_graph(artifact("aot", "lookup")), optimized("lookup").graph_module
+    graph, fast = open_graph(artifact("aot", "lookup")), optimized("lookup")
+    every = dict(enumerate(fast._processors))  # an artifact holds them all
+    step = fast._lower(fast._step.with_parts(processors=every)).graphs[0]
     ours, theirs = _inputs(sizes), _inputs(sizes)
     expected = step(*(ours[str(node.target)] for node in step.graph.find_nodes(op="placeholder")))
     results = graph(**theirs)
