@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +24,7 @@ from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.fields import named
-from emssd_compile.step.logits import LogitsProcessor
+from emssd_compile.step.logits import LogitsProcessor, in_use
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.pack import Packed, as_trees
 from emssd_compile.step.policy import LengthPolicy
@@ -144,7 +143,8 @@ class CompiledStep:
         rule: what accepts drafts.
         drafter: what proposes them.
         policy: what chooses how many are verified.
-        processors: what is done to the logits, by number.
+        processors: what may be done to the logits.
+        used: the options that requests may set; what only others need is not in the graph.
         records: what each pass did, those of the model included.
     """
 
@@ -153,26 +153,18 @@ class CompiledStep:
     rule: Rule
     drafter: Drafter
     policy: LengthPolicy
-    processors: Mapping[int, LogitsProcessor]
+    processors: tuple[LogitsProcessor, ...]
+    used: frozenset[str]
     records: list[PassRecord]
 
-    def with_parts(
-        self,
-        *,
-        drafter: Drafter | None = None,
-        policy: LengthPolicy | None = None,
-        processors: Mapping[int, LogitsProcessor] | None = None,
-        shows_logits: bool = False,
-    ) -> CompiledStep:
-        """The step of the same model with other parts; with `shows_logits`, to be cut in two."""
-        return compile_step(
-            self.compiled,
-            self.rule,
-            drafter or self.drafter,
-            policy or self.policy,
-            self.processors if processors is None else processors,
-            shows_logits=shows_logits,
-        )
+    def with_parts(self, *, drafter: Drafter, policy: LengthPolicy) -> CompiledStep:
+        """The same step with another drafter and policy."""
+        return compile_step(self.compiled, self.rule, drafter, policy, self.processors, used=self.used)
+
+    def suited(self, used: Collection[str], *, shows_logits: bool = False) -> CompiledStep:
+        """The form for requests that set these options of parts; with `shows_logits`, to be cut in two."""
+        parts = (self.rule, self.drafter, self.policy, self.processors)
+        return compile_step(self.compiled, *parts, used=used, shows_logits=shows_logits)
 
     def halves(self) -> Halves:
         """The step, which shows its logits, as two graphs."""
@@ -200,17 +192,26 @@ def compile_step(
     rule: Rule,
     drafter: Drafter,
     policy: LengthPolicy,
-    processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
+    processors: tuple[LogitsProcessor, ...] = (),
     *,
+    used: Collection[str] = (),
     shows_logits: bool = False,
 ) -> CompiledStep:
-    """Fuse packing, the model, what is done to its logits, acceptance and the next drafts into one step."""
+    """Fuse packing, the model, what is done to its logits, acceptance and the next drafts into one step.
+
+    Args:
+        compiled: the model.
+        rule, drafter, policy, processors: the parts.
+        used: the options of parts that requests may set to something other than their defaults.
+        shows_logits: whether the step is to be cut in two.
+    """
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
-    parts = (rule, drafter, policy)
-    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, processors, shows_logits=shows_logits)
+    parts = (rule.suited(used), drafter.suited(used), policy.suited(used))
+    applied = in_use(processors, used)
+    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, applied, shows_logits=shows_logits)
     manager.apply(graph_module, (passes.step(fuse),))
-    return CompiledStep(graph_module, compiled, rule, drafter, policy, processors, manager.records)
+    return CompiledStep(graph_module, compiled, rule, drafter, policy, processors, frozenset(used), manager.records)
 
 
 def apply_target_passes(

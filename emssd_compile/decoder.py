@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 import torch
 from torch import Tensor
 
-from emssd_compile import keywords
 from emssd_compile.ambient import neutral
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import GenerateOptions, own_options, resolve_options
@@ -265,8 +264,10 @@ class Decoder(ABC):
         if logits_hook is not None and not callable(logits_hook):
             raise OptionError(f"logits_hook={shown(logits_hook)} cannot be called; pass a function of a LogitContext")
         vocabulary, capacity = self._vocabulary, self._engine.capacity
-        of_parts = {name: options.pop(name) for name in self.row_options.keys() & (options.keys() - keywords.KNOWN)}
-        chosen = resolve_options(generation_config, options, stored=self.generation_config, vocab_size=vocabulary)
+        known = self.row_options
+        chosen = resolve_options(
+            generation_config, options, stored=self.generation_config, vocab_size=vocabulary, of_parts=known
+        )
         prompts = parse_prompts(
             inputs,
             attention_mask,
@@ -277,7 +278,8 @@ class Decoder(ABC):
             token_type_ids=token_type_ids,
         )
         limits = limit_rows(chosen, prompts, capacity)
-        own = own_options(self.row_options, of_parts | {"min_new_tokens": limits.min_new_tokens}, len(prompts.lengths))
+        given = {**chosen.of_parts, "min_new_tokens": limits.min_new_tokens}
+        own = own_options(known, given, len(prompts.lengths), asked=options)
         requests = [
             Request(i, ids, most, options)
             for i, (ids, most, options) in enumerate(

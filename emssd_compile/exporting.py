@@ -23,6 +23,7 @@ from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble, make_variant
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.requests import Request
+from emssd_compile.step.logits import in_use
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 
 STAGES = ("rewriting", "building", "checking", "hashing")
@@ -185,6 +186,7 @@ def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
 def _manifest(
     what: Exportable, target: Target, verify_only: bool, details: dict[str, Any], explanation: Explanation
 ) -> Manifest:
+    applied = in_use(what.step.processors, what.step.used)
     return Manifest(
         target=target.name,
         kind="verify" if verify_only else "step",
@@ -195,7 +197,7 @@ def _manifest(
         layout="" if verify_only else what.options.layout,
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
-        processors=[] if verify_only else [type(processor).__name__ for processor in what.step.processors.values()],
+        processors=[] if verify_only else [type(p).__name__ for p in applied.values()],
         lossless=verify_only or what.step.rule.lossless,
         chunk=what.chunk,
         deterministic=what.options.deterministic,

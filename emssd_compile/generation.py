@@ -10,8 +10,8 @@ those names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -58,6 +58,7 @@ class GenerateOptions:
         max_time: seconds after which every row ends with its next token.
         streamer: gets the tokens of the only row as they come.
         return_dict_in_generate: return a `GenerateOutput` instead of the sequences themselves.
+        of_parts: what is set for the parts of the step, by name: a value, or a list with one for each row.
     """
 
     max_new_tokens: int | None = None
@@ -72,6 +73,7 @@ class GenerateOptions:
     max_time: float | None = None
     streamer: Streamer | None = None
     return_dict_in_generate: bool = False
+    of_parts: Mapping[str, object] = field(default_factory=dict)
 
 
 def saved_options(config: object) -> dict[str, Any]:
@@ -81,16 +83,19 @@ def saved_options(config: object) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str, list))}
 
 
-def own_options(known: Mapping[str, RowOption], given: Mapping[str, object], rows: int) -> list[dict[str, float]]:
+def own_options(
+    known: Mapping[str, RowOption], given: Mapping[str, object], rows: int, asked: Collection[str] = ()
+) -> list[dict[str, float]]:
     """What each row sets for the parts of the step, without what is as it would be anyway.
 
     Args:
         known: the options of the parts.
         given: for some of them a value, or a list with one for each row.
         rows: how many there are.
+        asked: those that were passed by name, and are to have an effect.
 
     Raises:
-        OptionError: a value is out of range, or a list has not one for each row.
+        OptionError: a value is out of range, a list has not one for each row, or what was asked for has no effect.
     """
     of_rows: list[dict[str, float]] = [{} for _ in range(rows)]
     for name, value in given.items():
@@ -98,13 +103,35 @@ def own_options(known: Mapping[str, RowOption], given: Mapping[str, object], row
         if len(values) != rows:
             raise OptionError(f"{name} has {len(values)} values for {rows} prompts; pass one for each, or one for all")
         for row, one in zip(of_rows, values, strict=True):
-            if (checked := known[name].check(name, one)) != known[name].default:
+            if one is not None and (checked := known[name].check(name, one)) != known[name].default:
                 row[name] = checked
+    _imply(known, of_rows, asked)
     return of_rows
 
 
+def _imply(known: Mapping[str, RowOption], of_rows: list[dict[str, float]], asked: Collection[str]) -> None:
+    """Take out what has no effect without an option that is off, and put in what one that is on implies."""
+    for name, option in known.items():
+        if not option.needs:
+            continue
+        values = [row.pop(name) for row in of_rows if name in row and not row.get(option.needs)]
+        if name in asked and any(v != option.implied for v in values) and not any(name in row for row in of_rows):
+            raise OptionError(
+                f"{name}={shown(values[0])} would have no effect without {option.needs}=True; pass that, too, or leave "
+                "it out"
+            )
+        for row in of_rows:
+            if row.get(option.needs) and option.implied is not None:
+                row.setdefault(name, option.implied)
+
+
 def resolve_options(
-    generation_config: object | None, kwargs: Mapping[str, object], *, stored: object | None = None, vocab_size: int
+    generation_config: object | None,
+    kwargs: Mapping[str, object],
+    *,
+    stored: object | None = None,
+    vocab_size: int,
+    of_parts: Collection[str] = (),
 ) -> GenerateOptions:
     """Merge the options of a `generate` call and check each of them.
 
@@ -113,16 +140,17 @@ def resolve_options(
         kwargs: the call's keyword arguments, apart from the prompts and their masks.
         stored: the model's own config of the same kind.
         vocab_size: ids that the model can emit are below it.
+        of_parts: what the parts of the step take as options of their own.
 
     Raises:
         NotImplementedError: an option is known but not supported.
         OptionError: an unknown name, a value out of range, or a keyword argument that would have no effect.
     """
-    keywords.check_names(kwargs)
-    keywords.check_config(generation_config)
-    merged = {name: _lookup(name, kwargs, generation_config, stored) for name in keywords.KNOWN}
-    keywords.refuse_unsupported(merged, kwargs)
-    keywords.refuse_without_effect(kwargs)
+    keywords.check_names(kwargs, of_parts)
+    keywords.check_config(generation_config, of_parts)
+    merged = {name: _lookup(name, kwargs, generation_config, stored) for name in {*keywords.KNOWN, *of_parts}}
+    keywords.refuse_unsupported(merged, kwargs, of_parts)
+    keywords.refuse_without_effect(kwargs, of_parts)
     keywords.check_harmless(kwargs)
     eos = keywords.token_ids("eos_token_id", merged["eos_token_id"])
     if "eos_token_id" in kwargs and not all(0 <= token < vocab_size for token in eos):
@@ -143,6 +171,7 @@ def resolve_options(
         max_time=None if limit is None else seconds("max_time", limit),
         streamer=_streamer(merged["streamer"]),
         return_dict_in_generate=as_dict is not None and flag("return_dict_in_generate", as_dict),
+        of_parts={name: merged[name] for name in of_parts if merged[name] is not None},
     )
     _warn_overridden(options, kwargs)
     return options

@@ -6,7 +6,7 @@ The names are the fields of transformers 5's `GenerationConfig` and the argument
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import numpy as np
@@ -21,11 +21,11 @@ _HONOURED = """
 
 # These change what is generated or returned, so they are refused wherever they are set.
 _UNSUPPORTED = {
-    "only greedy decoding is supported; pass do_sample=False": "do_sample",
+    "the acceptance rule of this step decodes greedily; pass do_sample=False": "do_sample",
     "one greedy sequence is decoded per prompt; for other strategies use the model itself": """
         num_beams num_beam_groups num_return_sequences penalty_alpha dola_layers constraints force_words_ids
         custom_generate""",
-    "nothing may change the logits before the argmax; for that use the model itself": """
+    "nothing in this step does that to the logits; for that use the model itself": """
         repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
         suppress_tokens begin_suppress_tokens sequence_bias watermarking_config guidance_scale negative_prompt_ids
         negative_prompt_attention_mask forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
@@ -42,7 +42,8 @@ _UNSUPPORTED = {
 }
 
 # These have no effect on greedy tokens. In a config they pass: it was written for other ways to run the model, too. As
-# a keyword argument each is a wish that would be ignored, so it is refused.
+# a keyword argument each is a wish that would be ignored, so it is refused. What a part of the step takes as an option
+# of its own is neither unsupported nor without effect.
 _WITHOUT_EFFECT = {
     "it only matters when sampling, and decoding is greedy": """
         temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits""",
@@ -118,42 +119,45 @@ _REASON_UNSUPPORTED = _by_name(_UNSUPPORTED)
 _REASON_WITHOUT_EFFECT = _by_name(_WITHOUT_EFFECT)
 KNOWN = (*_HONOURED.split(), *_REASON_UNSUPPORTED, *_REASON_WITHOUT_EFFECT, *_HARMLESS)
 """The names of all options."""
-NO_OPTIONS = frozenset(KNOWN) - {"min_new_tokens"}
+NO_OPTIONS = frozenset((*_HONOURED.split(), *_HARMLESS)) - {"min_new_tokens"}
 """Names that no part can give to an option of its own."""
 
 
-def check_names(kwargs: Mapping[str, object]) -> None:
+def check_names(kwargs: Mapping[str, object], of_parts: Collection[str] = ()) -> None:
     """Refuse a name that there is not."""
+    names = {*KNOWN, *of_parts}
     for name in kwargs:
-        if name not in KNOWN:
-            nearest = difflib.get_close_matches(name, KNOWN, n=1)
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "it takes the fields of transformers' GenerationConfig"
             raise OptionError(f"generate has no option {name!r}; {hint}")
 
 
-def check_config(config: object | None) -> None:
+def check_config(config: object | None, of_parts: Collection[str] = ()) -> None:
     """Refuse an object that sets no option at all."""
-    if config is not None and not any(hasattr(config, name) for name in KNOWN):
+    if config is not None and not any(hasattr(config, name) for name in (*KNOWN, *of_parts)):
         kind = type(config).__name__
         raise OptionError(
             f"generation_config, a {kind}, has no field of GenerationConfig; pass options by name instead"
         )
 
 
-def refuse_unsupported(merged: Mapping[str, object], kwargs: Mapping[str, object]) -> None:
+def refuse_unsupported(
+    merged: Mapping[str, object], kwargs: Mapping[str, object], of_parts: Collection[str] = ()
+) -> None:
     """Refuse what would change the tokens or what is returned, wherever it is set."""
     for name, reason in _REASON_UNSUPPORTED.items():
-        if not _is_off(name, merged[name]):
+        if name not in of_parts and not _is_off(name, merged[name]):
             off = _OFF.get(name, (None,))[0]
             origin = "" if name in kwargs else f", set in generation_config (generate({name}={off}) overrides it),"
             raise NotImplementedError(f"{name}={shown(merged[name])}{origin} is not supported: {reason}")
 
 
-def refuse_without_effect(kwargs: Mapping[str, object]) -> None:
+def refuse_without_effect(kwargs: Mapping[str, object], of_parts: Collection[str] = ()) -> None:
     """Refuse a keyword argument that asks for something that does not happen in greedy decoding."""
     for name, value in kwargs.items():
         reason = _REASON_WITHOUT_EFFECT.get(name)
-        if reason is not None and not _is_off(name, value):
+        if reason is not None and name not in of_parts and not _is_off(name, value):
             raise OptionError(f"{name}={shown(value)} would have no effect: {reason}; leave it out")
 
 

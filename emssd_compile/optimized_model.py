@@ -34,9 +34,9 @@ from emssd_compile.runtime.memory import check_state
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
-from emssd_compile.step.logits import LogitContext, in_use
+from emssd_compile.step.logits import LogitContext
 from emssd_compile.step.options import RowOption
-from emssd_compile.step.parts import merge_options
+from emssd_compile.step.parts import Part, merge_options
 from emssd_compile.step.signature import Signature
 from emssd_compile.structure import Structure
 
@@ -105,7 +105,7 @@ def optimize(
     check_weights(model)
     with compiling, neutral(torch.get_default_dtype()):
         step, captured = _compile(model, rule, proposer, options, every)
-        return OptimizedModel(model, step, options, captured, every)
+        return OptimizedModel(model, step, options, captured)
 
 
 def _compile(
@@ -132,7 +132,7 @@ def _compile(
     compiled = checked(model, compile_model(model, batch, drafter.taps))
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
     policy = LAYOUTS[options.layout].policy()
-    step = compile_step(compiled, rule, drafter, policy, in_use(processors, ()))
+    step = compile_step(compiled, rule, drafter, policy, processors)
     _check_names(merge_options((rule, drafter, policy, *processors), ProcessorError))
     return step, tuple(captured)
 
@@ -204,12 +204,10 @@ class OptimizedModel(Decoder):
         step: CompiledStep,
         options: CompileOptions,
         captured: tuple[CompiledModel, ...] = (),
-        processors: tuple[LogitsProcessor, ...] = (),
     ) -> None:
         self.model = model
         self.drafter = step.drafter
         self.options = options
-        self._processors = processors or make_processors(())
         super().__init__(self._assemble(step, captured or (step.compiled,)), lossless=step.rule.lossless)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
@@ -229,7 +227,7 @@ class OptimizedModel(Decoder):
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness
         self._records, self.graph_module = form.records, form.graphs[0]
-        self._forms = {(tuple(step.processors), False): form}
+        self._forms = {(step.used, False): form}
         return engine
 
     def _lower(self, step: CompiledStep) -> _Form:
@@ -279,11 +277,10 @@ class OptimizedModel(Decoder):
         return Freshness(Structure(self.model, self.drafter), graphs, looked_at)
 
     def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
-        processors = in_use(self._processors, used)
-        key = (tuple(processors), hook is not None)
+        key = (self._served_with(used), hook is not None)
         if key not in self._forms:
             with compiling:
-                step = self._step.with_parts(processors=processors, shows_logits=key[1])
+                step = self._step.suited(key[0], shows_logits=key[1])
                 form = self._lower_halves(step) if key[1] else self._lower(step)
                 self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
             self._forms[key] = form
@@ -294,10 +291,18 @@ class OptimizedModel(Decoder):
             switch(self._engine, form.variant)
 
     @property
+    def _parts(self) -> tuple[Part, ...]:
+        return (self._step.rule, self._step.drafter, self._step.policy, *self._step.processors)
+
+    def _served_with(self, used: Collection[str]) -> frozenset[str]:
+        """These options, and the others of the parts that they belong to: which of them are set needs no other form."""
+        options = [part.options().keys() for part in self._parts]
+        return frozenset(name for own in options if not own.isdisjoint(used) for name in own)
+
+    @property
     def row_options(self) -> dict[str, RowOption]:
         """What each request may set for the parts of the step, by the keyword of `generate`."""
-        parts = (self._step.rule, self._step.drafter, self._step.policy, *self._processors)
-        return merge_options(parts, PartError)
+        return merge_options(self._parts, PartError)
 
     def _follow(self) -> None:
         if self._freshness.follow():
@@ -324,8 +329,10 @@ class OptimizedModel(Decoder):
                 self._follow()
             except StaleModelError:
                 check_weights(self.model)
-                parts = (self._step.rule, self.drafter)
-                self._take(self._assemble(*_compile(self.model, *parts, self.options, self._processors)))
+                step = self._step
+                self._take(
+                    self._assemble(*_compile(self.model, step.rule, step.drafter, self.options, step.processors))
+                )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""
@@ -433,7 +440,7 @@ class OptimizedModel(Decoder):
 
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
-            step = self._step.with_parts(processors=dict(enumerate(self._processors)))
+            step = self._step.suited(self.row_options)
         what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def entry(binding: Binding) -> dict[str, Any]:
     found: dict[str, Any] = {"name": binding.name, "shape": list(binding.shape), "dtype": dtype, "role": binding.role}
     option = binding.option
     if option is not None:
-        found["option"] = {"default": option.default, "least": option.least, "most": option.most}
+        found["option"] = {f.name: getattr(option, f.name) for f in fields(option) if f.name != "dtype"}
     return found
 
 
@@ -54,9 +55,12 @@ def is_entry(content: dict[str, Any]) -> bool:
 
 def _is_option(content: object, dtype: torch.dtype) -> bool:
     """Whether this is what a request may set."""
-    if not isinstance(content, dict) or content.keys() != {"default", "least", "most"}:
+    if not isinstance(content, dict) or content.keys() != {f.name for f in fields(RowOption)} - {"dtype"}:
         return False
-    if not all(value is None or type(value) in (bool, int, float) for value in content.values()):
+    numbers = {name: value for name, value in content.items() if name != "needs"}
+    if not all(value is None or type(value) in (bool, int, float) for value in numbers.values()):
+        return False
+    if not isinstance(content["needs"], str):
         return False
     try:
         RowOption(dtype=dtype, **content).check("default", content["default"])

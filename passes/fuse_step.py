@@ -225,6 +225,7 @@ class _Fusion:
             logits=read.logits,
             offsets=rows.offsets,
             draft=replace(state.draft, lengths=read.packed.drafted),
+            row_ids=rows.row_ids,
             seeds=state.seeds[rows.row_ids],
             positions=rows.positions,
         )

@@ -74,7 +74,7 @@ def _over_vocabulary(graph_module: fx.GraphModule) -> set[str]:
 
 def test_what_no_request_asks_for_is_not_in_the_step(fast):
     _run(fast, **MIN)
-    plain, barring = fast._forms[(), False].graphs[0], fast._forms[(0,), False].graphs[0]
+    plain, barring = (fast._forms[frozenset(used), False].graphs[0] for used in ((), ["min_new_tokens"]))
     assert fast.graph_module is plain
     assert _over_vocabulary(plain) == {"reshape"}, "of what the LM head gives"
     assert "masked_fill" in _over_vocabulary(barring)

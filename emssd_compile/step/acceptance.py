@@ -23,7 +23,8 @@ class Verification:
         offsets: int64 `[B + 1]`, jagged offsets of the rows in R. Entry `offsets[b] + n` predicts what follows node n
             of row b (n = 0: its root token). Rows that verify nothing are empty.
         draft: the drafts that the step verifies; of some rows fewer than were chosen, or none.
-        seeds: int64 `[R]`, seed of the request that each entry belongs to.
+        row_ids: int64 `[R]`, the row that each entry belongs to.
+        seeds: int64 `[R]`, seed of its request.
         positions: int64 `[R]`, position in its row of the token that each entry predicts. A rule that draws takes its
             numbers from `randomness.uniforms(seeds, positions, ...)`: then a request gives the same tokens whatever it
             is batched with.
@@ -34,6 +35,7 @@ class Verification:
     logits: Tensor
     offsets: Tensor
     draft: Nodes
+    row_ids: Tensor
     seeds: Tensor
     positions: Tensor
     options: dict[str, Tensor] = field(default_factory=dict)

@@ -110,4 +110,4 @@ def in_use(processors: Iterable[LogitsProcessor], used: Collection[str]) -> dict
     The places name their tensors, which the forms of a step share.
     """
     options = [(place, p, p.options().keys()) for place, p in enumerate(processors)]
-    return {place: p for place, p, own in options if not own or not own.isdisjoint(used)}
+    return {place: p.suited(used) for place, p, own in options if not own or not own.isdisjoint(used)}

@@ -23,12 +23,16 @@ class RowOption:
         default: of requests that do not set it. A logits processor whose options all have their defaults does nothing.
         dtype: int64, float32 or bool.
         least, most: range of the values, ends included; None for no bound.
+        needs: the name of a bool option without which this one has no effect; empty if there is none.
+        implied: what a request that sets `needs`, but not this one, is given; None for the default.
     """
 
     default: float
     dtype: torch.dtype = torch.int64
     least: float | None = None
     most: float | None = None
+    needs: str = ""
+    implied: float | None = None
 
     def check(self, name: str, value: object) -> float:
         """The value, if it may be set. Raises OptionError saying what is wrong with it."""

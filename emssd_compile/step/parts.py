@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import nn
@@ -60,6 +60,14 @@ class Part(nn.Module):
     def options(self) -> dict[str, RowOption]:
         """Values that each request may set, by name; `context.options` holds them, `[B]` each."""
         return {}
+
+    def suited(self, used: Collection[str]) -> Self:
+        """What stands for the part in a step whose requests set these options only, all others being as by default.
+
+        It has the same tensors. The forms of a step differ in what is compiled into them: what nobody asked for is
+        best left out.
+        """
+        return self
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the part as it was prepared, a sentence each; `explain()` shows them."""

@@ -30,7 +30,7 @@ def _verify(
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     unused = torch.zeros(len(logits), dtype=torch.int64)
     nodes = Nodes(tokens, torch.tensor([len(d) for d in drafts]), torch.zeros_like(tokens), None, width)
-    verdict = GreedyMatch()(Verification(logits, offsets, nodes, seeds=unused, positions=unused))
+    verdict = GreedyMatch()(Verification(logits, offsets, nodes, row_ids=unused, seeds=unused, positions=unused))
     return verdict.accept_lengths.tolist(), verdict.next_tokens.tolist()
 
 
@@ -87,7 +87,9 @@ def test_of_a_tree_the_path_of_the_argmax_is_accepted(forest, data):
     offsets = [sum(counts[:row]) for row in range(4)]
     unused = torch.zeros(len(chosen), dtype=torch.int64)
     logits = torch.nn.functional.one_hot(torch.tensor(chosen), 3).float()
-    verdict = GreedyMatch()(Verification(logits, torch.tensor(offsets), forest.nodes, seeds=unused, positions=unused))
+    verdict = GreedyMatch()(
+        Verification(logits, torch.tensor(offsets), forest.nodes, row_ids=unused, seeds=unused, positions=unused)
+    )
     assert verdict.path is not None
     for row, tree in enumerate(forest.trees):
         if not idle[row]:

@@ -14,6 +14,7 @@ from emssd_compile.acceptance import GreedyMatch
 from emssd_compile.compiler import CompiledModel, compile_model, compile_step
 from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
 from emssd_compile.layouts import LAYOUTS
+from emssd_compile.logits import make_processors
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
 from emssd_compile.step.batch import BatchShape
@@ -83,7 +84,7 @@ class Target:
         compiled = self._compile(tree_nodes(drafter))
         drafter.prepare(self._disturbed, self.rows, CAPACITY, compiled.vocabulary)
         prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
-        step = compile_step(compiled, GreedyMatch(), drafter, LAYOUTS[layout].policy())
+        step = compile_step(compiled, GreedyMatch(), drafter, LAYOUTS[layout].policy(), make_processors(()))
         options = CompileOptions(self.rows, CAPACITY, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
 
