@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emssd_compile.ambient import neutral
 from emssd_compile.errors import OptionError
-from emssd_compile.generation import GenerateOptions, own_options, resolve_options
+from emssd_compile.generation import GenerateOptions, own_options, resolve_options, row_seeds
 from emssd_compile.numeric import shown
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
@@ -206,10 +206,11 @@ class Decoder(ABC):
         input_ids: object = None,
         token_type_ids: object = None,
         logits_hook: LogitsHook | None = None,
+        seed: int | Sequence[int] | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Any:
-        """Continue each prompt greedily, with exactly the tokens the model would give it alone.
+        """Continue each prompt with exactly the tokens the model would give it alone: greedily, or by sampling.
 
         One call decodes at a time: a second thread waits until the first one's is over.
 
@@ -225,6 +226,10 @@ class Decoder(ABC):
                 halves, with the logits of all packed tokens and the text before each, drafts included
                 (`emssd_compile.logits.LogitContext`). It comes behind all logits processors. Tokens are those of
                 decoding without drafts if what it does to a logit depends on the text before it only.
+            seed: of what is drawn where `do_sample` is set: one for each prompt, or one from which each prompt gets a
+                seed of its own, the first the seed itself. A prompt with the same seed and options is continued in the
+                same way, whatever it is batched with and whatever drafts. Default: from torch's generator, so that
+                `torch.manual_seed` makes a program repeatable.
             progress: show a progress bar.
             **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; and Hugging
                 Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
@@ -247,7 +252,15 @@ class Decoder(ABC):
         """
         with neutral(self._default_dtype):
             return self._generate(
-                inputs, generation_config, attention_mask, input_ids, token_type_ids, logits_hook, progress, options
+                inputs,
+                generation_config,
+                attention_mask,
+                input_ids,
+                token_type_ids,
+                logits_hook,
+                seed,
+                progress,
+                options,
             )
 
     def _generate(
@@ -258,6 +271,7 @@ class Decoder(ABC):
         input_ids: object,
         token_type_ids: object,
         logits_hook: LogitsHook | None,
+        seed: int | Sequence[int] | None,
         progress: bool,
         options: dict[str, Any],
     ) -> Any:
@@ -280,10 +294,11 @@ class Decoder(ABC):
         limits = limit_rows(chosen, prompts, capacity)
         given = {**chosen.of_parts, "min_new_tokens": limits.min_new_tokens}
         own = own_options(known, given, len(prompts.lengths), asked=options)
+        seeds = row_seeds(seed, len(own), draws=any(row.get("do_sample") for row in own))
         requests = [
-            Request(i, ids, most, options)
-            for i, (ids, most, options) in enumerate(
-                zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, own, strict=True)
+            Request(i, ids, most, options, seed=own_seed)
+            for i, (ids, most, options, own_seed) in enumerate(
+                zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, own, seeds, strict=True)
             )
         ]
         with self._turns.take("generate"):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from emssd_compile import keywords
@@ -21,6 +22,7 @@ from emssd_compile.errors import OptionError
 from emssd_compile.numeric import INT64_MIN, flag, integer, seconds, shown
 from emssd_compile.step.options import RowOption
 
+_SPREAD = 0x9E3779B97F4A7C15  # odd: seeds of neighbouring rows are far from those of neighbouring seeds
 DEFAULT_NEW_TOKENS = 20  # what transformers generates when nobody sets a length
 
 StoppingCriterion = Callable[[Tensor, None], bool | Tensor]
@@ -123,6 +125,29 @@ def _imply(known: Mapping[str, RowOption], of_rows: list[dict[str, float]], aske
         for row in of_rows:
             if row.get(option.needs) and option.implied is not None:
                 row.setdefault(name, option.implied)
+
+
+def row_seeds(seed: object, rows: int, *, draws: bool) -> list[int]:
+    """A seed of 64 bits for each row.
+
+    Args:
+        seed: one for each row; or one for all, from which each gets another, the first row this one; or None, for one
+            from torch's generator.
+        rows: how many there are.
+        draws: whether any row draws; where none does, torch's generator is left as it is.
+
+    Raises:
+        OptionError: a seed is no integer of 64 bits, or there is not one for each row.
+    """
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != rows:
+            raise OptionError(f"seed has {len(seed)} values for {rows} prompts; pass one for each, or one for all")
+        return [integer("seed", each, least=INT64_MIN) for each in seed]
+    if seed is not None:
+        first = integer("seed", seed, least=INT64_MIN)
+    else:
+        first = int(torch.randint(INT64_MIN, -INT64_MIN - 1, ())) if draws else 0
+    return [(first + row * _SPREAD - INT64_MIN) % (1 << 64) + INT64_MIN for row in range(rows)]
 
 
 def resolve_options(

@@ -185,6 +185,8 @@ class _Fusion:
     def _process(self, read: _Read) -> tuple[_Read, dict[str, fx.Node]]:
         """What is decided by: the logits after all processors; and the processors' state."""
         states: dict[str, fx.Node] = {}
+        if self.processors or self.shows_logits:
+            read = replace(read, logits=self._inline(torch.Tensor.float, read.logits))  # as Hugging Face has them
         for processor in self.processors:
             processed, state = self._part(processor, self._inline(self._logit_context, self.state, read))
             read, states = replace(read, logits=processed.logits), states | state

@@ -45,7 +45,14 @@ class TracedPart:
         self.specs = check_tensors(part, declared, sizes, error)
         with self._blamed("`options` failed", "It is to return a dict of RowOptions by name"):
             self.options = check_options(part, part.options(), error)
+        self._read = self._names_read()
         self._returned = {name: spec for name, spec in self.specs.items() if not spec.in_place}
+
+    def _names_read(self) -> tuple[str, ...]:
+        names = self.part.reads_options
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise self.error(f"{self.name}.reads_options = {names!r}; set it to a tuple of the names of options")
+        return names
 
     def inline(self, into: fx.GraphModule, context: Any, fake_mode: FakeTensorMode) -> tuple[Any, dict[str, fx.Node]]:
         """Trace the part to the insertion point of `into`.
@@ -101,7 +108,7 @@ class TracedPart:
             elif known.meta["option"] != option:
                 raise self.error(clash(self.part, name, option, known.meta["option"]))
             found[name] = known
-        return found
+        return found | {n.meta["option_name"]: n for n in inputs(graph) if n.meta.get("option_name") in self._read}
 
     def _run(self, context: Any) -> Any:
         """Call the part; its answer, checked."""

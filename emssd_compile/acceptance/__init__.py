@@ -6,16 +6,17 @@ To add a rule: one file with a `Rule`, one line in `RULES`. A lossy rule is take
 from collections.abc import Callable
 
 from emssd_compile.acceptance.greedy import GreedyMatch
+from emssd_compile.acceptance.match import Match
 from emssd_compile.errors import OptionError, RuleError
 from emssd_compile.step.acceptance import Rule, Verdict, Verification, check_rule
 
-RULES: dict[str, Callable[[], Rule]] = {"greedy": GreedyMatch}
+RULES: dict[str, Callable[[], Rule]] = {"match": Match, "greedy": GreedyMatch}
 
-__all__ = ["RULES", "GreedyMatch", "Rule", "Verdict", "Verification", "make_rule"]
+__all__ = ["RULES", "GreedyMatch", "Match", "Rule", "Verdict", "Verification", "make_rule"]
 
 
 def make_rule(choice: str | Rule) -> Rule:
-    """A rule by name, or the lossless rule given; `"auto"` is the best lossless rule for greedy decoding.
+    """A rule by name, or the lossless rule given; `"auto"` gives the tokens of decoding without drafts.
 
     Raises:
         OptionError: there is none of that name, a class is given, or an object that is lossy.
@@ -33,7 +34,7 @@ def make_rule(choice: str | Rule) -> Rule:
             )
         return choice
     if choice == "auto":
-        return GreedyMatch()
+        return Match()
     if not isinstance(choice, str) or choice not in RULES:
         raise OptionError(f"unknown acceptance rule {choice!r}; choose one of {['auto', *RULES]} or pass a Rule")
     return _usable(RULES[choice]())

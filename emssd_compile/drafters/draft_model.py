@@ -15,6 +15,7 @@ from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, P
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.pack import Packed, as_trees, pack
 from emssd_compile.step.parts import PartSizes
+from emssd_compile.step.randomness import gumbels
 from emssd_compile.step.tensor_spec import TensorSpec
 
 MOST_PADDING, MOST_PADDING_SHARE = 512, 0.01
@@ -36,6 +37,9 @@ class DraftModel(Drafter):
     draft model runs once, on the root and all nodes drafted so far; its cache keeps nothing of them, and what is
     accepted is read in the next step.
 
+    For rows that sample, the tokens are those with the largest log q + g instead, where g is the noise with which the
+    target draws its own (`randomness.gumbels`): then both mostly draw the same.
+
     A draft model may have fewer positions than the target: it drafts as far as they go, and rows that are longer decode
     without drafts. Its vocabulary may be padded to another size than the target's: an id past the target's ends a
     draft, and an id past its own is read as its last one.
@@ -54,6 +58,7 @@ class DraftModel(Drafter):
     """
 
     reads_ahead = is_costly = True
+    reads_options = ("do_sample",)
     num_grades = 8
 
     def __init__(
@@ -124,7 +129,7 @@ class DraftModel(Drafter):
         )
         max_drafts = torch.minimum(context.max_drafts, capacity - known + 1)  # [B], the deepest ones are not fed
         max_drafts = torch.where(context.can_draft & packed.ready, max_drafts, 0)
-        first = self._predict(packed, lengths, packed.roots, context, self.tree.branching[0] if self.tree else 1)
+        first = self._predict(packed, lengths, packed.roots, context, 0, self.tree.branching[0] if self.tree else 1)
         lengths = lengths + packed.fed
         if self.tree is None:
             return self._draft_chain(first, max_drafts, lengths, context)
@@ -138,7 +143,7 @@ class DraftModel(Drafter):
             # Rows that do not go on may be longer than the cache, which no target may be told.
             position = (context.known + index - 1).clamp(max=self._model.capacity)  # [B]
             single, order = _one_token_each(guesses[-1].tokens.squeeze(1), position, going)
-            guesses.append(self._predict(single, lengths, order, context))
+            guesses.append(self._predict(single, lengths, order, context, index))
             lengths = lengths + going
         tokens, grades = (torch.cat(levels, 1) for levels in zip(*guesses, strict=True))
         return Draft(tokens, max_drafts.clamp(max=self.num_draft_tokens), {"lengths": lengths}, grades)
@@ -159,7 +164,7 @@ class DraftModel(Drafter):
             packed = pack(context.history, known, roots, going, token_range, row_range, share=count + 1, draft=drafted)
             packed = as_trees(packed, roots, self._model.ancestor_words, drafted)
             newest = packed.roots[:, None] + row_range[-tree.levels[depth - 1] :]  # [B, nodes of this depth]
-            guess = self._predict(packed, roots, newest.flatten(), context, tree.branching[depth])
+            guess = self._predict(packed, roots, newest.flatten(), context, depth, tree.branching[depth])
             tokens = torch.cat([tokens, guess.tokens.view(rows, -1)], 1)
             grades = torch.cat([grades, guess.grades.view(rows, -1)], 1)
         counts = (tree.depths(device) <= max_drafts[:, None]).sum(1)  # [B]
@@ -170,15 +175,18 @@ class DraftModel(Drafter):
         assert self._packed is not None, "prepare comes first"
         return self._packed
 
-    def _predict(self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext, count: int = 1) -> _Guess:
-        """The `count` likeliest tokens behind the packed tokens that `index[R]` names."""
+    def _predict(
+        self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext, depth: int, count: int = 1
+    ) -> _Guess:
+        """The best `count` tokens behind the packed tokens that `index[R]` names: as many of each row, all of a depth."""
         caches = {name: context.state[name] for name in self._model.cache_shapes}
         readable = packed.input_ids.clamp(max=self._model.vocabulary - 1)  # [T]
         _, logits = self._model(replace(packed, input_ids=readable), lengths, index, caches)  # [R, V]
         logits = logits.float()
+        scores = _scores(logits, depth, context)
         # To find one is much faster than to rank several.
-        best, tokens = logits.max(1, keepdim=True) if count == 1 else logits.topk(count, 1)
-        probability = (best - logits.logsumexp(1, keepdim=True)).exp()
+        tokens = scores.max(1, keepdim=True).indices if count == 1 else scores.topk(count, 1).indices
+        probability = (logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)).exp()
         return _Guess(tokens, (probability * self.num_grades).long().clamp(0, self.num_grades - 1))
 
 
@@ -192,6 +200,19 @@ class _Guess(NamedTuple):
 
     tokens: Tensor
     grades: Tensor
+
+
+def _scores(logits: Tensor, depth: int, context: DraftContext) -> Tensor:
+    """By what the tokens at a depth are ranked, `[R, V]`: log q, and of rows that sample the target's noise on top."""
+    if "do_sample" not in context.options:
+        return logits
+    times = len(logits) // len(context.known)  # nodes of each row
+    samples, seeds, positions = (
+        value.repeat_interleave(times)[:, None]  # [R, 1]
+        for value in (context.options["do_sample"], context.seeds, context.known + depth)
+    )
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    return logits + torch.where(samples, gumbels(seeds, positions, ids), 0)
 
 
 def _chain_length(num_draft_tokens: int | None) -> int:

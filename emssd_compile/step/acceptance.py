@@ -62,6 +62,16 @@ class Verdict:
     path: Tensor | None = field(default=None, metadata={"shape": "BP", "of": "tree"})
 
 
+def targets(verification: Verification, choice: Tensor) -> Tensor:
+    """int64 `[B, K + 1]`: of a token chosen behind each of R packed nodes, that behind each node of each row.
+
+    Rubbish behind nodes that are not verified.
+    """
+    node = torch.arange(verification.draft.tokens.shape[1] + 1, device=choice.device)
+    index = (verification.offsets[:-1, None] + node).clamp(max=choice.shape[0] - 1)  # [B, N], into R
+    return choice[index]
+
+
 def first_accepted(draft: Nodes, wanted: Tensor) -> Verdict:
     """From the root down, accept the first draft whose token is the one that is wanted behind its parent.
 

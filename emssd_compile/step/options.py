@@ -44,3 +44,7 @@ class RowOption:
         if self.most is not None and found > self.most:
             raise OptionError(f"{name}={shown(found)} is out of range; pass at most {self.most}")
         return found
+
+
+DO_SAMPLE = RowOption(default=False, dtype=torch.bool)
+"""`do_sample`: whether a row's tokens are drawn rather than the likeliest; declared by rules that can draw."""

@@ -51,7 +51,14 @@ class Part(nn.Module):
     no shape that depends on data. The context is read only, and so are the part's own weights; what is to last from
     step to step is declared by `tensors`, found in `context.state`, and returned in the answer's `state`. Shapes and
     dtypes of the answer are checked when the part is traced.
+
+    Attributes:
+        reads_options: names of options that other parts declare: `context.options` holds those that are honoured in
+            the step that the part is traced into, by parts that come before it. Processors come first, then the rule,
+            the drafter and the policy.
     """
+
+    reads_options: tuple[str, ...] = ()
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
         """Tensors that last from step to step, by names that need be unique within the part only."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOISE = 1
+"""The stream of the noise with which tokens are drawn."""
+
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x1E3779B1  # odd, below 2^29: spreads small counters over a word
 _TO_UNIT = 2.0**-32
@@ -35,6 +38,22 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int = 0, index: Tensor | 
     counter = torch.zeros_like(first) if index is None else index
     word = _mixed(_mixed(first + counter * _GOLDEN & _WORD) + second & _WORD)
     return ((word.float() + 0.5) * _TO_UNIT).clamp(max=1 - 2**-24)
+
+
+def gumbels(seeds: Tensor, positions: Tensor, index: Tensor) -> Tensor:
+    """Standard Gumbel noise of (seed, position, index): float32, in the broadcast shape.
+
+    The index of the largest of `log p + noise` is a draw from p (the Gumbel-max trick). Whoever asks for the same seed,
+    position and token id is given the same noise, so a target and a drafter that draw with it mostly draw the same.
+
+    Args:
+        seeds, positions, index: as for `uniforms`.
+    """
+    low = uniforms(seeds, positions, NOISE, index)  # the low ones, which are fine-grained, make large noise
+    rest = 1 - low
+    # -log1p(-low) of what every target has: exact to a few units in the last place where 1 - low is rounded, too
+    waiting = torch.where(rest == 1, low, rest.log() * (low / (rest - 1)))  # exponentially distributed
+    return -waiting.log()
 
 
 def _mixed(word: Tensor) -> Tensor:
