@@ -293,6 +293,13 @@ class Decoder(ABC):
         )
         limits = limit_rows(chosen, prompts, capacity)
         given = {**chosen.of_parts, "min_new_tokens": limits.min_new_tokens}
+        if "min_new_tokens" not in known:
+            del given["min_new_tokens"]
+            if any(limits.min_new_tokens):
+                raise NotImplementedError(
+                    "min_new_tokens, or min_length: this artifact does not honour it; name it in row_options when you "
+                    "export"
+                )
         own = own_options(known, given, len(prompts.lengths), asked=options)
         seeds = row_seeds(seed, len(own), draws=any(row.get("do_sample") for row in own))
         requests = [

@@ -127,6 +127,29 @@ def _imply(known: Mapping[str, RowOption], of_rows: list[dict[str, float]], aske
                 row.setdefault(name, option.implied)
 
 
+def honoured_options(known: Mapping[str, RowOption], wanted: Collection[str] | None, stored: object) -> set[str]:
+    """The options of parts that an artifact is to honour.
+
+    Args:
+        known: all that there are.
+        wanted: those that requests may set; None for `min_new_tokens` and what `stored` sets.
+        stored: the model's own config, if it has one.
+
+    Raises:
+        OptionError: there is no option of that name.
+    """
+    if wanted is None:
+        configured = {name: value for name in known if (value := getattr(stored, name, None)) is not None}
+        wanted = {"min_new_tokens", *own_options(known, configured, 1)[0]} & known.keys()
+    if isinstance(wanted, str) or not isinstance(wanted, Collection):
+        raise OptionError(f"row_options={shown(wanted)} is no list of names; pass row_options=[...]")
+    for name in wanted:
+        if name not in known:
+            raise OptionError(f"row_options: there is no {shown(name)}; choose from {', '.join(sorted(known))}")
+    needed = {*wanted, *(known[name].needs for name in wanted if known[name].needs)}
+    return needed | {name for name, option in known.items() if option.needs in needed and option.implied is not None}
+
+
 def row_seeds(seed: object, rows: int, *, draws: bool) -> list[int]:
     """A seed of 64 bits for each row.
 

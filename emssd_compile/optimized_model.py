@@ -19,6 +19,7 @@ from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter, without
 from emssd_compile.errors import OptionError, PartError, ProcessorError, StaleModelError, UnsupportedModelError
 from emssd_compile.freshness import Freshness
+from emssd_compile.generation import honoured_options
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit, resolve_length
 from emssd_compile.logits import LogitsProcessor, make_processors
@@ -378,6 +379,7 @@ class OptimizedModel(Decoder):
         folder: str | Path,
         *,
         opset_version: int = 24,
+        row_options: Collection[str] | None = None,
         verify_only: bool = False,
         check: bool = True,
         progress: bool = False,
@@ -387,6 +389,9 @@ class OptimizedModel(Decoder):
         Args:
             folder: the artifact; must not exist, or be empty.
             opset_version: of ONNX; 24 is the first with attention over a KV cache.
+            row_options: those of `self.row_options` that requests to the artifact may set, and with them those without
+                which they have no effect. What nobody may ask for is not in the artifact, and takes no time there.
+                Default: `min_new_tokens` and what the model's `generation_config` asks for.
             verify_only: the model on packed rows alone, for a loop of your own (`emssd_compile.export.open_graph`).
             check: decode a few prompts with the artifact before it is finished, and compare; in float32 only.
             progress: show a progress bar.
@@ -398,21 +403,28 @@ class OptimizedModel(Decoder):
                 check fails. Nothing is left behind.
             CapacityError: the check needs another set of KV caches, and they do not fit into memory.
         """
-        self._export("onnx", folder, verify_only, check, progress, opset_version=opset_version)
+        self._export("onnx", folder, verify_only, check, progress, row_options, opset_version=opset_version)
 
     def export_aot(
-        self, folder: str | Path, *, verify_only: bool = False, check: bool = True, progress: bool = False
+        self,
+        folder: str | Path,
+        *,
+        row_options: Collection[str] | None = None,
+        verify_only: bool = False,
+        check: bool = True,
+        progress: bool = False,
     ) -> None:
         """Write the step as machine code (an AOTInductor package), with all that `emssd_compile.load` needs.
 
         Args and errors are those of `export_onnx`.
         """
-        self._export("aot", folder, verify_only, check, progress)
+        self._export("aot", folder, verify_only, check, progress, row_options)
 
     def export_tensorrt(
         self,
         folder: str | Path,
         *,
+        row_options: Collection[str] | None = None,
         verify_only: bool = False,
         check: bool = True,
         progress: bool = False,
@@ -422,7 +434,7 @@ class OptimizedModel(Decoder):
 
         Args:
             folder: the artifact; must not exist, or be empty.
-            verify_only, check, progress: as in `export_onnx`; the check needs a GPU.
+            row_options, verify_only, check, progress: as in `export_onnx`; the check needs a GPU.
             **options: the attributes of `emssd_compile.export.tensorrt.BuildOptions`: `compute_capabilities` (GPUs to
                 build for, as in `["8.9"]`; default: the one that is here), `attention`, `weights`, ...
 
@@ -431,16 +443,24 @@ class OptimizedModel(Decoder):
             UnsupportedModelError: TensorRT has nothing that does what an op does; says which, and where it comes from.
             ArtifactError: no TensorRT is installed, or it fails to build; says what it said. Nothing is left behind.
         """
-        self._export("tensorrt", folder, verify_only, check, progress, **options)
+        self._export("tensorrt", folder, verify_only, check, progress, row_options, **options)
 
     def _export(
-        self, target: str, folder: str | Path, verify_only: bool, check: bool, progress: bool, **options: Any
+        self,
+        target: str,
+        folder: str | Path,
+        verify_only: bool,
+        check: bool,
+        progress: bool,
+        row_options: Collection[str] | None = None,
+        **options: Any,
     ) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
 
+        honoured = honoured_options(self.row_options, row_options, self.generation_config)
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
-            step = self._step.suited(self.row_options)
+            step = self._step.suited(self._served_with(honoured))
         what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

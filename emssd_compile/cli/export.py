@@ -39,6 +39,9 @@ def add(commands: Any) -> None:
     add_sizes(parser, max_length="the model's limit")
     parser.add_argument("--to", choices=targets.TARGETS, required=True, help="the target")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the artifact: a new or empty folder")
+    parser.add_argument(
+        "--row-options", metavar="NAME", nargs="*", help="options of generate that it is to honour, such as do_sample"
+    )
     parser.add_argument("--verify-only", action="store_true", help="without drafting, acceptance and state")
     parser.add_argument("--no-check", action="store_true", help="do not decode with it and compare the tokens")
     add_target_options(parser)
@@ -55,5 +58,5 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     with notes.status("capturing the model"):
         fast = optimize(model, arguments)
     export = getattr(fast, f"export_{arguments.to}")
-    export(arguments.out, progress=True, **common, **options)
+    export(arguments.out, row_options=arguments.row_options, progress=True, **common, **options)
     notes.print(f"{arguments.out} is written; `{PROGRAM} inspect {arguments.out}` shows what is in it")

@@ -178,7 +178,7 @@ class DraftModel(Drafter):
     def _predict(
         self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext, depth: int, count: int = 1
     ) -> _Guess:
-        """The best `count` tokens behind the packed tokens that `index[R]` names: as many of each row, all of a depth."""
+        """The best `count` tokens behind the packed tokens that `index[R]` names, which are of one depth."""
         caches = {name: context.state[name] for name in self._model.cache_shapes}
         readable = packed.input_ids.clamp(max=self._model.vocabulary - 1)  # [T]
         _, logits = self._model(replace(packed, input_ids=readable), lengths, index, caches)  # [R, V]

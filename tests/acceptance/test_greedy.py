@@ -100,9 +100,8 @@ def test_of_a_tree_the_path_of_the_argmax_is_accepted(forest, data):
             assert verdict.next_tokens[row] == wanted[path[-1]]
 
 
-def test_it_is_lossless_and_the_default():
+def test_it_is_lossless_and_has_a_name():
     assert GreedyMatch.lossless
-    assert isinstance(make_rule("auto"), GreedyMatch)
     assert isinstance(make_rule("greedy"), GreedyMatch)
     rule = GreedyMatch()
     assert make_rule(rule) is rule

@@ -1,6 +1,7 @@
 """No row sees another: whatever other rows and the inert tail hold, a row's logits keep every bit (at one size)."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,22 +12,25 @@ from torch import Tensor
 from emssd_compile.compiler import CompiledModel, compile_model
 from emssd_compile.runtime.memory import allocate
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.pack import Packed, pack
+from emssd_compile.step.nodes import Nodes
+from emssd_compile.step.pack import Packed, as_trees, pack
 from tests.exactness.models import build
+from tests.step.forests import Forest, forests
 from tests.zoo import VOCABULARY
 
 ROWS, CAPACITY, SIZE = 4, 48, 32
 ARCHITECTURES = ("llama", "bloom", "gemma", "own-positions")
+DRAFTS, DEPTH = 6, 3
 
 
 @functools.cache
-def _compiled(architecture: str) -> CompiledModel:
-    return compile_model(build(architecture), BatchShape(ROWS, CAPACITY))
+def _compiled(architecture: str, tree_nodes: int = 0) -> CompiledModel:
+    return compile_model(build(architecture), BatchShape(ROWS, CAPACITY, tree_nodes))
 
 
-def _step(history: Tensor, known: Tensor, lengths: Tensor) -> Packed:
+def _step(history: Tensor, known: Tensor, lengths: Tensor, draft: Nodes | None = None) -> Packed:
     active, slots = torch.ones(ROWS, dtype=torch.bool), torch.arange(SIZE)
-    return pack(history, known, lengths, active, slots, slots, share=SIZE)
+    return pack(history, known, lengths, active, slots, slots, share=SIZE, draft=draft)
 
 
 def _row_results(compiled: CompiledModel, packed: Packed, lengths: Tensor, caches: dict[str, Tensor]) -> list[Tensor]:
@@ -80,3 +84,36 @@ def test_other_rows_and_the_tail_do_not_reach_a_row(architecture, own, others, p
         assert torch.equal(before[:written], after[:written])
         untouched = torch.full_like(after[written:], poison)
         torch.testing.assert_close(after[written:], untouched, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+@settings(max_examples=15)
+@given(
+    forest=forests(ROWS, DRAFTS, DEPTH, num_tokens=VOCABULARY),
+    known=st.lists(st.integers(1, 20), min_size=ROWS, max_size=ROWS),
+    poison=st.sampled_from([0.0, 1e30, torch.nan]),
+    seed=st.integers(0, 99),
+)
+def test_the_trees_of_other_rows_do_not_reach_a_row(architecture, forest: Forest, known, poison, seed):
+    """The tree of row 0 beside rows that draft nothing, then beside their trees."""
+    compiled = _compiled(architecture, DRAFTS + 1)
+    generator = torch.Generator().manual_seed(seed)
+    caches = _random_caches(compiled, generator)
+    history = torch.randint(VOCABULARY, (ROWS, CAPACITY), generator=generator)
+    words, text = compiled.ancestor_words, torch.tensor(known)
+    lengths = text - 1
+
+    def results() -> list[Tensor]:
+        packed = as_trees(_step(history, text, lengths, draft), lengths, words, draft)
+        return _row_results(compiled, packed, lengths, caches)
+
+    is_first = torch.arange(ROWS) == 0
+    draft = replace(forest.nodes, lengths=torch.where(is_first, forest.nodes.lengths, 0))
+    expected = results()
+    history[1:] = torch.randint(VOCABULARY, history[1:].shape, generator=generator)
+    for cache in caches.values():
+        cache[1:] = poison
+        cache[0, known[0] + int(draft.lengths[0]) :] = poison
+    draft = forest.nodes
+    for before, after in zip(expected[:2], results()[:2], strict=True):
+        assert torch.equal(before, after)

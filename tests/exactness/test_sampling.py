@@ -1,0 +1,147 @@
+"""Sampled tokens are those of decoding without drafts with the same noise, whoever drafts and whatever the batch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import emssd_compile
+from emssd_compile.drafters import Drafter
+from emssd_compile.errors import OptionError
+from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.step.randomness import gumbels
+from tests.exactness.compiled import CAPACITY, K, rechunked, target
+from tests.exactness.drafters import Oracle, OracleTree
+from tests.exactness.models import prompt
+from tests.export.subjects import Small
+
+ROWS, NEW = 3, 16
+LENGTHS = (1, 33, 5, 17, 48)
+SEEDS = [11, -5, 2**63 - 1, 0, 123456789]
+PROMPTS = [prompt(n) for n in LENGTHS]
+DRAFTERS = ("none", "prompt-lookup", "draft-model", "draft-model-tree", "rubbish", "right", "right-tree")
+
+
+class Sampled:
+    """Sampling written to be obvious: one prompt, one token at a time, the largest of log p + noise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self, ids: list[int], seed: int, count: int = NEW) -> list[int]:
+        """The text."""
+        text = list(ids)
+        for _ in range(count):
+            output = self._model(torch.tensor([text]))
+            logits = (output[0] if isinstance(output, tuple) else getattr(output, "logits", output))[0, -1]
+            vocabulary = torch.arange(len(logits))
+            noise = gumbels(torch.tensor(seed), torch.tensor(len(text)), vocabulary)
+            text.append(int((logits.log_softmax(-1) + noise).argmax()))
+        return text
+
+
+@functools.cache
+def _expected(architecture: str) -> list[list[int]]:
+    sampled = Sampled(target(architecture, ROWS).model)
+    return [sampled(ids, seed) for ids, seed in zip(PROMPTS, SEEDS, strict=True)]
+
+
+def _drafter(architecture: str, name: str) -> Drafter:
+    if not name.startswith("right"):
+        return target(architecture, ROWS).drafter(name)
+    oracle = Oracle(_expected(architecture), CAPACITY, K, wrong_of_seven=0, ragged=False)
+    return oracle if name == "right" else OracleTree(oracle, 7)
+
+
+@functools.cache
+def _fast(architecture: str, name: str, layout: str = "packed") -> OptimizedModel:
+    return target(architecture, ROWS).optimize(_drafter(architecture, name), layout=layout)
+
+
+def _sample(fast: OptimizedModel, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[list[int]]:
+    chosen = {"do_sample": True, "seed": SEEDS, "eos_token_id": [], **options}
+    return fast.generate(prompts, max_new_tokens=NEW, **chosen)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "drafter"),
+    [
+        *(("gpt2", drafter) for drafter in DRAFTERS),
+        *((other, "draft-model-tree") for other in ("bloom", "gemma", "mistral")),
+        ("own-positions", "draft-model"),
+    ],
+)
+def test_tokens_are_those_of_sampling_without_drafts(architecture, drafter):
+    assert _sample(_fast(architecture, drafter), top_k=0) == _expected(architecture)
+
+
+@pytest.mark.parametrize(
+    ("layout", "lag", "chunk", "drafter"),
+    [("padded", 0, 1, "draft-model"), ("auto", 1, 24, "random-tree"), ("packed", 1, 1, "draft-model-tree")],
+)
+def test_whatever_the_layout_the_lag_and_the_chunks(layout, lag, chunk, drafter):
+    fast = rechunked(_fast("gpt2", drafter, layout), chunk)
+    fast._engine.lag = lag
+    assert _sample(fast, top_k=0) == _expected("gpt2")
+
+
+def test_drafts_that_are_what_is_drawn_are_all_accepted():
+    fast = _fast("gpt2", "right")
+    fast.stats.reset()
+    _sample(fast, top_k=0)
+    assert fast.stats.num_accepted_draft_tokens == fast.stats.num_draft_tokens > 0
+
+
+def test_a_draft_model_that_is_the_target_draws_what_the_target_draws():
+    fast = emssd_compile.optimize(Small(), Small(), max_batch=2, max_length=64, backend="eager", layout="packed")
+    _sample(fast, [[1, 2], [3]], seed=4, top_k=0)
+    assert fast.stats.num_accepted_draft_tokens == fast.stats.num_draft_tokens > 0
+
+
+def test_rows_that_sample_and_rows_that_do_not_do_not_meet():
+    fast, expected = _fast("gpt2", "draft-model"), _expected("gpt2")
+    greedy = fast.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
+    for drawn in ([True, False, True, False, True], [False, True, False, True, False]):
+        found = _sample(fast, do_sample=drawn, top_k=0)
+        assert found == [e if d else g for d, e, g in zip(drawn, expected, greedy, strict=True)]
+    order = [3, 1, 4, 0, 2]
+    shuffled = _sample(fast, [PROMPTS[i] for i in order], seed=[SEEDS[i] for i in order], top_k=0)
+    assert shuffled == [expected[i] for i in order]
+
+
+def test_a_seed_repeats_a_call_and_gives_each_prompt_its_own():
+    fast, same = _fast("gpt2", "draft-model"), [PROMPTS[2]] * 3
+    first = _sample(fast, same, seed=3)
+    assert _sample(fast, same, seed=3) == first
+    assert _sample(fast, same[:1], seed=3) == first[:1]
+    assert len(set(map(tuple, first))) == 3
+    assert _sample(fast, same, seed=4) != first
+
+
+def test_without_a_seed_torchs_generator_gives_one():
+    fast = _fast("gpt2", "prompt-lookup")
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(_sample(fast, seed=None))
+    assert found[0] == found[1] != found[2]
+    before = torch.get_rng_state()
+    fast.generate(PROMPTS, max_new_tokens=2)
+    assert torch.equal(before, torch.get_rng_state()), "greedy decoding draws nothing"
+
+
+@pytest.mark.parametrize("seed", [1.5, True, 2**63, [1, 2], "3"])
+def test_a_seed_that_makes_no_sense_is_refused(seed):
+    with pytest.raises(OptionError, match="seed"):
+        _sample(_fast("gpt2", "prompt-lookup"), seed=seed)
+
+
+def test_a_rule_that_only_decodes_greedily_says_so():
+    fast = emssd_compile.optimize(Small(), max_batch=2, max_length=64, backend="eager", acceptance="greedy")
+    with pytest.raises(NotImplementedError, match="do_sample=True is not supported: the acceptance rule of this step"):
+        fast.generate([[1]], max_new_tokens=3, do_sample=True)
