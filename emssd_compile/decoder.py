@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
@@ -15,6 +16,7 @@ from emssd_compile.errors import OptionError
 from emssd_compile.generation import GenerateOptions, own_options, resolve_options, row_seeds
 from emssd_compile.numeric import shown
 from emssd_compile.progress import progress_bar, working
+from emssd_compile.python_logits import PythonLogits
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.containers import Array
@@ -55,12 +57,28 @@ class Decoder(ABC):
     def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
         """Take over what has changed since the step was made, or raise StaleModelError."""
 
-    def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
+    def _select(self, used: Collection[str], *, hooked: bool) -> None:
         """Drive the form of the step that honours these options of rows; an artifact holds one form."""
-        if hook is not None:
+        if hooked:
             raise NotImplementedError(
-                "logits_hook: an artifact's step is one graph, with no place for Python in it; use optimize"
+                "logits_hook, logits_processor, prefix_allowed_tokens_fn: an artifact's step is one graph, with no "
+                "place for Python in it; use optimize"
             )
+
+    def _calling(self, hook: LogitsHook | None) -> AbstractContextManager[None]:
+        """Within it, steps of a form with a place for Python call the hook."""
+        return contextlib.nullcontext()
+
+    def _hook(self, chosen: GenerateOptions, own: LogitsHook | None) -> LogitsHook | None:
+        """What is to be called between the halves of each step, if anything."""
+        processors, allowed = chosen.logits_processor, chosen.prefix_allowed_tokens_fn
+        if own is not None and not callable(own):
+            raise OptionError(f"logits_hook={shown(own)} cannot be called; pass a function of a LogitContext")
+        if not processors and allowed is None:
+            return own
+        if own is not None:
+            raise OptionError("logits_hook, and logits_processor or prefix_allowed_tokens_fn: pass one of them")
+        return PythonLogits(processors, allowed, lambda: self._engine.requests)
 
     @property
     @abstractmethod
@@ -113,7 +131,7 @@ class Decoder(ABC):
         used = {n for n, value in options.items() if self.row_options[n].check(n, value) != self.row_options[n].default}
         with self._turns.take("warmup"), neutral(self._default_dtype):
             self._follow()
-            self._select(used, None)
+            self._select(used, hooked=False)
             self._warm_up(progress)
 
     def _warm_up(self, progress: bool) -> None:
@@ -225,7 +243,9 @@ class Decoder(ABC):
             logits_hook: Python that changes logits: `hook(context) -> logits`, called once a step, between its two
                 halves, with the logits of all packed tokens and the text before each, drafts included
                 (`emssd_compile.logits.LogitContext`). It comes behind all logits processors. Tokens are those of
-                decoding without drafts if what it does to a logit depends on the text before it only.
+                decoding without drafts if what it does to a logit depends on the text before it only. Filters of
+                sampling (`temperature`, `top_p`, ...) come behind it. transformers' `logits_processor` and
+                `prefix_allowed_tokens_fn` are called in the same place, each packed token with its own text.
             seed: of what is drawn where `do_sample` is set: one for each prompt, or one from which each prompt gets a
                 seed of its own, the first the seed itself. A prompt with the same seed and options is continued in the
                 same way, whatever it is batched with and whatever drafts. Default: from torch's generator, so that
@@ -275,8 +295,6 @@ class Decoder(ABC):
         progress: bool,
         options: dict[str, Any],
     ) -> Any:
-        if logits_hook is not None and not callable(logits_hook):
-            raise OptionError(f"logits_hook={shown(logits_hook)} cannot be called; pass a function of a LogitContext")
         vocabulary, capacity = self._vocabulary, self._engine.capacity
         known = self.row_options
         chosen = resolve_options(
@@ -291,8 +309,11 @@ class Decoder(ABC):
             input_ids=input_ids,
             token_type_ids=token_type_ids,
         )
+        hook = self._hook(chosen, logits_hook)
+        times = chosen.num_return_sequences
+        prompts = prompts.repeated(times)
         limits = limit_rows(chosen, prompts, capacity)
-        given = {**chosen.of_parts, "min_new_tokens": limits.min_new_tokens}
+        given = {**chosen.of_parts, "min_new_tokens": limits.min_new_tokens[::times]}  # one for each prompt
         if "min_new_tokens" not in known:
             del given["min_new_tokens"]
             if any(limits.min_new_tokens):
@@ -300,20 +321,26 @@ class Decoder(ABC):
                     "min_new_tokens, or min_length: this artifact does not honour it; name it in row_options when you "
                     "export"
                 )
-        own = own_options(known, given, len(prompts.lengths), asked=options)
-        seeds = row_seeds(seed, len(own), draws=any(row.get("do_sample") for row in own))
-        requests = [
-            Request(i, ids, most, options, seed=own_seed)
-            for i, (ids, most, options, own_seed) in enumerate(
-                zip(prompts.values.split(prompts.lengths), limits.max_new_tokens, own, seeds, strict=True)
+        own = own_options(known, given, len(prompts) // times, asked=options)
+        draws = [bool(row.get("do_sample")) for row in own]
+        if times > 1 and not all(draws):
+            raise OptionError(
+                f"num_return_sequences={times}, but prompt {draws.index(False)} does not sample: its sequences would "
+                "all be the same; pass do_sample=True"
             )
+        seeds = row_seeds(seed, len(own), times, draws=any(draws))
+        texts = prompts.values.split(prompts.lengths)
+        requests = [
+            Request(i, ids, most, own[i // times], group=i // times, seed=seeds[i])
+            for i, (ids, most) in enumerate(zip(texts, limits.max_new_tokens, strict=True))
         ]
         with self._turns.take("generate"):
             self._follow()
-            self._select({name for options in own for name in options}, logits_hook)
+            self._select({name for options in own for name in options}, hooked=hook is not None)
             if not self._is_warm:
                 self._warm_up(progress=False)
-            self._decode(prompts, requests, chosen, progress)
+            with self._calling(hook):
+                self._decode(prompts, requests, chosen, progress)
         sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)
         return GenerateOutput(sequences) if chosen.return_dict_in_generate else sequences
 

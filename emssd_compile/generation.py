@@ -20,6 +20,7 @@ from torch import Tensor
 from emssd_compile import keywords
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import INT64_MIN, flag, integer, seconds, shown
+from emssd_compile.python_logits import AllowedTokens, HFProcessor
 from emssd_compile.step.options import RowOption
 
 _SPREAD = 0x9E3779B97F4A7C15  # odd: seeds of neighbouring rows are far from those of neighbouring seeds
@@ -60,6 +61,9 @@ class GenerateOptions:
         max_time: seconds after which every row ends with its next token.
         streamer: gets the tokens of the only row as they come.
         return_dict_in_generate: return a `GenerateOutput` instead of the sequences themselves.
+        num_return_sequences: how many continuations each prompt gets.
+        logits_processor: Python that changes logits.
+        prefix_allowed_tokens_fn: Python that says which ids may follow a text.
         of_parts: what is set for the parts of the step, by name: a value, or a list with one for each row.
     """
 
@@ -75,6 +79,9 @@ class GenerateOptions:
     max_time: float | None = None
     streamer: Streamer | None = None
     return_dict_in_generate: bool = False
+    num_return_sequences: int = 1
+    logits_processor: tuple[HFProcessor, ...] = ()
+    prefix_allowed_tokens_fn: AllowedTokens | None = None
     of_parts: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -150,27 +157,32 @@ def honoured_options(known: Mapping[str, RowOption], wanted: Collection[str] | N
     return needed | {name for name, option in known.items() if option.needs in needed and option.implied is not None}
 
 
-def row_seeds(seed: object, rows: int, *, draws: bool) -> list[int]:
-    """A seed of 64 bits for each row.
+def row_seeds(seed: object, prompts: int, sequences: int, *, draws: bool) -> list[int]:
+    """A seed of 64 bits for each row: one for each sequence of each prompt.
 
     Args:
-        seed: one for each row; or one for all, from which each gets another, the first row this one; or None, for one
-            from torch's generator.
-        rows: how many there are.
+        seed: one for each prompt, which is that of its first sequence; or one for all, which is that of the first row;
+            the others get seeds made of it. None for one from torch's generator.
+        prompts: how many there are.
+        sequences: how many continuations each of them gets.
         draws: whether any row draws; where none does, torch's generator is left as it is.
 
     Raises:
         OptionError: a seed is no integer of 64 bits, or there is not one for each row.
     """
     if isinstance(seed, (list, tuple)):
-        if len(seed) != rows:
-            raise OptionError(f"seed has {len(seed)} values for {rows} prompts; pass one for each, or one for all")
-        return [integer("seed", each, least=INT64_MIN) for each in seed]
+        if len(seed) != prompts:
+            raise OptionError(f"seed has {len(seed)} values for {prompts} prompts; pass one for each, or one for all")
+        return [own for each in seed for own in _spread(integer("seed", each), sequences)]
     if seed is not None:
-        first = integer("seed", seed, least=INT64_MIN)
+        first = integer("seed", seed)
     else:
         first = int(torch.randint(INT64_MIN, -INT64_MIN - 1, ())) if draws else 0
-    return [(first + row * _SPREAD - INT64_MIN) % (1 << 64) + INT64_MIN for row in range(rows)]
+    return _spread(first, prompts * sequences)
+
+
+def _spread(first: int, count: int) -> list[int]:
+    return [(first + row * _SPREAD - INT64_MIN) % (1 << 64) + INT64_MIN for row in range(count)]
 
 
 def resolve_options(
@@ -219,6 +231,9 @@ def resolve_options(
         max_time=None if limit is None else seconds("max_time", limit),
         streamer=_streamer(merged["streamer"]),
         return_dict_in_generate=as_dict is not None and flag("return_dict_in_generate", as_dict),
+        num_return_sequences=_optional("num_return_sequences", merged["num_return_sequences"], least=1) or 1,
+        logits_processor=_callables("logits_processor", merged["logits_processor"]),
+        prefix_allowed_tokens_fn=_callable("prefix_allowed_tokens_fn", merged["prefix_allowed_tokens_fn"]),
         of_parts={name: merged[name] for name in of_parts if merged[name] is not None},
     )
     _warn_overridden(options, kwargs)
@@ -258,10 +273,7 @@ def _stopping_criteria(
 ) -> tuple[tuple[StoppingCriterion, ...], tuple[StoppingCriterion, ...]]:
     """Those that are asked with the batch, and those that are asked row by row."""
     given = merged["stopping_criteria"]
-    if given is None:
-        given = []
-    if not isinstance(given, (list, tuple)) or not all(map(callable, given)):
-        raise OptionError("stopping_criteria is not a list of callables; wrap a single one in a list")
+    given = _callables("stopping_criteria", given)
     of_batch: list[StoppingCriterion] = []
     of_rows: list[StoppingCriterion] = []
     for criterion in given:
@@ -274,6 +286,20 @@ def _stopping_criteria(
         (of_batch if option is None else of_rows).append(criterion)
     stop_strings = _stop_strings(merged["stop_strings"], merged["tokenizer"])
     return tuple(of_batch), (*of_rows, *stop_strings)
+
+
+def _callables(name: str, given: object) -> tuple[Any, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, (list, tuple)) or not all(map(callable, given)):
+        raise OptionError(f"{name} is not a list of callables; wrap a single one in a list")
+    return tuple(given)
+
+
+def _callable(name: str, given: object) -> Any:
+    if given is not None and not callable(given):
+        raise OptionError(f"{name}={shown(given)} cannot be called; pass a function")
+    return given
 
 
 def _stop_strings(given: object, tokenizer: object) -> tuple[StoppingCriterion, ...]:

@@ -17,19 +17,19 @@ from emssd_compile.numeric import flag, integer, plain, shown
 
 _HONOURED = """
     max_new_tokens max_length min_new_tokens min_length eos_token_id pad_token_id stop_strings tokenizer max_time
-    stopping_criteria streamer return_dict_in_generate"""
+    stopping_criteria streamer return_dict_in_generate num_return_sequences logits_processor prefix_allowed_tokens_fn"""
 
 # These change what is generated or returned, so they are refused wherever they are set.
 _UNSUPPORTED = {
     "the acceptance rule of this step decodes greedily; pass do_sample=False": "do_sample",
-    "one greedy sequence is decoded per prompt; for other strategies use the model itself": """
-        num_beams num_beam_groups num_return_sequences penalty_alpha dola_layers constraints force_words_ids
+    "decoding is greedy or by sampling; for other strategies use the model itself": """
+        num_beams num_beam_groups penalty_alpha dola_layers constraints force_words_ids
         custom_generate""",
     "nothing in this step does that to the logits; for that use the model itself": """
         repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
         suppress_tokens begin_suppress_tokens sequence_bias watermarking_config guidance_scale negative_prompt_ids
         negative_prompt_attention_mask forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
-        remove_invalid_values token_healing logits_processor prefix_allowed_tokens_fn""",
+        remove_invalid_values token_healing""",
     "a fused step hands out tokens, not its inner values; to get them run the model itself on the result": """
         output_scores output_logits output_attentions output_hidden_states""",
     "who drafts is chosen when compiling; use optimize(model, drafter=...)": """
@@ -65,9 +65,9 @@ _OFF: dict[str, tuple[object, ...]] = {
         ((0,), "no_repeat_ngram_size encoder_no_repeat_ngram_size penalty_alpha diversity_penalty"),
         ((0,), "epsilon_cutoff eta_cutoff"),
         ((0, 50), "top_k"),  # no filter, and transformers' default
-        ((1,), "num_beams num_beam_groups num_return_sequences length_penalty temperature top_p typical_p"),
+        ((1,), "num_beams num_beam_groups length_penalty temperature top_p typical_p"),
         ((1,), "repetition_penalty encoder_repetition_penalty guidance_scale"),
-        (([],), "bad_words_ids suppress_tokens begin_suppress_tokens logits_processor"),
+        (([],), "bad_words_ids suppress_tokens begin_suppress_tokens"),
     )
     for name in names.split()
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -277,19 +278,28 @@ class OptimizedModel(Decoder):
         looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
         return Freshness(Structure(self.model, self.drafter), graphs, looked_at)
 
-    def _select(self, used: Collection[str], hook: LogitsHook | None) -> None:
-        key = (self._served_with(used), hook is not None)
+    def _select(self, used: Collection[str], *, hooked: bool) -> None:
+        key = (self._served_with(used), hooked)
         if key not in self._forms:
             with compiling:
                 step = self._step.suited(key[0], shows_logits=key[1])
                 form = self._lower_halves(step) if key[1] else self._lower(step)
                 self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
             self._forms[key] = form
-        form = self._forms[key]
-        if form.halves is not None:
-            form.halves.hook = hook
-        if self._engine.variant is not form.variant:
-            switch(self._engine, form.variant)
+        self._halves = self._forms[key].halves
+        if self._engine.variant is not self._forms[key].variant:
+            switch(self._engine, self._forms[key].variant)
+
+    @contextlib.contextmanager
+    def _calling(self, hook: LogitsHook | None) -> Iterator[None]:
+        if self._halves is None:
+            yield
+            return
+        self._halves.hook = hook
+        try:
+            yield
+        finally:
+            self._halves.hook = None
 
     @property
     def _parts(self) -> tuple[Part, ...]:

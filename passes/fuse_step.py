@@ -149,10 +149,10 @@ class _Fusion:
 
     def step(self) -> dict[str, fx.Node]:
         """Everything in order; returns the results by name."""
-        read = self._read()
-        read, states = self._process(read)
+        read, states = self._process(self._read(), filters=False)
         shown = named(self._inline(self._logit_context, self.state, read)) if self.shows_logits else {}
         seam = {f"{SEAM}{name}": node for name, node in shown.items()}
+        read, of_filters = self._process(read, filters=True)
         verdict, rule_state = self._part(self.rule, self._inline(self._verification, self.state, read))
         state, done = self._inline(self._commit, self.state, read, verdict)
         self._move_kv(done)
@@ -162,7 +162,7 @@ class _Fusion:
         ranking, policy_state = self._part(self.policy, seen)
         state, report = self._inline(self._choose, state, done, seen, ranking)
         kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
-        return {**kept, "report": report, **seam, **states, **rule_state, **drafter_state, **policy_state}
+        return {**kept, "report": report, **seam, **states, **of_filters, **rule_state, **drafter_state, **policy_state}
 
     def _inline(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return inline_function(self.into, function, arguments, self.fake_mode)
@@ -182,12 +182,14 @@ class _Fusion:
                 node.meta["val"] = value.new_empty((length, value.shape[-1]))
         return _Read(packed, rows, {"hidden": hidden, **dict(zip(self.taps, layers, strict=True))}, logits)
 
-    def _process(self, read: _Read) -> tuple[_Read, dict[str, fx.Node]]:
-        """What is decided by: the logits after all processors; and the processors' state."""
+    def _process(self, read: _Read, *, filters: bool) -> tuple[_Read, dict[str, fx.Node]]:
+        """The logits after all processors that are filters, or all that are not; and their state."""
         states: dict[str, fx.Node] = {}
         if self.processors or self.shows_logits:
             read = replace(read, logits=self._inline(torch.Tensor.float, read.logits))  # as Hugging Face has them
         for processor in self.processors:
+            if processor.part.is_filter != filters:
+                continue
             processed, state = self._part(processor, self._inline(self._logit_context, self.state, read))
             read, states = replace(read, logits=processed.logits), states | state
         return read, states

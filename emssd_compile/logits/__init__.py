@@ -17,7 +17,7 @@ __all__ = ["PROCESSORS", "LogitContext", "LogitsProcessor", "MinNewTokens", "Pro
 
 
 def make_processors(given: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
-    """Those of the package, and those given behind them.
+    """Those of the package, and those given behind them; filters come behind all others.
 
     Raises:
         OptionError: what is given is no sequence of logits processors.
@@ -33,4 +33,4 @@ def make_processors(given: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, 
             raise ProcessorError(f"{name} has no forward of its own; define forward(context) -> Processed")
     every = (*(make() for make in PROCESSORS), *given)
     merge_options(every, ProcessorError)
-    return every
+    return tuple(sorted(every, key=lambda processor: processor.is_filter))

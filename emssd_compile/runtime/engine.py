@@ -106,6 +106,11 @@ class Engine:
         self._kept = tuple(signature.with_role("state", "setting", "option", "row", "memory"))
 
     @property
+    def requests(self) -> tuple[Request | None, ...]:
+        """What each row decodes in the step that is launched next, or being launched."""
+        return tuple(row.request if row else None for row in self._rows)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """State, the drafter's state and caches by name; to change one, assign to it through the launcher."""
         return self.launcher.tensors
@@ -212,8 +217,7 @@ class Engine:
             self._make_room(sum(row is not None for row in self._rows))
         started = time.perf_counter()
         report = self._run_step(sizes)
-        requests = tuple(row.request if row else None for row in self._rows)
-        return RunningStep(report, sizes, requests, started, drafted)
+        return RunningStep(report, sizes, self.requests, started, drafted)
 
     def _make_room(self, busy: int) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""

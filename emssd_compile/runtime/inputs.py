@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -53,6 +53,13 @@ class PromptBatch:
     def widths(self) -> list[int]:
         """Tokens of each row as given: `S` for every row of a tensor [B, S], padding included."""
         return [len(row) for row in self.given]
+
+    def repeated(self, times: int) -> PromptBatch:
+        """Each prompt so many times, side by side."""
+        rows = [row for row in self.values.split(self.lengths) for _ in range(times)]
+        offsets = [0, *accumulate(map(len, rows))]
+        given = tuple(row for row in self.given for _ in range(times))
+        return replace(self, given=given, values=torch.cat(rows), offsets=offsets)
 
     def restore(self, generated: Sequence[Sequence[int] | Tensor], pad_token_id: int | None) -> Sequences:
         """Join the prompts and the new tokens into the kind of container that the prompts came in.

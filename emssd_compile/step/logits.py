@@ -97,7 +97,13 @@ class LogitsProcessor(Part):
 
     It is compiled into a step only where a request sets one of its options to something other than its default, or
     where it declares none.
+
+    Attributes:
+        is_filter: whether it shapes a distribution that is complete, as temperature and top-p do: such processors come
+            behind all others, and behind Python of the user's own.
     """
+
+    is_filter: bool = False
 
     def forward(self, context: LogitContext) -> Processed:
         """Process the logits of all rows at once."""

@@ -63,7 +63,7 @@ def _fast(architecture: str, name: str, layout: str = "packed") -> OptimizedMode
     return target(architecture, ROWS).optimize(_drafter(architecture, name), layout=layout)
 
 
-def _sample(fast: OptimizedModel, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[list[int]]:
+def _sample(fast: OptimizedModel, prompts: Any = PROMPTS, **options: Any) -> Any:
     chosen = {"do_sample": True, "seed": SEEDS, "eos_token_id": [], **options}
     return fast.generate(prompts, max_new_tokens=NEW, **chosen)
 
@@ -145,3 +145,24 @@ def test_a_rule_that_only_decodes_greedily_says_so():
     fast = emssd_compile.optimize(Small(), max_batch=2, max_length=64, backend="eager", acceptance="greedy")
     with pytest.raises(NotImplementedError, match="do_sample=True is not supported: the acceptance rule of this step"):
         fast.generate([[1]], max_new_tokens=3, do_sample=True)
+
+
+def test_several_sequences_of_a_prompt_are_rows_with_seeds_of_their_own():
+    fast = _fast("gpt2", "draft-model")
+    found = _sample(fast, PROMPTS[:2], seed=[3, 4], num_return_sequences=3, top_k=0)
+    assert [text[: len(ids)] for text, ids in zip(found[::3], PROMPTS, strict=False)] == PROMPTS[:2]
+    assert found[::3] == _sample(fast, PROMPTS[:2], seed=[3, 4], top_k=0)
+    assert all(len(set(map(tuple, texts))) == 3 for texts in (found[:3], found[3:]))
+    padded = torch.tensor([[*PROMPTS[2], 0], [0, *PROMPTS[2]]])
+    mask = torch.tensor([[1] * 5 + [0], [0] + [1] * 5])
+    both = _sample(fast, padded, attention_mask=mask, seed=[3, 3], num_return_sequences=2, top_k=0)
+    assert both.shape == (4, 6 + NEW)
+    assert both[:2, 6:].equal(both[2:, 6:])
+
+
+def test_several_sequences_that_would_be_the_same_are_refused():
+    fast = _fast("gpt2", "draft-model")
+    with pytest.raises(OptionError, match="num_return_sequences=2, but prompt 1 does not sample"):
+        _sample(fast, PROMPTS[:2], seed=0, do_sample=[True, False], num_return_sequences=2)
+    with pytest.raises(OptionError, match="num_return_sequences=0 is out of range"):
+        _sample(fast, PROMPTS[:2], seed=0, num_return_sequences=0)

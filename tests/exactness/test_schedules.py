@@ -41,7 +41,7 @@ def _fast(rows: int, drafter: str) -> tuple[OptimizedModel, Reference]:
 def _engine(rows: int, drafter: str, chunk: int) -> Engine:
     """Kept for all examples: what a call leaves behind must not touch those after it."""
     fast = rechunked(_fast(rows, drafter)[0], chunk)
-    fast._select({"min_new_tokens"}, None)
+    fast._select({"min_new_tokens"}, hooked=False)
     return fast._engine
 
 
