@@ -128,7 +128,9 @@ class Decoder(ABC):
                 f"warmup: {unknown[0]} asks for no form of the step of its own; those that do: "
                 f"{', '.join(self.row_options) or 'none'}"
             )
-        used = {n for n, value in options.items() if self.row_options[n].check(n, value) != self.row_options[n].default}
+        known = {name: self.row_options[name] for name in options}
+        read = {name: option.read(name, options[name], self._vocabulary) for name, option in known.items()}
+        used = {name for name, value in read.items() if not known[name].is_default(value)}
         with self._turns.take("warmup"), neutral(self._default_dtype):
             self._follow()
             self._select(used, hooked=False)
@@ -251,12 +253,12 @@ class Decoder(ABC):
                 same way, whatever it is batched with and whatever drafts. Default: from torch's generator, so that
                 `torch.manual_seed` makes a program repeatable.
             progress: show a progress bar.
-            **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; and Hugging
-                Face's names: `max_new_tokens`, `max_length`, `min_new_tokens`, `eos_token_id`,
-                `pad_token_id`, `stopping_criteria`, `streamer`, `return_dict_in_generate`, ... Stopping criteria are
-                called as transformers calls them: with all rows, `[B, n]`, once for each token that they get. Rows of
-                different lengths are padded on the left. With more prompts than `max_batch`, rows run to their end
-                before the criteria have seen all of them.
+            **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; lists and
+                dicts of tokens, for all prompts; and Hugging Face's names: `max_new_tokens`, `max_length`,
+                `min_new_tokens`, `eos_token_id`, `pad_token_id`, `stopping_criteria`, `streamer`,
+                `return_dict_in_generate`, ... Stopping criteria are called as transformers calls them: with all rows,
+                `[B, n]`, once for each token that they get. Rows of different lengths are padded on the left. With more
+                prompts than `max_batch`, rows run to their end before the criteria have seen all of them.
 
         Autocast, inference mode and default dtypes around the call change nothing: dtypes are those that the model was
         compiled with.
@@ -321,7 +323,7 @@ class Decoder(ABC):
                     "min_new_tokens, or min_length: this artifact does not honour it; name it in row_options when you "
                     "export"
                 )
-        own = own_options(known, given, len(prompts) // times, asked=options)
+        own = own_options(known, given, len(prompts) // times, vocabulary, asked=options)
         draws = [bool(row.get("do_sample")) for row in own]
         if times > 1 and not all(draws):
             raise OptionError(

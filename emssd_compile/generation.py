@@ -85,40 +85,61 @@ class GenerateOptions:
     of_parts: Mapping[str, object] = field(default_factory=dict)
 
 
-def saved_options(config: object) -> dict[str, Any]:
-    """The options that a stored `generation_config` sets, as what JSON knows; the rest of it is not asked for here."""
-    values = {name: getattr(config, name, None) for name in keywords.KNOWN}
-    plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
-    return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str, list))}
+def saved_options(config: object, of_parts: Collection[str] = ()) -> dict[str, Any]:
+    """The options that a stored `generation_config` sets, as what JSON knows; the rest of it is not asked for here.
+
+    Args:
+        config: any object with attributes of their names.
+        of_parts: names of options of parts.
+    """
+    values = {name: _as_json(getattr(config, name, None)) for name in (*keywords.KNOWN, *of_parts)}
+    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str, list))}
+
+
+def _as_json(value: object) -> object:
+    """Tuples, tensors and dicts as lists, the latter of pairs: options that take one take the other, too."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        value = [*value.items()]
+    return [_as_json(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def own_options(
-    known: Mapping[str, RowOption], given: Mapping[str, object], rows: int, asked: Collection[str] = ()
-) -> list[dict[str, float]]:
+    known: Mapping[str, RowOption],
+    given: Mapping[str, object],
+    rows: int,
+    vocabulary: int,
+    asked: Collection[str] = (),
+) -> list[dict[str, float | Tensor]]:
     """What each row sets for the parts of the step, without what is as it would be anyway.
 
     Args:
         known: the options of the parts.
-        given: for some of them a value, or a list with one for each row.
+        given: for some of them a value, or a list with one for each row; for a table, its value for all rows.
         rows: how many there are.
+        vocabulary: V.
         asked: those that were passed by name, and are to have an effect.
 
     Raises:
         OptionError: a value is out of range, a list has not one for each row, or what was asked for has no effect.
     """
-    of_rows: list[dict[str, float]] = [{} for _ in range(rows)]
+    of_rows: list[dict[str, float | Tensor]] = [{} for _ in range(rows)]
     for name, value in given.items():
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * rows
-        if len(values) != rows:
+        option = known[name]
+        of_each = isinstance(value, (list, tuple)) and not option.is_table
+        values = list(value) if of_each else [value]  # type: ignore[call-overload]  # a list, as was just asked
+        if of_each and len(values) != rows:
             raise OptionError(f"{name} has {len(values)} values for {rows} prompts; pass one for each, or one for all")
-        for row, one in zip(of_rows, values, strict=True):
-            if one is not None and (checked := known[name].check(name, one)) != known[name].default:
-                row[name] = checked
+        read = [None if one is None else option.read(name, one, vocabulary) for one in values]
+        for row, one in zip(of_rows, read if of_each else read * rows, strict=True):
+            if one is not None and not option.is_default(one):
+                row[name] = one
     _imply(known, of_rows, asked)
     return of_rows
 
 
-def _imply(known: Mapping[str, RowOption], of_rows: list[dict[str, float]], asked: Collection[str]) -> None:
+def _imply(known: Mapping[str, RowOption], of_rows: list[dict[str, float | Tensor]], asked: Collection[str]) -> None:
     """Take out what has no effect without an option that is off, and put in what one that is on implies."""
     for name, option in known.items():
         if not option.needs:
@@ -134,20 +155,23 @@ def _imply(known: Mapping[str, RowOption], of_rows: list[dict[str, float]], aske
                 row.setdefault(name, option.implied)
 
 
-def honoured_options(known: Mapping[str, RowOption], wanted: Collection[str] | None, stored: object) -> set[str]:
+def honoured_options(
+    known: Mapping[str, RowOption], wanted: Collection[str] | None, stored: object, vocabulary: int
+) -> set[str]:
     """The options of parts that an artifact is to honour.
 
     Args:
         known: all that there are.
         wanted: those that requests may set; None for `min_new_tokens` and what `stored` sets.
         stored: the model's own config, if it has one.
+        vocabulary: V.
 
     Raises:
-        OptionError: there is no option of that name.
+        OptionError: there is no option of that name, or what `stored` sets makes no sense.
     """
     if wanted is None:
         configured = {name: value for name in known if (value := getattr(stored, name, None)) is not None}
-        wanted = {"min_new_tokens", *own_options(known, configured, 1)[0]} & known.keys()
+        wanted = {"min_new_tokens", *own_options(known, configured, 1, vocabulary)[0]} & known.keys()
     if isinstance(wanted, str) or not isinstance(wanted, Collection):
         raise OptionError(f"row_options={shown(wanted)} is no list of names; pass row_options=[...]")
     for name in wanted:

@@ -26,10 +26,11 @@ _UNSUPPORTED = {
         num_beams num_beam_groups penalty_alpha dola_layers constraints force_words_ids
         custom_generate""",
     "nothing in this step does that to the logits; for that use the model itself": """
-        repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-        suppress_tokens begin_suppress_tokens sequence_bias watermarking_config guidance_scale negative_prompt_ids
-        negative_prompt_attention_mask forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
-        remove_invalid_values token_healing""",
+        encoder_repetition_penalty encoder_no_repeat_ngram_size watermarking_config guidance_scale negative_prompt_ids
+        negative_prompt_attention_mask token_healing""",
+    "the artifact was exported without what does that to the logits; export it with row_options=[...]": """
+        repetition_penalty no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias
+        forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty remove_invalid_values""",
     "a fused step hands out tokens, not its inner values; to get them run the model itself on the result": """
         output_scores output_logits output_attentions output_hidden_states""",
     "who drafts is chosen when compiling; use optimize(model, drafter=...)": """

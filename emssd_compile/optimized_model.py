@@ -467,7 +467,7 @@ class OptimizedModel(Decoder):
     ) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
 
-        honoured = honoured_options(self.row_options, row_options, self.generation_config)
+        honoured = honoured_options(self.row_options, row_options, self.generation_config, self._vocabulary)
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
             step = self._step.suited(self._served_with(honoured))

@@ -13,6 +13,7 @@ import torch
 from emssd_compile.errors import OptionError
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.readers import can_read
 from emssd_compile.step.signature import ROLES, SIZE_NAMES, Binding, Signature, role_of_state
 from emssd_compile.step.state import StepState
 
@@ -28,14 +29,15 @@ def entry(binding: Binding) -> dict[str, Any]:
     found: dict[str, Any] = {"name": binding.name, "shape": list(binding.shape), "dtype": dtype, "role": binding.role}
     option = binding.option
     if option is not None:
-        found["option"] = {f.name: getattr(option, f.name) for f in fields(option) if f.name != "dtype"}
+        content = {f.name: getattr(option, f.name) for f in fields(option) if f.name != "dtype"}
+        found["option"] = {**content, "shape": list(option.shape)}
     return found
 
 
 def from_entry(content: dict[str, Any]) -> Binding:
     """Back from `entry`, which `is_entry`."""
     dtype, option = getattr(torch, content["dtype"]), content.get("option")
-    found = RowOption(dtype=dtype, **option) if option is not None else None
+    found = None if option is None else RowOption(dtype=dtype, **{**option, "shape": tuple(option["shape"])})
     return Binding(content["name"], tuple(content["shape"]), dtype, content["role"], found)
 
 
@@ -49,21 +51,23 @@ def is_entry(content: dict[str, Any]) -> bool:
         and isinstance(content["shape"], list)
         and all(isinstance(size, str) or (type(size) is int and 0 <= size < _MOST) for size in content["shape"])
         and (content["role"] == "option") == ("option" in content)
-        and ("option" not in content or _is_option(content["option"], getattr(torch, content["dtype"])))
+        and ("option" not in content or _is_option(content["option"], content["shape"], content["dtype"]))
     )
 
 
-def _is_option(content: object, dtype: torch.dtype) -> bool:
-    """Whether this is what a request may set."""
+def _is_option(content: object, shape: list[int | str], dtype: str) -> bool:
+    """Whether this is what a request may set, kept in a tensor of this shape and dtype."""
     if not isinstance(content, dict) or content.keys() != {f.name for f in fields(RowOption)} - {"dtype"}:
         return False
-    numbers = {name: value for name, value in content.items() if name != "needs"}
+    numbers = {name: value for name, value in content.items() if name not in ("needs", "reader", "shape")}
     if not all(value is None or type(value) in (bool, int, float) for value in numbers.values()):
         return False
-    if not isinstance(content["needs"], str):
+    if not isinstance(content["needs"], str) or content["shape"] != shape[1:]:
+        return False
+    if not can_read(content["reader"], tuple(content["shape"])):
         return False
     try:
-        RowOption(dtype=dtype, **content).check("default", content["default"])
+        RowOption(dtype=getattr(torch, dtype), **numbers).check("default", content["default"])
     except (OptionError, KeyError, TypeError):
         return False
     return True

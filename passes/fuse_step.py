@@ -204,6 +204,7 @@ class _Fusion:
             history=state.history,
             known=state.known,
             prompt_lengths=state.prompt_lengths,
+            limits=state.limits,
             draft=replace(state.draft, lengths=read.packed.drafted),
             is_eos=state.is_eos,
         )

@@ -102,7 +102,7 @@ class TracedPart:
             known = next((n for n in inputs(graph) if n.meta.get("option_name") == name), None)
             if known is None:
                 with fake_mode:
-                    value = torch.zeros(self.sizes.rows, dtype=option.dtype, device=device)
+                    value = torch.zeros((self.sizes.rows, *option.shape), dtype=option.dtype, device=device)
                 known = add_input(graph, f"option_{name}", value, "option")
                 known.meta |= {"option_name": name, "option": option}
             elif known.meta["option"] != option:

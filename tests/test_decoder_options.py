@@ -249,7 +249,7 @@ def test_an_artifact_has_no_place_for_a_hook(fast, expected, tmp_path):
     pytest.importorskip("onnxruntime")
     fast.export_onnx(tmp_path / "step", check=False)
     loaded = emssd_compile.load(tmp_path / "step")
-    with pytest.raises(NotImplementedError, match="logits_hook, .*: an artifact's step is one graph"):
+    with pytest.raises(NotImplementedError, match=r"logits_hook, .*: an artifact's step is one graph"):
         loaded.generate(PROMPTS, max_new_tokens=NEW, logits_hook=lambda c: c.logits)
     assert loaded.row_options == fast.row_options
     assert loaded.manifest.processors == ["MinNewTokens", "_Part"]

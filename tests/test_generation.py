@@ -355,7 +355,10 @@ def test_every_default_of_transformers_passes():
     [
         ({"do_sample": True}, "pass do_sample=False"),
         ({"num_beams": 4}, "use the model itself"),
-        ({"repetition_penalty": 1.1}, "logits"),
+        ({"encoder_repetition_penalty": 1.1}, "nothing in this step does that to the logits"),
+        ({"guidance_scale": 1.5}, "use the model itself"),
+        ({"watermarking_config": {}}, "logits"),
+        ({"repetition_penalty": 1.1}, r"the artifact was exported without .*; export it with row_options="),
         ({"output_scores": True}, "inner values"),
         ({"prompt_lookup_num_tokens": 3}, r"optimize\(model, drafter="),
         ({"forced_eos_token_id": 0}, "logits"),

@@ -6,14 +6,61 @@ To add one: one file with a `LogitsProcessor`, one line in `PROCESSORS`, in the 
 from collections.abc import Callable, Sequence
 
 from emssd_compile.errors import OptionError, ProcessorError
+from emssd_compile.logits.bad_words import BadWords
+from emssd_compile.logits.begin_suppress_tokens import BeginSuppressTokens
+from emssd_compile.logits.exponential_decay_length_penalty import ExponentialDecayLengthPenalty
+from emssd_compile.logits.forced_bos_token import ForcedBOSToken
+from emssd_compile.logits.forced_eos_token import ForcedEOSToken
+from emssd_compile.logits.logit_bias import LogitBias
 from emssd_compile.logits.min_new_tokens import MinNewTokens
+from emssd_compile.logits.no_repeat_ngram import NoRepeatNGram
+from emssd_compile.logits.presence_frequency_penalty import PresenceFrequencyPenalty
+from emssd_compile.logits.remove_invalid_values import RemoveInvalidValues
+from emssd_compile.logits.repetition_penalty import RepetitionPenalty
+from emssd_compile.logits.sequence_bias import SequenceBias
+from emssd_compile.logits.suppress_tokens import SuppressTokens
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import merge_options
 
-PROCESSORS: tuple[Callable[[], LogitsProcessor], ...] = (MinNewTokens,)
+PROCESSORS: tuple[Callable[[], LogitsProcessor], ...] = (
+    SequenceBias,
+    LogitBias,
+    RepetitionPenalty,
+    PresenceFrequencyPenalty,
+    NoRepeatNGram,
+    BadWords,
+    MinNewTokens,
+    ForcedBOSToken,
+    ForcedEOSToken,
+    RemoveInvalidValues,
+    ExponentialDecayLengthPenalty,
+    SuppressTokens,
+    BeginSuppressTokens,
+)
+"""In the order in which transformers applies them; what it has not stands beside its like."""
 
-__all__ = ["PROCESSORS", "LogitContext", "LogitsProcessor", "MinNewTokens", "Processed", "RowOption", "make_processors"]
+__all__ = [
+    "PROCESSORS",
+    "BadWords",
+    "BeginSuppressTokens",
+    "ExponentialDecayLengthPenalty",
+    "ForcedBOSToken",
+    "ForcedEOSToken",
+    "LogitBias",
+    "LogitContext",
+    "LogitsProcessor",
+    "MinNewTokens",
+    "NoRepeatNGram",
+    "PresenceFrequencyPenalty",
+    "Processed",
+    "RemoveInvalidValues",
+    "RepetitionPenalty",
+    "RowOption",
+    "SequenceBias",
+    "SuppressTokens",
+    "make_processors",
+]
 
 
 def make_processors(given: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:

@@ -198,7 +198,7 @@ class Engine:
         for name, binding in self._options.items():
             assert binding.option is not None
             of_each = [r.options.get(name.removeprefix("option_"), binding.option.default) for r in started]
-            values[name] = torch.tensor(of_each, dtype=binding.dtype)
+            values[name] = binding.option.lines(of_each)
         rows = self.launcher.upload(torch.tensor(free))
         for name, value in values.items():
             self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))

@@ -19,7 +19,7 @@ class Request:
         index: the caller's number for it.
         prompt: int64 `[S]`, on the CPU.
         max_new_tokens: it ends after so many.
-        options: what it sets for the parts of the step, by name.
+        options: what it sets for the parts of the step, by name: a number, or a line of a table (`RowOption.read`).
         group: requests of one prompt have the same number; None: it is the only one of its prompt.
         seed: of its random numbers, for acceptance rules that draw.
         num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
@@ -30,7 +30,7 @@ class Request:
     index: int
     prompt: Tensor
     max_new_tokens: int
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, float | Tensor] = field(default_factory=dict)
     group: int | None = None
     seed: int = 0
     num_read: int = 0

@@ -26,9 +26,10 @@ class LogitContext:
         history: int64 `[B, C]`, prompt and generated tokens; only the first `known[b]` mean something.
         known: int64 `[B]`.
         prompt_lengths: int64 `[B]`, how many of these tokens are the prompt.
+        limits: int64 `[B]`, a row ends when it knows so many tokens.
         draft: the drafts that are verified.
         is_eos: bool `[V]`, which token ids end a row.
-        options: the options that the processor declares, `[B]` each, by name.
+        options: the options that the processor declares, `[B]` each, or `[B, *shape]`, by name.
         state: the processor's own tensors, as declared by `LogitsProcessor.tensors`.
     """
 
@@ -39,6 +40,7 @@ class LogitContext:
     history: Tensor
     known: Tensor
     prompt_lengths: Tensor
+    limits: Tensor
     draft: Nodes
     is_eos: Tensor
     options: dict[str, Tensor] = field(default_factory=dict)
@@ -49,33 +51,46 @@ class LogitContext:
         """One with the fields that there are in a step of these sizes, and nothing in them."""
         none = torch.empty(0, device="meta")
         draft = Nodes(none, none, none, None if sizes.max_depth is None else none, sizes.depth)
-        return cls(none, none, none, none, none, none, none, draft, none)
+        return cls(none, none, none, none, none, none, none, none, draft, none)
+
+    def option(self, name: str) -> Tensor:
+        """`[R]`, or `[R, *shape]`: what the row of each logit sets."""
+        return self.options[name][self.row_ids]
 
     def newest(self, count: int) -> Tensor:
         """int64 `[R, count]`: the last tokens of the text that each logit goes on from, oldest first.
 
         The drafts on the way to its node are among them. -1 where the text begins later.
         """
-        back = torch.arange(count - 1, -1, -1, device=self.positions.device)  # [count]
-        place = self.positions[:, None] - 1 - back  # [R, count]
+        back = torch.arange(count, 0, -1, device=self.positions.device)  # [count]
+        return self._tokens_at(self.positions[:, None] - back)
+
+    def texts(self) -> Tensor:
+        """int64 `[R, C + D]`: the text that each logit goes on from, drafts on the way to its node included, and -1."""
+        most = self.history.shape[1] + self.draft.max_depth
+        place = torch.arange(most, device=self.positions.device)
+        return self._tokens_at(place.expand(self.positions.shape[0], most))
+
+    def _tokens_at(self, place: Tensor) -> Tensor:
+        """The tokens at these positions of each logit's text, `[R, n]`; -1 where there is none."""
         rows = self.row_ids[:, None]
         tokens = self.history[rows, place.clamp(0, self.history.shape[1] - 1)]
         if self.draft.tokens.shape[1] > 0:
-            depth = place - self.known[rows]  # [R, count], of the draft at that place; negative in the known text
-            draft = self._on_path(depth)
-            tokens = torch.where(depth < 0, tokens, self.draft.tokens[rows, draft])
-        return torch.where(place < 0, -1, tokens)
+            depth = place - self.known[rows]  # [R, n], 0 for what follows the root; negative in the known text
+            drafts = self._path().gather(1, depth.clamp(0, self.draft.max_depth - 1))
+            tokens = torch.where(depth < 0, tokens, drafts)
+        return torch.where((place >= 0) & (place < self.positions[:, None]), tokens, -1)
 
-    def _on_path(self, depth: Tensor) -> Tensor:
-        """Which draft lies at a depth (0 for those that follow the root) on the way to each node, `[R, count]`."""
-        most = self.draft.tokens.shape[1] - 1
+    def _path(self) -> Tensor:
+        """`[R, D]`: the draft at each depth on the way to each node, rubbish beyond the node."""
         if self.draft.parents is None:
-            return depth.clamp(0, most)
+            return self.draft.tokens[self.row_ids]
         lineage = Lineage.of(self.draft.parents, self.draft.max_depth)
         above = lineage.descends[self.row_ids, self.nodes][:, None, 1:]  # [R, 1, K]
         depths = lineage.depths[self.row_ids][:, None, 1:]  # [R, 1, K]
-        is_there = above & (depths == depth[:, :, None] + 1)  # [R, count, K]
-        return is_there.to(torch.int64).argmax(2)
+        depth = torch.arange(1, self.draft.max_depth + 1, device=depths.device)
+        is_there = above & (depths == depth[:, None])  # [R, D, K]
+        return self.draft.tokens[self.row_ids[:, None], is_there.to(torch.int64).argmax(2)]
 
 
 @holds_tensors

@@ -11,6 +11,7 @@ from torch import nn
 
 from emssd_compile.errors import OptionError, PartError
 from emssd_compile.step.options import OPTION_DTYPES, RowOption
+from emssd_compile.step.readers import READERS, can_read
 from emssd_compile.step.tensor_spec import TensorSpec
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ class Part(nn.Module):
         return {}
 
     def options(self) -> dict[str, RowOption]:
-        """Values that each request may set, by name; `context.options` holds them, `[B]` each."""
+        """Values that each request may set, by name; `context.options` holds them, `[B]` each, or `[B, *shape]`."""
         return {}
 
     def suited(self, used: Collection[str]) -> Self:
@@ -131,6 +132,9 @@ def check_options(part: Part, declared: object, error: type[PartError]) -> dict[
             raise error(f"{name}.options declares {option!r}: a {type(what).__name__} is no RowOption")
         if what.dtype not in OPTION_DTYPES:
             raise error(f"{name}.options declares {option!r} of {what.dtype}; options are of {OPTION_DTYPES}")
+        reason = _fault_of_option(what)
+        if reason:
+            raise error(f"{name}.options declares {option!r}: {reason}")
         try:
             what.check("default", what.default)
         except OptionError as fault:
@@ -154,6 +158,16 @@ def clash(part: Part, name: str, option: RowOption, other: RowOption) -> str:
         f"{type(part).__name__} declares the option {name!r} as {option}, another part as {other}; parts share options "
         "of one name, so give it another"
     )
+
+
+def _fault_of_option(option: RowOption) -> str:
+    """What is wrong with the shape of an option, or with who reads it; empty if nothing is."""
+    if not isinstance(option.shape, tuple) or not all(type(size) is int and size > 0 for size in option.shape):
+        return f"shape {option.shape!r} is no tuple of integers of at least 1"
+    if not can_read(option.reader, option.shape):
+        known = {name: reader.dims for name, reader in READERS.items()}
+        return f"reader={option.reader!r} reads no shape of {len(option.shape)} sizes; readers and their sizes: {known}"
+    return ""
 
 
 def _fault(tensor: object, spec: object, sizes: PartSizes) -> str:

@@ -49,6 +49,7 @@ def context(rows: list[Line], most: int, *, trees: bool, tail: int = 0) -> Logit
         history=_filled([row.text for row in rows], CAPACITY),
         known=torch.tensor([len(row.text) for row in rows]),
         prompt_lengths=torch.ones(len(rows), dtype=torch.int64),
+        limits=torch.full((len(rows),), CAPACITY),
         draft=draft,
         is_eos=torch.zeros(5, dtype=torch.bool),
     )

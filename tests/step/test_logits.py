@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,9 +35,25 @@ def test_the_newest_tokens_are_those_of_the_text_and_of_the_drafts_on_the_way(da
     assert newest[: len(expected)] == expected
 
 
+@settings(max_examples=150)
+@given(data=st.data(), trees=st.booleans(), tail=st.integers(0, 2))
+def test_texts_are_whole_and_drafts_beside_the_way_are_none_of_them(data, trees, tail):
+    rows = data.draw(_rows(trees), label="rows")
+    texts = context(rows, 5, trees=trees, tail=tail).texts().tolist()
+    expected = [[*row.text, *row.path(node)] for row in rows for node in range(len(row.drafts) + 1)]
+    assert texts[: len(expected)] == [[*text, *[-1] * (CAPACITY + 5 - len(text))] for text in expected]
+
+
 def test_without_drafts_the_text_is_all_there_is():
-    newest = context([Line([3, 1, 4], [], []), Line([5], [], [])], 0, trees=False).newest(2)
-    assert newest.tolist() == [[1, 4], [-1, 5]]
+    seen = context([Line([3, 1, 4], [], []), Line([5], [], [])], 0, trees=False)
+    assert seen.newest(2).tolist() == [[1, 4], [-1, 5]]
+    assert seen.texts()[:, :4].tolist() == [[3, 1, 4, -1], [5, -1, -1, -1]]
+
+
+def test_an_option_is_that_of_the_row_of_each_logit():
+    seen = context([Line([3], [7], [0]), Line([5], [], [])], 1, trees=False)
+    seen.options["x"] = torch.tensor([[1, 2], [3, 4]])
+    assert seen.option("x").tolist() == [[1, 2], [1, 2], [3, 4]]
 
 
 class _Always(LogitsProcessor):

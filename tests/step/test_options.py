@@ -72,6 +72,16 @@ DECLARED: dict[str, tuple[Any, str]] = {
     "a dtype": ({"x": RowOption(0, torch.int32)}, r"declares 'x' of torch\.int32; options are of \(torch\.int64,"),
     "a default out of range": ({"x": RowOption(0, least=1)}, "declares 'x' as RowOption.*default=0 is out of range"),
     "a default of another type": ({"x": RowOption(0.5)}, r"declares 'x' as RowOption.*default=0\.5 is not an integer"),
+    "no shape": ({"x": RowOption(0, shape=(0,))}, r"declares 'x': shape \(0,\) is no tuple of integers of at least 1"),
+    "a table without a reader": ({"x": RowOption(0, shape=(2,))}, "declares 'x': reader='' reads no shape of 1 sizes"),
+    "no reader": (
+        {"x": RowOption(0, reader="me")},
+        "declares 'x': reader='me' reads no shape of 0 sizes; .*'token_id'",
+    ),
+    "a reader of others": (
+        {"x": RowOption(0, shape=(2,), reader="token_sequences")},
+        "declares 'x': reader='token_sequences' reads no shape of 1 sizes",
+    ),
     "nothing in range": ({"x": RowOption(3, least=3, most=2)}, "declares .* default=3 is out of range; pass at most 2"),
 }
 
