@@ -202,7 +202,7 @@ def _manifest(
         chunk=what.chunk,
         deterministic=what.options.deterministic,
         buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],
-        generation_config=saved_options(what.generation_config),
+        generation_config=saved_options(what.generation_config, sorted(what.step.used)),
         explanation=explanation.to_dict(),
         details=details,
     )

@@ -245,5 +245,6 @@ def test_an_export_is_checked_unless_that_is_declined(models, tmp_path, monkeypa
     seen: list[dict[str, object]] = []
     monkeypatch.setattr(emssd_compile.OptimizedModel, "export_aot", lambda *given, **named: seen.append(named))
     command = ["export", "--model", str(models / "target"), "--to", "aot", "--out", str(tmp_path / "artifact")]
-    assert main([*command, "--drafter", "none", "--max-length", "32", *flags]) == 0
-    assert seen == [{"progress": True, "verify_only": False, "check": check}]
+    names = ["repetition_penalty", "logit_bias"]
+    assert main([*command, "--drafter", "none", "--max-length", "32", *flags, "--row-options", *names]) == 0
+    assert seen == [{"progress": True, "verify_only": False, "check": check, "row_options": names}]

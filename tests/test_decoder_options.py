@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,24 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a short list": ({"bias": [0, 1]}, "bias has 2 values for 3 prompts; pass one for each, or one for all"),
     "a long tuple": ({"bias": (0, 1, 2, 3)}, "bias has 4 values for 3 prompts"),
     "no function": ({"logits_hook": 3}, "logits_hook=3 cannot be called"),
+    "a penalty of nothing": ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0 is out of range"),
+    "a penalty beyond its range": ({"presence_penalty": 2.5}, r"presence_penalty=2\.5 is out of range; pass at most 2"),
+    "n-grams that are too long": ({"no_repeat_ngram_size": 17}, "no_repeat_ngram_size=17 is out of range; .* most 16"),
+    "a token that is none": ({"suppress_tokens": [1, 32]}, "suppress_tokens: 32 is no id .* from 0 to 31"),
+    "a word of nothing": ({"bad_words_ids": [[1], []]}, r"bad_words_ids: \[\] is no sequence of token ids"),
+    "a long word": ({"bad_words_ids": [[1] * 17]}, "bad_words_ids: a sequence has 17 ids; pass at most 16"),
+    "many words": (
+        {"bad_words_ids": [[a, b] for a in range(32) for b in range(17)]},
+        "bad_words_ids has 544 sequences; a row has room for 512",
+    ),
+    "no bias": ({"sequence_bias": {(1, 2): None}}, "sequence_bias=None is not a number"),
+    "a bias of no token": ({"logit_bias": {-1: 1.0}}, "logit_bias: -1 is no id"),
+    "forced tokens for two prompts": (
+        {"forced_bos_token_id": [1, 2]},
+        "forced_bos_token_id has 2 values for 3 prompts",
+    ),
+    "no pair": ({"exponential_decay_length_penalty": 1.5}, r"exponential_decay_length_penalty=1\.5 is no pair"),
+    "no flag": ({"remove_invalid_values": 1}, "remove_invalid_values=1 is not True or False"),
 }
 
 
@@ -247,11 +266,11 @@ def test_a_hook_does_not_call_generate_again(fast, expected):
 
 def test_an_artifact_has_no_place_for_a_hook(fast, expected, tmp_path):
     pytest.importorskip("onnxruntime")
-    fast.export_onnx(tmp_path / "step", check=False)
+    fast.export_onnx(tmp_path / "step", check=False, row_options=["min_new_tokens", "bias"])
     loaded = emssd_compile.load(tmp_path / "step")
     with pytest.raises(NotImplementedError, match=r"logits_hook, .*: an artifact's step is one graph"):
         loaded.generate(PROMPTS, max_new_tokens=NEW, logits_hook=lambda c: c.logits)
-    assert loaded.row_options == fast.row_options
+    assert loaded.row_options == {name: fast.row_options[name] for name in ("min_new_tokens", "bias")}
     assert loaded.manifest.processors == ["MinNewTokens", "_Part"]
     assert loaded.generate(PROMPTS, max_new_tokens=NEW, bias=[0, 1, 2]) == expected
     with pytest.raises(OptionError, match="bias=-1 is out of range"):
@@ -300,3 +319,48 @@ class _Tree(_Parents):
 def test_paths_are_of_trees_only(drafter, message):
     with pytest.raises(RuleError, match=message):
         _optimize(drafter=drafter, rule=_Path())
+
+
+OFF: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "sequence_bias": [],
+    "bad_words_ids": [],
+    "logit_bias": {},
+    "suppress_tokens": (),
+    "begin_suppress_tokens": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "remove_invalid_values": False,
+}
+
+
+def test_what_asks_for_nothing_compiles_nothing(fast, expected):
+    forms = set(fast._forms)
+    assert fast.generate(PROMPTS, max_new_tokens=NEW, **OFF) == expected
+    for name, value in OFF.items():
+        fast.generate(PROMPTS[:1], max_new_tokens=1, **{name: value})
+    assert set(fast._forms) == forms
+
+
+def test_a_warmup_takes_lists_too():
+    fast = _optimize()
+    with pytest.raises(OptionError, match="suppress_tokens: 32 is no id"):
+        fast.warmup(suppress_tokens=[32])
+    fast.warmup(suppress_tokens=[3])
+    forms = set(fast._forms)
+    assert len(forms) == 2
+    fast.generate(PROMPTS, max_new_tokens=NEW, suppress_tokens=[4, 5])
+    assert set(fast._forms) == forms
+
+
+def test_a_list_in_a_config_is_one_value_for_all_prompts(fast, expected):
+    tokens = [row[len(ids)] for row, ids in zip(expected, PROMPTS, strict=True)]  # as many as there are prompts
+    config = SimpleNamespace(suppress_tokens=tokens, max_new_tokens=NEW)
+    found = fast.generate(PROMPTS, config)
+    assert found == fast.generate(PROMPTS, max_new_tokens=NEW, suppress_tokens=tokens)
+    assert not {token for row, ids in zip(found, PROMPTS, strict=True) for token in row[len(ids) :]} & {*tokens}
+    assert fast.generate(PROMPTS, config, suppress_tokens=None) == expected

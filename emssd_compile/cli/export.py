@@ -25,6 +25,8 @@ examples:
       an engine for a GPU that need not be here
   {PROGRAM} export --model llama/ --to tensorrt --runtime tensorrt-rtx --attention decomposed --out llama.trt/
       in float32, which TensorRT has no kernel of attention for
+  {PROGRAM} export --model llama/ --to aot --row-options repetition_penalty bad_words_ids --out llama.aot/
+      with what each request may set for the logits
   {PROGRAM} export --model llama/ --to onnx --verify-only --out llama.verify/
       the model on packed rows alone, for a loop of your own
 

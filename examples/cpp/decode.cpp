@@ -18,7 +18,7 @@ int main(int argc, char** argv) {
   if (!dlopen((folder + "/libemssd_ops.so").c_str(), RTLD_NOW)) return std::cerr << dlerror() << "\n", 1;
   torch::inductor::AOTIModelPackageLoader step(folder + "/step.pt2");
 
-  // All state is in tensors: zeros at first, caches included, and what a step returns replaces what it was given.
+  // All state is in tensors: zeros at first, caches included, but for options; what a step returns replaces its input.
   const std::map<std::string, at::ScalarType> dtypes = {{"int64", at::kLong}, {"bool", at::kBool},
       {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"float16", at::kHalf}};
   std::map<std::string, at::Tensor> tensors;
@@ -26,11 +26,12 @@ int main(int argc, char** argv) {
   std::ifstream bindings(folder + "/bindings.txt");
   for (std::string line, kind, name, dtype, size; std::getline(bindings, line);) {
     std::istringstream words(line);
-    words >> kind >> name >> dtype;
+    double first;
+    words >> kind >> name >> dtype >> first;
     (kind == "input" ? inputs : outputs).push_back(name);
     std::vector<int64_t> shape;
     while (words >> size) shape.push_back(size == "*" ? 0 : std::stoll(size));
-    if (kind == "input") tensors[name] = at::zeros(shape, dtypes.at(dtype));
+    if (kind == "input") tensors[name] = at::full(shape, first, dtypes.at(dtype));
   }
   const int64_t most = tensors["draft_tokens"].size(1), length = prompt.size();
   tensors["history"][0].narrow(0, 0, length).copy_(at::tensor(prompt));

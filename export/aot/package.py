@@ -19,11 +19,10 @@ from emssd_compile.lowering.unbacked import OPTIONS, unbacked
 from emssd_compile.ops import load_cpu_kernels, load_kernels, source_hash
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
 from emssd_compile.passes.fuse_projections import FuseProjections
-from emssd_compile.passes.graph import inputs, output
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.pack_linears import PackLinears
 from emssd_compile.runtime.buckets import StepSizes
-from emssd_compile.step.signature import Signature
+from emssd_compile.step.signature import Binding, Signature
 
 PACKAGE, OPS_LIBRARY, BINDINGS = "step.pt2", "libemssd_ops.so", "bindings.txt"
 
@@ -48,8 +47,9 @@ def write_package(
     """Compile a graph for this machine, weights included.
 
     Writes `step.pt2`, one package for all sizes, with the signature in its metadata; `bindings.txt`, a line
-    `input|output name dtype dims...` for each tensor in order, `*` for a size that may differ from call to call; and on
-    a CPU `libemssd_ops.so`, which gives the ops of this project to a process without Python.
+    `input|output name dtype first dims...` for each tensor in order, with what it holds at first, and `*` for a size
+    that may differ from call to call; and on a CPU `libemssd_ops.so`, which gives the ops of this project to a process
+    without Python.
 
     Args:
         graph_module: level L3 or L2, with a dict of results.
@@ -81,21 +81,19 @@ def write_package(
             package_aoti(str(folder / PACKAGE), files)
     except (CannotBuildError, InductorError) as error:
         raise ArtifactError(f"the graph cannot be compiled to a package: {error}") from error
-    (folder / BINDINGS).write_text(_bindings(graph_module))
+    (folder / BINDINGS).write_text(_bindings(signature))
     return {"versions": {"torch": str(torch.__version__)}}
 
 
-def _bindings(graph_module: fx.GraphModule) -> str:
-    results = output(graph_module.graph).args[0]
-    assert isinstance(results, dict)
-    named = [("input", str(node.target), node) for node in inputs(graph_module.graph)]
-    named += [("output", name, node) for name, node in results.items()]
-    return "".join(f"{kind} {name} {_layout(node.meta['val'])}\n" for kind, name, node in named)
+def _bindings(signature: Signature) -> str:
+    named = [("input", binding) for binding in signature.inputs] + [("output", b) for b in signature.results]
+    return "".join(f"{kind} {_layout(binding)}\n" for kind, binding in named)
 
 
-def _layout(value: Tensor) -> str:
-    dims = ["*" if isinstance(size, torch.SymInt) else str(size) for size in value.shape]
-    return " ".join([str(value.dtype).removeprefix("torch."), *dims])
+def _layout(binding: Binding) -> str:
+    dims = ["*" if isinstance(size, str) else str(size) for size in binding.shape]
+    first = 0 if binding.option is None else binding.option.default
+    return " ".join([binding.name, str(binding.dtype).removeprefix("torch."), f"{first:g}", *dims])
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Every backend and every export target decodes the model's own tokens, with every kind of drafter."""
 
+from typing import Any
+
 import pytest
 
 import emssd_compile
 from emssd_compile.decoder import Decoder
 from tests.exactness.models import Reference
-from tests.export.subjects import DRAFTERS, Small, artifact, optimized, prompt
+from tests.export.subjects import DRAFTERS, Small, artifact, export, optimized, prompt
 
 NEW = 24
 PROMPTS = [prompt(n) for n in (1, 2, 7, 30, 61)]  # more than there are rows, and longer than a chunk
@@ -35,3 +37,26 @@ def test_tokens_are_the_models_own(target, drafter, reference):
     counted.stats.reset()
     counted.generate(PROMPTS, max_new_tokens=NEW)
     assert decoder.stats == counted.stats, "the same drafts are made, and the same of them accepted"
+
+
+OPTIONS: dict[str, Any] = {
+    "repetition_penalty": [1.5, 1.0, 0.7, 1.2, 1.0],
+    "frequency_penalty": 0.5,
+    "sequence_bias": {(4,): 1.5, (9, 11): -3.0},
+}
+
+
+@pytest.mark.parametrize("target", ["onnx", "aot"])
+def test_an_artifact_honours_the_options_that_it_was_exported_with(target):
+    if target == "onnx":
+        pytest.importorskip("onnxruntime")
+    loaded, fast = emssd_compile.load(export(target, "forks", row_options=[*OPTIONS])), optimized("forks")
+    expected = fast.generate(PROMPTS, max_new_tokens=NEW, **OPTIONS)
+    assert expected != fast.generate(PROMPTS, max_new_tokens=NEW)
+    for _ in range(2):
+        loaded.stats.reset()
+        assert loaded.generate(PROMPTS, max_new_tokens=NEW, **OPTIONS) == expected
+        assert loaded.stats.num_accepted_draft_tokens > 0
+        assert loaded.generate(PROMPTS, max_new_tokens=NEW) == fast.generate(PROMPTS, max_new_tokens=NEW)
+    with pytest.raises(NotImplementedError, match=r"suppress_tokens=.*; export it with row_options="):
+        loaded.generate(PROMPTS, max_new_tokens=NEW, suppress_tokens=[3])

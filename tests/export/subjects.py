@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -95,16 +96,21 @@ def optimized(name: str, backend: str = "eager") -> OptimizedModel:
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()  # removed when Python ends
 
 
 @functools.cache
 def artifact(target: str, name: str) -> Path:
     """The step with a drafter, exported to a target."""
-    folder = Path(_folder().name) / target / name
+    return export(target, name)
+
+
+def export(target: str, name: str, model: OptimizedModel | None = None, **options: Any) -> Path:
+    """The same, anew, or that of another model; with options of the export."""
+    folder = Path(tempfile.mkdtemp(dir=_temporary().name)) / name
     with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
-        getattr(optimized(name), f"export_{target}")(folder)
+        getattr(model or optimized(name), f"export_{target}")(folder, **options)
     return folder
 
 

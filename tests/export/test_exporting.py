@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import emssd_compile
 from emssd_compile.errors import ArtifactError, OptionError
 from emssd_compile.runtime.assembly import assemble
 from emssd_compile.runtime.engine import Engine
 from tests.export import toy
-from tests.export.toy import export
+from tests.export.toy import PROMPTS, export
 
 pytestmark = pytest.mark.usefixtures("toy_target")
 
@@ -70,3 +72,36 @@ def test_an_artifact_that_decodes_other_tokens_is_not_finished(fast, tmp_path, m
         export(fast, tmp_path / "artifact")
     assert not list(tmp_path.iterdir())
     fast._export("toy", tmp_path / "artifact", False, False, False)
+
+
+def test_an_artifact_honours_what_is_asked_for_and_what_the_model_itself_sets(fast, tmp_path, monkeypatch):
+    plain = emssd_compile.load(export(fast, tmp_path / "plain"))
+    assert list(plain.row_options) == ["min_new_tokens"]
+    config = SimpleNamespace(repetition_penalty=1.1, sequence_bias={(1, 2): -0.5}, bad_words_ids=[], logit_bias={3: 1})
+    monkeypatch.setattr(type(fast), "generation_config", config)
+    names = ["repetition_penalty", "sequence_bias", "logit_bias"]
+    own = emssd_compile.load(export(fast, tmp_path / "own"))
+    assert own.row_options.keys() == {"min_new_tokens", *names}
+    asked = emssd_compile.load(export(fast, tmp_path / "asked", row_options=[*names, "presence_penalty"]))
+    assert asked.row_options.keys() == {*names, "presence_penalty", "frequency_penalty"}, "what one processor does"
+    assert asked.row_options.items() <= fast.row_options.items()
+    rows = own.generate(PROMPTS, max_new_tokens=6)
+    assert asked.generate(PROMPTS, max_new_tokens=6) == rows
+    assert rows == fast.generate(PROMPTS, max_new_tokens=6), "what the model's config set comes along"
+    config.logit_bias = {10**6: 1}
+    with pytest.raises(OptionError, match="logit_bias: 1000000 is no id of the vocabulary"):
+        export(fast, tmp_path / "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row_options": ["colour"]}, "row_options: there is no 'colour'; choose from bad_words_ids, "),
+        ({"row_options": "repetition_penalty"}, "row_options='repetition_penalty' is no list of names"),
+        ({"row_options": 3}, "row_options=3 is no list of names"),
+    ],
+)
+def test_row_options_that_cannot_be_meant_are_refused_before_any_work(fast, tmp_path, options, message):
+    with pytest.raises(OptionError, match=message):
+        export(fast, tmp_path / "artifact", **options)
+    assert not (tmp_path / "artifact").exists()

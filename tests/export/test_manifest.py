@@ -11,6 +11,7 @@ import pytest
 import emssd_compile
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export.folder import read_manifest
+from tests.export import toy
 from tests.export.crafted import rewrite
 
 pytestmark = pytest.mark.usefixtures("toy_target")
@@ -28,6 +29,34 @@ def test_the_manifest_says_what_the_step_was_made_from(artifact):
         *(name for name, b in bindings.items() if b.role in ("state", "row", "memory")),
         "report",
     }
+
+
+def _option(content: dict[str, Any], **changed: Any) -> None:
+    next(b for b in content["inputs"] if b["name"] == "option_suppress_tokens")["option"].update(changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"shape": [1023]},
+        {"shape": []},
+        {"shape": 1024},
+        {"reader": ""},
+        {"reader": "token_sequences"},
+        {"reader": "exec"},
+        {"reader": []},
+        {"reader": None},
+        {"default": "x"},
+    ],
+)
+def test_a_table_that_its_reader_does_not_fit_is_refused(fast, tmp_path, changed):
+    artifact = toy.export(fast, tmp_path / "artifact", row_options=["suppress_tokens"])
+    (binding,) = (b for b in read_manifest(artifact).signature.inputs if b.name == "option_suppress_tokens")
+    assert binding.option is not None
+    assert (binding.shape, binding.option.shape, binding.option.reader) == ((2, 1024), (1024,), "token_ids")
+    rewrite(artifact, partial(_option, **changed))
+    with pytest.raises(ArtifactError, match="inputs cannot be read"):
+        emssd_compile.load(artifact)
 
 
 def test_bytes_that_json_does_not_mind_are_refused_too(artifact):

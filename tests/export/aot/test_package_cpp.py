@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.subjects import artifact, optimized, prompt
+from tests.export.subjects import export, optimized, prompt
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "cpp"
 
@@ -26,10 +26,16 @@ def program(tmp_path_factory):
     return binary
 
 
+@pytest.fixture(scope="module")
+def artifact():
+    """With an option whose default is not 0."""
+    return export("aot", "draft-model", row_options=["repetition_penalty"])
+
+
 @pytest.mark.parametrize("length", [1, 9, 40])
-def test_decodes_the_same_tokens(program, length):
+def test_decodes_the_same_tokens(program, artifact, length):
     ids, new_tokens = prompt(length), 30
-    command = [program, artifact("aot", "draft-model"), str(new_tokens), *map(str, ids)]
+    command = [program, artifact, str(new_tokens), *map(str, ids)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [list(map(int, done.stdout.split()))] == optimized("draft-model").generate([ids], max_new_tokens=new_tokens)
