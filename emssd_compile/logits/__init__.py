@@ -6,14 +6,52 @@ To add one: one file with a `LogitsProcessor`, one line in `PROCESSORS`, in the 
 from collections.abc import Callable, Sequence
 
 from emssd_compile.errors import OptionError, ProcessorError
+from emssd_compile.logits.epsilon_cutoff import EpsilonCutoff
+from emssd_compile.logits.eta_cutoff import EtaCutoff
 from emssd_compile.logits.min_new_tokens import MinNewTokens
+from emssd_compile.logits.min_p import MinP
+from emssd_compile.logits.renormalize import Renormalize
+from emssd_compile.logits.temperature import Temperature, tempered
+from emssd_compile.logits.top_h import TopH
+from emssd_compile.logits.top_k_top_p import TopKTopP, filtered
+from emssd_compile.logits.typical_p import TypicalP
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import merge_options
 
-PROCESSORS: tuple[Callable[[], LogitsProcessor], ...] = (MinNewTokens,)
+# What shapes the distribution to sample from, in transformers' order: behind all that bars or favours tokens.
+FILTERS: tuple[Callable[[], LogitsProcessor], ...] = (
+    Temperature,
+    TopH,
+    TopKTopP,
+    MinP,
+    TypicalP,
+    EpsilonCutoff,
+    EtaCutoff,
+    Renormalize,
+)
+PROCESSORS: tuple[Callable[[], LogitsProcessor], ...] = (MinNewTokens, *FILTERS)
 
-__all__ = ["PROCESSORS", "LogitContext", "LogitsProcessor", "MinNewTokens", "Processed", "RowOption", "make_processors"]
+__all__ = [
+    "FILTERS",
+    "PROCESSORS",
+    "EpsilonCutoff",
+    "EtaCutoff",
+    "LogitContext",
+    "LogitsProcessor",
+    "MinNewTokens",
+    "MinP",
+    "Processed",
+    "Renormalize",
+    "RowOption",
+    "Temperature",
+    "TopH",
+    "TopKTopP",
+    "TypicalP",
+    "filtered",
+    "make_processors",
+    "tempered",
+]
 
 
 def make_processors(given: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
