@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +56,7 @@ rows = st.builds(
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-def applied(processor: LogitsProcessor, logits: Tensor, options: dict[str, Sequence[float]]) -> Tensor:
+def applied(processor: LogitsProcessor, logits: Tensor, options: Mapping[str, Sequence[float]]) -> Tensor:
     """What the processor makes of `[B, V]`, an entry of two rows each, which comes out the same for both.
 
     Args:

@@ -9,7 +9,7 @@ from emssd_compile.logits import FILTERS
 from emssd_compile.logits.distribution import barred, barred_below, entropy
 from tests.logits.filters import applied, rubbish, same_bits
 
-STRICT = {
+STRICT: dict[str, float] = {
     "temperature": 0.01,
     "top_h": 0.01,
     "top_k": 1,
@@ -66,7 +66,7 @@ def test_one_token_at_least_is_left(make):
     assert (found > -torch.inf).any(1).all()
 
 
-RANGES = {
+RANGES: dict[str, tuple[list[float], list[float]]] = {
     "temperature": ([2.0**-100, 1e9], [0, -1.0]),
     "top_h": ([0, 1], [-0.1, 1.1]),
     "top_k": ([0, 1, 10**9], [-1]),

@@ -9,7 +9,7 @@ from emssd_compile.export.tensorrt.cut import cut
 from emssd_compile.export.tensorrt.network import write_onnx
 from emssd_compile.ops._kept_threshold import reference as kept_threshold
 from emssd_compile.passes.graph import inputs, output
-from emssd_compile.passes.splice import trace
+from emssd_compile.passes.splice import Tensors, trace
 from tests.export.tensorrt.steps import example, tiled_step
 
 onnx = pytest.importorskip("onnx")
@@ -44,9 +44,10 @@ def test_kept_threshold_by_halving(tmp_path):
     weights = torch.where(keys.isfinite(), (keys - keys.amax(1, keepdim=True)).exp(), 0)
     given = {"keys": keys, "weights": weights, "most": torch.tensor(most), "share": torch.tensor(share)}
     fake_mode = FakeTensorMode()
-    fakes = {name: fake_mode.from_tensor(value) for name, value in given.items()}
+    fakes: Tensors = {name: fake_mode.from_tensor(value) for name, value in given.items()}
     graph_module = trace(lambda given: {"result": ops.kept_threshold(*given.values()) + 0}, fakes, fake_mode)
-    output(graph_module.graph).args = ({"result": output(graph_module.graph).args[0][0]},)
+    (results,) = output(graph_module.graph).args
+    output(graph_module.graph).args = (dict(zip(("result",), results, strict=True)),)  # type: ignore[arg-type]
     graph_module.recompile()
     write_onnx(graph_module, tmp_path / "step.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "step.onnx")
