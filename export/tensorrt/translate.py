@@ -17,7 +17,7 @@ from emssd_compile.passes.graph import aten
 op: Any = opset24  # its stubs know the types of ONNX; what is passed to it here has them only when it is called
 
 _FARTHEST = 90.0  # the logarithm of more than float32 holds
-_HALVINGS = 32  # what is left of the interval is less than float32 tells apart
+_PARTS, _DIVISIONS = 16, 8  # what is left of the interval is less than float32 tells apart
 
 
 def _argmax(self: TensorType, dim: int | None = None, keepdim: bool = False) -> TensorType:
@@ -32,14 +32,14 @@ def _argmax(self: TensorType, dim: int | None = None, keepdim: bool = False) -> 
 
 
 def _kept_threshold(keys: TensorType, weights: TensorType, most: TensorType, share: TensorType) -> TensorType:
-    """By halving, since TensorRT ranks a few thousand keys at most, and has no float64.
+    """By division of intervals, since TensorRT ranks a few thousand keys at most, and has no float64.
 
     Keys that differ by no more than a few units in the last place count as equal.
     """
     bounds = _Bounds.of(keys)
     count = op.Cast(op.Unsqueeze(most, _ints(1)), to=ir.DataType.FLOAT)  # [R, 1]
     count = op.Where(op.Greater(count, _number(0)), count, _number(float("inf")))
-    by_rank = _smallest_kept(keys, _number(1), count, bounds)
+    by_rank = _smallest_kept(keys, op.Constant(value=ir.tensor([[1.0]], dtype=ir.DataType.FLOAT)), count, bounds)
     zero = _number(0)
     weighed = op.Where(op.GreaterOrEqual(keys, by_rank), weights, zero)
     share = op.Unsqueeze(share, _ints(1))
@@ -66,27 +66,35 @@ class _Bounds:
 def _smallest_kept(keys: Any, weights: Any, limit: Any, bounds: _Bounds) -> Any:
     """`[R, 1]`: the smallest key of each row above which less than a limit lies, or the largest of all.
 
-    It lies in an interval that is halved again and again: one of logarithms, since keys may be of any size.
+    It lies in an interval that is divided again and again: one of logarithms, since keys may be of any size.
     """
-
-    def weighs_less(than: Any) -> Any:
-        above = op.Where(op.Greater(keys, than), weights, _number(0))
-        return op.Less(op.ReduceSum(above, _ints(1)), limit)
-
-    low = _number(-_FARTHEST)
-    high = op.Mul(op.Sign(bounds.most), op.Log(op.Add(op.Abs(bounds.most), _number(1))))
-    high = op.Min(high, _number(_FARTHEST))
-    for _ in range(_HALVINGS):
-        middle = op.Mul(op.Add(low, high), _number(0.5))
-        is_kept = weighs_less(_exponential(middle))
-        low, high = op.Where(is_kept, low, middle), op.Where(is_kept, middle, high)
+    low, high = _number(-_FARTHEST), _logarithm(bounds.most)
+    fractions = op.Constant(value=ir.tensor([[part / _PARTS for part in range(1, _PARTS)]], dtype=ir.DataType.FLOAT))
+    for _ in range(_DIVISIONS):
+        pivots = op.Add(low, op.Mul(op.Sub(high, low), fractions))  # [R, parts - 1], ascending
+        is_kept = _weighs_less(keys, weights, _exponential(pivots), limit)  # those from one pivot on
+        low = op.Max(low, op.ReduceMax(op.Where(is_kept, low, pivots), _ints(1)))
+        high = op.Min(high, op.ReduceMin(op.Where(is_kept, pivots, high), _ints(1)))
     beyond = op.Greater(keys, _exponential(low))
     found = op.ReduceMin(op.Where(beyond, keys, _number(float("inf"))), _ints(1))
-    return op.Where(weighs_less(bounds.least), bounds.least, op.Min(found, bounds.most))
+    return op.Where(_weighs_less(keys, weights, bounds.least, limit), bounds.least, op.Min(found, bounds.most))
+
+
+def _weighs_less(keys: Any, weights: Any, pivots: Any, limit: Any) -> Any:
+    """Bool `[R, n]`: whether the keys `[R, V]` above each of `pivots[R, n]` weigh less than `limit[R, 1]`."""
+    above = op.Greater(op.Unsqueeze(keys, _ints(2)), op.Unsqueeze(pivots, _ints(1)))  # [R, V, n]
+    weight = op.Where(above, op.Unsqueeze(weights, _ints(2)), _number(0))
+    return op.Less(op.ReduceSum(weight, _ints(1), keepdims=0), limit)
+
+
+def _logarithm(value: Any) -> Any:
+    """`sign(x) * log(|x| + 1)`."""
+    found = op.Mul(op.Sign(value), op.Log(op.Add(op.Abs(value), _number(1))))
+    return op.Min(found, _number(_FARTHEST))
 
 
 def _exponential(value: Any) -> Any:
-    """The inverse of `sign(x) * log(|x| + 1)`."""
+    """The inverse of `_logarithm`."""
     return op.Mul(op.Sign(value), op.Sub(op.Exp(op.Abs(value)), _number(1)))
 
 
