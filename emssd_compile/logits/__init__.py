@@ -8,21 +8,40 @@ from collections.abc import Callable, Sequence
 from emssd_compile.errors import OptionError, ProcessorError
 from emssd_compile.logits.bad_words import BadWords
 from emssd_compile.logits.begin_suppress_tokens import BeginSuppressTokens
+from emssd_compile.logits.epsilon_cutoff import EpsilonCutoff
+from emssd_compile.logits.eta_cutoff import EtaCutoff
 from emssd_compile.logits.exponential_decay_length_penalty import ExponentialDecayLengthPenalty
 from emssd_compile.logits.forced_bos_token import ForcedBOSToken
 from emssd_compile.logits.forced_eos_token import ForcedEOSToken
 from emssd_compile.logits.logit_bias import LogitBias
 from emssd_compile.logits.min_new_tokens import MinNewTokens
+from emssd_compile.logits.min_p import MinP
 from emssd_compile.logits.no_repeat_ngram import NoRepeatNGram
 from emssd_compile.logits.presence_frequency_penalty import PresenceFrequencyPenalty
 from emssd_compile.logits.remove_invalid_values import RemoveInvalidValues
+from emssd_compile.logits.renormalize import Renormalize
 from emssd_compile.logits.repetition_penalty import RepetitionPenalty
 from emssd_compile.logits.sequence_bias import SequenceBias
 from emssd_compile.logits.suppress_tokens import SuppressTokens
+from emssd_compile.logits.temperature import Temperature, tempered
+from emssd_compile.logits.top_h import TopH
+from emssd_compile.logits.top_k_top_p import TopKTopP, filtered
+from emssd_compile.logits.typical_p import TypicalP
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import merge_options
 
+# What shapes the distribution to sample from, in transformers' order: behind all that bars or favours tokens.
+FILTERS: tuple[Callable[[], LogitsProcessor], ...] = (
+    Temperature,
+    TopH,
+    TopKTopP,
+    MinP,
+    TypicalP,
+    EpsilonCutoff,
+    EtaCutoff,
+    Renormalize,
+)
 PROCESSORS: tuple[Callable[[], LogitsProcessor], ...] = (
     SequenceBias,
     LogitBias,
@@ -37,13 +56,17 @@ PROCESSORS: tuple[Callable[[], LogitsProcessor], ...] = (
     ExponentialDecayLengthPenalty,
     SuppressTokens,
     BeginSuppressTokens,
+    *FILTERS,
 )
 """In the order in which transformers applies them; what it has not stands beside its like."""
 
 __all__ = [
+    "FILTERS",
     "PROCESSORS",
     "BadWords",
     "BeginSuppressTokens",
+    "EpsilonCutoff",
+    "EtaCutoff",
     "ExponentialDecayLengthPenalty",
     "ForcedBOSToken",
     "ForcedEOSToken",
@@ -51,15 +74,23 @@ __all__ = [
     "LogitContext",
     "LogitsProcessor",
     "MinNewTokens",
+    "MinP",
     "NoRepeatNGram",
     "PresenceFrequencyPenalty",
     "Processed",
     "RemoveInvalidValues",
+    "Renormalize",
     "RepetitionPenalty",
     "RowOption",
     "SequenceBias",
     "SuppressTokens",
+    "Temperature",
+    "TopH",
+    "TopKTopP",
+    "TypicalP",
+    "filtered",
     "make_processors",
+    "tempered",
 ]
 
 

@@ -11,6 +11,7 @@ from emssd_compile.ops._ancestors import WORD_BITS, pack_ancestors
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
 from emssd_compile.ops._fingerprint import fingerprint
+from emssd_compile.ops._kept_threshold import kept_threshold
 from emssd_compile.ops._move_kv import move_kv
 from emssd_compile.ops._packed_linear import follow_packed, packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
@@ -27,6 +28,7 @@ __all__ = [
     "cuda_kernel_status",
     "fingerprint",
     "follow_packed",
+    "kept_threshold",
     "kernel_status",
     "load_cpu_kernels",
     "load_cuda_kernels",

@@ -34,7 +34,15 @@ _INSTRUCTION_SETS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
-_OPS = ("append_kv", "fingerprint", "follow_packed", "move_kv", "packed_linear", "ragged_attention")
+_OPS = (
+    "append_kv",
+    "fingerprint",
+    "follow_packed",
+    "kept_threshold",
+    "move_kv",
+    "packed_linear",
+    "ragged_attention",
+)
 """Those that library.cpp implements."""
 _SEAL_BYTES = hashlib.sha256().digest_size
 _prebuilt: list[str] = []  # the library in use where none could be built

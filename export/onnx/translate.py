@@ -14,7 +14,7 @@ import torch
 from onnxscript.onnx_opset import opset24
 from onnxscript.onnx_types import TensorType
 
-from emssd_compile.ops import tiled_attention, update_kv
+from emssd_compile.ops import kept_threshold, tiled_attention, update_kv
 from emssd_compile.passes.graph import aten
 
 op: Any = opset24  # its stubs know the types of ONNX; what is passed to it here has them only when it is called
@@ -141,6 +141,35 @@ def _range(length: Any) -> Any:
     return op.Range(_int(0), op.Squeeze(length, _ints(0)), _int(1))
 
 
+def _kept_threshold(keys: TensorType, weights: TensorType, most: TensorType, share: TensorType) -> TensorType:
+    """Sort the rows that cut something off, and only those: of the others the smallest key is kept."""
+    size = _int(_sizes(keys)[1])
+    cuts = op.Or(op.And(op.Greater(most, _int(0)), op.Less(most, size)), op.Less(share, op.CastLike(_int(1), share)))
+    rows = op.Squeeze(op.NonZero(cuts), _ints(0))  # [n]
+    keys_there, weights_there, most, share = (op.Gather(given, rows) for given in (keys, weights, most, share))
+    ranked, order = op.TopK(keys_there, _ints(_sizes(keys)[1]), axis=1)
+    rank = op.Sub(op.Min(op.Where(op.Greater(most, _int(0)), most, size), size), _int(1))  # [n]
+    by_rank = op.GreaterOrEqual(ranked, op.GatherElements(ranked, op.Unsqueeze(rank, _ints(1)), axis=1))
+    weight = op.Cast(op.GatherElements(weights_there, order, axis=1), to=ir.DataType.DOUBLE)
+    through = op.CumSum(op.Where(by_rank, weight, _scalar(0.0, ir.DataType.DOUBLE)), _int(1))  # [n, V]
+    total = op.Slice(through, _ints(-1), op.Unsqueeze(size, _ints(0)), _ints(1))
+    limit = op.Mul(op.Cast(op.Unsqueeze(share, _ints(1)), to=ir.DataType.DOUBLE), total)
+    by_weight = op.Add(_count(op.Less(through, limit)), _int(1))
+    count = _count(by_rank)
+    count = op.Where(op.Less(share, op.CastLike(_int(1), share)), op.Min(count, by_weight), count)
+    last = op.Unsqueeze(op.Max(op.Sub(count, _int(1)), _int(0)), _ints(1))
+    found = op.Squeeze(op.GatherElements(ranked, last, axis=1), _ints(1))
+    thresholds = op.ScatterElements(op.ReduceMin(keys, _ints(1), keepdims=0), rows, found, axis=0)
+    has_nan = op.Greater(_count(op.IsNaN(keys)), _int(0))
+    result: TensorType = op.Where(has_nan, _scalar(float("nan"), ir.DataType.FLOAT), thresholds)
+    return result
+
+
+def _count(truths: Any) -> Any:
+    """How many of each row are true, `[R]` of `[R, V]`."""
+    return op.ReduceSum(op.Cast(truths, to=ir.DataType.INT64), _ints(1), keepdims=0)
+
+
 def _searchsorted(
     sorted_sequence: TensorType,
     self: TensorType,
@@ -221,6 +250,7 @@ def _sizes(value: Any) -> list[int]:
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     update_kv: _update_kv,
     tiled_attention: _tiled_attention,
+    kept_threshold: _kept_threshold,
     aten.searchsorted.Tensor: _searchsorted,
     aten.cumprod.default: _cumprod,
     aten.where.self: _where,

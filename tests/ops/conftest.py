@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emssd_compile import ops
-from emssd_compile.ops import _append_kv, _move_kv, _ragged_attention
+from emssd_compile.ops import _append_kv, _kept_threshold, _move_kv, _ragged_attention
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +21,7 @@ def reference_kernels() -> Iterator[None]:
     """The eager references are in use on CPU, even where the C++ forms have been loaded."""
     with torch.library._scoped_library("emssd", "IMPL") as library:
         library.impl("append_kv", _append_kv.reference, "CPU", allow_override=True)
+        library.impl("kept_threshold", _kept_threshold.reference, "CPU", allow_override=True)
         library.impl("move_kv", _move_kv.reference, "CPU", allow_override=True)
         library.impl("ragged_attention", _ragged_attention.reference, "CPU", allow_override=True)
         yield

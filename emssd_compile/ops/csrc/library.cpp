@@ -3,6 +3,7 @@
 
 #include "append_kv.h"
 #include "fingerprint.h"
+#include "kept_threshold.h"
 #include "move_kv.h"
 #include "packed_linear.h"
 #include "ragged_attention.h"
@@ -11,6 +12,7 @@ TORCH_LIBRARY_IMPL(emssd, CPU, m) {
   m.impl("append_kv", emssd::append_kv);
   m.impl("fingerprint", emssd::fingerprint);
   m.impl("follow_packed", emssd::follow_packed);
+  m.impl("kept_threshold", emssd::kept_threshold);
   m.impl("move_kv", emssd::move_kv);
   m.impl("packed_linear", emssd::packed_linear);
   m.impl("ragged_attention", emssd::ragged_attention);

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from emssd_compile import ops
 from emssd_compile.export.onnx.model import ModelOptions, write_model
 from emssd_compile.export.onnx.session import open_session
+from emssd_compile.ops._kept_threshold import reference as kept_threshold
 from emssd_compile.passes.graph import output
 from emssd_compile.passes.splice import Tensors, trace
 from tests.export.opened import files_of, signature_of
@@ -118,6 +119,27 @@ def test_update_kv(tmp_path):
         "lengths": torch.tensor([3, 1, 7]),
     }
     check(lambda given: ops.update_kv(*given.values())[:, :, :-1] + 0, given, tmp_path)
+
+
+@pytest.mark.parametrize("cuts", [True, False])
+@pytest.mark.parametrize("size", [1, 70])
+def test_kept_threshold(cuts, size, tmp_path):
+    """Equal keys, infinite ones and NaN; rows that cut nothing off are among them, or all there are."""
+    most = [0, 1, 5, 69, 70, 99, 0, 3, 5, 0, 2, 3] if cuts else [0, size, 99] * 4
+    share = [1.0, 1.0, 0.5, 1.0, 0.9, 0.0, 0.99, 0.25, 0.999, 0.3, 0.7, 0.5] if cuts else [1.0] * 12
+    keys = torch.randn(12, size).mul(4).round().div(2)
+    keys[3, size // 2], keys[4, ::3], keys[5, 0], keys[6] = -torch.inf, -torch.inf, torch.inf, 2.0
+    keys[7, size // 2] = torch.nan
+    given = {"keys": keys, "weights": torch.rand(12, size), "most": torch.tensor(most), "share": torch.tensor(share)}
+    expected = kept_threshold(*given.values())
+
+    def same(given: Tensors) -> Tensor:
+        found: Tensor = ops.kept_threshold(*(given[name] for name in ("keys", "weights", "most", "share")))
+        return torch.where(found == given["expected"], 1.0, torch.where(found.isnan(), 2.0, 0.0))
+
+    marks = same(given | {"expected": expected})
+    assert marks.tolist() == [2.0 if row == 7 else 1.0 for row in range(12)]
+    check(same, given | {"expected": expected}, tmp_path)
 
 
 @pytest.mark.parametrize("right", [False, True])
