@@ -15,6 +15,8 @@ BELOW_ONE = 1 - 2.0**-24
 class EpsilonCutoff(LogitsProcessor):
     """Bars tokens that are less likely than a fixed probability (arXiv 2210.15191)."""
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`epsilon_cutoff`, of each request that samples; 0 is off."""
         return {"epsilon_cutoff": RowOption(0.0, torch.float32, least=0, most=BELOW_ONE, needs="do_sample")}

@@ -13,6 +13,8 @@ from emssd_compile.step.options import RowOption
 class EtaCutoff(LogitsProcessor):
     """Bars tokens less likely than epsilon and than `sqrt(epsilon) * exp(-entropy)` (arXiv 2210.15191)."""
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`eta_cutoff`, the epsilon of each request that samples; 0 is off."""
         return {"eta_cutoff": RowOption(0.0, torch.float32, least=0, most=BELOW_ONE, needs="do_sample")}

@@ -12,6 +12,8 @@ from emssd_compile.step.options import RowOption
 class MinP(LogitsProcessor):
     """Bars tokens that are less likely than a share of the likeliest token's probability (arXiv 2407.01082)."""
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`min_p`, of each request that samples; 0 is off."""
         return {"min_p": RowOption(0.0, torch.float32, least=0, most=1, needs="do_sample")}

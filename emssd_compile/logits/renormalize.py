@@ -11,6 +11,8 @@ from emssd_compile.step.options import RowOption
 class Renormalize(LogitsProcessor):
     """Shifts the logits of a row so that their exponentials sum to 1; what is drawn from is the same."""
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`renormalize_logits`, of each request that samples."""
         return {"renormalize_logits": RowOption(False, torch.bool, needs="do_sample")}

@@ -19,6 +19,8 @@ def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
 class Temperature(LogitsProcessor):
     """Divides the logits: above 0 and below 1 it sharpens the distribution, above 1 it flattens it."""
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`temperature`, of each request that samples."""
         return {"temperature": RowOption(1.0, torch.float32, least=LEAST, needs="do_sample")}

@@ -42,6 +42,8 @@ class TopH(LogitsProcessor):
     The method is that of Potraghloo et al. 2025 (arXiv 2509.02510), as transformers has it.
     """
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`top_h`, of each request that samples; 0 is off."""
         return {"top_h": RowOption(0.0, torch.float32, least=0, most=1, needs="do_sample")}

@@ -37,6 +37,8 @@ class TopKTopP(LogitsProcessor):
     Holtzman et al. 2019 (arXiv 1904.09751).
     """
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`top_k` (0 is off) and `top_p` (1 is off), of each request that samples."""
         return {

@@ -32,6 +32,8 @@ def typical(logits: Tensor, typical_p: Tensor) -> Tensor:
 class TypicalP(LogitsProcessor):
     """Bars tokens that are much more, or much less, surprising than is to be expected (arXiv 2202.00666)."""
 
+    is_filter = True
+
     def options(self) -> dict[str, RowOption]:
         """`typical_p`, of each request that samples; 1 is off."""
         return {"typical_p": RowOption(1.0, torch.float32, least=LEAST, most=1, needs="do_sample")}

@@ -5,7 +5,7 @@ import torch
 
 from emssd_compile import ops
 from emssd_compile.errors import OptionError
-from emssd_compile.logits import FILTERS
+from emssd_compile.logits import FILTERS, LogitContext, LogitsProcessor, Processed, make_processors
 from emssd_compile.logits.distribution import barred, barred_below, entropy
 from tests.logits.filters import applied, rubbish, same_bits
 
@@ -101,3 +101,14 @@ def test_what_is_barred_and_what_is_not():
     probabilities = logits.softmax(1)
     assert same_bits(barred_below(logits, probabilities, none), logits)
     assert barred_below(logits, probabilities, none + 1).tolist() == [[-torch.inf, 2, 2]]
+
+
+def test_filters_come_behind_all_other_processors_those_of_users_too():
+    class Own(LogitsProcessor):
+        def forward(self, context: LogitContext) -> Processed:
+            return Processed(context.logits)
+
+    every = make_processors([Own()])
+    assert [type(each) for each in every[-len(FILTERS) :]] == [*FILTERS]
+    assert [each.is_filter for each in every] == [False] * (len(every) - len(FILTERS)) + [True] * len(FILTERS)
+    assert isinstance(every[-len(FILTERS) - 1], Own)
