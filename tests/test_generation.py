@@ -216,7 +216,8 @@ def test_a_stored_eos_that_the_vocabulary_does_not_hold_never_matches_but_a_requ
 
 HONOURED = {
     *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "eos_token_id", "pad_token_id", "max_time"),
-    *("stop_strings", "stopping_criteria", "streamer", "return_dict_in_generate"),
+    *("stop_strings", "stopping_criteria", "streamer", "return_dict_in_generate", "num_return_sequences"),
+    *("logits_processor", "prefix_allowed_tokens_fn"),
 }
 FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
 ARGUMENTS = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "generation_config", "kwargs"}
