@@ -58,9 +58,9 @@ def make_rule(choice: str | Rule) -> Rule:
         if not _usable(choice).lossless:
             name = type(choice).__name__
             raise OptionError(
-                f"{name} is lossy (guarantees = 'lossy'): the tokens would not be the model's own. A lossy rule is taken "
-                f"only by a name: emssd_compile.acceptance.RULES['...'] = {name} (or a function that makes one), then "
-                "acceptance='...'"
+                f"{name} is lossy (guarantees = 'lossy'): the tokens would not be the model's own. A lossy rule is "
+                f"taken only by a name: emssd_compile.acceptance.RULES['...'] = {name} (or a function that makes one), "
+                "then acceptance='...'"
             )
         return choice
     if choice == "auto":

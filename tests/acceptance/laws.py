@@ -306,7 +306,7 @@ class Tiny(nn.Module):
 
 
 def decoded_by(
-    rule: str, *, layout: str = "packed", rows: int = 4096, tokens: int = 3, **drafts: object
+    rule: str, *, layout: str = "packed", rows: int = 8192, tokens: int = 3, **drafts: object
 ) -> tuple[float, emssd_compile.Stats]:
     """By decoding: how likely the first tokens of many requests are, and what decoding did.
 
