@@ -5,7 +5,9 @@ import torch
 
 from emssd_compile.acceptance import BlockVerification, TokenLevel
 from emssd_compile.acceptance.sampling import Decision, Odds
-from tests.acceptance.laws import FALSE_ALARM, SAMPLED, World, chain, decoded_by, drawn_by, law, with_weights, worst
+from emssd_compile.step.proposals import SAMPLED
+from tests.acceptance.draws import FALSE_ALARM, decoded_by, drawn_by
+from tests.acceptance.laws import World, chain, law, with_weights, worst
 
 KINDS = ("random", "zeros", "ties", "disjoint", "the same", "certain")
 RULE = BlockVerification()
@@ -64,4 +66,4 @@ def test_tokens_decoded_with_a_draft_model_follow_the_law():
     """Tests behind one that fails count, too: were their numbers met again in the next step, so many tokens show it."""
     likely, stats = decoded_by("block", rows=16384, tokens=4, num_draft_tokens=3)
     assert likely > FALSE_ALARM
-    assert 0.2 < stats.draft_acceptance_rate < 0.9
+    assert 0.1 < stats.draft_acceptance_rate < 0.9

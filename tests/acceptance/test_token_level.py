@@ -7,18 +7,9 @@ import torch
 
 from emssd_compile.acceptance import TokenLevel
 from emssd_compile.acceptance.sampling import Decision, Odds
-from tests.acceptance.laws import (
-    DETERMINISTIC,
-    FALSE_ALARM,
-    SAMPLED,
-    World,
-    chain,
-    decoded_by,
-    drawn_by,
-    law,
-    with_weights,
-    worst,
-)
+from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED
+from tests.acceptance.draws import FALSE_ALARM, decoded_by, drawn_by
+from tests.acceptance.laws import World, chain, law, with_weights, worst
 
 KINDS = ("random", "zeros", "ties", "disjoint", "the same", "certain")
 RULE = TokenLevel()

@@ -7,19 +7,9 @@ import torch
 
 from emssd_compile.acceptance import BlockVerification, RecursiveRejection, TraversalVerification
 from emssd_compile.acceptance.sampling import Decision, Odds
-from tests.acceptance.laws import (
-    FALSE_ALARM,
-    SAMPLED,
-    TREES,
-    WITHOUT_REPLACEMENT,
-    World,
-    chain,
-    decoded_by,
-    drawn_by,
-    law,
-    with_weights,
-    worst,
-)
+from emssd_compile.step.proposals import SAMPLED, WITHOUT_REPLACEMENT
+from tests.acceptance.draws import FALSE_ALARM, decoded_by, drawn_by
+from tests.acceptance.laws import TREES, World, chain, law, with_weights, worst
 
 KINDS = ("random", "zeros", "ties", "disjoint", "the same", "certain")
 RULE = TraversalVerification()

@@ -9,7 +9,9 @@ import emssd_compile
 from emssd_compile.acceptance import TypicalAcceptance, make_rule
 from emssd_compile.acceptance.sampling import Odds
 from emssd_compile.errors import OptionError
-from tests.acceptance.laws import DETERMINISTIC, FALSE_ALARM, TREES, Shape, Tiny, World, chain, decoded_by
+from emssd_compile.step.proposals import DETERMINISTIC
+from tests.acceptance.draws import FALSE_ALARM, Tiny, decoded_by
+from tests.acceptance.laws import TREES, Shape, World, chain
 
 
 def _longest(world: World, shape: Shape, texts: list[int], tokens: list[int], rule: TypicalAcceptance) -> list[int]:

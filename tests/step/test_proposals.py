@@ -21,7 +21,7 @@ from emssd_compile.errors import OptionError, RuleError
 from emssd_compile.layouts import LAYOUTS, PackedLayout
 from emssd_compile.policies import AllDrafts, LengthPolicy, PolicyContext, Ranking
 from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED, WITHOUT_REPLACEMENT, how_drawn, misfit
-from tests.acceptance.laws import Tiny
+from tests.acceptance.draws import Tiny
 from tests.passes.graphs import ScriptedTree
 
 DRAFTERS = {
