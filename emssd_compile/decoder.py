@@ -43,8 +43,8 @@ class Decoder(ABC):
 
     input_modalities, output_modalities = "text", ("text",)  # read by `repr` of a `transformers.pipeline`
 
-    def __init__(self, engine: Engine, *, lossless: bool) -> None:
-        self.stats = Stats(lossless=lossless)
+    def __init__(self, engine: Engine, *, guarantee: str) -> None:
+        self.stats = Stats(guarantee=guarantee)
         self._default_dtype = torch.get_default_dtype()
         self._turns = Turns()
         self._take(engine)

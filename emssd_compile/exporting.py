@@ -198,7 +198,7 @@ def _manifest(
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
         processors=[] if verify_only else [type(p).__name__ for p in applied.values()],
-        lossless=verify_only or what.step.rule.lossless,
+        guarantee="" if verify_only else what.step.rule.guarantees,
         chunk=what.chunk,
         deterministic=what.options.deterministic,
         buckets=[] if verify_only else [list(sizes) for sizes in what.sizes[:-1]],

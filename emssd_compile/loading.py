@@ -64,7 +64,7 @@ class LoadedModel(Decoder):
                 if find_target(manifest.target).is_captured
                 else (),
             ),
-            lossless=manifest.lossless,
+            guarantee=manifest.guarantee,
         )
 
     @property

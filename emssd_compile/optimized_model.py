@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from emssd_compile import keywords
-from emssd_compile.acceptance import make_rule
+from emssd_compile.acceptance import check_fit, make_rule
 from emssd_compile.ambient import compiling, neutral
 from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
@@ -79,8 +79,8 @@ def optimize(
         layout: `"auto"`: each step verifies the drafts that, by measured times and acceptance, make tokens come faster,
             and none where plain decoding is faster. `"packed"`: all drafts, without padding. `"padded"`: K + 1 tokens
             for each row, used or not. The tokens that come out never differ.
-        acceptance: `"auto"` (the best lossless rule), a rule's name, or a lossless `Rule`. A rule that changes what the
-            model says is taken by name only.
+        acceptance: `"auto"` (`"match"`: the tokens of decoding without drafts), a rule's name (`docs/rules.md` has them
+            all), or a lossless `Rule`. A rule that changes what the model says is taken by name only.
         prefill_chunk: most packed tokens of a step: at least `max_batch` x (drafts + 1). Default: 512, or that.
         deterministic: choose the sizes of steps without a clock: from assumed times where `layout` measures, and always
             from the same start. Then a call with the same prompts and options gives the same bits in half precision,
@@ -99,6 +99,7 @@ def optimize(
     """
     check_model(model)
     rule, proposer, every = make_rule(acceptance), make_drafter(drafter), make_processors(processors)
+    check_fit(rule, proposer)
     length = resolve_length(model, max_length)
     options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic)
     options.chunk(proposer.num_draft_tokens)
@@ -210,7 +211,7 @@ class OptimizedModel(Decoder):
         self.model = model
         self.drafter = step.drafter
         self.options = options
-        super().__init__(self._assemble(step, captured or (step.compiled,)), lossless=step.rule.lossless)
+        super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""

@@ -25,7 +25,8 @@ class Stats:
         num_padding_tokens: tokens that went through the model for nobody, at the end of steps that were larger than
             needed: a size that was measured to be faster (`layout="auto"`), one that is captured, or a padded one.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.
-        lossless: whether the acceptance rule keeps the model's own tokens; not a count, and not reset.
+        guarantee: what the acceptance rule promises of the tokens (`GUARANTEES` in `step/acceptance.py`): "tokens",
+            "distribution" or "lossy"; not a count, and not reset.
     """
 
     num_steps: int = 0
@@ -37,7 +38,12 @@ class Stats:
     num_fed_tokens: int = 0
     num_padding_tokens: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
-    lossless: bool = True
+    guarantee: str = "tokens"
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokens follow the model's own distribution exactly."""
+        return self.guarantee != "lossy"
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -60,4 +66,4 @@ class Stats:
     def reset(self) -> None:
         """Start from zero."""
         with _CHANGING:
-            self.__init__(lossless=self.lossless)  # type: ignore[misc]
+            self.__init__(guarantee=self.guarantee)  # type: ignore[misc]

@@ -15,6 +15,7 @@ from emssd_compile.errors import ArtifactError
 from emssd_compile.export.schema import entry, flaws, from_entry, is_entry
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.step.acceptance import GUARANTEES
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import COUNTERS
@@ -45,7 +46,7 @@ class Manifest:
         drafter, acceptance: names of their classes; empty for `"verify"`.
         processors: names of the classes of the logits processors that the step applies; what they do is an option of
             each request.
-        lossless: whether the acceptance rule keeps the model's own tokens.
+        guarantee: what the acceptance rule promises of the tokens; empty for `"verify"`.
         chunk: most packed tokens of a step.
         deterministic: whether the sizes of steps depend on nothing but the requests.
         buckets: `StepSizes` of the steps that are run as one launch where the device can capture them, ascending.
@@ -68,7 +69,7 @@ class Manifest:
     drafter: str
     acceptance: str
     processors: list[str]
-    lossless: bool
+    guarantee: str
     chunk: int
     deterministic: bool
     buckets: list[list[int]]
@@ -176,6 +177,7 @@ def _unreadable(manifest: Manifest) -> list[str]:
         "device": manifest.device in ("cpu", "cuda"),
         "dtype": isinstance(dtype, torch.dtype) and dtype.is_floating_point,
         "layout": manifest.layout in (LAYOUTS if manifest.kind == "step" else ("",)),
+        "guarantee": manifest.guarantee in (GUARANTEES if manifest.kind == "step" else ("",)),
         "chunk": 0 < manifest.chunk < _MOST,
         "buckets": all(len(b) == len(StepSizes._fields) and all(0 < n < _MOST for n in b) for b in manifest.buckets),
         "inputs": all(map(is_entry, manifest.inputs)),

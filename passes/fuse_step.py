@@ -17,7 +17,7 @@ from emssd_compile.passes.graph import caches, call, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
 from emssd_compile.passes.split_halves import SEAM
 from emssd_compile.passes.traced_part import TracedPart
-from emssd_compile.step.acceptance import Rule, Verdict, Verification, feasible
+from emssd_compile.step.acceptance import GUARANTEES, Rule, Verdict, Verification, feasible
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.commit import Emission, commit, make_report, newly_read
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter
@@ -27,6 +27,7 @@ from emssd_compile.step.nodes import Nodes, select
 from emssd_compile.step.pack import LogitRows, Packed, as_trees, logit_rows, pack
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking, fit, outcome, proposed_drafts
+from emssd_compile.step.proposals import DETERMINISTIC, WITHOUT_REPLACEMENT, how_drawn
 from emssd_compile.step.signature import SIZE_NAMES, role_of_state
 from emssd_compile.step.state import CONSTANT_FIELDS, StepState
 
@@ -85,9 +86,10 @@ class FuseStep:
         model = fx.GraphModule(graph_module, graph_module.graph)
         graph_module.graph = fx.Graph()
         graph_module.graph.output(_Fusion(self, graph_module, model).step())
-        loss = f"{type(self.rule).__name__} is lossy: the tokens need not be the model's own"
+        rule, promise = type(self.rule).__name__, GUARANTEES[self.rule.guarantees]
+        said = {"tokens": (), "distribution": (f"{rule}: {promise}",), "lossy": (f"{rule} is lossy: {promise}",)}
         parts = (self.rule, self.drafter, self.policy, *self.processors.values())
-        self.notes = (*(() if self.rule.lossless else (loss,)), *(note for part in parts for note in part.notes()))
+        self.notes = (*said[self.rule.guarantees], *(note for part in parts for note in part.notes()))
         return 1
 
 
@@ -119,7 +121,7 @@ class _Fusion:
 
     def __init__(self, of: FuseStep, into: fx.GraphModule, model: fx.GraphModule) -> None:
         self.into, self.model, self.fake_mode, self.batch = into, model, of.fake_mode, of.batch
-        self.shows_logits = of.shows_logits
+        self.shows_logits, self.drawn = of.shows_logits, how_drawn(of.rule, of.drafter)
         self.taps, self.reads_logits = of.drafter.taps, of.drafter.reads_logits
         logits, drafter = results(model.graph)[1].meta["val"], of.drafter
         self.sizes = PartSizes(
@@ -129,6 +131,7 @@ class _Fusion:
             drafter.num_draft_tokens,
             drafter.num_grades,
             drafter.max_depth,
+            has_proposal=of.rule.reads_proposal and self.drawn != DETERMINISTIC,
         )
         self.rule = TracedPart("rule", of.rule, Verdict, RuleError, self.sizes)
         self.drafter = TracedPart("drafter", drafter, Draft, DrafterError, self.sizes)
@@ -158,9 +161,10 @@ class _Fusion:
         self._move_kv(done)
         context = self._inline(self._draft_context, self.state, state, read, done, self.ranges)
         draft, drafter_state = self._part(self.drafter, context)
-        seen = self._inline(self._policy_context, state, done, draft, context.max_drafts)
+        proposed = self._inline(self._propose, draft, context.max_drafts)
+        seen = self._inline(self._policy_context, state, done, *proposed)
         ranking, policy_state = self._part(self.policy, seen)
-        state, report = self._inline(self._choose, state, done, seen, ranking)
+        state, report = self._inline(self._choose, state, done, *proposed, ranking)
         kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
         return {**kept, "report": report, **seam, **states, **of_filters, **rule_state, **drafter_state, **policy_state}
 
@@ -205,7 +209,7 @@ class _Fusion:
             known=state.known,
             prompt_lengths=state.prompt_lengths,
             limits=state.limits,
-            draft=replace(state.draft, lengths=read.packed.drafted),
+            draft=replace(state.draft, lengths=read.packed.drafted, proposal=None),
             is_eos=state.is_eos,
         )
 
@@ -233,12 +237,13 @@ class _Fusion:
             row_ids=rows.row_ids,
             seeds=state.seeds[rows.row_ids],
             positions=rows.positions,
+            drawn=self.drawn,
         )
 
     def _commit(self, state: StepState, read: _Read, verdict: Verdict) -> tuple[StepState, _Done]:
         """Carry the verdict out, as far as it can be meant: only drafts are accepted, and only token ids emitted."""
         packed = read.packed
-        verified = replace(state.draft, lengths=packed.drafted)
+        verified = replace(state.draft, lengths=packed.drafted, proposal=None)
         accept_lengths = torch.where(packed.ready, feasible(verified, verdict), 0)  # [B]
         next_tokens = verdict.next_tokens.clamp(0, self.sizes.vocabulary - 1)  # [B]
         path, last = verdict.path, accept_lengths  # [B], the node whose logits chose the next token
@@ -288,10 +293,12 @@ class _Fusion:
             source=source,
             taps=read.taps,
             logits=logits,
+            drawn=self.drawn,
+            vocabulary=self.sizes.vocabulary,
         )
 
-    def _policy_context(self, state: StepState, done: _Done, answer: Draft, max_drafts: Tensor) -> PolicyContext:
-        """What the drafter proposes, as far as it can be verified, and what became of what it proposed before."""
+    def _propose(self, answer: Draft, max_drafts: Tensor) -> tuple[Nodes, Tensor]:
+        """What the drafter proposes, and which of it can be verified, bool `[B, K]`."""
         tokens, parents, most = answer.tokens, answer.parents, self.sizes.num_grades - 1
         is_token = (tokens >= 0) & (tokens < self.sizes.vocabulary)  # [B, K]
         if parents is not None:
@@ -299,11 +306,19 @@ class _Fusion:
             parents = torch.where(is_token, parents, 0)
         tokens = torch.where(is_token, tokens, 0)  # a dry run verifies K of them, whatever they are
         grades = torch.zeros_like(tokens) if answer.grades is None else answer.grades.clamp(0, most)
-        draft = Nodes(tokens, answer.lengths, grades, parents, self.sizes.depth)
+        proposal = answer.proposal if self.sizes.has_proposal else None
+        draft = Nodes(tokens, answer.lengths, grades, parents, self.sizes.depth, proposal)
+        return draft, proposed_drafts(draft, is_token, max_drafts)
+
+    def _policy_context(self, state: StepState, done: _Done, draft: Nodes, proposed: Tensor) -> PolicyContext:
+        """What is proposed, and what became of what was proposed before."""
+        if draft.proposal is not None:  # whoever chose drafts by what they are would change what they are drawn from
+            blank = torch.zeros_like(draft.tokens)
+            draft = replace(draft, tokens=blank, grades=blank, proposal=None)
         tried, accepted = outcome(done.verified, done.path, done.emission.accepted)
         return PolicyContext(
             draft=draft,
-            proposed=proposed_drafts(draft, is_token, max_drafts),
+            proposed=proposed,
             verified=done.verified,
             tried=tried,
             accepted=accepted,
@@ -312,11 +327,14 @@ class _Fusion:
             seconds=state.step_seconds,
         )
 
-    def _choose(self, state: StepState, done: _Done, seen: PolicyContext, ranking: Ranking) -> tuple[StepState, Tensor]:
+    def _choose(
+        self, state: StepState, done: _Done, draft: Nodes, proposed: Tensor, ranking: Ranking
+    ) -> tuple[StepState, Tensor]:
         """Keep the drafts that are to be verified, and tell the host."""
-        ranking = replace(ranking, wanted=ranking.wanted.clamp(0, seen.draft.tokens.numel()))
+        ranking = replace(ranking, wanted=ranking.wanted.clamp(0, draft.tokens.numel()))
         room = torch.minimum(ranking.wanted, state.draft_budget)  # []
-        draft = select(seen.draft, fit(ranking, seen.draft, seen.proposed, room))
+        in_order = draft.proposal is not None and self.drawn == WITHOUT_REPLACEMENT
+        draft = select(draft, fit(ranking, draft, proposed, room, in_order=in_order))
         columns = {
             "counts": done.emission.counts,
             "active": state.active.to(torch.int64),

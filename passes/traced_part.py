@@ -19,8 +19,9 @@ from emssd_compile.passes.splice import Tensors, add_input, inline_function
 from emssd_compile.step.fields import mapped, named, spelled
 from emssd_compile.step.parts import Part, PartSizes, check_options, check_tensors, clash
 
-_SPELLED = {"P": "D + 1"}  # a size in the metadata of a field that no single letter says
+_SPELLED = {"P": "D + 1", "N": "K + 1"}  # a size in the metadata of a field that no single letter says
 _CHAINS = "return None, or let the drafter set `max_depth`"
+_NO_PROPOSAL = "where a drafter is to draw (`DraftContext.drawn`), it says what from"
 
 
 class TracedPart:
@@ -156,9 +157,14 @@ class TracedPart:
                 if value is not None:
                     raise self.error(f"{self.name} returned {field.name}, but the drafts are chains: {_CHAINS}")
                 continue
+            if field.metadata.get("of") == "proposal":
+                if not self.sizes.has_proposal:
+                    continue
+                if value is None:
+                    raise self.error(f"{self.name} returned no {field.name}: {_NO_PROPOSAL}")
             expected = tuple(self._size(letter) for letter in letters)
             words = f"[{', '.join(_SPELLED.get(letter, letter) for letter in letters)}] = {list(expected)}"
-            self._expect(field.name, value, expected, torch.int64, device, words)
+            self._expect(field.name, value, expected, field.metadata.get("dtype", torch.int64), device, words)
         if not isinstance(answer.state, dict) or answer.state.keys() != self._returned.keys():
             found = sorted(map(str, answer.state)) if isinstance(answer.state, dict) else type(answer.state).__name__
             raise self.error(f"{self.name} returned state {found}; it declares {sorted(self._returned)}")
@@ -176,7 +182,8 @@ class TracedPart:
             )
 
     def _size(self, letter: str) -> int:
-        return {"B": self.sizes.rows, "K": self.sizes.num_draft_tokens, "P": self.sizes.depth + 1}[letter]
+        sizes, drafts = self.sizes, self.sizes.num_draft_tokens
+        return {"B": sizes.rows, "K": drafts, "N": drafts + 1, "P": sizes.depth + 1, "V": sizes.vocabulary}[letter]
 
     def _expect(
         self, what: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, words: str

@@ -299,7 +299,7 @@ def test_parents_are_of_drafters_of_trees_only(max_depth, message):
 class _Path(Rule):
     """Greedy matching that forgets the path of a tree, and makes one up for a chain."""
 
-    lossless = True
+    guarantees = "tokens"
 
     def forward(self, verification: Verification) -> Verdict:
         verdict = GreedyMatch()(verification)

@@ -5,14 +5,44 @@ To add a rule: one file with a `Rule`, one line in `RULES`. A lossy rule is take
 
 from collections.abc import Callable
 
+from emssd_compile.acceptance.block import BlockVerification
 from emssd_compile.acceptance.greedy import GreedyMatch
 from emssd_compile.acceptance.match import Match
+from emssd_compile.acceptance.recursive import RecursiveRejection
+from emssd_compile.acceptance.token_level import TokenLevel
+from emssd_compile.acceptance.traversal import TraversalVerification
+from emssd_compile.acceptance.typical import TypicalAcceptance
 from emssd_compile.errors import OptionError, RuleError
-from emssd_compile.step.acceptance import Rule, Verdict, Verification, check_rule
+from emssd_compile.step.acceptance import GUARANTEES, Rule, Verdict, Verification, check_rule
+from emssd_compile.step.drafting import Drafter
+from emssd_compile.step.proposals import misfit
 
-RULES: dict[str, Callable[[], Rule]] = {"match": Match, "greedy": GreedyMatch}
+RULES: dict[str, Callable[[], Rule]] = {
+    "match": Match,
+    "greedy": GreedyMatch,
+    "token-level": TokenLevel,
+    "block": BlockVerification,
+    "rrs": RecursiveRejection,
+    "traversal": TraversalVerification,
+    "typical": TypicalAcceptance,
+}
 
-__all__ = ["RULES", "GreedyMatch", "Match", "Rule", "Verdict", "Verification", "make_rule"]
+__all__ = [
+    "GUARANTEES",
+    "RULES",
+    "BlockVerification",
+    "GreedyMatch",
+    "Match",
+    "RecursiveRejection",
+    "Rule",
+    "TokenLevel",
+    "TraversalVerification",
+    "TypicalAcceptance",
+    "Verdict",
+    "Verification",
+    "check_fit",
+    "make_rule",
+]
 
 
 def make_rule(choice: str | Rule) -> Rule:
@@ -20,7 +50,7 @@ def make_rule(choice: str | Rule) -> Rule:
 
     Raises:
         OptionError: there is none of that name, a class is given, or an object that is lossy.
-        RuleError: the rule does not say whether it is lossless, or has no `forward`.
+        RuleError: the rule does not say what it guarantees, or has no `forward`.
     """
     if isinstance(choice, type):
         raise OptionError(f"acceptance={choice.__name__} is a class; make an instance: acceptance={choice.__name__}()")
@@ -28,9 +58,9 @@ def make_rule(choice: str | Rule) -> Rule:
         if not _usable(choice).lossless:
             name = type(choice).__name__
             raise OptionError(
-                f"{name} is lossy (lossless = False): the tokens would not be the model's own. A lossy rule is taken "
-                f"only by a name: emssd_compile.acceptance.RULES['...'] = {name} (or a function that makes one), then "
-                "acceptance='...'"
+                f"{name} is lossy (guarantees = 'lossy'): the tokens would not be the model's own. A lossy rule is "
+                f"taken only by a name: emssd_compile.acceptance.RULES['...'] = {name} (or a function that makes one), "
+                "then acceptance='...'"
             )
         return choice
     if choice == "auto":
@@ -38,6 +68,16 @@ def make_rule(choice: str | Rule) -> Rule:
     if not isinstance(choice, str) or choice not in RULES:
         raise OptionError(f"unknown acceptance rule {choice!r}; choose one of {['auto', *RULES]} or pass a Rule")
     return _usable(RULES[choice]())
+
+
+def check_fit(rule: Rule, drafter: Drafter) -> None:
+    """Raises OptionError if the rule cannot verify what the drafter proposes; says which rules can."""
+    if reason := misfit(rule, drafter):
+        fitting = [name for name, make in RULES.items() if not misfit(make(), drafter)]
+        raise OptionError(
+            f"{reason}; pass another drafter (a smaller causal LM draws its drafts: in chains, or with "
+            f"DraftModel(model, tree=...) in trees), or acceptance= one of {fitting}"
+        )
 
 
 def _usable(rule: Rule) -> Rule:

@@ -12,7 +12,7 @@ class GreedyMatch(Rule):
     root down.
     """
 
-    lossless = True
+    guarantees = "tokens"
 
     def forward(self, verification: Verification) -> Verdict:
         """Accept drafts up to the first that is no argmax; lengths `[B]` and the argmax behind them `[B]`."""

@@ -22,7 +22,7 @@ class Match(Rule):
     (`randomness.gumbels`) is mostly right (2408.07978 for chains, 2506.05632 for several drafts of one token).
     """
 
-    lossless = True
+    guarantees = "tokens"
 
     def __init__(self) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ _FACTS = (
     "deterministic",
     "drafter",
     "acceptance",
-    "lossless",
+    "guarantee",
 )
 """Fields of a manifest that are shown as they are."""
 

@@ -15,7 +15,8 @@ from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, P
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.pack import Packed, as_trees, pack
 from emssd_compile.step.parts import PartSizes
-from emssd_compile.step.randomness import gumbels
+from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED, WITHOUT_REPLACEMENT
+from emssd_compile.step.randomness import DRAFTS, gumbels
 from emssd_compile.step.tensor_spec import TensorSpec
 
 MOST_PADDING, MOST_PADDING_SHARE = 512, 0.01
@@ -37,8 +38,10 @@ class DraftModel(Drafter):
     draft model runs once, on the root and all nodes drafted so far; its cache keeps nothing of them, and what is
     accepted is read in the next step.
 
-    For rows that sample, the tokens are those with the largest log q + g instead, where g is the noise with which the
-    target draws its own (`randomness.gumbels`): then both mostly draw the same.
+    For rows that sample, the tokens are those with the largest log q + g instead. By default g is the noise with which
+    the target draws its own (`randomness.gumbels`): then both mostly draw the same. For a rule that divides by q, g is
+    noise of their own: a token of a chain is a draw from q, and the tokens behind a node of a tree are draws without
+    replacement, in the order drawn (Gumbel top-k, 1903.06059). Their grades mean nothing then.
 
     A draft model may have fewer positions than the target: it drafts as far as they go, and rows that are longer decode
     without drafts. Its vocabulary may be padded to another size than the target's: an id past the target's ends a
@@ -69,8 +72,10 @@ class DraftModel(Drafter):
         self.tree = None if tree is None else TreeShape.of("DraftModel tree", tree)
         if self.tree is None:
             self.num_draft_tokens = _chain_length(num_draft_tokens)
+            self.proposes = (DETERMINISTIC, SAMPLED)
         elif num_draft_tokens is None:
             self.num_draft_tokens, self.max_depth = self.tree.num_nodes, self.tree.depth
+            self.proposes = (DETERMINISTIC, WITHOUT_REPLACEMENT)
         else:
             raise OptionError(
                 f"DraftModel num_draft_tokens={num_draft_tokens!r} is for chains, and tree={self.tree.branching} says "
@@ -113,7 +118,11 @@ class DraftModel(Drafter):
         return {"lengths": TensorSpec((sizes.rows,), torch.int64), **self._model.cache_shapes}
 
     def forward(self, context: DraftContext) -> Draft:
-        """Read what is new, then draft: tokens `[B, K]`, lengths `[B]`, grades `[B, K]`, of trees parents `[B, K]`."""
+        """Read what is new, then draft.
+
+        Tokens `[B, K]`, lengths `[B]`, grades `[B, K]`, of trees parents `[B, K]`, and if drafts are drawn, what from,
+        `[B, K + 1, V]`.
+        """
         known, capacity = context.known, self._model.capacity
         has_place = known <= capacity  # [B], whether the root token has a position
         # KV of drafts that were rejected is stale: it counts only up to the root token.
@@ -143,16 +152,17 @@ class DraftModel(Drafter):
             # Rows that do not go on may be longer than the cache, which no target may be told.
             position = (context.known + index - 1).clamp(max=self._model.capacity)  # [B]
             single, order = _one_token_each(guesses[-1].tokens.squeeze(1), position, going)
-            guesses.append(self._predict(single, lengths, order, context, index))
+            guesses.append(self._predict(single, lengths, order, context, index, first_node=index))
             lengths = lengths + going
-        tokens, grades = (torch.cat(levels, 1) for levels in zip(*guesses, strict=True))
-        return Draft(tokens, max_drafts.clamp(max=self.num_draft_tokens), {"lengths": lengths}, grades)
+        tokens, grades = (torch.cat(levels, 1) for levels in zip(*((g.tokens, g.grades) for g in guesses), strict=True))
+        counts = max_drafts.clamp(max=self.num_draft_tokens)
+        return Draft(tokens, counts, {"lengths": lengths}, grades, proposal=self._proposal(guesses))
 
     def _draft_tree(
         self, tree: TreeShape, first: _Guess, max_drafts: Tensor, lengths: Tensor, context: DraftContext
     ) -> Draft:
         """Run the model on the root and all nodes so far, once for each level that has another below it."""
-        (tokens, grades), known = first, context.known  # [B, nodes so far]
+        tokens, grades, known, guesses = first.tokens, first.grades, context.known, [first]  # [B, nodes so far]
         rows, device = len(known), known.device
         parents = tree.parents(device).expand(rows, -1)  # [B, K]
         for depth in range(1, tree.depth):
@@ -164,11 +174,23 @@ class DraftModel(Drafter):
             packed = pack(context.history, known, roots, going, token_range, row_range, share=count + 1, draft=drafted)
             packed = as_trees(packed, roots, self._model.ancestor_words, drafted)
             newest = packed.roots[:, None] + row_range[-tree.levels[depth - 1] :]  # [B, nodes of this depth]
-            guess = self._predict(packed, roots, newest.flatten(), context, depth, tree.branching[depth])
+            newest_node = count + 1 - tree.levels[depth - 1]
+            guess = self._predict(packed, roots, newest.flatten(), context, depth, tree.branching[depth], newest_node)
+            guesses.append(guess)
             tokens = torch.cat([tokens, guess.tokens.view(rows, -1)], 1)
             grades = torch.cat([grades, guess.grades.view(rows, -1)], 1)
         counts = (tree.depths(device) <= max_drafts[:, None]).sum(1)  # [B]
-        return Draft(tokens, counts, {"lengths": lengths}, grades, parents)
+        return Draft(tokens, counts, {"lengths": lengths}, grades, parents, self._proposal(guesses))
+
+    def _proposal(self, guesses: Sequence[_Guess]) -> Tensor | None:
+        """What drafts were drawn from, `[B, K + 1, V]`, nodes in order; None if they were not drawn."""
+        lines = [guess.proposal for guess in guesses if guess.proposal is not None]
+        if not lines:
+            return None
+        drawn_from = torch.cat(lines, 1)
+        rows, nodes, vocabulary = drawn_from.shape
+        leaves = drawn_from.new_zeros((rows, self.num_draft_tokens + 1 - nodes, vocabulary))
+        return torch.cat([drawn_from, leaves], 1)
 
     @property
     def _model(self) -> PackedModel:
@@ -176,43 +198,73 @@ class DraftModel(Drafter):
         return self._packed
 
     def _predict(
-        self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext, depth: int, count: int = 1
+        self,
+        packed: Packed,
+        lengths: Tensor,
+        index: Tensor,
+        context: DraftContext,
+        depth: int,
+        count: int = 1,
+        first_node: int = 0,
     ) -> _Guess:
-        """The best `count` tokens behind the packed tokens that `index[R]` names, which are of one depth."""
+        """The best `count` tokens behind the packed tokens that `index[R]` names: as many of each row, all of a depth.
+
+        Those of a row are its nodes from `first_node` on.
+        """
         caches = {name: context.state[name] for name in self._model.cache_shapes}
         readable = packed.input_ids.clamp(max=self._model.vocabulary - 1)  # [T]
         _, logits = self._model(replace(packed, input_ids=readable), lengths, index, caches)  # [R, V]
-        logits = logits.float()
-        scores = _scores(logits, depth, context)
+        logits, proposal = logits.float(), None
+        if context.drawn != DETERMINISTIC:
+            logits = _over(logits, context.vocabulary)
+            proposal = logits.softmax(1).view(len(context.known), -1, context.vocabulary)
+        scores = _scores(logits, depth, first_node, context)
         # To find one is much faster than to rank several.
         tokens = scores.max(1, keepdim=True).indices if count == 1 else scores.topk(count, 1).indices
         probability = (logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)).exp()
-        return _Guess(tokens, (probability * self.num_grades).long().clamp(0, self.num_grades - 1))
+        return _Guess(tokens, (probability * self.num_grades).long().clamp(0, self.num_grades - 1), proposal)
 
 
 class _Guess(NamedTuple):
     """What the draft model expects next.
 
     Attributes:
-        tokens: int64 `[R, W]`, the likeliest tokens behind each of R, the likeliest first.
+        tokens: int64 `[R, W]`, the likeliest tokens behind each of R, the likeliest first; or as they were drawn.
         grades: int64 `[R, W]`, their probabilities in eighths.
+        proposal: float32 `[B, R / B, V]`, what they were drawn from, if they were.
     """
 
     tokens: Tensor
     grades: Tensor
+    proposal: Tensor | None
 
 
-def _scores(logits: Tensor, depth: int, context: DraftContext) -> Tensor:
-    """By what the tokens at a depth are ranked, `[R, V]`: log q, and of rows that sample the target's noise on top."""
-    if "do_sample" not in context.options:
-        return logits
+def _over(logits: Tensor, vocabulary: int) -> Tensor:
+    """The logits of the tokens that the target has, `[R, V]`: only those are drawn."""
+    if logits.shape[1] >= vocabulary:
+        return logits[:, :vocabulary]
+    unknown = logits.new_full((logits.shape[0], vocabulary - logits.shape[1]), -torch.inf)
+    return torch.cat([logits, unknown], 1)
+
+
+def _scores(logits: Tensor, depth: int, first_node: int, context: DraftContext) -> Tensor:
+    """By what the tokens behind nodes of a depth are ranked, `[R, V]`: log q, and of rows that sample noise on top."""
+    samples = context.options.get("do_sample")
+    if samples is None:
+        if context.drawn == DETERMINISTIC:
+            return logits
+        samples = torch.ones_like(context.active)
     times = len(logits) // len(context.known)  # nodes of each row
-    samples, seeds, positions = (
-        value.repeat_interleave(times)[:, None]  # [R, 1]
-        for value in (context.options["do_sample"], context.seeds, context.known + depth)
-    )
+    samples, seeds, known = (
+        value.repeat_interleave(times)[:, None] for value in (samples, context.seeds, context.known)
+    )  # [R, 1]
     ids = torch.arange(logits.shape[1], device=logits.device)
-    return logits + torch.where(samples, gumbels(seeds, positions, ids), 0)
+    if context.drawn == DETERMINISTIC:
+        noise = gumbels(seeds, known + depth, ids)
+    else:
+        node = first_node + torch.arange(len(logits), device=logits.device)[:, None] % times  # [R, 1]
+        noise = gumbels(seeds, known, node * context.vocabulary + ids, DRAFTS)
+    return logits + torch.where(samples, noise, 0)
 
 
 def _chain_length(num_draft_tokens: int | None) -> int:

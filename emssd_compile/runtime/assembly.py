@@ -64,13 +64,15 @@ def switch(engine: Engine, variant: Variant) -> None:
     Raises:
         CapacityError: what only this form has does not fit into memory.
     """
-    own = {name: spec for name, spec in _own(variant.signature).items() if name not in engine.tensors}
+    every = _own(variant.signature, "state")  # of the state, too: a form may hold what drafts are drawn from
+    own = {name: spec for name, spec in every.items() if name not in engine.tensors}
     engine.use(variant, allocate(own, engine.tensors["history"].device))
 
 
-def _own(signature: Signature) -> dict[str, TensorSpec]:
-    """What is allocated beside `StepState`."""
-    return {name: binding.spec for name, binding in signature.with_role("cache", "row", "memory", "option").items()}
+def _own(signature: Signature, *more: str) -> dict[str, TensorSpec]:
+    """What is allocated beside `StepState`, and the inputs that have one of more roles."""
+    inputs = signature.with_role("cache", "row", "memory", "option", *more)
+    return {name: binding.spec for name, binding in inputs.items()}
 
 
 def _without_clock(step: StepFunction) -> StepFunction:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from emssd_compile.errors import RuleError
-from emssd_compile.step.fields import holds_tensors
+from emssd_compile.step.fields import STATIC, holds_tensors
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.parts import Part
+from emssd_compile.step.proposals import CHAIN, DETERMINISTIC, DRAWINGS, TREE
 
 
 @holds_tensors
@@ -30,6 +31,7 @@ class Verification:
             is batched with.
         options: the options that the rule declares, `[B]` each, by name.
         state: the rule's own tensors, as declared by `Rule.tensors`.
+        drawn: how the drafts of rows that sample were drawn, one of `Rule.accepts`.
     """
 
     logits: Tensor
@@ -40,6 +42,7 @@ class Verification:
     positions: Tensor
     options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    drawn: str = field(default=DETERMINISTIC, metadata=STATIC)
 
 
 @holds_tensors
@@ -107,14 +110,35 @@ def feasible(draft: Nodes, verdict: Verdict) -> Tensor:
     return torch.minimum(verdict.accept_lengths, fits.to(node.dtype).cumprod(1).sum(1)).clamp(min=0)
 
 
+GUARANTEES = {
+    "tokens": "the tokens are those of decoding without drafts with the same seed",
+    "distribution": "the tokens follow the target's distribution, but are not those that the seed gives without drafts",
+    "lossy": "the tokens need not be the model's own",
+}
+"""What a rule may promise of the tokens that come out, whatever is drafted."""
+
+
 class Rule(Part):
     """An acceptance rule: which drafts are kept, and which token follows them.
 
     Attributes:
-        lossless: whether emitted tokens follow the target's distribution exactly.
+        guarantees: what it promises, of `GUARANTEES`.
+        accepts: how drafts may be drawn (`proposals.DRAWINGS`), the best first: the drafter draws in the first of these
+            ways that it knows.
+        shapes: of which shapes drafts may be, "chain" and "tree".
+        reads_proposal: whether it needs to know what drafts were drawn from: `Nodes.proposal` is there then, if they
+            are drawn at all.
     """
 
-    lossless: bool
+    guarantees: str
+    accepts: tuple[str, ...] = tuple(DRAWINGS)
+    shapes: tuple[str, ...] = (CHAIN, TREE)
+    reads_proposal: bool = False
+
+    @property
+    def lossless(self) -> bool:
+        """Whether emitted tokens follow the target's distribution exactly."""
+        return self.guarantees != "lossy"
 
     def forward(self, verification: Verification) -> Verdict:
         """Decide all rows at once."""
@@ -122,8 +146,14 @@ class Rule(Part):
 
 
 def check_rule(rule: Rule) -> Rule:
-    """The rule, if it says whether it is lossless. Raises RuleError if not."""
-    lossless = getattr(rule, "lossless", None)
-    if type(lossless) is not bool:
-        raise RuleError(f"{type(rule).__name__}.lossless = {lossless!r}; set it to True or False")
+    """The rule, if its attributes make sense. Raises RuleError saying which does not."""
+    name, guarantees = type(rule).__name__, getattr(rule, "guarantees", None)
+    if guarantees not in GUARANTEES:
+        raise RuleError(f"{name}.guarantees = {guarantees!r}; set it to one of {list(GUARANTEES)}")
+    for attribute, known in (("accepts", list(DRAWINGS)), ("shapes", [CHAIN, TREE])):
+        value = getattr(rule, attribute)
+        if not isinstance(value, tuple) or not value or not all(item in known for item in value):
+            raise RuleError(f"{name}.{attribute} = {value!r}; set it to a tuple of some of {known}")
+    if type(rule.reads_proposal) is not bool:
+        raise RuleError(f"{name}.reads_proposal = {rule.reads_proposal!r}; set it to True or False")
     return rule

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from emssd_compile.errors import DrafterError
-from emssd_compile.step.fields import holds_tensors
+from emssd_compile.step.fields import STATIC, holds_tensors
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.parts import Part
+from emssd_compile.step.proposals import DETERMINISTIC, DRAWINGS
 from emssd_compile.step.tensor_spec import TensorSpec
 
 
@@ -40,6 +42,8 @@ class DraftContext:
             `Drafter.reads_logits`; else None. Rubbish for rows that emitted nothing.
         options: the options that the drafter declares, `[B]` each, by name.
         state: the drafter's own tensors, as declared by `Drafter.tensors`.
+        drawn: how the drafts of rows that sample are to be drawn, one of `Drafter.proposes`.
+        vocabulary: V, of the target.
     """
 
     history: Tensor
@@ -58,6 +62,8 @@ class DraftContext:
     logits: Tensor | None = None
     options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    drawn: str = field(default=DETERMINISTIC, metadata=STATIC)
+    vocabulary: int = field(default=0, metadata=STATIC)
 
 
 @holds_tensors
@@ -74,6 +80,10 @@ class Draft:
             out of range count as the nearest.
         parents: int64 `[B, K]`, of a drafter of trees: the node that each draft follows, 0 for the root token, i for
             the i-th draft, one before it in any case; what follows nothing of that kind is left out. None for chains.
+        proposal: float32 `[B, K + 1, V]`, where drafts are drawn (`DraftContext.drawn`): line n is the very
+            distribution that those behind node n were drawn from, siblings in the order drawn; rubbish where none
+            follow. `lengths` and `parents` must then not depend on what was drawn: drafts that are chosen by what they
+            are do not follow q. None where nothing is drawn.
     """
 
     tokens: Tensor = field(metadata={"shape": "BK"})
@@ -81,6 +91,7 @@ class Draft:
     state: dict[str, Tensor] = field(default_factory=dict)
     grades: Tensor | None = field(default=None, metadata={"shape": "BK", "optional": True})
     parents: Tensor | None = field(default=None, metadata={"shape": "BK", "of": "tree"})
+    proposal: Tensor | None = field(default=None, metadata={"shape": "BNV", "of": "proposal", "dtype": torch.float32})
 
 
 class PackedModel(Protocol):
@@ -133,6 +144,7 @@ class Drafter(Part):
         is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it are
             compiled, too, and run where they are faster, if the layout measures.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
+        proposes: in which ways it can make drafts (`proposals.DRAWINGS`); the rule chooses among them.
     """
 
     num_draft_tokens: int
@@ -142,6 +154,7 @@ class Drafter(Part):
     reads_logits: bool = False
     is_costly: bool = False
     reads_ahead: bool = False
+    proposes: tuple[str, ...] = (DETERMINISTIC,)
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
         """Called once before tracing, with the target's sizes. Raises DrafterError if the drafter does not fit."""
@@ -165,6 +178,9 @@ def check_drafter(drafter: Drafter) -> Drafter:
         value = getattr(drafter, attribute)
         if type(value) is not bool:
             raise DrafterError(f"{name}.{attribute} = {value!r}; set it to True or False")
+    ways = drafter.proposes
+    if not isinstance(ways, tuple) or not ways or not all(way in DRAWINGS for way in ways):
+        raise DrafterError(f"{name}.proposes = {ways!r}; set it to a tuple of some of {list(DRAWINGS)}")
     if not isinstance(drafter.taps, tuple) or not all(type(tap) is int for tap in drafter.taps):
         raise DrafterError(f"{name}.taps = {drafter.taps!r}; set it to a tuple of the numbers of layers")
     return drafter

@@ -25,6 +25,8 @@ class Nodes:
         grades: int64 `[B, K]`, the drafter's grade of each draft (see `Draft.grades`).
         parents: int64 `[B, K]`, the node that each draft follows, 0 to K; None where drafts are chains.
         max_depth: D, most edges between the root and a draft; K where drafts are chains.
+        proposal: float32 `[B, K + 1, V]`, q: line n is the distribution that the drafts behind node n were drawn from;
+            rubbish where none follow. None where drafts are not drawn, or the rule does not ask what from.
     """
 
     tokens: Tensor
@@ -32,6 +34,7 @@ class Nodes:
     grades: Tensor
     parents: Tensor | None
     max_depth: int = field(metadata=STATIC)
+    proposal: Tensor | None = None
 
     @property
     def exist(self) -> Tensor:
@@ -94,10 +97,15 @@ def select(nodes: Nodes, kept: Tensor) -> Nodes:
     place = kept.cumsum(1)  # [B, K], the number of each node that is kept
     is_moved = kept[:, None] & (place[:, None] == nodes.index[:, None] + 1)  # [B, new, old]
     source = torch.where(is_moved, nodes.index, 0).sum(2)  # [B, new]
+    proposal = nodes.proposal
+    if proposal is not None:
+        lines = torch.cat([torch.zeros_like(source[:, :1]), source + 1], 1)  # [B, K + 1], the root stays
+        proposal = proposal[torch.arange(len(lines), device=lines.device)[:, None], lines]
     return replace(
         nodes,
         tokens=nodes.tokens.gather(1, source),
         lengths=lengths,
         grades=nodes.grades.gather(1, source),
         parents=of_parents(place, nodes.parents, root=0).gather(1, source),
+        proposal=proposal,
     )

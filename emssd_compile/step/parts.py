@@ -30,6 +30,7 @@ class PartSizes:
         num_draft_tokens: K.
         num_grades: G, grades that the drafter tells apart.
         max_depth: D, most drafts on a path; None where drafts are chains, whose paths are as long as they are: K.
+        has_proposal: whether the step holds what drafts are drawn from (`Nodes.proposal`).
     """
 
     rows: int
@@ -38,6 +39,7 @@ class PartSizes:
     num_draft_tokens: int
     num_grades: int = 1
     max_depth: int | None = None
+    has_proposal: bool = False
 
     @property
     def depth(self) -> int:

@@ -19,7 +19,8 @@ class PolicyContext:
     """What a policy sees at the end of a step.
 
     Attributes:
-        draft: what the drafter proposes.
+        draft: what the drafter proposes. Where the rule divides by what drafts were drawn from, their tokens and grades
+            are blanks: drafts that were chosen by what they are would not be drawn from that.
         proposed: bool `[B, K]`, which of these drafts may be verified: none of rows that cannot draft. The parent of
             one that may be is one, too.
         verified: the drafts that this step verified.
@@ -86,15 +87,19 @@ def outcome(verified: Nodes, path: Tensor | None, accepted: Tensor) -> tuple[Ten
     return of_parents(on_path, verified.parents, root=True) & verified.exist, on_path
 
 
-def fit(ranking: Ranking, draft: Nodes, proposed: Tensor, room: Tensor) -> Tensor:
+def fit(ranking: Ranking, draft: Nodes, proposed: Tensor, room: Tensor, *, in_order: bool = False) -> Tensor:
     """Bool `[B, K]`: the best `room` (int64 `[]`) of the drafts that are `proposed` (bool `[B, K]`).
 
     Never more than `room` together, and never one without its parent, also where `ranks` is not the order that it
-    should be: rows are then served in theirs.
+    should be: rows are then served in theirs. With `in_order`, never one without the siblings before it.
     """
     has_room = proposed & (ranking.ranks < room)  # [B, K]
     if draft.parents is None:
         return draft.index < grant(has_room.sum(1), room)[:, None]
+    if in_order:
+        siblings = draft.parents[:, :, None] == draft.parents[:, None]  # [B, K, K]
+        earlier = siblings & (draft.index < draft.index[:, None])
+        has_room = has_room & ~(earlier & ~has_room[:, None]).any(2)
     kept = Lineage.of(draft.parents, draft.max_depth).closed(has_room)
     granted = grant(kept.sum(1), room)  # [B]
     return kept & (kept.cumsum(1) <= granted[:, None])

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 NOISE = 1
-"""The stream of the noise with which tokens are drawn."""
+"""The stream of the noise with which tokens are drawn, by a target and by drafters that mean to draw the same."""
+
+DRAFTS, ACCEPTANCE, RESIDUALS = 2, 3, 4
+"""The streams of drafts that are drawn independently of the target, of the tests that they have to pass, and of the
+token that follows those that did. A step takes all of these at the position behind its root, told apart by index: no
+two steps of a row have that in common, so what one step has decided by a number says nothing of the next."""
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x1E3779B1  # odd, below 2^29: spreads small counters over a word
@@ -40,16 +45,16 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int = 0, index: Tensor | 
     return ((word.float() + 0.5) * _TO_UNIT).clamp(max=1 - 2**-24)
 
 
-def gumbels(seeds: Tensor, positions: Tensor, index: Tensor) -> Tensor:
-    """Standard Gumbel noise of (seed, position, index): float32, in the broadcast shape.
+def gumbels(seeds: Tensor, positions: Tensor, index: Tensor, stream: int = NOISE) -> Tensor:
+    """Standard Gumbel noise of (seed, position, stream, index): float32, in the broadcast shape.
 
     The index of the largest of `log p + noise` is a draw from p (the Gumbel-max trick). Whoever asks for the same seed,
     position and token id is given the same noise, so a target and a drafter that draw with it mostly draw the same.
 
     Args:
-        seeds, positions, index: as for `uniforms`.
+        seeds, positions, index, stream: as for `uniforms`.
     """
-    low = uniforms(seeds, positions, NOISE, index)  # the low ones, which are fine-grained, make large noise
+    low = uniforms(seeds, positions, stream, index)  # the low ones, which are fine-grained, make large noise
     rest = 1 - low
     # -log1p(-low) of what every target has: exact to a few units in the last place where 1 - low is rounded, too
     waiting = torch.where(rest == 1, low, rest.log() * (low / (rest - 1)))  # exponentially distributed

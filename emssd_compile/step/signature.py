@@ -96,7 +96,8 @@ class Signature:
         shapes = {b.name: b.spec.shape for b in self.inputs if b.role in ("state", "setting")}
         (rows, capacity), (vocabulary,), (_, most) = shapes["history"], shapes["is_eos"], shapes["draft_tokens"]
         depth = shapes["histogram"][0] - 1 if "draft_parents" in shapes else None
-        return PartSizes(rows, capacity, vocabulary, most, max_depth=depth)
+        has_proposal = "draft_proposal" in shapes
+        return PartSizes(rows, capacity, vocabulary, most, max_depth=depth, has_proposal=has_proposal)
 
     def with_role(self, *roles: str) -> dict[str, Binding]:
         """The inputs that have one of these roles, by name."""

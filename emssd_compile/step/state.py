@@ -79,11 +79,12 @@ class StepState:
             return torch.zeros(size, dtype=dtype, device=device)
 
         parents = None if sizes.max_depth is None else zeros(rows, most)
+        proposal = zeros(rows, most + 1, sizes.vocabulary, dtype=torch.float32) if sizes.has_proposal else None
         return StepState(
             history=zeros(rows, sizes.capacity),
             known=zeros(rows),
             lengths=zeros(rows),
-            draft=Nodes(zeros(rows, most), zeros(rows), zeros(rows, most), parents, sizes.depth),
+            draft=Nodes(zeros(rows, most), zeros(rows), zeros(rows, most), parents, sizes.depth, proposal),
             active=zeros(rows, dtype=torch.bool),
             limits=zeros(rows),
             prompt_lengths=zeros(rows),

@@ -1,5 +1,6 @@
 """`GreedyMatch` against a loop that walks each row's drafts."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -100,22 +101,23 @@ def test_of_a_tree_the_path_of_the_argmax_is_accepted(forest, data):
             assert verdict.next_tokens[row] == wanted[path[-1]]
 
 
-def test_it_is_lossless_and_has_a_name():
-    assert GreedyMatch.lossless
+def test_it_gives_the_tokens_of_plain_decoding_and_is_taken_by_its_name():
+    assert GreedyMatch.guarantees == "tokens"
+    assert GreedyMatch().lossless
     assert isinstance(make_rule("greedy"), GreedyMatch)
     rule = GreedyMatch()
     assert make_rule(rule) is rule
 
 
 def test_an_unknown_rule_lists_the_known_ones():
-    with pytest.raises(OptionError, match=r"unknown acceptance rule 'typical'.*auto.*greedy"):
-        make_rule("typical")
+    with pytest.raises(OptionError, match=r"unknown acceptance rule 'judge'.*auto.*greedy.*typical"):
+        make_rule("judge")
 
 
 class _AcceptAll(Rule):
     """Keeps whatever is drafted."""
 
-    lossless = False
+    guarantees = "lossy"
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +158,8 @@ def test_a_lossy_rule_is_taken_by_its_name_and_everything_says_so(monkeypatch, t
     pytest.importorskip("onnxruntime")
     fast.export_onnx(tmp_path / "artifact", check=False)
     loaded = emssd_compile.load(tmp_path / "artifact")
-    assert (loaded.manifest.acceptance, loaded.manifest.lossless, loaded.stats.lossless) == ("_AcceptAll", False, False)
+    said = loaded.manifest.acceptance, loaded.manifest.guarantee, loaded.stats.lossless
+    assert said == ("_AcceptAll", "lossy", False)
     assert loaded.generate([[3]], max_new_tokens=9) == [row]
 
 
@@ -168,9 +171,20 @@ def test_a_lossless_rule_of_ones_own_is_taken_as_an_object():
     assert fast.explain().record("fuse_step").notes == ()
 
 
-@pytest.mark.parametrize("lossless", [None, 1, "no"])
-def test_a_rule_that_does_not_say_what_it_guarantees_is_refused(lossless):
+@pytest.mark.parametrize(
+    ("attribute", "value", "remedy"),
+    [
+        ("guarantees", None, "set it to one of"),
+        ("guarantees", True, "set it to one of"),
+        ("guarantees", "exact", r"set it to one of \['tokens', 'distribution', 'lossy'\]"),
+        ("accepts", (), "set it to a tuple of some of"),
+        ("accepts", ("drawn",), "'without replacement'"),
+        ("shapes", "chain", r"some of \['chain', 'tree'\]"),
+        ("reads_proposal", 1, "set it to True or False"),
+    ],
+)
+def test_a_rule_that_does_not_say_what_it_guarantees_and_accepts_is_refused(attribute, value, remedy):
     rule = GreedyMatch()
-    rule.lossless = lossless
-    with pytest.raises(RuleError, match=rf"GreedyMatch\.lossless = {lossless!r}; set it to True or False"):
+    setattr(rule, attribute, value)
+    with pytest.raises(RuleError, match=rf"GreedyMatch\.{attribute} = {re.escape(repr(value))}; .*{remedy}"):
         make_rule(rule)

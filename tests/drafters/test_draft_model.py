@@ -196,6 +196,41 @@ def test_artifacts_carry_a_draft_model_of_fewer_positions_and_a_smaller_vocabula
     assert loaded.stats.num_draft_tokens > 0
 
 
+@pytest.mark.parametrize(("options", "targets"), [({"num_draft_tokens": 2}, 159), ({"tree": (2, 2)}, 161)])
+def test_what_it_says_that_drafts_were_drawn_from_is_what_its_model_says_behind_their_path(options, targets):
+    """Of two steps of rows that keep no draft; the target has a token less or more, and siblings are different ones."""
+    model, rows = toy_model("llama"), 3
+    drafter = DraftModel(model, **options)
+    drafter.prepare(lambda m, *, tree_nodes=0: compile_model(m, BatchShape(rows, 64, tree_nodes)), rows, 64, targets)
+    sizes = PartSizes(rows, 64, targets, drafter.num_draft_tokens, 8, drafter.max_depth)
+    state = {n: torch.zeros(spec.shape, dtype=spec.dtype) for n, spec in drafter.tensors(sizes).items()}
+    texts = [prompt(n) for n in (3, 1, 9)]
+    samples = torch.tensor([True, True, False])
+    for _ in range(2):
+        seen = replace(context(texts, 2, 64), drawn=drafter.proposes[1], vocabulary=targets)
+        seen = replace(seen, draft_range=torch.arange(16), row_range=torch.arange(16), seeds=torch.tensor([5, 6, 7]))
+        with torch.no_grad():
+            draft = drafter(replace(seen, state=state, options={"do_sample": samples}))
+        state |= draft.state
+        assert draft.proposal is not None
+        assert draft.proposal.shape == (rows, drafter.num_draft_tokens + 1, targets)
+        parents = torch.arange(drafter.num_draft_tokens).expand(rows, -1) if draft.parents is None else draft.parents
+        for row, text in enumerate(texts):
+            paths = [text]
+            for token, parent in zip(draft.tokens[row].tolist(), parents[row].tolist(), strict=True):
+                paths.append([*paths[parent], token])
+                with torch.no_grad():
+                    q = model(torch.tensor([paths[parent]])).logits[0, -1, :targets].softmax(0)
+                expected = torch.cat([q, torch.zeros(targets - len(q))])
+                torch.testing.assert_close(draft.proposal[row, parent], expected)
+                if row == 2 and draft.parents is None:
+                    assert token == int(q.argmax())
+            if draft.parents is not None:
+                children = list(zip(parents[row].tolist(), draft.tokens[row].tolist(), strict=True))
+                assert len(set(children)) == len(children)
+            text.append(int(draft.tokens[row, 0] + 1) % 160)
+
+
 class _Graded(DraftModel):
     """Drafts only what it gives one grade."""
 

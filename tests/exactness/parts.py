@@ -85,7 +85,7 @@ class Timid(Drafter):
 class Impatient(Rule):
     """Greedy matching that accepts no more drafts than a row asks for: lossless all the same."""
 
-    lossless = True
+    guarantees = "tokens"
 
     def options(self) -> dict[str, RowOption]:
         return {"most_accepted": RowOption(100, least=0)}

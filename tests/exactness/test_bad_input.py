@@ -81,7 +81,7 @@ class _NoForward(Drafter):
 
 
 class _RuleWithoutForward(Rule):
-    lossless = True
+    guarantees = "tokens"
 
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

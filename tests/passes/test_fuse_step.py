@@ -92,7 +92,7 @@ def test_whatever_is_drafted_the_tokens_are_the_models_own(drafter):
 class _Wild(Rule):
     """Accepts more drafts than there are, or fewer than none, and goes on with what is no token."""
 
-    lossless = True
+    guarantees = "tokens"
 
     def __init__(self, accept: int, token: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_a_verdict_is_carried_out_as_far_as_it_can_be_meant(accept, token, text)
 class _WildPath(Rule):
     """Goes through a tree along a path of its own choice, then on with token 9."""
 
-    lossless = True
+    guarantees = "tokens"
 
     def __init__(self, path: list[int], accept: int) -> None:
         super().__init__()

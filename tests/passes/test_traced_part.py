@@ -45,7 +45,7 @@ class _Drafter(Drafter):
 
 
 class _Rule(Rule):
-    lossless = True
+    guarantees = "tokens"
 
     def __init__(self, change: Change, tensors: Any = None) -> None:
         super().__init__()
@@ -375,6 +375,8 @@ ATTRIBUTES: dict[str, tuple[dict[str, Any], str]] = {
     "G 0": ({"num_grades": 0}, "num_grades = 0; set it to an integer of at least 1"),
     "G float": ({"num_grades": 1.5}, r"num_grades = 1\.5"),
     "reads_ahead": ({"reads_ahead": 1}, "reads_ahead = 1; set it to True or False"),
+    "proposes nothing": ({"proposes": ()}, r"proposes = \(\); set it to a tuple of some of"),
+    "proposes": ({"proposes": ("drawn",)}, "proposes = .*'without replacement'"),
 }
 
 
@@ -388,10 +390,10 @@ def test_attributes_of_a_drafter_are_checked(name):
         step_with(drafter)
 
 
-def test_a_rule_says_whether_it_is_lossless():
+def test_a_rule_says_what_it_guarantees():
     rule = GreedyMatch()
-    rule.lossless = "yes"  # type: ignore[assignment]
-    with pytest.raises(RuleError, match=r"GreedyMatch\.lossless = 'yes'; set it to True or False"):
+    rule.guarantees = "all"
+    with pytest.raises(RuleError, match=r"GreedyMatch\.guarantees = 'all'; set it to one of"):
         step_with(rule=rule)
 
 

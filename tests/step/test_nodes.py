@@ -1,5 +1,7 @@
 """Trees of drafts against plain loops, whatever lies behind the drafts that there are."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +86,19 @@ def test_select_keeps_trees_as_they_are_and_numbers_them_anew(forest, drafts):
         assert chosen.grades[row, :length].tolist() == [i for i, keep in enumerate(kept[row]) if keep]
     assert 0 <= int(chosen.parents.min()) <= int(chosen.parents.max()) <= K, "what lies behind them may be looked up"
     assert chosen.max_depth == D
+
+
+@given(FOREST, MASK)
+@settings(max_examples=100)
+def test_what_drafts_were_drawn_from_goes_with_the_node_that_they_follow(forest, drafts):
+    """Line n of the proposal holds n: a node is known by it after it was numbered anew."""
+    kept = _closed(forest, drafts)
+    lines = torch.arange(K + 1).float()[:, None].expand(ROWS, K + 1, 2)
+    chosen = select(replace(forest.nodes, proposal=lines), _padded(kept))
+    assert chosen.proposal is not None
+    for row, own in enumerate(kept):
+        expected = [0, *(i + 1 for i, keep in enumerate(own) if keep)]
+        assert chosen.proposal[row, : len(expected), 1].tolist() == expected
 
 
 def test_of_chains_the_first_are_kept():

@@ -37,6 +37,18 @@ def test_whatever_the_ranks_what_is_kept_are_trees_and_no_more_than_there_is_roo
     assert _is_closed(forest, kept)
 
 
+@given(FOREST, st.data(), st.lists(ANY, min_size=ROWS * K, max_size=ROWS * K), st.integers(-2, ROWS * K + 2))
+@settings(max_examples=200)
+def test_in_order_of_siblings_the_first_are_kept_whatever_the_ranks(forest, data, ranks, room):
+    ranking = Ranking(torch.tensor(ranks).view(ROWS, K), torch.tensor(0))
+    kept = fit(ranking, forest.nodes, data.draw(closed_masks(forest)), torch.tensor(room), in_order=True)
+    assert _is_closed(forest, kept)
+    for row, tree in enumerate(forest.trees):
+        for draft, parent in enumerate(tree.parents):
+            earlier = [child - 1 for child in tree.children(parent) if child - 1 < draft]
+            assert not kept[row, draft] or all(bool(kept[row, sibling]) for sibling in earlier)
+
+
 @given(FOREST, st.data())
 @settings(max_examples=200)
 def test_of_right_ranks_the_first_are_kept(forest, data):
