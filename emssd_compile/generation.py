@@ -125,34 +125,32 @@ def own_options(
         OptionError: a value is out of range, a list has not one for each row, or what was asked for has no effect.
     """
     of_rows: list[dict[str, float | Tensor]] = [{} for _ in range(rows)]
-    for name, value in given.items():
+    for name in sorted(known, key=lambda name: bool(known[name].needs)):  # what others need comes before them
         option = known[name]
-        of_each = isinstance(value, (list, tuple)) and not option.is_table
-        values = list(value) if of_each else [value]  # type: ignore[call-overload]  # a list, as was just asked
-        if of_each and len(values) != rows:
-            raise OptionError(f"{name} has {len(values)} values for {rows} prompts; pass one for each, or one for all")
-        read = [None if one is None else option.read(name, one, vocabulary) for one in values]
-        for row, one in zip(of_rows, read if of_each else read * rows, strict=True):
-            if one is not None and not option.is_default(one):
+        values = _value_of_each(name, option, given.get(name), rows)
+        has_effect = [not option.needs or bool(row.get(option.needs)) for row in of_rows]
+        if name in asked and not any(has_effect):
+            read = [option.read(name, value, vocabulary) for value in values if value is not None]
+            if any(not option.is_default(value) and value != option.implied for value in read):
+                raise OptionError(
+                    f"{name}={shown(read[0])} would have no effect without {option.needs}=True; pass that, too, or "
+                    "leave it out"
+                )
+        for row, value, is_on in zip(of_rows, values, has_effect, strict=True):
+            if is_on and value is not None and not option.is_default(one := option.read(name, value, vocabulary)):
                 row[name] = one
-    _imply(known, of_rows, asked)
+            elif is_on and value is None and option.needs and option.implied is not None:
+                row[name] = option.implied
     return of_rows
 
 
-def _imply(known: Mapping[str, RowOption], of_rows: list[dict[str, float | Tensor]], asked: Collection[str]) -> None:
-    """Take out what has no effect without an option that is off, and put in what one that is on implies."""
-    for name, option in known.items():
-        if not option.needs:
-            continue
-        values = [row.pop(name) for row in of_rows if name in row and not row.get(option.needs)]
-        if name in asked and any(v != option.implied for v in values) and not any(name in row for row in of_rows):
-            raise OptionError(
-                f"{name}={shown(values[0])} would have no effect without {option.needs}=True; pass that, too, or leave "
-                "it out"
-            )
-        for row in of_rows:
-            if row.get(option.needs) and option.implied is not None:
-                row.setdefault(name, option.implied)
+def _value_of_each(name: str, option: RowOption, value: object, rows: int) -> list[object]:
+    """What each row is given; None where nothing is."""
+    if option.is_table or not isinstance(value, (list, tuple)):
+        return [value] * rows
+    if len(value) != rows:
+        raise OptionError(f"{name} has {len(value)} values for {rows} prompts; pass one for each, or one for all")
+    return list(value)
 
 
 def honoured_options(

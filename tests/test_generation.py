@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
-from emssd_compile.generation import GenerateOptions, resolve_options
+from emssd_compile.generation import GenerateOptions, own_options, resolve_options
 from emssd_compile.runtime.inputs import parse_prompts
 from emssd_compile.runtime.outputs import GenerateOutput, apply_stopping_criteria, limit_rows
+from emssd_compile.step.options import DO_SAMPLE, RowOption
 
 VOCAB = 64
 CAPACITY = 40
@@ -528,3 +529,39 @@ def test_nothing_warns_when_a_length_is_given(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(model, [[5, 6]], max_new_tokens=1)
+
+
+_SAMPLING = {
+    "do_sample": DO_SAMPLE,
+    "top_k": RowOption(0, least=0, needs="do_sample", implied=50),
+    "temperature": RowOption(1.0, torch.float32, least=0.1, needs="do_sample"),
+}
+
+
+def _own(rows: int = 1, asked: tuple[str, ...] = (), **given: object) -> list[dict[str, object]]:
+    return own_options(_SAMPLING, given, rows, VOCAB, asked)  # type: ignore[return-value]
+
+
+def test_what_another_option_implies_gives_way_to_what_is_said():
+    assert _own(do_sample=True) == [{"do_sample": True, "top_k": 50}]
+    assert _own(do_sample=True, top_k=0) == [{"do_sample": True}], "said to be off"
+    assert _own(3, do_sample=[True, False, True], top_k=[7, 7, None]) == [
+        {"do_sample": True, "top_k": 7},
+        {},
+        {"do_sample": True, "top_k": 50},
+    ]
+
+
+def test_what_needs_another_option_is_passed_over_in_configs_and_refused_by_name():
+    assert _own(temperature=0.0, top_k=7) == [{}], "as checkpoints say it that are to be decoded greedily"
+    with pytest.raises(OptionError, match=r"temperature=0\.5 would have no effect without do_sample=True"):
+        _own(temperature=0.5, asked=("temperature",))
+    with pytest.raises(OptionError, match=r"temperature=0\.0 is out of range"):
+        _own(temperature=0.0, asked=("temperature",))
+    with pytest.raises(OptionError, match=r"temperature=0\.0 is out of range"):
+        _own(temperature=0.0, do_sample=True)
+    assert _own(temperature=1.0, top_k=50, asked=("temperature", "top_k")) == [{}], "as by default"
+    assert _own(2, temperature=0.5, do_sample=[False, True], top_k=0, asked=("temperature",)) == [
+        {},
+        {"do_sample": True, "temperature": 0.5},
+    ]

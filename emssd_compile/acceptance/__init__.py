@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from emssd_compile.acceptance.block import BlockVerification
 from emssd_compile.acceptance.greedy import GreedyMatch
-from emssd_compile.acceptance.match import Match
+from emssd_compile.acceptance.match import TargetMatch
 from emssd_compile.acceptance.recursive import RecursiveRejection
 from emssd_compile.acceptance.token_level import TokenLevel
 from emssd_compile.acceptance.traversal import TraversalVerification
@@ -18,7 +18,7 @@ from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.proposals import misfit
 
 RULES: dict[str, Callable[[], Rule]] = {
-    "match": Match,
+    "match": TargetMatch,
     "greedy": GreedyMatch,
     "token-level": TokenLevel,
     "block": BlockVerification,
@@ -32,9 +32,9 @@ __all__ = [
     "RULES",
     "BlockVerification",
     "GreedyMatch",
-    "Match",
     "RecursiveRejection",
     "Rule",
+    "TargetMatch",
     "TokenLevel",
     "TraversalVerification",
     "TypicalAcceptance",
@@ -64,7 +64,7 @@ def make_rule(choice: str | Rule) -> Rule:
             )
         return choice
     if choice == "auto":
-        return Match()
+        return TargetMatch()
     if not isinstance(choice, str) or choice not in RULES:
         raise OptionError(f"unknown acceptance rule {choice!r}; choose one of {['auto', *RULES]} or pass a Rule")
     return _usable(RULES[choice]())

@@ -12,7 +12,7 @@ from emssd_compile.step.options import DO_SAMPLE, RowOption
 from emssd_compile.step.randomness import gumbels
 
 
-class Match(Rule):
+class TargetMatch(Rule):
     """Accept the drafts that are what the target itself would draw; then emit its next draw.
 
     A row that samples takes `argmax(log p + g)` behind each node, where the Gumbel noise g belongs to the request's

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from emssd_compile.drafters.tree_shape import TreeShape
 from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.logits import filtered, tempered
 from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, most_unread
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.pack import Packed, as_trees, pack
@@ -38,7 +39,8 @@ class DraftModel(Drafter):
     draft model runs once, on the root and all nodes drafted so far; its cache keeps nothing of them, and what is
     accepted is read in the next step.
 
-    For rows that sample, the tokens are those with the largest log q + g instead. By default g is the noise with which
+    For rows that sample, temperature, top-k and top-p of the request shape q as they shape what the target draws from,
+    and the tokens are those with the largest log q + g instead. By default g is the noise with which
     the target draws its own (`randomness.gumbels`): then both mostly draw the same. For a rule that divides by q, g is
     noise of their own: a token of a chain is a draw from q, and the tokens behind a node of a tree are draws without
     replacement, in the order drawn (Gumbel top-k, 1903.06059). Their grades mean nothing then.
@@ -61,7 +63,7 @@ class DraftModel(Drafter):
     """
 
     reads_ahead = is_costly = True
-    reads_options = ("do_sample",)
+    reads_options = ("do_sample", "temperature", "top_k", "top_p")
     num_grades = 8
 
     def __init__(
@@ -217,6 +219,8 @@ class DraftModel(Drafter):
         logits, proposal = logits.float(), None
         if context.drawn != DETERMINISTIC:
             logits = _over(logits, context.vocabulary)
+        logits = _shaped(logits, context)
+        if context.drawn != DETERMINISTIC:
             proposal = logits.softmax(1).view(len(context.known), -1, context.vocabulary)
         scores = _scores(logits, depth, first_node, context)
         # To find one is much faster than to rank several.
@@ -245,6 +249,17 @@ def _over(logits: Tensor, vocabulary: int) -> Tensor:
         return logits[:, :vocabulary]
     unknown = logits.new_full((logits.shape[0], vocabulary - logits.shape[1]), -torch.inf)
     return torch.cat([logits, unknown], 1)
+
+
+def _shaped(logits: Tensor, context: DraftContext) -> Tensor:
+    """The logits of q, `[R, V]`, as what the target draws from is shaped; of the other rows as they are."""
+    times = len(logits) // len(context.known)  # nodes of each row
+    options = {name: value.repeat_interleave(times) for name, value in context.options.items()}  # [R]
+    if "temperature" in options:
+        logits = tempered(logits, options["temperature"])
+    if {"top_k", "top_p"} <= options.keys():
+        logits = filtered(logits, options["top_k"], options["top_p"])
+    return logits
 
 
 def _scores(logits: Tensor, depth: int, first_node: int, context: DraftContext) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Match`: what a row that samples draws is a draw from its distribution, and the same draw whatever was drafted."""
+"""What a row that samples draws is a draw from its distribution, and the same draw whatever was drafted."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emssd_compile.acceptance import GreedyMatch, Match, make_rule
+from emssd_compile.acceptance import GreedyMatch, TargetMatch, make_rule
 from emssd_compile.step.acceptance import Verdict, Verification
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.randomness import gumbels
@@ -37,7 +37,7 @@ def _draws(logits: torch.Tensor, samples: list[bool], seeds: torch.Tensor, posit
     draft = Nodes(none, torch.zeros(rows, dtype=torch.int64), none, None, 0)
     positions = torch.full((rows,), position)
     verification = _verification(logits, draft, [1] * rows, seeds, positions, do_sample=torch.tensor(samples))
-    return Match()(verification).next_tokens
+    return TargetMatch()(verification).next_tokens
 
 
 @pytest.mark.parametrize("direction", ["seed", "position"])
@@ -80,7 +80,7 @@ def test_the_path_of_the_draws_is_accepted_and_rows_that_do_not_sample_are_greed
     positions = torch.cat([starts[rows] + torch.tensor(depths), torch.zeros(2, dtype=torch.int64)])
     given_ = _verification(logits, forest.nodes, counts, seeds, positions, do_sample=samples)
     given_.row_ids, given_.seeds = (torch.nn.functional.pad(v, (0, 2)) for v in (given_.row_ids, given_.seeds))
-    verdict = Match()(given_)
+    verdict = TargetMatch()(given_)
     assert verdict.path is not None
     noise = gumbels(seeds[rows, None], positions[:-2, None], torch.arange(VOCABULARY))
     chosen = (logits[:-2] + noise * samples[rows, None]).argmax(1).split(counts)
@@ -102,7 +102,7 @@ def test_what_other_rows_ask_for_does_not_matter():
 
 
 def test_where_nobody_samples_it_is_greedy_and_reads_no_option():
-    rule = Match().suited(())
+    rule = TargetMatch().suited(())
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     draft = Nodes(
         torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), logits[:, :0].long(), None, 0
@@ -113,6 +113,6 @@ def test_where_nobody_samples_it_is_greedy_and_reads_no_option():
 
 
 def test_it_is_lossless_and_the_default():
-    assert Match.guarantees == "tokens"
-    assert isinstance(make_rule("auto"), Match)
-    assert isinstance(make_rule("match"), Match)
+    assert TargetMatch.guarantees == "tokens"
+    assert isinstance(make_rule("auto"), TargetMatch)
+    assert isinstance(make_rule("match"), TargetMatch)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emssd_compile.acceptance import Match
+from emssd_compile.acceptance import TargetMatch
 from emssd_compile.compiler import CompiledModel, compile_model, compile_step
 from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
 from emssd_compile.layouts import LAYOUTS
@@ -84,7 +84,7 @@ class Target:
         compiled = self._compile(tree_nodes(drafter))
         drafter.prepare(self._disturbed, self.rows, CAPACITY, compiled.vocabulary)
         prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
-        step = compile_step(compiled, Match(), drafter, LAYOUTS[layout].policy(), make_processors(()))
+        step = compile_step(compiled, TargetMatch(), drafter, LAYOUTS[layout].policy(), make_processors(()))
         options = CompileOptions(self.rows, CAPACITY, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
 
