@@ -61,11 +61,14 @@ def _fill_caches_with_nan(fast: OptimizedModel) -> None:
         cache.fill_(torch.nan)
 
 
-CASES = [(drafter, "alternating") for drafter in DRAFTERS] + [("random-tree", "auto"), ("sometimes-wrong", "padded")]
+CASES = [
+    *((drafter, "alternating", place % 2) for place, drafter in enumerate(DRAFTERS)),
+    *(("random-tree", "auto", lag) for lag in (0, 1)),
+    ("sometimes-wrong", "padded", 1),
+]
 
 
-@pytest.mark.parametrize(("drafter", "layout"), CASES)
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("drafter", "layout", "lag"), CASES)
 def test_one_part_of_each_kind_and_the_tokens_are_those_of_each_prompt_alone(drafter, layout, lag):
     fast = _optimize(drafter, layout)
     fast._engine.lag = lag

@@ -26,8 +26,15 @@ def _decoder(target: str, drafter: str) -> Decoder:
     return emssd_compile.load(artifact(target, drafter))
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("target", ["eager", "inductor", "onnx", "aot"])
+CASES = [
+    *(("eager", drafter) for drafter in DRAFTERS),
+    ("inductor", "forks"),  # chains: `test_compile.py`
+    *(("onnx", drafter) for drafter in DRAFTERS),
+    *(("aot", drafter) for drafter in ("lookup", "draft-model", "forks")),
+]
+
+
+@pytest.mark.parametrize(("target", "drafter"), CASES)
 def test_tokens_are_the_models_own(target, drafter, reference):
     decoder = _decoder(target, drafter)
     decoder.stats.reset()

@@ -21,11 +21,11 @@ import torch
 from torch._dynamo.utils import counters
 from emssd_compile.lowering import inductor, unbacked
 from tests.passes.graphs import step_of
-from emssd_compile.drafters import PromptLookup
+from emssd_compile.drafters import NoDrafter
 
 if sys.argv[1] != "as it is":
     unbacked.source_hash = lambda: sys.argv[1]
-step = step_of(PromptLookup(3))
+step = step_of(NoDrafter())
 run = inductor.lower(step)
 inputs = []
 for node in step.graph.nodes:
