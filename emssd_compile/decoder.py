@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emssd_compile.ambient import neutral
 from emssd_compile.errors import OptionError
-from emssd_compile.generation import GenerateOptions, own_options, resolve_options, row_seeds
+from emssd_compile.generation import GenerateOptions, merge_configs, own_options, resolve_options, row_seeds
 from emssd_compile.numeric import shown
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.python_logits import PythonLogits
@@ -238,7 +238,8 @@ class Decoder(ABC):
             inputs: `LongTensor[B, S]` (with `attention_mask`, padding on either side), a list of token lists or of 1-D
                 tensors, or a jagged nested tensor; or arrays of numpy where tensors may be. The same kind comes back,
                 prompts included.
-            generation_config: defaults for `options`, as in Hugging Face.
+            generation_config: defaults for `options`, as in Hugging Face; or a list with one for each prompt, which may
+                differ in lengths and in `row_options`.
             attention_mask: `[B, S]`, 0 where a tensor is padded.
             input_ids: Hugging Face's name for `inputs`.
             token_type_ids: accepted if all zero.
@@ -299,9 +300,14 @@ class Decoder(ABC):
     ) -> Any:
         vocabulary, capacity = self._vocabulary, self._engine.capacity
         known = self.row_options
-        chosen = resolve_options(
-            generation_config, options, stored=self.generation_config, vocab_size=vocabulary, of_parts=known
-        )
+        configs = generation_config if isinstance(generation_config, (list, tuple)) else [generation_config]
+        if not configs:
+            raise OptionError("generation_config is an empty list; pass one for each prompt, or one for all")
+        each = [
+            resolve_options(config, options, stored=self.generation_config, vocab_size=vocabulary, of_parts=known)
+            for config in configs
+        ]
+        chosen = merge_configs(each, options) if len(each) > 1 else each[0]
         prompts = parse_prompts(
             inputs,
             attention_mask,
@@ -311,10 +317,13 @@ class Decoder(ABC):
             input_ids=input_ids,
             token_type_ids=token_type_ids,
         )
+        if len(each) not in (1, len(prompts)):
+            raise OptionError(f"generation_config is {len(each)} configs for {len(prompts)} prompts; pass one for each")
         hook = self._hook(chosen, logits_hook)
         times = chosen.num_return_sequences
         prompts = prompts.repeated(times)
-        limits = limit_rows(chosen, prompts, capacity)
+        of_rows = [own for own in each for _ in range(times)] if len(each) > 1 else []
+        limits = limit_rows(chosen, prompts, capacity, of_rows)
         given = {**chosen.of_parts, "min_new_tokens": limits.min_new_tokens[::times]}  # one for each prompt
         if "min_new_tokens" not in known:
             del given["min_new_tokens"]

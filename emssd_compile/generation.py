@@ -10,8 +10,8 @@ those names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from emssd_compile.numeric import INT64_MIN, flag, integer, seconds, shown
 from emssd_compile.python_logits import AllowedTokens, HFProcessor
 from emssd_compile.step.options import RowOption
 
+_BY_ROW = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "of_parts")  # what each row may set
 _SPREAD = 0x9E3779B97F4A7C15  # odd: seeds of neighbouring rows are far from those of neighbouring seeds
 DEFAULT_NEW_TOKENS = 20  # what transformers generates when nobody sets a length
 
@@ -144,8 +145,44 @@ def own_options(
     return of_rows
 
 
+class PerRow(tuple[object, ...]):
+    """A value for each row, of tables, too; None where there is none."""
+
+
+def merge_configs(each: Sequence[GenerateOptions], kwargs: Collection[str]) -> GenerateOptions:
+    """One set of options for rows that were given configs of their own.
+
+    Args:
+        each: what was resolved for each row.
+        kwargs: names of what was passed by name, which holds for all of them.
+
+    Raises:
+        OptionError: the configs differ in something that is the same for all rows of a call.
+    """
+    first = each[0]
+    for number, other in enumerate(each):
+        for name in (name for name in vars(first) if name not in _BY_ROW):
+            if _compared(getattr(other, name)) != _compared(getattr(first, name)):
+                raise OptionError(
+                    f"generation_config: number {number} has another {name} than number 0; it is the same for all "
+                    "prompts of a call, so decode them in calls of their own"
+                )
+    of_parts = {
+        name: first.of_parts[name] if name in kwargs else PerRow(other.of_parts.get(name) for other in each)
+        for name in {name for other in each for name in other.of_parts}
+    }
+    return replace(first, of_parts=of_parts)
+
+
+def _compared(value: object) -> object:
+    """What tells criteria that were made of the same stop strings apart from others."""
+    return tuple(getattr(each, "stop_strings", each) for each in value) if isinstance(value, tuple) else value
+
+
 def _value_of_each(name: str, option: RowOption, value: object, rows: int) -> list[object]:
     """What each row is given; None where nothing is."""
+    if isinstance(value, PerRow):
+        return list(value)
     if option.is_table or not isinstance(value, (list, tuple)):
         return [value] * rows
     if len(value) != rows:

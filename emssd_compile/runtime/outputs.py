@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Generic
 
@@ -30,7 +30,9 @@ class RowLimits:
     min_new_tokens: list[int]
 
 
-def limit_rows(options: GenerateOptions, prompts: PromptBatch, capacity: int) -> RowLimits:
+def limit_rows(
+    options: GenerateOptions, prompts: PromptBatch, capacity: int, of_rows: Sequence[GenerateOptions] = ()
+) -> RowLimits:
     """Fit the options to a batch: turn lengths that count the prompt into new tokens per row, and check that they fit.
 
     Without `max_new_tokens` and `max_length`, a row emits up to 20 tokens or until it is full, as in transformers.
@@ -39,6 +41,7 @@ def limit_rows(options: GenerateOptions, prompts: PromptBatch, capacity: int) ->
         options: what the call asked for.
         prompts: what it asked it for.
         capacity: tokens that a row of KV cache can hold, prompt and new ones together.
+        of_rows: what it asked for each row, where they have lengths of their own.
 
     Raises:
         InvalidInputError: a streamer and more than one row.
@@ -48,9 +51,10 @@ def limit_rows(options: GenerateOptions, prompts: PromptBatch, capacity: int) ->
     """
     if options.streamer is not None and len(prompts) > 1:
         raise InvalidInputError(f"streamer: only one prompt can be streamed, not {len(prompts)}; pass them one by one")
-    sizes = enumerate(zip(prompts.lengths, prompts.widths, strict=True))
-    most = [_max_new_tokens(options, row, length, width, capacity) for row, (length, width) in sizes]
-    asked = [_min_new_tokens(options, width) for width in prompts.widths]
+    every = of_rows or [options] * len(prompts)
+    sizes = enumerate(zip(every, prompts.lengths, prompts.widths, strict=True))
+    most = [_max_new_tokens(own, row, length, width, capacity) for row, (own, length, width) in sizes]
+    asked = [_min_new_tokens(own, width) for own, width in zip(every, prompts.widths, strict=True)]
     least = [min(low, high) for low, high in zip(asked, most, strict=True)]
     if options.eos_token_ids and asked != least:
         message = (

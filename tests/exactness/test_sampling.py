@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 import emssd_compile
 from emssd_compile.drafters import Drafter
@@ -166,3 +167,35 @@ def test_several_sequences_that_would_be_the_same_are_refused():
         _sample(fast, PROMPTS[:2], seed=0, do_sample=[True, False], num_return_sequences=2)
     with pytest.raises(OptionError, match="num_return_sequences=0 is out of range"):
         _sample(fast, PROMPTS[:2], seed=0, num_return_sequences=0)
+
+
+def test_each_prompt_may_have_a_config_of_its_own():
+    fast, banned = _fast("gpt2", "draft-model"), [_expected("gpt2")[4][LENGTHS[4]]]
+    configs = [
+        GenerationConfig(do_sample=True, temperature=0.5, top_k=9, max_new_tokens=7),
+        GenerationConfig(max_new_tokens=NEW),
+        GenerationConfig(do_sample=True, top_p=0.8, max_new_tokens=3),
+        GenerationConfig(repetition_penalty=1.4, max_length=LENGTHS[3] + 9),
+        GenerationConfig(do_sample=True, top_k=0, suppress_tokens=banned, max_new_tokens=NEW),
+    ]
+    together = fast.generate(PROMPTS, configs, seed=SEEDS, eos_token_id=[])
+    alone = [
+        fast.generate([ids], config, seed=seed, eos_token_id=[])[0]
+        for ids, config, seed in zip(PROMPTS, configs, SEEDS, strict=True)
+    ]
+    assert together == alone
+    assert [len(text) - n for text, n in zip(together, LENGTHS, strict=True)] == [7, NEW, 3, 9, NEW]
+    assert together[4] != _expected("gpt2")[4]
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([], "empty list"),
+        ([GenerationConfig(max_new_tokens=2)] * 2, "2 configs for 5 prompts"),
+        ([GenerationConfig(eos_token_id=n, max_new_tokens=2) for n in range(5)], "number 1 has another eos_token_ids"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(configs, message):
+    with pytest.raises(OptionError, match=message):
+        _fast("gpt2", "draft-model").generate(PROMPTS, configs)
