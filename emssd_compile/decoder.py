@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
@@ -120,7 +121,7 @@ class Decoder(ABC):
                 step of its own, which is compiled here rather than when a call sets them first.
 
         Raises:
-            OptionError: an option is none of a row's, or out of range.
+            OptionError: an option is none of a row's, out of range, or without effect by itself.
         """
         unknown = sorted(options.keys() - self.row_options.keys())
         if unknown:
@@ -128,9 +129,7 @@ class Decoder(ABC):
                 f"warmup: {unknown[0]} asks for no form of the step of its own; those that do: "
                 f"{', '.join(self.row_options) or 'none'}"
             )
-        known = {name: self.row_options[name] for name in options}
-        read = {name: option.read(name, options[name], self._vocabulary) for name, option in known.items()}
-        used = {name for name, value in read.items() if not known[name].is_default(value)}
+        (used,) = own_options(self.row_options, options, 1, self._vocabulary, asked=options)
         with self._turns.take("warmup"), neutral(self._default_dtype):
             self._follow()
             self._select(used, hooked=False)
@@ -303,10 +302,10 @@ class Decoder(ABC):
         configs = generation_config if isinstance(generation_config, (list, tuple)) else [generation_config]
         if not configs:
             raise OptionError("generation_config is an empty list; pass one for each prompt, or one for all")
+        settings = {"stored": self.generation_config, "vocab_size": vocabulary, "of_parts": known}
         each = [
-            resolve_options(config, options, stored=self.generation_config, vocab_size=vocabulary, of_parts=known)
-            for config in configs
-        ]
+            *map(partial(resolve_options, kwargs=options, **settings), configs)
+        ]  # no frame more: warnings count them
         chosen = merge_configs(each, options) if len(each) > 1 else each[0]
         prompts = parse_prompts(
             inputs,

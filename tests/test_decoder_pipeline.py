@@ -52,8 +52,8 @@ def test_end_token_of_the_call_ends_the_text(pipelines):
 
 
 def test_what_is_not_supported_is_refused_through_the_pipeline_too(pipelines):
-    with pytest.raises(NotImplementedError, match="do_sample"):
-        pipelines[0](PROMPTS[0], do_sample=True, max_new_tokens=4)
+    with pytest.raises(NotImplementedError, match="num_beams"):
+        pipelines[0](PROMPTS[0], num_beams=2, max_new_tokens=4)
 
 
 def test_a_pipeline_can_be_printed(pipelines):

@@ -202,3 +202,12 @@ def test_where_steps_are_captured_each_form_is_captured_by_itself_and_a_hook_run
         assert device.replays == replays, "Python cannot be captured"
     assert device.captures == 2 * buckets
     assert device.replays > 0
+
+
+def test_requests_that_sample_in_the_usual_ways_share_a_form_which_a_warm_up_compiles(lowered):
+    fast = _optimize(_model())
+    fast.warmup(do_sample=True)
+    compiled = len(lowered)
+    for options in ({}, {"temperature": 0.5}, {"top_k": 3, "top_p": 0.5}, {"temperature": 2.0, "top_p": 0.9}):
+        _run(fast, do_sample=True, seed=1, **options)
+    assert len(lowered) == compiled

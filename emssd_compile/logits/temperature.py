@@ -22,8 +22,8 @@ class Temperature(LogitsProcessor):
     is_filter = True
 
     def options(self) -> dict[str, RowOption]:
-        """`temperature`, of each request that samples."""
-        return {"temperature": RowOption(1.0, torch.float32, least=LEAST, needs="do_sample")}
+        """`temperature`, of each request that samples: also of one that does not say, so that most share one form."""
+        return {"temperature": RowOption(1.0, torch.float32, least=LEAST, needs="do_sample", implied=1.0)}
 
     def forward(self, context: LogitContext) -> Processed:
         """The logits of each row over its temperature."""

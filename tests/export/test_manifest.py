@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("toy_target")
 def test_the_manifest_says_what_the_step_was_made_from(artifact):
     manifest = read_manifest(artifact)
     assert (manifest.target, manifest.kind, manifest.drafter) == ("toy", "step", "PromptLookup")
-    assert (manifest.layout, manifest.acceptance, manifest.dtype) == ("auto", "GreedyMatch", "float32")
+    assert (manifest.layout, manifest.acceptance, manifest.dtype) == ("auto", "TargetMatch", "float32")
     bindings = {binding.name: binding for binding in manifest.signature.inputs}
     assert bindings["history"].shape == (2, 64)
     assert bindings["token_range"].shape == ("token_range",)
