@@ -270,7 +270,7 @@ def test_an_artifact_has_no_place_for_a_hook(fast, expected, tmp_path):
     loaded = emssd_compile.load(tmp_path / "step")
     with pytest.raises(NotImplementedError, match=r"logits_hook, .*: an artifact's step is one graph"):
         loaded.generate(PROMPTS, max_new_tokens=NEW, logits_hook=lambda c: c.logits)
-    assert loaded.row_options == {name: fast.row_options[name] for name in ("min_new_tokens", "bias", "do_sample")}
+    assert loaded.row_options == {name: fast.row_options[name] for name in ("min_new_tokens", "bias")}
     assert loaded.manifest.processors == ["MinNewTokens", "_Part"]
     assert loaded.generate(PROMPTS, max_new_tokens=NEW, bias=[0, 1, 2]) == expected
     with pytest.raises(OptionError, match="bias=-1 is out of range"):

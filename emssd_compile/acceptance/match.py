@@ -30,7 +30,7 @@ class TargetMatch(Rule):
 
     def options(self) -> dict[str, RowOption]:
         """`do_sample`, of each request."""
-        return {"do_sample": DO_SAMPLE}
+        return {"do_sample": DO_SAMPLE} if self._draws else {}
 
     def suited(self, used: Collection[str]) -> Self:
         """Without noise, where nobody samples."""

@@ -76,14 +76,16 @@ def test_an_artifact_that_decodes_other_tokens_is_not_finished(fast, tmp_path, m
 
 def test_an_artifact_honours_what_is_asked_for_and_what_the_model_itself_sets(fast, tmp_path, monkeypatch):
     plain = emssd_compile.load(export(fast, tmp_path / "plain"))
-    assert plain.row_options.keys() == {"min_new_tokens", "do_sample"}, "the rule's own is in every step"
+    assert plain.row_options.keys() == {"min_new_tokens"}
+    with pytest.raises(NotImplementedError, match="do_sample=True is not supported"):
+        plain.generate([[1]], max_new_tokens=2, do_sample=True)
     config = SimpleNamespace(repetition_penalty=1.1, sequence_bias={(1, 2): -0.5}, bad_words_ids=[], logit_bias={3: 1})
     monkeypatch.setattr(type(fast), "generation_config", config)
     names = ["repetition_penalty", "sequence_bias", "logit_bias"]
     own = emssd_compile.load(export(fast, tmp_path / "own"))
-    assert own.row_options.keys() == {"min_new_tokens", "do_sample", *names}
+    assert own.row_options.keys() == {"min_new_tokens", *names}
     asked = emssd_compile.load(export(fast, tmp_path / "asked", row_options=[*names, "presence_penalty"]))
-    assert asked.row_options.keys() == {*names, "do_sample", "presence_penalty", "frequency_penalty"}
+    assert asked.row_options.keys() == {*names, "presence_penalty", "frequency_penalty"}
     assert asked.row_options.items() <= fast.row_options.items()
     rows = own.generate(PROMPTS, max_new_tokens=6)
     assert asked.generate(PROMPTS, max_new_tokens=6) == rows
