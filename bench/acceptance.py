@@ -33,17 +33,12 @@ from emssd_compile.step.proposals import misfit
 CHAIN, TREE = "chain of 4", "tree (4, 2, 2)"
 SHAPES: dict[str, dict[str, Any]] = {CHAIN: {"num_draft_tokens": 4}, TREE: {"tree": (4, 2, 2)}}
 NOT_DRAWN = ("greedy",)  # cannot sample
+FILTERS = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "draw": {"do_sample": True, "top_k": 0},
-    "temperature, top-k, top-p": {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},
-    "and a repetition penalty": {
-        "do_sample": True,
-        "temperature": 0.8,
-        "top_k": 50,
-        "top_p": 0.95,
-        "repetition_penalty": 1.05,
-    },
+    "temperature, top-k, top-p": FILTERS,
+    "and a repetition penalty": {**FILTERS, "repetition_penalty": 1.05},
 }
 
 

@@ -152,7 +152,10 @@ class _Fusion:
 
     def step(self) -> dict[str, fx.Node]:
         """Everything in order; returns the results by name."""
-        read, states = self._process(self._read(), filters=False)
+        read = self._read()
+        if self.processors or self.shows_logits:
+            read = replace(read, logits=self._inline(torch.Tensor.float, read.logits))  # as Hugging Face has them
+        read, states = self._process(read, filters=False)
         shown = named(self._inline(self._logit_context, self.state, read)) if self.shows_logits else {}
         seam = {f"{SEAM}{name}": node for name, node in shown.items()}
         read, of_filters = self._process(read, filters=True)
@@ -189,8 +192,6 @@ class _Fusion:
     def _process(self, read: _Read, *, filters: bool) -> tuple[_Read, dict[str, fx.Node]]:
         """The logits after all processors that are filters, or all that are not; and their state."""
         states: dict[str, fx.Node] = {}
-        if self.processors or self.shows_logits:
-            read = replace(read, logits=self._inline(torch.Tensor.float, read.logits))  # as Hugging Face has them
         for processor in self.processors:
             if processor.part.is_filter != filters:
                 continue
