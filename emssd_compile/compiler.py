@@ -28,6 +28,9 @@ from emssd_compile.step.logits import LogitsProcessor, in_use
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.pack import Packed, as_trees
 from emssd_compile.step.policy import LengthPolicy
+from emssd_compile.step.probe import Probe, ReadingSpec
+from emssd_compile.step.probe import in_use as asked
+from emssd_compile.step.signature import Signature
 from emssd_compile.step.tensor_spec import TensorSpec
 
 
@@ -144,7 +147,9 @@ class CompiledStep:
         drafter: what proposes them.
         policy: what chooses how many are verified.
         processors: what may be done to the logits.
+        probes: what may look at what was decided.
         used: the options that requests may set; what only others need is not in the graph.
+        readings: what the probes in the graph tell, by the names of results.
         records: what each pass did, those of the model included.
     """
 
@@ -154,16 +159,18 @@ class CompiledStep:
     drafter: Drafter
     policy: LengthPolicy
     processors: tuple[LogitsProcessor, ...]
+    probes: tuple[Probe, ...]
     used: frozenset[str]
+    readings: dict[str, ReadingSpec]
     records: list[PassRecord]
 
     def with_parts(self, *, drafter: Drafter, policy: LengthPolicy) -> CompiledStep:
         """The same step with another drafter and policy."""
-        return compile_step(self.compiled, self.rule, drafter, policy, self.processors, used=self.used)
+        return compile_step(self.compiled, self.rule, drafter, policy, self.processors, self.probes, used=self.used)
 
     def suited(self, used: Collection[str], *, shows_logits: bool = False) -> CompiledStep:
         """The form for requests that set these options of parts; with `shows_logits`, to be cut in two."""
-        parts = (self.rule, self.drafter, self.policy, self.processors)
+        parts = (self.rule, self.drafter, self.policy, self.processors, self.probes)
         return compile_step(self.compiled, *parts, used=used, shows_logits=shows_logits)
 
     def halves(self) -> Halves:
@@ -175,6 +182,10 @@ class CompiledStep:
     ) -> fx.GraphModule:
         """A copy of the step, or of a half of it, in the form that a target's passes give it; `records` gets theirs."""
         return apply_target_passes(graph_module or self.graph_module, self.compiled, target, records)
+
+    def signature(self, graph: fx.Graph) -> Signature:
+        """The bindings of a graph that was made of the step."""
+        return Signature.of(graph, self.roles, self.options, self.readings)
 
     @property
     def options(self) -> dict[str, RowOption]:
@@ -193,6 +204,7 @@ def compile_step(
     drafter: Drafter,
     policy: LengthPolicy,
     processors: tuple[LogitsProcessor, ...] = (),
+    probes: tuple[Probe, ...] = (),
     *,
     used: Collection[str] = (),
     shows_logits: bool = False,
@@ -201,17 +213,28 @@ def compile_step(
 
     Args:
         compiled: the model.
-        rule, drafter, policy, processors: the parts.
+        rule, drafter, policy, processors, probes: the parts.
         used: the options of parts that requests may set to something other than their defaults.
         shows_logits: whether the step is to be cut in two.
     """
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
     parts = (rule.suited(used), drafter.suited(used), policy.suited(used))
-    applied = in_use(processors, used)
-    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, applied, shows_logits=shows_logits)
+    applied = in_use(processors, used), asked(probes, used)
+    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, *applied, shows_logits=shows_logits)
     manager.apply(graph_module, (passes.step(fuse),))
-    return CompiledStep(graph_module, compiled, rule, drafter, policy, processors, frozenset(used), manager.records)
+    return CompiledStep(
+        graph_module,
+        compiled,
+        rule,
+        drafter,
+        policy,
+        processors,
+        probes,
+        frozenset(used),
+        fuse.readings,
+        manager.records,
+    )
 
 
 def apply_target_passes(

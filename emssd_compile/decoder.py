@@ -23,11 +23,12 @@ from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.containers import Array
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.inputs import PromptBatch, parse_prompts
-from emssd_compile.runtime.outputs import GenerateOutput, limit_rows
+from emssd_compile.runtime.outputs import GenerateOutput, arrange, limit_rows
 from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.turns import Turns
 from emssd_compile.stats import Stats
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.probe import ReadingSpec
 
 if TYPE_CHECKING:
     from emssd_compile.lowering.halves import LogitsHook
@@ -85,6 +86,11 @@ class Decoder(ABC):
     @abstractmethod
     def row_options(self) -> dict[str, RowOption]:
         """What each request may set for the parts of the step, by the keyword of `generate`."""
+
+    @property
+    @abstractmethod
+    def readings(self) -> dict[str, ReadingSpec]:
+        """What probes may tell of each token, by the names of results."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -256,7 +262,8 @@ class Decoder(ABC):
             **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; lists and
                 dicts of tokens, for all prompts; and Hugging Face's names: `max_new_tokens`, `max_length`,
                 `min_new_tokens`, `eos_token_id`, `pad_token_id`, `stopping_criteria`, `streamer`,
-                `return_dict_in_generate`, ... Stopping criteria are called as transformers calls them: with all rows,
+                `return_dict_in_generate` (a `GenerateOutput`, with what `output_scores`, `output_logits`, `logprobs`
+                and `top_logprobs` ask for), ... Stopping criteria are called as transformers calls them: with all rows,
                 `[B, n]`, once for each token that they get. Rows of different lengths are padded on the left. With more
                 prompts than `max_batch`, rows run to their end before the criteria have seen all of them.
 
@@ -332,6 +339,7 @@ class Decoder(ABC):
                     "export"
                 )
         own = own_options(known, given, len(prompts) // times, vocabulary, asked=options)
+        self._check_shown(own, chosen)
         draws = [bool(row.get("do_sample")) for row in own]
         if times > 1 and not all(draws):
             raise OptionError(
@@ -352,7 +360,18 @@ class Decoder(ABC):
             with self._calling(hook):
                 self._decode(prompts, requests, chosen, progress)
         sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)
-        return GenerateOutput(sequences) if chosen.return_dict_in_generate else sequences
+        if not chosen.return_dict_in_generate:
+            return sequences
+        return GenerateOutput(sequences, **arrange(self.readings, requests, prompts.device))
+
+    def _check_shown(self, own: Sequence[Mapping[str, object]], chosen: GenerateOptions) -> None:
+        """Refuse to tell something that would not be returned."""
+        by = {spec.asked_by for spec in self.readings.values()}
+        asked = sorted({name for row in own for name in row} & by)
+        if asked and not chosen.return_dict_in_generate:
+            raise OptionError(
+                f"{asked[0]}: the sequences alone would be returned; pass return_dict_in_generate=True as well"
+            )
 
     def _decode(self, prompts: PromptBatch, requests: list[Request], chosen: GenerateOptions, progress: bool) -> None:
         """Run the requests to their ends. However that ends, what was counted is in the stats, and no row is busy."""

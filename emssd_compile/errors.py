@@ -88,7 +88,7 @@ class ArtifactError(EmssdError):
 
 
 class PartError(EmssdError):
-    """A part of the step (drafter, acceptance rule or length policy) does not keep to its contract; says how."""
+    """A part of the step (drafter, rule, policy, logits processor or probe) does not keep to its contract; says how."""
 
 
 class DrafterError(PartError):
@@ -101,6 +101,10 @@ class RuleError(PartError):
 
 class ProcessorError(PartError):
     """A logits processor breaks its contract."""
+
+
+class ProbeError(PartError):
+    """A probe broke the `Probed` contract, or tells of something by a name that is taken."""
 
 
 class PolicyError(PartError):

@@ -24,6 +24,7 @@ from emssd_compile.runtime.assembly import assemble, make_variant
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.requests import Request
 from emssd_compile.step.logits import in_use
+from emssd_compile.step.probe import in_use as asked
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 
 STAGES = ("rewriting", "building", "checking", "hashing")
@@ -127,8 +128,9 @@ def export(
         source = compiled.named() if verify_only else what.step.graph_module
         graph_module = apply_target_passes(source, compiled, target.passes(what.sizes, chosen), records)
         advance(1)
-        roles, options = (_verify_roles(compiled), {}) if verify_only else (what.step.roles, what.step.options)
-        signature = Signature.of(graph_module.graph, roles, options)
+        signature = what.step.signature(graph_module.graph)
+        if verify_only:
+            signature = Signature.of(graph_module.graph, _verify_roles(compiled))
         details = target.write(graph_module, draft, what.sizes, chosen, signature)
         advance(1)
         if is_checked:
@@ -150,7 +152,7 @@ def _compare(what: Exportable, signature: Signature, step: StepFunction) -> None
         CapacityError: there is no memory for another set of KV caches.
     """
     own = what.step.graph_module
-    expected = _decode(what, own, Signature.of(own.graph, what.step.roles, what.step.options))
+    expected = _decode(what, own, what.step.signature(own.graph))
     found = _decode(what, step, signature)
     if found != expected:
         raise ArtifactError(
@@ -186,7 +188,7 @@ def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
 def _manifest(
     what: Exportable, target: Target, verify_only: bool, details: dict[str, Any], explanation: Explanation
 ) -> Manifest:
-    applied = in_use(what.step.processors, what.step.used)
+    applied, probes = in_use(what.step.processors, what.step.used), asked(what.step.probes, what.step.used)
     return Manifest(
         target=target.name,
         kind="verify" if verify_only else "step",
@@ -198,6 +200,7 @@ def _manifest(
         drafter="" if verify_only else type(what.step.drafter).__name__,
         acceptance="" if verify_only else type(what.step.rule).__name__,
         processors=[] if verify_only else [type(p).__name__ for p in applied.values()],
+        probes=[] if verify_only else [type(p).__name__ for p in probes.values()],
         guarantee="" if verify_only else what.step.rule.guarantees,
         chunk=what.chunk,
         deterministic=what.options.deterministic,

@@ -31,8 +31,9 @@ _UNSUPPORTED = {
     "the artifact was exported without what does that to the logits; export it with row_options=[...]": """
         repetition_penalty no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias
         forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty remove_invalid_values""",
+    "the artifact was exported without what tells it; export it with row_options=[...]": "output_scores output_logits",
     "a fused step hands out tokens, not its inner values; to get them run the model itself on the result": """
-        output_scores output_logits output_attentions output_hidden_states""",
+        output_attentions output_hidden_states""",
     "who drafts is chosen when compiling; use optimize(model, drafter=...)": """
         assistant_model assistant_tokenizer prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight
         speculation_type use_mtp is_assistant""",

@@ -18,6 +18,7 @@ from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble, make_variant
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.probe import ReadingSpec
 
 
 def load(folder: str | Path, device: str | torch.device | None = None, *, target: str | None = None) -> LoadedModel:
@@ -72,6 +73,11 @@ class LoadedModel(Decoder):
         """What each request may set for the parts of the step, by the keyword of `generate`."""
         bindings = self.manifest.signature.with_role("option").items()
         return {name.removeprefix("option_"): b.option for name, b in bindings if b.option is not None}
+
+    @property
+    def readings(self) -> dict[str, ReadingSpec]:
+        """What probes may tell of each token, by the names of results."""
+        return self.manifest.signature.readings
 
     @property
     def generation_config(self) -> SimpleNamespace:

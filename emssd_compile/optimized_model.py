@@ -18,7 +18,7 @@ from emssd_compile.ambient import compiling, neutral
 from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter, without
-from emssd_compile.errors import OptionError, PartError, ProcessorError, StaleModelError, UnsupportedModelError
+from emssd_compile.errors import OptionError, PartError, StaleModelError, UnsupportedModelError
 from emssd_compile.freshness import Freshness
 from emssd_compile.generation import honoured_options
 from emssd_compile.layouts import LAYOUTS
@@ -26,6 +26,7 @@ from emssd_compile.length import length_limit, resolve_length
 from emssd_compile.logits import LogitsProcessor, make_processors
 from emssd_compile.lowering import BACKENDS, StepFunction
 from emssd_compile.options import CompileOptions
+from emssd_compile.probes import make_probes
 from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble, make_variant, switch
@@ -39,7 +40,7 @@ from emssd_compile.step.drafting import Drafter, tree_nodes
 from emssd_compile.step.logits import LogitContext
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import Part, merge_options
-from emssd_compile.step.signature import Signature
+from emssd_compile.step.probe import READING, Probe, ReadingSpec, merge_readings
 from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def optimize(
     prefill_chunk: int | None = None,
     deterministic: bool = False,
     processors: Sequence[LogitsProcessor] = (),
+    probes: Sequence[Probe] = (),
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
@@ -86,19 +88,21 @@ def optimize(
             from the same start. Then a call with the same prompts and options gives the same bits in half precision,
             too, on the same machine with the same number of threads, whatever was decoded before.
         processors: logits processors of your own, applied behind those of the package.
+        probes: probes of your own, which tell of each token what `generate` then returns.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
         OptionError: an option is unknown or out of range.
         UnsupportedModelError: the model cannot be compiled to give exactly its own tokens; says where and why.
         DrafterError: the drafter does not fit the model, or breaks its contract.
-        RuleError, PolicyError, ProcessorError: the acceptance rule, the length policy or a logits processor breaks its
-            contract.
+        RuleError, PolicyError, ProcessorError, ProbeError: the acceptance rule, the length policy, a logits processor
+            or a probe breaks its contract.
         CapacityError: the KV caches, or what a part keeps, do not fit into memory.
         BackendError: the backend lacks something here: a C++ compiler, or a folder for what it compiles.
     """
     check_model(model)
-    rule, proposer, every = make_rule(acceptance), make_drafter(drafter), make_processors(processors)
+    rule, proposer = make_rule(acceptance), make_drafter(drafter)
+    others = make_processors(processors), make_probes(probes)
     check_fit(rule, proposer)
     length = resolve_length(model, max_length)
     options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic)
@@ -107,12 +111,17 @@ def optimize(
     BACKENDS[options.backend].require(_device(model))
     check_weights(model)
     with compiling, neutral(torch.get_default_dtype()):
-        step, captured = _compile(model, rule, proposer, options, every)
+        step, captured = _compile(model, rule, proposer, options, *others)
         return OptimizedModel(model, step, options, captured)
 
 
 def _compile(
-    model: nn.Module, rule: Rule, drafter: Drafter, options: CompileOptions, processors: tuple[LogitsProcessor, ...]
+    model: nn.Module,
+    rule: Rule,
+    drafter: Drafter,
+    options: CompileOptions,
+    processors: tuple[LogitsProcessor, ...],
+    probes: tuple[Probe, ...],
 ) -> tuple[CompiledStep, tuple[CompiledModel, ...]]:
     """The step, and the models that were captured for it."""
     from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
@@ -135,8 +144,8 @@ def _compile(
     compiled = checked(model, compile_model(model, batch, drafter.taps))
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
     policy = LAYOUTS[options.layout].policy()
-    step = compile_step(compiled, rule, drafter, policy, processors)
-    _check_names(merge_options((rule, drafter, policy, *processors), ProcessorError))
+    step = compile_step(compiled, rule, drafter, policy, processors, probes)
+    _check_names(merge_options((rule, drafter, policy, *processors, *probes), PartError))
     return step, tuple(captured)
 
 
@@ -183,10 +192,6 @@ class _Form:
 
 def _inputs(graph_module: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
-
-
-def _signature(step: CompiledStep, graph_module: fx.GraphModule) -> Signature:
-    return Signature.of(graph_module.graph, step.roles, step.options)
 
 
 class OptimizedModel(Decoder):
@@ -242,7 +247,7 @@ class OptimizedModel(Decoder):
             plain = self._lower(step.with_parts(drafter=without(step.drafter), policy=LAYOUTS["packed"].policy()))
         variant = make_variant(
             function,
-            _signature(step, graph_module),
+            step.signature(graph_module.graph),
             deterministic=deterministic,
             plain=plain.variant if plain else None,
         )
@@ -252,7 +257,7 @@ class OptimizedModel(Decoder):
         """A step that shows its logits, in two parts."""
         from emssd_compile.lowering.halves import HalvedStep  # brings sympy: not needed to import us
 
-        records, signature = [*step.records], _signature(step, step.graph_module)
+        records, signature = [*step.records], step.signature(step.graph_module.graph)
         halves = step.halves()
         (forward, run), (decide, finish) = (
             self._lower_graph(step, half, records) for half in (halves.forward, halves.decide)
@@ -304,7 +309,8 @@ class OptimizedModel(Decoder):
 
     @property
     def _parts(self) -> tuple[Part, ...]:
-        return (self._step.rule, self._step.drafter, self._step.policy, *self._step.processors)
+        step = self._step
+        return (step.rule, step.drafter, step.policy, *step.processors, *step.probes)
 
     def _served_with(self, used: Collection[str]) -> frozenset[str]:
         """These options, and the others of the parts that they belong to: which of them are set needs no other form."""
@@ -315,6 +321,13 @@ class OptimizedModel(Decoder):
     def row_options(self) -> dict[str, RowOption]:
         """What each request may set for the parts of the step, by the keyword of `generate`."""
         return merge_options(self._parts, PartError)
+
+    @property
+    def readings(self) -> dict[str, ReadingSpec]:
+        """What probes may tell of each token, by the names of results."""
+        sizes = self._engine.variant.signature.sizes
+        told = merge_readings(probe.readings(sizes) for probe in self._step.probes)
+        return {f"{READING}{name}": spec for name, spec in told.items()}
 
     def _follow(self) -> None:
         if self._freshness.follow():
@@ -342,9 +355,8 @@ class OptimizedModel(Decoder):
             except StaleModelError:
                 check_weights(self.model)
                 step = self._step
-                self._take(
-                    self._assemble(*_compile(self.model, step.rule, step.drafter, self.options, step.processors))
-                )
+                parts = step.rule, step.drafter, self.options, step.processors, step.probes
+                self._take(self._assemble(*_compile(self.model, *parts)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""

@@ -20,7 +20,7 @@ from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import COUNTERS
 
-FORMAT = 3
+FORMAT = 4
 NAME = "manifest.json"
 
 _MOST = 1 << 31  # tokens of a step
@@ -46,6 +46,7 @@ class Manifest:
         drafter, acceptance: names of their classes; empty for `"verify"`.
         processors: names of the classes of the logits processors that the step applies; what they do is an option of
             each request.
+        probes: names of the classes of the probes that it asks.
         guarantee: what the acceptance rule promises of the tokens; empty for `"verify"`.
         chunk: most packed tokens of a step.
         deterministic: whether the sizes of steps depend on nothing but the requests.
@@ -69,6 +70,7 @@ class Manifest:
     drafter: str
     acceptance: str
     processors: list[str]
+    probes: list[str]
     guarantee: str
     chunk: int
     deterministic: bool

@@ -13,6 +13,7 @@ import torch
 from emssd_compile.errors import OptionError
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.probe import READING, ReadingSpec
 from emssd_compile.step.readers import can_read
 from emssd_compile.step.signature import ROLES, SIZE_NAMES, Binding, Signature, role_of_state
 from emssd_compile.step.state import StepState
@@ -21,6 +22,7 @@ KEY = "emssd_compile.signature"
 """Under this name an ONNX model and a package of AOTInductor hold the text of their signature."""
 
 _MOST = 1 << 31  # of one size
+_READING: dict[str, type] = {"asked_by": str, "is_cut": bool, "of_steps": bool}  # beside shape and dtype
 
 
 def entry(binding: Binding) -> dict[str, Any]:
@@ -31,20 +33,23 @@ def entry(binding: Binding) -> dict[str, Any]:
     if option is not None:
         content = {f.name: getattr(option, f.name) for f in fields(option) if f.name != "dtype"}
         found["option"] = {**content, "shape": list(option.shape)}
+    if binding.reading is not None:
+        found["reading"] = {name: getattr(binding.reading, name) for name in _READING}
     return found
 
 
 def from_entry(content: dict[str, Any]) -> Binding:
     """Back from `entry`, which `is_entry`."""
-    dtype, option = getattr(torch, content["dtype"]), content.get("option")
+    dtype, option, told = getattr(torch, content["dtype"]), content.get("option"), content.get("reading")
     found = None if option is None else RowOption(dtype=dtype, **{**option, "shape": tuple(option["shape"])})
-    return Binding(content["name"], tuple(content["shape"]), dtype, content["role"], found)
+    reading = None if told is None else ReadingSpec(tuple(content["shape"][2:]), dtype, **told)
+    return Binding(content["name"], tuple(content["shape"]), dtype, content["role"], found, reading)
 
 
 def is_entry(content: dict[str, Any]) -> bool:
     """Whether this is a binding, by its types and ranges."""
     return (
-        content.keys() - {"option"} == {"name", "shape", "dtype", "role"}
+        content.keys() - {"option", "reading"} == {"name", "shape", "dtype", "role"}
         and all(isinstance(content[name], str) for name in ("name", "dtype", "role"))
         and isinstance(getattr(torch, content["dtype"], None), torch.dtype)
         and content["role"] in ROLES
@@ -52,6 +57,8 @@ def is_entry(content: dict[str, Any]) -> bool:
         and all(isinstance(size, str) or (type(size) is int and 0 <= size < _MOST) for size in content["shape"])
         and (content["role"] == "option") == ("option" in content)
         and ("option" not in content or _is_option(content["option"], content["shape"], content["dtype"]))
+        and (content["role"] == "reading") == ("reading" in content)
+        and ("reading" not in content or _is_reading(content["reading"], content["shape"]))
     )
 
 
@@ -71,6 +78,16 @@ def _is_option(content: object, shape: list[int | str], dtype: str) -> bool:
     except (OptionError, KeyError, TypeError):
         return False
     return True
+
+
+def _is_reading(content: object, shape: list[int | str]) -> bool:
+    """Whether this is what probes tell of each token, in a tensor of this shape."""
+    return (
+        isinstance(content, dict)
+        and {name: type(value) for name, value in content.items()} == _READING
+        and len(shape) >= (3 if content["is_cut"] else 2)
+        and all(type(size) is int for size in shape)
+    )
 
 
 def text(signature: Signature) -> str:
@@ -137,8 +154,20 @@ def _flaws_of_step(signature: Signature) -> list[str]:
     report = Binding("report", (rows, len(REPORT_FIELDS) + sizes.depth + 1), torch.int64, "result")
     results = {binding.name: binding for binding in signature.results}
     found += [_difference(results.get(binding.name), binding) for binding in (*kept, report)]
-    found += [f"{name} is no result of a step" for name in sorted(results.keys() - {b.name for b in (*kept, report)})]
+    readings = {name: b for name, b in results.items() if b.role == "reading"}
+    known = {*readings, *(b.name for b in (*kept, report))}
+    found += [f"{name} is no result of a step" for name in sorted(results.keys() - known)]
+    options = {b.name.removeprefix("option_") for b in signature.inputs if b.role == "option"}
+    found += [_flaw_of_reading(b, (rows, sizes.depth + 1), options) for b in readings.values()]
     return list(filter(None, found))
+
+
+def _flaw_of_reading(binding: Binding, lines: tuple[int, int], options: set[str]) -> str:
+    assert binding.reading is not None
+    if binding.shape[:2] != lines or not binding.name.startswith(READING):
+        return f"{binding.name} is {_say(binding)}, which tells nothing of the tokens of {lines[0]} rows"
+    by = binding.reading.asked_by
+    return f"{binding.name} is asked for by {by!r}, which is no option" if by and by not in options else ""
 
 
 def _difference(found: Binding | None, expected: Binding) -> str:

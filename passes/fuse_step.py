@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emssd_compile.errors import DrafterError, PolicyError, ProcessorError, RuleError
+from emssd_compile.errors import DrafterError, PolicyError, ProbeError, ProcessorError, RuleError
 from emssd_compile.ops import append_kv, move_kv
 from emssd_compile.passes.graph import caches, call, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
@@ -27,6 +27,7 @@ from emssd_compile.step.nodes import Nodes, select
 from emssd_compile.step.pack import LogitRows, Packed, as_trees, logit_rows, pack
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking, fit, outcome, proposed_drafts
+from emssd_compile.step.probe import READING, Probe, ProbeContext, Probed, ReadingSpec, merge_readings
 from emssd_compile.step.proposals import DETERMINISTIC, WITHOUT_REPLACEMENT, how_drawn
 from emssd_compile.step.signature import SIZE_NAMES, role_of_state
 from emssd_compile.step.state import CONSTANT_FIELDS, StepState
@@ -41,7 +42,7 @@ class FuseStep:
 
         before:  forward(input_ids[T], positions[T], row_ids[T], offsets[B+1], lengths[B], logit_index[R], caches)
         after:   forward(history[B,C], known[B], draft_tokens[B,K], ..., token_range[T], logit_range[R], ..., caches)
-                     -> {history, known, draft_tokens, ..., report, rule_<name>, drafter_<name>, policy_<name>}
+                     -> {history, known, draft_tokens, ..., report, reading_<name>, rule_<name>, drafter_<name>, ...}
 
     Args:
         batch: sizes of the batch.
@@ -50,6 +51,7 @@ class FuseStep:
         policy: what chooses how many of them are verified.
         fake_mode: of the graph.
         processors: what is done to the logits, in order; their numbers name their tensors.
+        probes: what looks at what was decided; their numbers name their tensors.
         shows_logits: return what a `LogitContext` holds, too, as it is when the processors are done: at these results
             `split_halves` can cut the step.
     """
@@ -64,6 +66,7 @@ class FuseStep:
         policy: LengthPolicy,
         fake_mode: FakeTensorMode,
         processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
+        probes: Mapping[int, Probe] = MappingProxyType({}),
         *,
         shows_logits: bool = False,
     ) -> None:
@@ -73,6 +76,8 @@ class FuseStep:
         self.drafter = drafter
         self.policy = policy
         self.processors = processors
+        self.probes = probes
+        self.readings: dict[str, ReadingSpec] = {}
         self.fake_mode = fake_mode
         self.notes: tuple[str, ...] = ()
 
@@ -80,15 +85,18 @@ class FuseStep:
         """Replace the model's graph by that of the step.
 
         Raises:
-            RuleError, DrafterError, PolicyError, ProcessorError: that part fails while it is traced, or breaks its
-                contract.
+            RuleError, DrafterError, PolicyError, ProcessorError, ProbeError: that part fails while it is traced, or
+                breaks its contract.
         """
         model = fx.GraphModule(graph_module, graph_module.graph)
         graph_module.graph = fx.Graph()
-        graph_module.graph.output(_Fusion(self, graph_module, model).step())
+        fusion = _Fusion(self, graph_module, model)
+        graph_module.graph.output(fusion.step())
+        told = merge_readings(probe.readings for probe in fusion.probes)
+        self.readings = {f"{READING}{name}": spec for name, spec in told.items()}
         rule, promise = type(self.rule).__name__, GUARANTEES[self.rule.guarantees]
         said = {"tokens": (), "distribution": (f"{rule}: {promise}",), "lossy": (f"{rule} is lossy: {promise}",)}
-        parts = (self.rule, self.drafter, self.policy, *self.processors.values())
+        parts = (self.rule, self.drafter, self.policy, *self.processors.values(), *self.probes.values())
         self.notes = (*said[self.rule.guarantees], *(note for part in parts for note in part.notes()))
         return 1
 
@@ -140,6 +148,9 @@ class _Fusion:
             TracedPart(f"processor_{number}", processor, Processed, ProcessorError, self.sizes)
             for number, processor in of.processors.items()
         ]
+        self.probes = [
+            TracedPart(f"probe_{number}", probe, Probed, ProbeError, self.sizes) for number, probe in of.probes.items()
+        ]
         with self.fake_mode:
             empty = StepState.empty(self.sizes, logits.device)
         graph = into.graph
@@ -153,8 +164,11 @@ class _Fusion:
     def step(self) -> dict[str, fx.Node]:
         """Everything in order; returns the results by name."""
         read = self._read()
-        if self.processors or self.shows_logits:
+        if self.processors or self.shows_logits or self.probes:
             read = replace(read, logits=self._inline(torch.Tensor.float, read.logits))  # as Hugging Face has them
+        raw = read.logits
+        if self.shows_logits and self.probes:  # what is changed between the halves is one value, what is told another
+            read = replace(read, logits=self._inline(torch.clone, raw))
         read, states = self._process(read, filters=False)
         shown = named(self._inline(self._logit_context, self.state, read)) if self.shows_logits else {}
         seam = {f"{SEAM}{name}": node for name, node in shown.items()}
@@ -162,6 +176,7 @@ class _Fusion:
         verdict, rule_state = self._part(self.rule, self._inline(self._verification, self.state, read))
         state, done = self._inline(self._commit, self.state, read, verdict)
         self._move_kv(done)
+        readings, of_probes = self._probe(read, raw, done)
         context = self._inline(self._draft_context, self.state, state, read, done, self.ranges)
         draft, drafter_state = self._part(self.drafter, context)
         proposed = self._inline(self._propose, draft, context.max_drafts)
@@ -169,7 +184,9 @@ class _Fusion:
         ranking, policy_state = self._part(self.policy, seen)
         state, report = self._inline(self._choose, state, done, *proposed, ranking)
         kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
-        return {**kept, "report": report, **seam, **states, **of_filters, **rule_state, **drafter_state, **policy_state}
+        of_logits = {**states, **of_filters}
+        of_parts = {**of_logits, **rule_state, **of_probes, **drafter_state, **policy_state}
+        return {**kept, "report": report, **readings, **seam, **of_parts}
 
     def _inline(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return inline_function(self.into, function, arguments, self.fake_mode)
@@ -268,6 +285,22 @@ class _Fusion:
     def _accepted(self, state: StepState, done: _Done) -> tuple[Tensor, Tensor]:
         """The slot of each row's root, and how many nodes follow it there, itself included."""
         return (state.known - 1).clamp(min=0), torch.where(done.ready, done.emission.accepted + 1, 0)
+
+    def _probe(self, read: _Read, raw_logits: Tensor, done: _Done) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+        """What the probes tell, by the names of results; and their state."""
+        readings: dict[str, fx.Node] = {}
+        states: dict[str, fx.Node] = {}
+        for probe in self.probes:
+            probed, state = self._part(probe, self._inline(self._probe_context, read, raw_logits, done))
+            readings |= {f"{READING}{name}": node for name, node in probed.values.items()}
+            states |= state
+        return readings, states
+
+    def _probe_context(self, read: _Read, raw_logits: Tensor, done: _Done) -> ProbeContext:
+        tokens = done.emission.tokens
+        path = torch.arange(tokens.shape[1], device=tokens.device) if done.path is None else done.path
+        places = (read.rows.offsets[:-1, None] + path).clamp(max=raw_logits.shape[0] - 1)  # [B, D + 1]
+        return ProbeContext(tokens, done.emission.counts, places, raw_logits, read.logits)
 
     def _draft_context(
         self, before: StepState, state: StepState, read: _Read, done: _Done, ranges: Tensors

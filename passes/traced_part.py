@@ -18,6 +18,7 @@ from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.splice import Tensors, add_input, inline_function
 from emssd_compile.step.fields import mapped, named, spelled
 from emssd_compile.step.parts import Part, PartSizes, check_options, check_tensors, clash
+from emssd_compile.step.probe import Probe, ReadingSpec, check_readings
 
 _SPELLED = {"P": "D + 1", "N": "K + 1"}  # a size in the metadata of a field that no single letter says
 _CHAINS = "return None, or let the drafter set `max_depth`"
@@ -28,7 +29,7 @@ class TracedPart:
     """A part in a step. Its tensors are inputs and results called `<kind>_<name>`, so no two parts' names can meet.
 
     Args:
-        kind: `"drafter"`, `"rule"` or `"policy"`.
+        kind: `"drafter"`, `"rule"`, `"policy"`, `"processor_<n>"` or `"probe_<n>"`.
         part: the part.
         answer: the dataclass that its `forward` returns; each field's metadata holds the letters of its shape.
         error: what is raised where the part breaks its contract.
@@ -40,12 +41,16 @@ class TracedPart:
 
     def __init__(self, kind: str, part: Part, answer: type[Any], error: type[PartError], sizes: PartSizes) -> None:
         self.kind, self.part, self.answer, self.error, self.sizes = kind, part, answer, error, sizes
-        self.name = type(part).__name__
+        self.name, self.word = type(part).__name__, kind.split("_")[0]
         with self._blamed("`tensors` failed", "It is to return a dict of TensorSpecs by name"):
             declared = part.tensors(sizes)
         self.specs = check_tensors(part, declared, sizes, error)
         with self._blamed("`options` failed", "It is to return a dict of RowOptions by name"):
             self.options = check_options(part, part.options(), error)
+        self.readings: dict[str, ReadingSpec] = {}
+        if isinstance(part, Probe):
+            with self._blamed("`readings` failed", "It is to return a dict of ReadingSpecs by name"):
+                self.readings = check_readings(part, part.readings(sizes))
         self._read = self._names_read()
         self._returned = {name: spec for name, spec in self.specs.items() if not spec.in_place}
 
@@ -70,7 +75,7 @@ class TracedPart:
         device = known.meta["val"].device
         state = self._add_inputs(into.graph, device, fake_mode)
         options = self._add_options(into.graph, device, fake_mode)
-        with self._blamed("failed while it was traced", f"A {self.kind}'s forward may hold tensor operations only"):
+        with self._blamed("failed while it was traced", f"A {self.word}'s forward may hold tensor operations only"):
             answer = inline_function(into, self._run, (replace(context, state=state, options=options),), fake_mode)
         own = {f"{self.kind}_{name}": node for name, node in answer.state.items()}
         return replace(answer, state={}), own
@@ -148,6 +153,8 @@ class TracedPart:
 
     def _check(self, answer: Any, context: Any, device: torch.device) -> None:
         for field in fields(self.answer):
+            if field.metadata.get("declared") == "readings":
+                self._check_readings(getattr(answer, field.name), device)
             if "like" in field.metadata:
                 self._expect_like(field.name, getattr(answer, field.name), getattr(context, field.metadata["like"]))
             value, letters = getattr(answer, field.name), field.metadata.get("shape")
@@ -171,6 +178,15 @@ class TracedPart:
         for name, spec in self._returned.items():
             where = f"state {name!r}"
             self._expect(where, answer.state[name], spec.shape, spec.dtype, device, f"{list(spec.shape)}, as declared")
+
+    def _check_readings(self, values: object, device: torch.device) -> None:
+        if not isinstance(values, dict) or values.keys() != self.readings.keys():
+            found = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
+            raise self.error(f"{self.name} returned values {found}; it declares {sorted(self.readings)}")
+        for name, spec in self.readings.items():
+            expected = (self.sizes.rows, self.sizes.depth + 1, *spec.shape)
+            words = f"[B, D + 1, *shape] = {list(expected)}"
+            self._expect(f"value {name!r}", values[name], expected, spec.dtype, device, words)
 
     def _expect_like(self, what: str, value: object, like: Tensor) -> None:
         """A tensor of the shape, dtype and device of another, sizes that differ from step to step included."""
@@ -218,14 +234,14 @@ class _NoWrites(TorchDispatchMode):
         for value in _aliased(func, args, kwargs):
             if value.is_write and (owner := self._owner(value.tensor)) is not None:
                 raise self.traced.error(
-                    f"{self.traced.name}.forward writes to {owner} in place, with {func}. A {self.traced.kind} reads "
+                    f"{self.traced.name}.forward writes to {owner} in place, with {func}. A {self.traced.word} reads "
                     "what it is given and returns new values; it may write to tensors declared with in_place=True"
                 )
         result = func(*args, **kwargs)
         if isinstance(result, FakeTensor) and any(map(_depends_on_data, result.shape)):
             raise self.traced.error(
                 f"{self.traced.name}.forward makes a shape that depends on values, with {func}. A "
-                f"{self.traced.kind} works on all rows at once, with masks in place of selections"
+                f"{self.traced.word} works on all rows at once, with masks in place of selections"
             )
         if func is not torch.ops.aten.lift_fresh.default and isinstance(result, FakeTensor):  # that is a new constant
             for value in _aliased(func, args, kwargs):

@@ -15,6 +15,7 @@ from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
 from emssd_compile.runtime.launch import Launcher, Report, Variant
+from emssd_compile.runtime.memory import CACHES
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
@@ -103,6 +104,7 @@ class Engine:
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))
         self._options = signature.with_role("option")
+        self._caches = tuple(name for name in signature.with_role("cache") if name.startswith(CACHES))
         self._kept = tuple(signature.with_role("state", "setting", "option", "row", "memory"))
 
     @property
@@ -176,10 +178,16 @@ class Engine:
 
     def _admit(self, waiting: deque[Request]) -> None:
         """Start waiting requests in free rows."""
-        free = [b for b, row in enumerate(self._rows) if row is None][: len(waiting)]
-        if not free:
+        free = [b for b, row in enumerate(self._rows) if row is None]
+        started = self._startable(waiting, len(free))
+        if not started:
             return
-        started = [waiting.popleft() for _ in free]
+        free = free[: len(started)]
+        sources = [self._source(request) for request in started]
+        read = [
+            request.num_read if source is None else len(request.prompt) - 1
+            for request, source in zip(started, sources, strict=True)
+        ]
         history = torch.zeros((len(free), self.capacity), dtype=torch.int64)
         for place, request in enumerate(started):
             history[place, : len(request.prompt)] = request.prompt
@@ -187,7 +195,7 @@ class Engine:
         values = {
             "history": history,
             "known": lengths,
-            "lengths": torch.tensor([r.num_read for r in started]),
+            "lengths": torch.tensor(read),
             "draft_lengths": torch.zeros_like(lengths),
             "active": torch.ones_like(lengths, dtype=torch.bool),
             "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
@@ -204,8 +212,31 @@ class Engine:
             self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))
         for name in self._row_state:
             self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
-        for b, request in zip(free, started, strict=True):
-            self._rows[b] = Row(request, pending=len(request.prompt) - request.num_read)
+        for b, request, source, count in zip(free, started, sources, read, strict=True):
+            if source is not None:
+                self.launcher.copy_row(self._caches, source, b, count)
+            self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count)
+
+    def _startable(self, waiting: deque[Request], most: int) -> list[Request]:
+        """The next requests, no longer waiting: but those whose prompt is being read by a busy row wait until it is."""
+        reading = {row.request.group for row in self._rows if row and not row.request.output} - {None}
+        started: list[Request] = []
+        later: list[Request] = []
+        while waiting and len(started) < most:
+            request = waiting.popleft()
+            is_first = request.group not in reading
+            (started if is_first or len(request.prompt) == 1 else later).append(request)
+            if is_first and request.group is not None and self._source(request) is None:
+                reading.add(request.group)
+        waiting.extendleft(reversed(later))
+        return started
+
+    def _source(self, request: Request) -> int | None:
+        """A busy row whose cache holds the same prompt, all of it; None if there is none."""
+        if request.group is None or len(request.prompt) == 1:
+            return None
+        alike = (b for b, row in enumerate(self._rows) if row and row.request.group == request.group)
+        return next((b for b in alike if self._rows[b].request.output), None)  # type: ignore[union-attr]
 
     def _launch(self, launched: Collection[RunningStep]) -> RunningStep:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
@@ -270,11 +301,17 @@ class Engine:
                 row.unseen, spare = row.unseen - caught_up, spare - caught_up
             else:
                 row.unseen += read + count - row.pending
-            request.output.extend(line[columns : columns + count])
+            request.take(line[columns : columns + count], self._told(launch.report, b, count, request))
             row.is_active = bool(active)
             request.finished = not row.is_active
             if count:
                 yield request
+
+    def _told(self, report: Report, row: int, count: int, request: Request) -> dict[str, Tensor]:
+        """What the request asked to be told of its `count` new tokens. Copies: a report holds much else."""
+        specs = self.variant.signature.readings if count else {}
+        asked = [name for name, spec in specs.items() if not spec.asked_by or spec.asked_by in request.options]
+        return {name: report.readings[name][row, :count].clone() for name in asked}
 
     def _record_wanted_drafts(self, launch: RunningStep, lines: list[list[int]]) -> None:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -25,11 +25,13 @@ class Report:
 
     Attributes:
         values: int64 `[B, 5 + K + 1]` on the CPU, `REPORT_FIELDS` and the emitted tokens.
-        wait: returns when `values` are there.
+        wait: returns when `values` and readings are there.
+        readings: what probes tell, `[B, D + 1, ...]` on the CPU, by the names of results.
     """
 
     values: Tensor
     wait: Callable[[], object]
+    readings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def read(self) -> list[list[int]]:
         """Wait for this step's report, and for nothing that was launched after it."""
@@ -92,6 +94,12 @@ class Launcher(ABC):
     def upload(self, value: Tensor) -> Tensor:
         """`value`, made on the CPU, where the tensors are."""
 
+    def copy_row(self, names: Iterable[str], source: int, row: int, count: int) -> None:
+        """Write the first `count` slots of a row of each KV cache to another row, where they lie."""
+        for name in names:
+            cache = self.tensors[name]  # [B, C, ...]
+            cache[row, :count].copy_(cache[source, :count])
+
     def use(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
         """Run another form of the step from now on; `tensors` are those that only it has."""
         self.variant = variant
@@ -126,8 +134,9 @@ class DirectLauncher(Launcher):
         """Run the step; its report is there when this returns."""
         results = self._run(sizes)
         report = results.pop("report")
+        readings = {name: results.pop(name) for name in self.variant.signature.readings}
         self.tensors.update(results)
-        return Report(report, lambda: None)
+        return Report(report, lambda: None, readings)
 
     def assign(self, name: str, value: Tensor) -> None:
         """Put `value` in the place of the tensor."""
@@ -182,6 +191,7 @@ class GraphLauncher(Launcher):
         self._replays: dict[tuple[Variant, StepSizes], Callable[[], object]] = {}
         width = len(REPORT_FIELDS) + len(tensors["histogram"])
         self._report = tensors["history"].new_zeros((len(tensors["history"]), width))
+        self._readings: dict[str, Tensor] = {}  # what steps have told last, where graphs leave it
 
     def forget_captures(self) -> None:
         """Each bucket is captured anew when it is launched next."""
@@ -197,7 +207,10 @@ class GraphLauncher(Launcher):
         else:
             self._replays[self.variant, bucket] = self._device.capture(partial(self._advance, bucket))
         # The next step overwrites the report, maybe before it has reached the host: what travels is a copy.
-        return Report(*self._device.download(self._report.clone()))
+        values, wait = self._device.download(self._report.clone())
+        told = {name: self._device.download(self._readings[name].clone()) for name in self.variant.signature.readings}
+        waits = [wait, *(until for _, until in told.values())]
+        return Report(values, lambda: [until() for until in waits], {name: lines for name, (lines, _) in told.items()})
 
     def assign(self, name: str, value: Tensor) -> None:
         """Copy `value` into the tensor, which stays where graphs read it."""
@@ -211,6 +224,9 @@ class GraphLauncher(Launcher):
         """Run a step and leave its results in the tensors."""
         results = self._run(sizes)
         self._report.copy_(results.pop("report"))
+        for name in self.variant.signature.readings:
+            told = results.pop(name)
+            self._readings.setdefault(name, torch.empty_like(told)).copy_(told)
         changed = {name: value for name, value in results.items() if name not in CONSTANT_FIELDS}
         held = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
         # A result may lie in one of the tensors (a drafter returned what it was given): read all, then write.

@@ -12,14 +12,17 @@ from emssd_compile.errors import CapacityError
 from emssd_compile.memory import available_memory
 from emssd_compile.step.tensor_spec import TensorSpec
 
+CACHES = ("k_cache_", "v_cache_")
+"""How the names of the target's own KV caches begin."""
+
 _CACHES, _STATE = "the KV caches", "the rows' own tensors"
 _OWNERS = {
-    "k_cache_": _CACHES,
-    "v_cache_": _CACHES,
+    **dict.fromkeys(CACHES, _CACHES),
     "drafter_": "the drafter's own tensors",
     "rule_": "the acceptance rule's own tensors",
     "policy_": "the length policy's own tensors",
     "processor_": "the logits processors' own tensors",
+    "probe_": "the probes' own tensors",
 }
 """Whose an input of a step is, by how its name begins; those of `StepState` begin with none of these."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Generic
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from emssd_compile.generation import DEFAULT_NEW_TOKENS, GenerateOptions, StoppingCriterion
 from emssd_compile.runtime.containers import Kind
 from emssd_compile.runtime.inputs import PromptBatch
+from emssd_compile.runtime.requests import Request
+from emssd_compile.step.probe import READING, ReadingSpec
+
+Reading = tuple[Tensor, ...] | list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -132,25 +136,68 @@ def _name(criterion: StoppingCriterion) -> str:
     return getattr(criterion, "__qualname__", type(criterion).__qualname__)
 
 
-@dataclass(frozen=True, eq=False)
-class GenerateOutput(Mapping[str, Kind], Generic[Kind]):
+def arrange(specs: Mapping[str, ReadingSpec], requests: Sequence[Request], device: torch.device) -> dict[str, Reading]:
+    """What requests were told, as it is returned; by the names that probes gave.
+
+    Args:
+        specs: by the names of results.
+        requests: all of a call, ended.
+        device: where tensors are put.
+
+    Returns:
+        Of each reading that some request asked for: a tuple of `[B, *shape]` for each place in the output, zeros where
+        a row has ended or did not ask; or a list with `[n, *shape]` for each row, None where it did not ask.
+    """
+    found: dict[str, Reading] = {}
+    for name, spec in specs.items():
+        lines = [request.reading(name) if name in request.told else None for request in requests]
+        if all(line is None for line in lines):
+            continue
+        if spec.is_cut:
+            shown = [int(request.options.get(spec.asked_by, 0)) for request in requests]
+            lines = [line if line is None else line[..., :most] for line, most in zip(lines, shown, strict=True)]
+        lines = [line if line is None else line.to(device) for line in lines]
+        found[name.removeprefix(READING)] = _by_step(lines) if spec.of_steps else lines
+    return found
+
+
+def _by_step(lines: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    there = [line for line in lines if line is not None]
+    steps = there[0].new_zeros((max(map(len, there)), len(lines), *there[0].shape[1:]))  # [n, B, *shape]
+    for row, line in enumerate(lines):
+        if line is not None:
+            steps[: len(line), row] = line
+    return steps.unbind()
+
+
+class GenerateOutput(Mapping[str, Any], Generic[Kind]):
     """Read like transformers' `ModelOutput`: `out.sequences`, `out["sequences"]` and `out[0]` are the same object.
+
+    What was asked for beside the sequences, such as `scores` and `logprobs`, is an attribute, too.
 
     Attributes:
         sequences: prompts and new tokens, in the kind of container that the prompts came in.
+        scores: with `output_scores`, a tensor `[B, V]` for each place in the output: the logits that tokens were chosen
+            by, all options applied. Zeros behind the end of a row.
+        logits: with `output_logits` the same, as the model gave them.
     """
 
-    sequences: Kind
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
 
-    def __getitem__(self, key: str | int) -> Kind:
-        return self.to_tuple()[key] if isinstance(key, int) else {name: getattr(self, name) for name in self}[key]
+    def __init__(self, sequences: Kind, **readings: Reading) -> None:
+        self.sequences = sequences
+        vars(self).update(readings)
+
+    def __getitem__(self, key: str | int) -> Any:
+        return self.to_tuple()[key] if isinstance(key, int) else vars(self)[key]
 
     def __iter__(self) -> Iterator[str]:
-        return (field.name for field in fields(self))
+        return iter(vars(self))
 
     def __len__(self) -> int:
-        return len(fields(self))
+        return len(vars(self))
 
-    def to_tuple(self) -> tuple[Kind, ...]:
+    def to_tuple(self) -> tuple[Any, ...]:
         """The values in the order of the attributes."""
-        return tuple(getattr(self, name) for name in self)
+        return tuple(vars(self).values())

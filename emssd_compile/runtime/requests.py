@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from emssd_compile.runtime.buckets import StepSizes
@@ -20,10 +21,12 @@ class Request:
         prompt: int64 `[S]`, on the CPU.
         max_new_tokens: it ends after so many.
         options: what it sets for the parts of the step, by name: a number, or a line of a table (`RowOption.read`).
-        group: requests of one prompt have the same number; None: it is the only one of its prompt.
+        group: requests of one prompt have the same number, so that it is read once for all that run at a time; None: it
+            is the only one of its prompt.
         seed: of its random numbers, for acceptance rules that draw.
         num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
         output: tokens emitted so far.
+        told: what probes told of them, by the names of results: pieces `[n, ...]`, in order.
         finished: whether it has ended.
     """
 
@@ -35,7 +38,18 @@ class Request:
     seed: int = 0
     num_read: int = 0
     output: list[int] = field(default_factory=list)
+    told: dict[str, list[Tensor]] = field(default_factory=dict)
     finished: bool = False
+
+    def take(self, tokens: list[int], readings: Mapping[str, Tensor]) -> None:
+        """Have new tokens, and what is told of them: a line for each."""
+        self.output.extend(tokens)
+        for name, lines in readings.items():
+            self.told.setdefault(name, []).append(lines)
+
+    def reading(self, name: str) -> Tensor:
+        """`[n, ...]`: what was told of each token of its output, which is not empty."""
+        return torch.cat(self.told[name])[: len(self.output)]
 
     def end(self, count: int) -> None:
         """End it after `count` tokens; what it has emitted beyond them is forgotten."""
@@ -52,7 +66,7 @@ class Row:
         pending: tokens that it knows and has not read.
         draft_length: drafts that it verifies behind them.
         is_active: whether the device goes on with it.
-        unseen: tokens that were fed by steps without the drafter, which it has yet to read.
+        unseen: tokens that the drafter has yet to read: fed by steps without it, or read by another row.
     """
 
     request: Request

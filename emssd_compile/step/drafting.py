@@ -34,7 +34,8 @@ class DraftContext:
             at least K + 1 where drafts are trees.
         seeds: int64 `[B]`, seed of each request, for drafters that draw (see `randomness.uniforms`).
         groups: int64 `[B]`, rows of one prompt have the same number.
-        read: the tokens whose KV this step has committed, of prompts too, packed; as many places as the step had.
+        read: the tokens whose KV this step has committed, of prompts too, packed; as many places as the step had. A
+            prompt that another row had read is never among them: a drafter that needs it finds it in `history`.
         source: int64 `[T]`, where each of them lay among the tokens of the step.
         taps: what the target computed of each token of the step, float `[T, H]` each: `"hidden"`, the input of its LM
             head, and the outputs of the layers in `Drafter.taps`, by the numbers given there.

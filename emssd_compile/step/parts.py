@@ -1,4 +1,4 @@
-"""What drafters, acceptance rules and length policies have in common."""
+"""What drafters, acceptance rules, length policies, logits processors and probes have in common."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PartSizes:
 
 
 class Part(nn.Module):
-    """What is traced into the step around the model: a drafter, an acceptance rule or a length policy.
+    """What is traced into the step around the model: a drafter, a rule, a policy, a processor, a probe.
 
     `forward` maps a context to an answer, both dataclasses of tensors. It holds tensor operations only: no host read,
     no shape that depends on data. The context is read only, and so are the part's own weights; what is to last from
@@ -58,7 +58,7 @@ class Part(nn.Module):
     Attributes:
         reads_options: names of options that other parts declare: `context.options` holds those that are honoured in
             the step that the part is traced into, by parts that come before it. Processors come first, then the rule,
-            the drafter and the policy.
+            probes, the drafter and the policy.
     """
 
     reads_options: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from torch import fx
 
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import PartSizes
+from emssd_compile.step.probe import ReadingSpec
 from emssd_compile.step.state import CONSTANT_FIELDS
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -27,6 +28,7 @@ ROLES = {
     "cache": "keys and values; the step writes them where they lie",
     "input": "given anew at each call",
     "result": "for the host to read",
+    "reading": "what a probe tells of each token that the step emits, `[B, D + 1, ...]`, for the host to read",
 }
 """Roles of bindings, and what each means for whoever drives a step."""
 
@@ -46,6 +48,7 @@ class Binding:
         dtype: element type.
         role: a key of `ROLES`.
         option: of an option, its default and the values that it may have.
+        reading: of a reading, what it is for one token.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Binding:
     dtype: torch.dtype
     role: str
     option: RowOption | None = None
+    reading: ReadingSpec | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -73,22 +77,40 @@ class Signature:
     results: tuple[Binding, ...]
 
     @classmethod
-    def of(cls, graph: fx.Graph, roles: Mapping[str, str], options: Mapping[str, RowOption] | None = None) -> Signature:
-        """Read off a graph with named inputs and a dict of results; `roles` and `options` are those of the inputs."""
+    def of(
+        cls,
+        graph: fx.Graph,
+        roles: Mapping[str, str],
+        options: Mapping[str, RowOption] | None = None,
+        readings: Mapping[str, ReadingSpec] | None = None,
+    ) -> Signature:
+        """Read off a graph with named inputs and a dict of results.
+
+        Args:
+            graph: of a step.
+            roles, options: those of the inputs.
+            readings: which results are what probes tell.
+        """
+        told = readings or {}
         symbols: dict[str, str] = {}
 
         def bind(name: str, node: fx.Node, role: str) -> Binding:
             value = node.meta["val"]
             shape = tuple(_size(size, name, symbols) for size in value.shape)
-            return Binding(name, shape, value.dtype, role, (options or {}).get(name))
+            return Binding(name, shape, value.dtype, role, (options or {}).get(name), told.get(name))
 
         placeholders = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
         (results,) = next(node for node in graph.nodes if node.op == "output").args
         kept = {name: node for name, node in results.items() if roles.get(name) != "cache"}
         return cls(
             tuple(bind(name, node, roles[name]) for name, node in placeholders.items()),
-            tuple(bind(name, node, roles.get(name, "result")) for name, node in kept.items()),
+            tuple(bind(n, node, "reading" if n in told else roles.get(n, "result")) for n, node in kept.items()),
         )
+
+    @property
+    def readings(self) -> dict[str, ReadingSpec]:
+        """What probes tell of each token, by the names of the results."""
+        return {binding.name: binding.reading for binding in self.results if binding.reading is not None}
 
     @property
     def sizes(self) -> PartSizes:

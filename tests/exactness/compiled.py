@@ -17,6 +17,7 @@ from emssd_compile.layouts import LAYOUTS
 from emssd_compile.logits import make_processors
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
+from emssd_compile.probes import make_probes
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import tree_nodes
 from tests.exactness.drafters import Oracle, OracleTree, Rubbish
@@ -84,7 +85,9 @@ class Target:
         compiled = self._compile(tree_nodes(drafter))
         drafter.prepare(self._disturbed, self.rows, CAPACITY, compiled.vocabulary)
         prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
-        step = compile_step(compiled, TargetMatch(), drafter, LAYOUTS[layout].policy(), make_processors(()))
+        step = compile_step(
+            compiled, TargetMatch(), drafter, LAYOUTS[layout].policy(), make_processors(()), make_probes(())
+        )
         options = CompileOptions(self.rows, CAPACITY, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
 

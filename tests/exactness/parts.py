@@ -1,4 +1,4 @@
-"""A drafter, a rule, a processor, a policy and a layout as a user would add them: an option and state each."""
+"""A drafter, a rule, a processor, a policy, a probe and a layout as a user would add them: an option and state each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from emssd_compile.drafters import Draft, DraftContext, Drafter, PartSizes, Tens
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.logits import LogitContext, LogitsProcessor, Processed, RowOption
 from emssd_compile.policies import LengthPolicy, PolicyContext, Ranking
+from emssd_compile.probes import Probe, ProbeContext, Probed, ReadingSpec
 from emssd_compile.step.acceptance import first_accepted
 from emssd_compile.step.drafting import Compile
 
@@ -121,6 +122,28 @@ class Alternating(LengthPolicy):
         ranks = (by_place.flatten().cumsum(0).view(by_place.shape) - 1).T
         few = context.options["in_between"].amax().to(torch.int64)
         return Ranking(ranks, torch.where(steps[0] % 2 == 0, context.proposed.sum(), few), {"steps": steps})
+
+
+class Margin(Probe):
+    """Tells how far the likeliest token was ahead of the next one, and in which step of the probe each came."""
+
+    def options(self) -> dict[str, RowOption]:
+        return {"margin": RowOption(False, torch.bool)}
+
+    def readings(self, sizes: PartSizes) -> dict[str, ReadingSpec]:
+        return {
+            "margin": ReadingSpec(asked_by="margin"),
+            "step": ReadingSpec((1,), torch.int64, asked_by="margin"),
+        }
+
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        return {"steps": TensorSpec((), torch.int64, kept="forever")}
+
+    def forward(self, context: ProbeContext) -> Probed:
+        steps = context.state["steps"] + 1
+        top = context.logits.topk(2, -1).values[context.places]  # [B, D + 1, 2]
+        values = {"margin": top[..., 0] - top[..., 1], "step": steps.expand(context.tokens.shape)[..., None]}
+        return Probed(values, {"steps": steps})
 
 
 class AlternatingLayout(PackedLayout):

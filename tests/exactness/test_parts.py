@@ -13,7 +13,7 @@ from emssd_compile.layouts import LAYOUTS
 from emssd_compile.logits import FILTERS, PROCESSORS
 from tests.exactness.compiled import CAPACITY, K, target
 from tests.exactness.models import prompt
-from tests.exactness.parts import AlternatingLayout, Ban, Impatient, Timid, ban, banned
+from tests.exactness.parts import AlternatingLayout, Ban, Impatient, Margin, Timid, ban, banned
 from tests.passes.graphs import model_with_attention
 
 ROWS, NEW = 3, 12
@@ -41,6 +41,7 @@ def _optimize(drafter: str, layout: str, backend: str = "eager") -> OptimizedMod
         Timid(inner),
         acceptance=Impatient(),
         processors=[Ban()],
+        probes=[Margin()],
         layout=layout,
         backend=backend,
         max_batch=ROWS,
@@ -59,6 +60,19 @@ def _fill_caches_with_nan(fast: OptimizedModel) -> None:
     assert caches
     for cache in caches:
         cache.fill_(torch.nan)
+
+
+def _check_margins(told: Any) -> None:
+    """Of rows that nothing is banned in, against the model's own logits."""
+    model = target("llama", ROWS).model
+    for row in (1, 3):
+        with torch.no_grad():
+            logits = model(torch.tensor([told.sequences[row]])).logits[0, len(PROMPTS[row]) - 1 : -1]
+        top = logits.topk(2, -1).values
+        torch.testing.assert_close(told.margin[row], top[:, 0] - top[:, 1], rtol=1e-4, atol=1e-5)
+        steps = told.step[row][:, 0]
+        assert len(steps) == NEW
+        assert (steps.diff() >= 0).all(), "each token is told of in the step that it came in"
 
 
 CASES = [
@@ -80,6 +94,9 @@ def test_one_part_of_each_kind_and_the_tokens_are_those_of_each_prompt_alone(dra
     if layout == "alternating":
         options["in_between"] = [0, 2.5, 1, 0.0, 4]
     assert fast.generate(PROMPTS, max_new_tokens=NEW, **options) == _mixed(which)
+    told = fast.generate(PROMPTS, max_new_tokens=NEW, margin=True, return_dict_in_generate=True, **options)
+    assert told.sequences == _mixed(which)
+    _check_margins(told)
     hooked = fast.generate(PROMPTS, max_new_tokens=NEW, logits_hook=ban, most_drafts=[0, 1, 2, 3, 4])
     assert hooked == _expected(True), "in Python between two halves it does what it does compiled in"
     assert fast.generate(PROMPTS, max_new_tokens=NEW) == _expected(False), "and leaves nothing behind"

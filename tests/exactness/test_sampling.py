@@ -14,6 +14,7 @@ import emssd_compile
 from emssd_compile.drafters import Drafter
 from emssd_compile.errors import OptionError
 from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.runtime.requests import Request
 from emssd_compile.step.randomness import gumbels
 from tests.exactness.compiled import CAPACITY, K, rechunked, target
 from tests.exactness.drafters import Oracle, OracleTree
@@ -159,6 +160,30 @@ def test_several_sequences_of_a_prompt_are_rows_with_seeds_of_their_own():
     both = _sample(fast, padded, attention_mask=mask, seed=[3, 3], num_return_sequences=2, top_k=0)
     assert both.shape == (4, 6 + NEW)
     assert both[:2, 6:].equal(both[2:, 6:])
+
+
+@pytest.mark.parametrize(("drafter", "lag"), [("none", 0), ("draft-model", 1), ("right-tree", 1)])
+def test_a_prompt_is_read_once_for_all_its_sequences(drafter, lag):
+    """More of them than rows, a prompt in chunks and one of one token; their tokens are those of each alone."""
+    fast, prompts = rechunked(_fast("gpt2", drafter), 24), [PROMPTS[i] for i in (1, 0, 4)]
+    fast._engine.lag = lag
+    seeds, times = [SEEDS[i] for i in (1, 0, 4)], 4
+    alone = [_sample(fast, prompts, seed=[seed + n for seed in seeds], top_k=0) for n in range(times)]
+    fast.stats.reset()
+    repeated = [ids for ids in prompts for _ in range(times)]
+    requests = [
+        Request(i, torch.tensor(ids), NEW, {"do_sample": True}, group=i // times, seed=seeds[i // times] + i % times)
+        for i, ids in enumerate(repeated)
+    ]
+    for _ in fast._engine.run(requests):
+        pass
+    found = [request.prompt.tolist() + request.output for request in requests]
+    assert found == [alone[i % times][i // times] for i in range(len(requests))]
+    fed = fast._engine.counters()[0]["num_fed_tokens"]
+    verified = sum(len(r.output) for r in requests)
+    once = sum(len(ids) for ids in prompts)
+    assert fed < once + len(requests) + verified * (8 if drafter == "right-tree" else K + 1)
+    assert drafter != "none" or fed == once + times * len(prompts) - len(prompts) + verified - len(requests)
 
 
 def test_several_sequences_that_would_be_the_same_are_refused():

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 import emssd_compile
 from emssd_compile.decoder import Decoder
@@ -53,12 +54,28 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+PROBED: dict[str, Any] = {"output_scores": True, "logprobs": True, "top_logprobs": 3}
+
+
+def _check_told(found: Any, expected: Any) -> None:
+    assert list(found) == list(expected) == ["sequences", "scores", "logprobs", "top_logprobs", "top_logprob_ids"]
+    assert found.sequences == expected.sequences
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    for name in ("logprobs", "top_logprobs"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    for row, ids in enumerate(found.top_logprob_ids):
+        assert torch.equal(ids, expected.top_logprob_ids[row])
+        assert len(ids) == NEW
+
+
 @pytest.mark.parametrize("target", ["onnx", "aot"])
 def test_an_artifact_honours_the_options_that_it_was_exported_with(target):
     if target == "onnx":
         pytest.importorskip("onnxruntime")
-    loaded, fast = emssd_compile.load(export(target, "forks", row_options=[*OPTIONS])), optimized("forks")
+    loaded, fast = emssd_compile.load(export(target, "forks", row_options=[*OPTIONS, *PROBED])), optimized("forks")
     expected = fast.generate(PROMPTS, max_new_tokens=NEW, **OPTIONS)
+    told = {**OPTIONS, **PROBED, "return_dict_in_generate": True}
+    _check_told(*(decoder.generate(PROMPTS, max_new_tokens=NEW, **told) for decoder in (loaded, fast)))
     assert expected != fast.generate(PROMPTS, max_new_tokens=NEW)
     for _ in range(2):
         loaded.stats.reset()

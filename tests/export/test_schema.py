@@ -59,7 +59,7 @@ def test_an_edited_manifest_is_refused_or_decodes_right(artifact, tmp_path):
 
 @pytest.mark.usefixtures("toy_target")
 def test_an_edited_manifest_with_tables_is_refused_or_decodes_right(fast, tmp_path):
-    tables = ["suppress_tokens", "sequence_bias", "exponential_decay_length_penalty"]
+    tables = ["suppress_tokens", "sequence_bias", "exponential_decay_length_penalty", "top_logprobs"]
     artifact = toy.export(fast, tmp_path / "artifact", row_options=tables)
     outcomes = _fuzz(artifact, tmp_path / "crafted", 500, toy.PROMPTS[:2])
     assert min(outcomes["right"], outcomes["refused"]) > 10

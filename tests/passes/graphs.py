@@ -22,6 +22,7 @@ from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
 from emssd_compile.policies import AllDrafts, LengthPolicy
+from emssd_compile.probes import Probe
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import tree_nodes
 
@@ -193,11 +194,14 @@ def compiled_model() -> CompiledModel:
 
 
 def step_with(
-    drafter: Drafter | None = None, rule: Rule | None = None, policy: LengthPolicy | None = None
+    drafter: Drafter | None = None,
+    rule: Rule | None = None,
+    policy: LengthPolicy | None = None,
+    probe: Probe | None = None,
 ) -> CompiledStep:
     """The step of `compiled_model` with these parts, else prompt lookup, greedy matching and all drafts."""
     parts = (rule or GreedyMatch(), drafter or PromptLookup(2), policy or AllDrafts())
-    return compile_step(compiled_model(), *parts)
+    return compile_step(compiled_model(), *parts, probes=() if probe is None else (probe,))
 
 
 class Scripted(Drafter):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
-from emssd_compile.compiler import _copy
+from emssd_compile.compiler import _copy, compile_step
 from emssd_compile.drafters import Draft, DraftContext, Drafter, NoDrafter, PartSizes, TensorSpec
-from emssd_compile.errors import DrafterError, PartError, PolicyError, RuleError
+from emssd_compile.errors import DrafterError, PartError, PolicyError, ProbeError, RuleError
 from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import inputs
 from emssd_compile.policies import AllDrafts, LengthPolicy, PolicyContext, Ranking
+from emssd_compile.probes import Probe, ProbeContext, Probed, ReadingSpec
 from tests.passes.graphs import BATCH, compiled_model, returned, step_with
 
 B, K = BATCH.rows, 2
@@ -58,6 +59,21 @@ class _Rule(Rule):
         return self.change(verification, replace(self.greedy(verification), state=dict(verification.state)))
 
 
+class _Probe(Probe):
+    def __init__(self, change: Change, tensors: Any = None, readings: Any = None) -> None:
+        super().__init__()
+        self.change, self.declared, self.told = change, tensors or {}, readings or {"seconds": ReadingSpec()}
+
+    def readings(self, sizes: PartSizes) -> dict[str, ReadingSpec]:
+        return self.told
+
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        return self.declared
+
+    def forward(self, context: ProbeContext) -> Probed:
+        return self.change(context, Probed({"seconds": context.tokens.float()}, dict(context.state)))
+
+
 class _Policy(LengthPolicy):
     def __init__(self, change: Change, tensors: Any = None) -> None:
         super().__init__()
@@ -74,12 +90,16 @@ KINDS: dict[str, tuple[Callable[..., Any], type[PartError]]] = {
     "drafter": (_Drafter, DrafterError),
     "rule": (_Rule, RuleError),
     "policy": (_Policy, PolicyError),
+    "probe": (_Probe, ProbeError),
 }
+INPUTS = {"probe": "probe_0"}  # of which there may be several: what its tensors' names begin with
 
 
 def _trace(kind: str, part: Any) -> None:
     """Fuse the part in, and do no more: quicker than `step_with`."""
     parts = {"rule": GreedyMatch(), "drafter": _Drafter(lambda _, a: a), "policy": AllDrafts(), kind: part}
+    if "probe" in parts:
+        parts["probes"] = {0: parts.pop("probe")}
     FuseStep(BATCH, **parts, fake_mode=compiled_model().fake_mode).run(_copy(compiled_model().graph_module, "Step"))
 
 
@@ -152,6 +172,8 @@ WRITES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "logits": ("rule", r"context\.logits in place", lambda c: c.logits.masked_fill_(c.logits > 0, 1.0)),
     "draft tokens": ("rule", r"context\.draft\.tokens in place", lambda c: c.draft.tokens.zero_()),
     "seconds": ("policy", r"context\.seconds in place", lambda c: c.seconds.fill_(1.0)),
+    "tokens": ("probe", r"context\.tokens in place", lambda c: c.tokens.fill_(0)),
+    "raw logits": ("probe", r"context\.(raw_)?logits in place", lambda c: c.raw_logits.zero_()),
     "proposed": ("policy", r"context\.proposed in place", lambda c: c.proposed.fill_(True)),
     "grades": ("policy", r"context\.verified\.grades in place", lambda c: c.verified.grades.add_(1)),
 }
@@ -202,6 +224,7 @@ def test_a_part_may_write_to_what_it_makes_and_to_what_it_declares_as_written_in
 OTHERS: dict[str, tuple[str, str, Change]] = {
     "a tuple": ("drafter", "returned a tuple; expected a Draft", lambda _, answer: (answer.tokens, answer.lengths)),
     "nothing": ("rule", "returned a NoneType; expected a Verdict", lambda _, answer: None),
+    "its values": ("probe", "returned a dict; expected a Probed", lambda _, answer: answer.values),
     "a tensor": ("policy", "returned a Tensor; expected a Ranking", lambda _, answer: answer.ranks),
 }
 
@@ -333,13 +356,13 @@ def test_no_name_of_a_parts_tensor_meets_one_of_the_step(kind):
     names = [str(node.target) for node in inputs(step.graph_module.graph)]
     assert len(names) == len({*names})
     assert {name: tuple(value.shape) for name, value in seen.items()} == {n: s.shape for n, s in declared.items()}
-    assert {f"{kind}_{name}" for name in NAMES} <= {*names} & {*returned(step.graph_module)}
+    assert {f"{INPUTS.get(kind, kind)}_{name}" for name in NAMES} <= {*names} & {*returned(step.graph_module)}
 
 
 def test_parts_of_each_kind_may_call_their_tensors_alike():
     parts = {kind: make(lambda _, answer: answer, LINE) for kind, (make, _) in KINDS.items()}
     roles = step_with(**parts).roles
-    assert [roles[f"{kind}_seen"] for kind in KINDS] == ["row"] * 3
+    assert [roles[f"{INPUTS.get(kind, kind)}_seen"] for kind in KINDS] == ["row"] * len(KINDS)
 
 
 def test_roles_are_what_was_declared():
@@ -365,6 +388,55 @@ def test_state_comes_back_as_contiguous_memory():
 def test_a_weight_may_be_the_answer():
     drafter = _Drafter(lambda c, a: replace(a, lengths=drafter.weight))
     step_with(drafter)
+
+
+def _value(make: Callable[[Tensor], Any]) -> Change:
+    return lambda context, answer: replace(answer, values={"seconds": make(answer.values["seconds"])})
+
+
+VALUES: dict[str, tuple[str, Change]] = {
+    "none": (r"values \[\]; it declares \['seconds'\]", lambda c, a: replace(a, values={})),
+    "more": (r"values \['hours', 'seconds'\]", lambda c, a: replace(a, values={**a.values, "hours": c.tokens})),
+    "a list": ("values list; it declares", lambda c, a: replace(a, values=[])),
+    "of rows": (
+        r"value 'seconds' of shape \(3,\); expected \[B, D \+ 1, \*shape\] = \[3, 3\]",
+        _value(lambda v: v[:, 0]),
+    ),
+    "float64": (r"value 'seconds' of dtype torch\.float64; expected torch\.float32", _value(lambda v: v.double())),
+    "a number": ("value 'seconds' = 3; expected a tensor", _value(lambda v: 3)),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_a_probe_tells_is_what_it_declares(name):
+    _refused("probe", *VALUES[name])
+
+
+READINGS: dict[str, tuple[str, Any]] = {
+    "none": ("return a dict of ReadingSpecs by name, at least one", lambda self, sizes: {}),
+    "a list": ("returned \\[\\]; return a dict", lambda self, sizes: []),
+    "a name with a blank": ("declares 'a b'; name it as an attribute", lambda self, sizes: {"a b": ReadingSpec()}),
+    "the sequences": ("declares 'sequences'; name it as", lambda self, sizes: {"sequences": ReadingSpec()}),
+    "a shape": ("declares 'n': a tuple is no ReadingSpec", lambda self, sizes: {"n": (3,)}),
+    "a negative size": ("declares 'n': shape", lambda self, sizes: {"n": ReadingSpec((-1,))}),
+    "a dtype by name": ("declares 'n': dtype 'int'", lambda self, sizes: {"n": ReadingSpec((), "int")}),  # type: ignore[arg-type]
+    "an option of nobody": ("asked_by='n' is no option of it", lambda self, sizes: {"n": ReadingSpec(asked_by="n")}),
+    "a cut number": ("is_cut needs asked_by, and a size", lambda self, sizes: {"n": ReadingSpec(is_cut=True)}),
+    "an error": ("`readings` failed: AttributeError", lambda self, sizes: sizes.nothing),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_what_a_probe_declares_makes_sense(name, monkeypatch):
+    message, readings = READINGS[name]
+    monkeypatch.setattr(_Probe, "readings", readings)
+    _refused("probe", message)
+
+
+def test_two_probes_do_not_tell_of_the_same():
+    probes = (_Probe(lambda _, a: a), _Probe(lambda _, a: a))
+    with pytest.raises(ProbeError, match="two probes tell of 'seconds'; give one of them another name"):
+        compile_step(compiled_model(), GreedyMatch(), NoDrafter(), AllDrafts(), probes=probes)
 
 
 ATTRIBUTES: dict[str, tuple[dict[str, Any], str]] = {
@@ -399,7 +471,7 @@ def test_a_rule_says_what_it_guarantees():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_that_depend_on_values_are_the_parts_fault(kind):
-    sized = {"drafter": "known", "rule": "offsets", "policy": "proposed"}[kind]
+    sized = {"drafter": "known", "rule": "offsets", "policy": "proposed", "probe": "places"}[kind]
     _refused(kind, "makes a shape that depends on values", _writing(lambda c: getattr(c, sized).nonzero()))
 
 

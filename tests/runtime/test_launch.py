@@ -191,5 +191,24 @@ def test_sizes_are_rounded_up_only_where_they_are_captured():
     assert graph.launch(StepSizes(3, 1, 2, 1)).read()[0][1:5] == [3, 1, 2, 1]
 
 
+def test_what_probes_tell_comes_with_the_report_of_its_step():
+    """Of steps that are captured, too: however late it is read, and whatever runs next."""
+    fast, reference = _fast("sometimes-wrong"), _fast("none")
+    told = []
+    for decoder in (fast, reference):
+        decoder.generate([prompt(5)], max_new_tokens=1, eos_token_id=None, logprobs=True, return_dict_in_generate=True)
+        device = TapeDevice()
+        engine = graph_engine(decoder, CHUNK, device) if decoder is fast else decoder._engine
+        options = {"logprobs": True}
+        requests = [Request(i, torch.tensor(prompt(n)), NEW_TOKENS, options) for i, n in enumerate((5, 33, 17))]
+        for _ in engine.run(requests):
+            pass
+        told.append([request.reading("reading_logprobs") for request in requests])
+        assert decoder is reference or device.replays > device.captures
+    for found, expected in zip(*told, strict=True):
+        assert found.shape == (NEW_TOKENS,)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_on_the_cpu_steps_are_called():
     assert isinstance(make_launcher(TOY, _toy_tensors(), (StepSizes(2, 2, 2, 2),)), DirectLauncher)
