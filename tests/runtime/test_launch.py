@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from emssd_compile.runtime.assembly import switch
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import DirectLauncher, GraphLauncher, Launcher, Report, Variant, make_launcher
@@ -198,7 +199,9 @@ def test_what_probes_tell_comes_with_the_report_of_its_step():
     for decoder in (fast, reference):
         decoder.generate([prompt(5)], max_new_tokens=1, eos_token_id=None, logprobs=True, return_dict_in_generate=True)
         device = TapeDevice()
+        form = decoder._engine.variant
         engine = graph_engine(decoder, CHUNK, device) if decoder is fast else decoder._engine
+        switch(engine, form)
         options = {"logprobs": True}
         requests = [Request(i, torch.tensor(prompt(n)), NEW_TOKENS, options) for i, n in enumerate((5, 33, 17))]
         for _ in engine.run(requests):
