@@ -2,6 +2,7 @@
 
     python -m bench.acceptance
     python -m bench.acceptance --target models/large --draft models/small --json acceptance.json
+    python -m bench.acceptance --target models/smollm2 --draft-bits 4 --rules match token-level block traversal
 
 The first table is the demo pair (or another one) with each rule and shape of drafts: tokens a row and step (block
 efficiency; 1 without drafts) and tokens a second. The second one is the target alone: a step that draws, over a greedy
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     console = make_console()
     target, draft = load(options)
-    prompts = (shapes.demo_prompts() * options.batch)[:: max(1, 32 // options.batch)][: options.batch]
+    prompts = (shapes.demo_prompts(options.target) * options.batch)[:: max(1, 32 // options.batch)][: options.batch]
     sampling = {"do_sample": True, "top_k": 0, "temperature": options.temperature}
     with console.status("compiling"):
         alone = compile_with(target, "none", "match", options)
@@ -93,12 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sampling,
             )
             for rule, shape in combinations(draft)
+            if rule in options.rules
         }  # fmt: skip
     with console.status("drawing"):
         rows = summed_up(alternate(drawing, options.repeats))
         ways = {name: partial(draw, alone, prompts, options.tokens, way) for name, way in WAYS.items()}
         costs = step_ratios(alternate(ways, options.repeats, least_seconds=options.least_seconds))
-    title = f"{options.target or 'demo pair'}, batch {options.batch}, temperature {options.temperature:g}"
+    pair = f"{options.target.name if options.target else 'demo'}" + (
+        f" and its weights in {options.draft_bits} bits" if options.draft_bits else " pair"
+    )
+    title = f"{pair}, {options.backend}, batch {options.batch}, temperature {options.temperature:g}"
     console.print(rules_table(rows, title))
     console.print(costs_table(costs))
     console.print(f"{describe(hardware())}\n{describe(versions())}")
@@ -118,13 +124,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argument_parser(__doc__, repeats=5, least_seconds=20)
     parser.add_argument("--target", type=Path, metavar="DIR", help="a model of transformers (default: the demo's)")
-    parser.add_argument("--draft", type=Path, metavar="DIR", help="its draft model (default: the demo's)")
+    draft = parser.add_mutually_exclusive_group()
+    draft.add_argument("--draft", type=Path, metavar="DIR", help="its draft model (default: the demo's)")
+    draft.add_argument(
+        "--draft-bits", type=at_least(2), metavar="N", help="draft with the target, its matrices rounded to N bits"
+    )
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES], metavar="NAME", help="(default: all)")
     parser.add_argument("--batch", type=at_least(1), default=8, help="rows (default: %(default)s)")
     parser.add_argument("--tokens", type=at_least(2), default=128, help="new tokens a row (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the first table (default: %(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     options = parse(parser, arguments)
-    if (options.target is None) != (options.draft is None):
+    if (options.target is None) != (options.draft is None) and options.draft_bits is None:
         parser.error("--target and --draft: pass both, or neither")
     return options
 
@@ -138,7 +149,21 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype)
         return model.to(options.device).eval()
 
-    return make("demo", options.target), make("demo-draft", options.draft)
+    target = make("demo", options.target)
+    if options.draft_bits is None:
+        return target, make("demo-draft", options.draft)
+    return target, rounded(make("demo", options.target), options.draft_bits)
+
+
+@torch.no_grad()
+def rounded(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """The model with each row of its layers' matrices rounded to so many bits: a draft model that errs as they do."""
+    most = 2 ** (bits - 1) - 1
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            unit = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-9) / most
+            module.weight.copy_((module.weight / unit).round() * unit)
+    return model
 
 
 def combinations(draft: PreTrainedModel) -> list[tuple[str, str]]:

@@ -123,12 +123,12 @@ def _shipped(folder: str, device: torch.device | str, dtype: torch.dtype) -> Pre
     return model.eval().to(device)
 
 
-def demo_prompts() -> list[list[int]]:
+def demo_prompts(model: Path | None = None) -> list[list[int]]:
     """Token ids of the 32 shipped prompts, 41 to 349 tokens each: parts of modules that no demo model was trained on.
 
-    Their ids are below 4096, which is in the vocabulary of every model here.
+    Their ids are below 4096, which is in the vocabulary of every model here; or those of the tokenizer of another one.
     """
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL / "target")
+    tokenizer = AutoTokenizer.from_pretrained(model or DEMO_MODEL / "target")
     texts = [prompt["text"] for prompt in json.loads((DEMO_MODEL / "prompts.json").read_text())]
     ids: list[list[int]] = tokenizer(texts)["input_ids"]
     return ids

@@ -3,7 +3,7 @@
 import pytest
 
 import emssd_compile
-from bench import acceptance
+from bench import acceptance, shapes
 from bench.acceptance import CHAIN, TREE, Drawn
 from tests.export.subjects import Small
 
@@ -30,3 +30,16 @@ def test_ratios_leave_the_warm_up_out_and_are_within_a_repeat():
     assert row.rule == "match"
     assert row.tokens_per_second == pytest.approx(2)
     assert row.speedup == pytest.approx(1 / 3)
+
+
+def test_a_model_with_rounded_weights_drafts_much_of_what_it_would_say():
+    model = shapes.build("tiny-llama")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    rounded = dict(acceptance.rounded(model, 4).named_parameters())
+    changed = {name for name in before if not rounded[name].equal(before[name])}
+    assert {name.split(".")[-2] for name in changed} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+    for name in changed:
+        unit = before[name].abs().amax(1, keepdim=True) / 7
+        assert ((rounded[name] - before[name]).abs() <= unit / 2 * 1.001).all()

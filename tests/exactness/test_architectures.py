@@ -23,8 +23,17 @@ def test_the_text_of_the_model_depends_on_its_context(architecture):
     assert len({token for text in texts for token in text}) >= 15
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Drafts that are accepted and refused in one step, a model that drafts, and in turn each of the others.
+ALWAYS = ("sometimes-wrong", "draft-model")
+IN_TURN = [name for name in DRAFTERS if name not in ALWAYS]
+CASES = [
+    (architecture, drafter)
+    for place, architecture in enumerate(ARCHITECTURES)
+    for drafter in (*ALWAYS, IN_TURN[place % len(IN_TURN)])
+]
+
+
+@pytest.mark.parametrize(("architecture", "drafter"), CASES)
 def test_the_tokens_are_the_models_own(architecture, drafter):
     compiled = target(architecture)
     reference = compiled.reference
@@ -43,7 +52,8 @@ def test_the_tokens_are_the_models_own(architecture, drafter):
     eos = [reference(ids, NEW_TOKENS)[place] for ids, place in zip(prompts, (1, 5, 9, 12, 14), strict=True)]
     ended = assert_exact(fast, reference, prompts, NEW_TOKENS, eos_token_id=eos)
     assert len({len(new) for new in ended}) > 1
-    assert_exact(fast, reference, prompts, NEW_TOKENS, eos_token_id=eos, min_new_tokens=3)
+    if drafter == "sometimes-wrong":  # a form of the step of its own
+        assert_exact(fast, reference, prompts, NEW_TOKENS, eos_token_id=eos, min_new_tokens=3)
 
 
 def _check_acceptance(drafter: str, stats) -> None:

@@ -53,7 +53,7 @@ def _fuzz(artifact: Path, folder: Path, number: int, prompts: list[list[int]]) -
 
 @pytest.mark.usefixtures("toy_target")
 def test_an_edited_manifest_is_refused_or_decodes_right(artifact, tmp_path):
-    outcomes = _fuzz(artifact, tmp_path / "crafted", 700, toy.PROMPTS[:2])
+    outcomes = _fuzz(artifact, tmp_path / "crafted", 500, toy.PROMPTS[:2])
     assert min(outcomes["right"], outcomes["refused"]) > 20
 
 
@@ -61,8 +61,8 @@ def test_an_edited_manifest_is_refused_or_decodes_right(artifact, tmp_path):
 def test_an_edited_manifest_with_tables_is_refused_or_decodes_right(fast, tmp_path):
     tables = ["suppress_tokens", "sequence_bias", "exponential_decay_length_penalty", "top_logprobs"]
     artifact = toy.export(fast, tmp_path / "artifact", row_options=tables)
-    outcomes = _fuzz(artifact, tmp_path / "crafted", 500, toy.PROMPTS[:2])
-    assert min(outcomes["right"], outcomes["refused"]) > 10
+    outcomes = _fuzz(artifact, tmp_path / "crafted", 400, toy.PROMPTS[:2])
+    assert min(outcomes["right"], outcomes["refused"]) > 8
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,16 @@ CRAFTED = {
 }
 
 
-@pytest.mark.parametrize("target", ["onnx", "aot"])
-@pytest.mark.parametrize("change", CRAFTED.values(), ids=list(CRAFTED))
-def test_what_does_not_fit_is_refused_before_anything_runs(target, change, tmp_path):
+IN_AOT = ("inputs of other names", "a smaller cache", "a cache of another dtype", "more memory than there is")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [*(("onnx", name) for name in CRAFTED), *(("aot", name) for name in IN_AOT)]
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(target, name, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime", "aot": "torch"}[target])
     folder = shutil.copytree(subjects.artifact(target, "lookup"), tmp_path / "crafted")
-    crafted.rewrite(folder, change)
+    crafted.rewrite(folder, CRAFTED[name])
     with pytest.raises(EmssdError):
         emssd_compile.load(folder)
     with pytest.raises(EmssdError):
