@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emssd_compile.layouts import PackedLayout
+from emssd_compile.runtime.admission import next_requests, row_with_prompt
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
@@ -179,11 +180,11 @@ class Engine:
     def _admit(self, waiting: deque[Request]) -> None:
         """Start waiting requests in free rows."""
         free = [b for b, row in enumerate(self._rows) if row is None]
-        started = self._startable(waiting, len(free))
+        started = next_requests(waiting, self._rows, len(free))
         if not started:
             return
         free = free[: len(started)]
-        sources = [self._source(request) for request in started]
+        sources = [row_with_prompt(request, self._rows) for request in started]
         read = [
             request.num_read if source is None else len(request.prompt) - 1
             for request, source in zip(started, sources, strict=True)
@@ -216,27 +217,6 @@ class Engine:
             if source is not None:
                 self.launcher.copy_row(self._caches, source, b, count)
             self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count)
-
-    def _startable(self, waiting: deque[Request], most: int) -> list[Request]:
-        """The next requests, no longer waiting: but those whose prompt is being read by a busy row wait until it is."""
-        reading = {row.request.group for row in self._rows if row and not row.request.output} - {None}
-        started: list[Request] = []
-        later: list[Request] = []
-        while waiting and len(started) < most:
-            request = waiting.popleft()
-            is_first = request.group not in reading
-            (started if is_first or len(request.prompt) == 1 else later).append(request)
-            if is_first and request.group is not None and self._source(request) is None:
-                reading.add(request.group)
-        waiting.extendleft(reversed(later))
-        return started
-
-    def _source(self, request: Request) -> int | None:
-        """A busy row whose cache holds the same prompt, all of it; None if there is none."""
-        if request.group is None or len(request.prompt) == 1:
-            return None
-        alike = (b for b, row in enumerate(self._rows) if row and row.request.group == request.group)
-        return next((b for b in alike if self._rows[b].request.output), None)  # type: ignore[union-attr]
 
     def _launch(self, launched: Collection[RunningStep]) -> RunningStep:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)

@@ -1,0 +1,55 @@
+"""`admission`: requests of one prompt share its reading, and nobody waits for what is not being read."""
+
+from collections import deque
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emssd_compile.runtime.admission import next_requests, row_with_prompt
+from emssd_compile.runtime.requests import Request, Row
+
+
+def _request(index: int, group: int | None, length: int = 5, emitted: int = 0) -> Request:
+    return Request(index, torch.zeros(length, dtype=torch.int64), 4, group=group, output=[7] * emitted)
+
+
+def _indices(requests: list[Request]) -> list[int]:
+    return [request.index for request in requests]
+
+
+def test_the_first_of_a_group_reads_and_the_others_wait():
+    waiting = deque(_request(i, i // 3) for i in range(6))
+    assert _indices(next_requests(waiting, [None] * 4, 4)) == [0, 3]
+    assert _indices([*waiting]) == [1, 2, 4, 5]
+
+
+def test_once_a_row_has_read_the_prompt_they_start_from_it():
+    rows = [Row(_request(0, 0, emitted=1), 1), None, Row(_request(3, 1), 5), None]
+    waiting = deque([_request(1, 0), _request(2, 0), _request(4, 1)])
+    assert _indices(next_requests(waiting, rows, 2)) == [1, 2]
+    assert [row_with_prompt(_request(9, group), rows) for group in (0, 1, 2)] == [0, None, None]
+
+
+def test_prompts_of_one_token_and_requests_without_a_group_share_nothing():
+    waiting = deque([_request(0, 0, length=1), _request(1, 0, length=1), _request(2, None), _request(3, None)])
+    assert _indices(next_requests(waiting, [None] * 4, 4)) == [0, 1, 2, 3]
+    assert row_with_prompt(_request(9, 0, length=1), [Row(_request(0, 0, length=1, emitted=2), 1)]) is None
+
+
+@given(
+    groups=st.lists(st.sampled_from([None, 0, 1, 2]), max_size=9),
+    busy=st.lists(st.none() | st.tuples(st.sampled_from([None, 0, 1, 2]), st.integers(0, 1)), max_size=4),
+)
+def test_nobody_is_lost_and_nobody_waits_for_nothing(groups, busy):
+    rows = [None if row is None else Row(_request(100 + b, row[0], emitted=row[1]), 1) for b, row in enumerate(busy)]
+    waiting = deque(_request(i, group) for i, group in enumerate(groups))
+    free = rows.count(None)
+    started = next_requests(waiting, rows, free)
+    assert sorted(_indices(started) + _indices([*waiting])) == [*range(len(groups))]
+    assert _indices([*waiting]) == sorted(_indices([*waiting]))
+    assert len(started) <= free
+    if len(started) < free:  # whoever waits still, waits for a row that reads
+        reading = {request.group for request in started} | {row.request.group for row in rows if row}
+        assert all(request.group in reading for request in waiting)
+        assert all(row_with_prompt(request, rows) is None for request in waiting)
