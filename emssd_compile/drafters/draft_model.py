@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from emssd_compile.drafters.tree_shape import TreeShape
+from emssd_compile.drafters.vocabularies import difference
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.logits import filtered, tempered
 from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, most_unread
 from emssd_compile.step.nodes import Nodes
-from emssd_compile.step.pack import Packed, as_trees, pack
+from emssd_compile.step.pack import Packed, as_trees, pack, pack_one_each
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED, WITHOUT_REPLACEMENT
 from emssd_compile.step.randomness import DRAFTS, gumbels
 from emssd_compile.step.tensor_spec import TensorSpec
-
-MOST_PADDING, MOST_PADDING_SHARE = 512, 0.01
-"""Vocabularies that differ by less than so many tokens, and by no more than this share of the larger one, are taken to
-differ by padding: what pads an embedding is 8 to 512 rows that no tokenizer gives out."""
 
 
 class DraftModel(Drafter):
@@ -91,24 +88,17 @@ class DraftModel(Drafter):
         cls, path: str, num_draft_tokens: int | None = None, *, tree: Sequence[int] | None = None, **options: Any
     ) -> DraftModel:
         """Load a Hugging Face causal LM (`options` go to its `from_pretrained`) and draft with it."""
-        from transformers import AutoModelForCausalLM
-
-        return cls(AutoModelForCausalLM.from_pretrained(path, **options).eval(), num_draft_tokens, tree=tree)
+        return cls(load_causal_lm(path, **options), num_draft_tokens, tree=tree)
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
         """Compile the model. Raises DrafterError if its vocabulary is not the target's, up to padding."""
         # The last level of a tree is never fed.
         packed = compile_model(self.model, tree_nodes=1 + sum(self.tree.levels[:-1]) if self.tree else 0)
-        larger, difference = max(packed.vocabulary, vocabulary), abs(packed.vocabulary - vocabulary)
-        if difference >= MOST_PADDING or difference > MOST_PADDING_SHARE * larger:
-            raise DrafterError(
-                f"the draft model predicts {packed.vocabulary} tokens and the target {vocabulary}, which differ "
-                "by more than padding: drafts would mean other tokens; use a model that shares the target's tokenizer"
-            )
+        padding = difference(packed.vocabulary, vocabulary)
         self._packed = packed
         self._notes = (
             *([f"the draft model drafts up to position {packed.capacity}"] if packed.capacity < capacity else []),
-            *([f"vocabularies of {packed.vocabulary} and {vocabulary}: taken for padding"] if difference else []),
+            *([f"vocabularies of {packed.vocabulary} and {vocabulary}: taken for padding"] if padding else []),
         )
 
     def notes(self) -> tuple[str, ...]:
@@ -153,10 +143,11 @@ class DraftModel(Drafter):
             going = index < max_drafts
             # Rows that do not go on may be longer than the cache, which no target may be told.
             position = (context.known + index - 1).clamp(max=self._model.capacity)  # [B]
-            single, order = _one_token_each(guesses[-1].tokens.squeeze(1), position, going)
+            single, order = pack_one_each(guesses[-1].tokens.squeeze(1), position, going)
             guesses.append(self._predict(single, lengths, order, context, index, first_node=index))
             lengths = lengths + going
-        tokens, grades = (torch.cat(levels, 1) for levels in zip(*((g.tokens, g.grades) for g in guesses), strict=True))
+        tokens = torch.cat([guess.tokens for guess in guesses], 1)  # [B, K]
+        grades = self._graded([guess.probabilities for guess in guesses])
         counts = max_drafts.clamp(max=self.num_draft_tokens)
         return Draft(tokens, counts, {"lengths": lengths}, grades, proposal=self._proposal(guesses))
 
@@ -164,14 +155,17 @@ class DraftModel(Drafter):
         self, tree: TreeShape, first: _Guess, max_drafts: Tensor, lengths: Tensor, context: DraftContext
     ) -> Draft:
         """Run the model on the root and all nodes so far, once for each level that has another below it."""
-        tokens, grades, known, guesses = first.tokens, first.grades, context.known, [first]  # [B, nodes so far]
+        tokens, known, guesses = first.tokens, context.known, [first]  # [B, nodes so far]
+        levels = [first.probabilities]  # [B, nodes of each depth]
         rows, device = len(known), known.device
         parents = tree.parents(device).expand(rows, -1)  # [B, K]
         for depth in range(1, tree.depth):
+            max_drafts = self._worth_drafting(levels, max_drafts)
             going = depth < max_drafts
             roots = torch.where(going, known - 1, 0)  # [B], where the others are may be past the cache's end
             count = tokens.shape[1]
-            drafted = Nodes(tokens, torch.full_like(known, count), grades, parents[:, :count], depth)
+            blank = torch.zeros_like(tokens)  # who packs looks at no grades
+            drafted = Nodes(tokens, torch.full_like(known, count), blank, parents[:, :count], depth)
             token_range, row_range = (torch.arange(size, device=device) for size in (rows * (count + 1), count + 1))
             packed = pack(context.history, known, roots, going, token_range, row_range, share=count + 1, draft=drafted)
             packed = as_trees(packed, roots, self._model.ancestor_words, drafted)
@@ -180,9 +174,23 @@ class DraftModel(Drafter):
             guess = self._predict(packed, roots, newest.flatten(), context, depth, tree.branching[depth], newest_node)
             guesses.append(guess)
             tokens = torch.cat([tokens, guess.tokens.view(rows, -1)], 1)
-            grades = torch.cat([grades, guess.grades.view(rows, -1)], 1)
+            levels.append(guess.probabilities.view(rows, -1))
+        max_drafts = self._worth_drafting(levels, max_drafts)
         counts = (tree.depths(device) <= max_drafts[:, None]).sum(1)  # [B]
-        return Draft(tokens, counts, {"lengths": lengths}, grades, parents, self._proposal(guesses))
+        return Draft(tokens, counts, {"lengths": lengths}, self._graded(levels), parents, self._proposal(guesses))
+
+    def _worth_drafting(self, levels: Sequence[Tensor], max_drafts: Tensor) -> Tensor:
+        """How deep each row's tree is drafted, `[B]`, once some of its levels are.
+
+        Args:
+            levels: float32 `[B, nodes of a depth]` each, what the draft model thinks of the drafts there are.
+            max_drafts: int64 `[B]`, how deep it may be.
+        """
+        return max_drafts
+
+    def _graded(self, levels: Sequence[Tensor]) -> Tensor:
+        """The grades of all drafts, `[B, K]`: their probabilities in eighths."""
+        return (torch.cat([*levels], 1) * self.num_grades).long().clamp(0, self.num_grades - 1)
 
     def _proposal(self, guesses: Sequence[_Guess]) -> Tensor | None:
         """What drafts were drawn from, `[B, K + 1, V]`, nodes in order; None if they were not drawn."""
@@ -222,11 +230,23 @@ class DraftModel(Drafter):
         logits = _shaped(logits, context)
         if context.drawn != DETERMINISTIC:
             proposal = logits.softmax(1).view(len(context.known), -1, context.vocabulary)
+        tokens = self._choose(logits, context, depth, count, first_node)
+        probabilities = (logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)).exp()
+        return _Guess(tokens, probabilities, proposal)
+
+    def _choose(self, logits: Tensor, context: DraftContext, depth: int, count: int, first_node: int) -> Tensor:
+        """The `count` tokens to draft behind each node of a depth, `[R, count]`; `logits` are those of q, `[R, V]`."""
         scores = _scores(logits, depth, first_node, context)
         # To find one is much faster than to rank several.
-        tokens = scores.max(1, keepdim=True).indices if count == 1 else scores.topk(count, 1).indices
-        probability = (logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)).exp()
-        return _Guess(tokens, (probability * self.num_grades).long().clamp(0, self.num_grades - 1), proposal)
+        return scores.max(1, keepdim=True).indices if count == 1 else scores.topk(count, 1).indices
+
+
+def load_causal_lm(path: str, **options: Any) -> nn.Module:
+    """A Hugging Face causal LM in eval mode; `options` go to its `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, **options)
+    return model.eval()
 
 
 class _Guess(NamedTuple):
@@ -234,12 +254,12 @@ class _Guess(NamedTuple):
 
     Attributes:
         tokens: int64 `[R, W]`, the likeliest tokens behind each of R, the likeliest first; or as they were drawn.
-        grades: int64 `[R, W]`, their probabilities in eighths.
+        probabilities: float32 `[R, W]`, what the draft model gives each of them where it stands.
         proposal: float32 `[B, R / B, V]`, what they were drawn from, if they were.
     """
 
     tokens: Tensor
-    grades: Tensor
+    probabilities: Tensor
     proposal: Tensor | None
 
 
@@ -288,26 +308,3 @@ def _chain_length(num_draft_tokens: int | None) -> int:
     if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
         raise OptionError(f"DraftModel num_draft_tokens={num_draft_tokens!r} must be an integer of at least 1")
     return num_draft_tokens
-
-
-def _one_token_each(tokens: Tensor, positions: Tensor, going: Tensor) -> tuple[Packed, Tensor]:
-    """Pack one token of each row that is going; also where in T each row's token lies (0 for the others)."""
-    fed = going.to(positions.dtype)
-    ends = fed.cumsum(0)
-    slots = torch.arange(len(tokens), device=tokens.device)
-    row_ids = torch.searchsorted(ends, slots, right=True)
-    rows = row_ids.clamp(max=len(tokens) - 1)
-    tail = row_ids >= len(tokens)
-    offsets = torch.cat([torch.zeros_like(ends[:1]), ends])
-    order = torch.where(going, ends - 1, 0)
-    packed = Packed(
-        input_ids=torch.where(tail, 0, tokens[rows]),
-        positions=torch.where(tail, 0, positions[rows]),
-        row_ids=row_ids,
-        offsets=offsets,
-        fed=fed,
-        ready=going,
-        drafted=torch.zeros_like(fed),
-        roots=order,
-    )
-    return packed, order

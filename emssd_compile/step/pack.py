@@ -113,6 +113,35 @@ def _num_drafts(draft: Nodes | None, pending: Tensor) -> Tensor | int:
     return draft.lengths if draft.parents is None else torch.where(pending == 1, draft.lengths, 0)
 
 
+def pack_one_each(tokens: Tensor, positions: Tensor, going: Tensor) -> tuple[Packed, Tensor]:
+    """Pack one token of each row that is going; also where in T each row's token lies (0 for the others).
+
+    Args:
+        tokens: int64 `[B]`.
+        positions: int64 `[B]`, that of each row's token.
+        going: bool `[B]`.
+    """
+    fed = going.to(positions.dtype)
+    ends = fed.cumsum(0)
+    slots = torch.arange(len(tokens), device=tokens.device)
+    row_ids = torch.searchsorted(ends, slots, right=True)
+    rows = row_ids.clamp(max=len(tokens) - 1)
+    tail = row_ids >= len(tokens)
+    offsets = torch.cat([torch.zeros_like(ends[:1]), ends])
+    order = torch.where(going, ends - 1, 0)
+    packed = Packed(
+        input_ids=torch.where(tail, 0, tokens[rows]),
+        positions=torch.where(tail, 0, positions[rows]),
+        row_ids=row_ids,
+        offsets=offsets,
+        fed=fed,
+        ready=going,
+        drafted=torch.zeros_like(fed),
+        roots=order,
+    )
+    return packed, order
+
+
 def as_trees(packed: Packed, lengths: Tensor, words: int, draft: Nodes | None = None) -> Packed:
     """The same batch for a model that was compiled for trees: with slots, true positions, and who sees whom.
 

@@ -10,10 +10,11 @@ import torch._inductor.config
 from torch import nn
 
 import emssd_compile
-from emssd_compile.compiler import CompiledModel, compile_model
+from emssd_compile.compiler import compile_model
 from emssd_compile.drafters import Draft, DraftContext, DraftModel, PartSizes
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.batch import BatchShape
+from tests.drafters.alone import Alone, nodes_of
 from tests.drafters.contexts import context
 from tests.exactness.models import Reference, prompt
 from tests.passes.graphs import TinyModel, causal, model_with_attention
@@ -280,57 +281,20 @@ def test_a_draft_model_is_loaded_with_its_tree(tmp_path):
     assert DraftModel.from_pretrained(tmp_path).num_draft_tokens == 4
 
 
-CAPACITY = 64
-
-
-class Alone:
-    """A draft model that drafts outside of any step, and what its model says of single texts.
-
-    Args:
-        tree: the shape of its trees.
-        rows: B.
-    """
-
-    def __init__(self, tree: tuple[int, ...], rows: int) -> None:
-        self.tree, self.model = tree, toy_model("llama")
-        self.drafter = DraftModel(self.model, tree=tree)
-
-        def compile_draft_model(model: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:
-            return compile_model(model, BatchShape(rows, CAPACITY, tree_nodes))
-
-        self.drafter.prepare(compile_draft_model, rows, CAPACITY, 160)
-        sizes = PartSizes(rows, CAPACITY, 160, self.drafter.num_draft_tokens, 8, len(tree))
-        specs = self.drafter.tensors(sizes)
-        self.state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-
-    @torch.no_grad()
-    def draft(self, texts: list[list[int]], max_drafts: list[int], budget: int) -> Draft:
-        """Draft behind the texts, reading no more than `budget` tokens of them."""
-        seen = replace(
-            context(texts, 0, CAPACITY, filler=77),
-            max_drafts=torch.tensor(max_drafts),
-            draft_range=torch.arange(budget),
-            row_range=torch.arange(budget),
-            state=self.state,
-        )
-        draft = self.drafter(seen)
-        self.state |= draft.state
-        return draft
-
-    @torch.no_grad()
-    def expected(self, text: list[int], depth: int) -> list[tuple[int, int, int]]:
-        """Token, parent and grade of each draft behind a text, down to a depth."""
-        nodes: list[tuple[int, int, int]] = []
-        level = [(0, text)]  # number of each node, and the text up to it
-        for width in self.tree[:depth]:
-            below = []
-            for parent, path in level:
-                probabilities = self.model(torch.tensor([path])).logits[0, -1].softmax(0)
-                for probability, token in zip(*map(torch.Tensor.tolist, probabilities.topk(width)), strict=True):
-                    nodes.append((token, parent, min(int(8 * probability), 7)))
-                    below.append((len(nodes), [*path, token]))
-            level = below
-        return nodes
+@torch.no_grad()
+def _expected(model: nn.Module, text: list[int], widths: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Token, parent and grade of each draft behind a text, for a tree of those widths."""
+    nodes: list[tuple[int, int, int]] = []
+    level = [(0, text)]  # number of each node, and the text up to it
+    for width in widths:
+        below = []
+        for parent, path in level:
+            probabilities = model(torch.tensor([path])).logits[0, -1].softmax(0)
+            for probability, token in zip(*map(torch.Tensor.tolist, probabilities.topk(width)), strict=True):
+                nodes.append((token, parent, min(int(8 * probability), 7)))
+                below.append((len(nodes), [*path, token]))
+        level = below
+    return nodes
 
 
 @pytest.mark.parametrize("tree", [*TREE_SHAPES, (4, 2, 2)])
@@ -340,16 +304,16 @@ def test_each_node_has_the_likeliest_tokens_behind_its_own_path(tree):
     After the prompts a row has D + 1 tokens to read at most, and the budget is no more.
     """
     depth, texts = len(tree), [prompt(n) for n in (3, 1, 17, 9)]
-    alone = Alone(tree, len(texts))
+    model = toy_model("llama")
+    alone = Alone(DraftModel(model, tree=tree), len(texts))
     budget = sum(map(len, texts))
     for step in range(depth + 3):
         max_drafts = [(row + step) % (depth + 1) if row == 1 else depth for row in range(len(texts))]
         draft = alone.draft(texts, max_drafts, budget)
         budget = len(texts) * (depth + 1)
         for row, text in enumerate(texts):
-            fields = [field for field in (draft.tokens, draft.parents, draft.grades) if field is not None]
-            nodes = list(zip(*(field[row, : draft.lengths[row]].tolist() for field in fields), strict=True))
-            assert nodes == alone.expected(text, max_drafts[row])
+            nodes = nodes_of(draft, row)
+            assert nodes == _expected(model, text, tree[: max_drafts[row]])
             node, path = 0, []
             for _ in range((row + step) % (depth + 1)):  # the last child of each node
                 children = [i for i, (_, parent, _) in enumerate(nodes, 1) if parent == node]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emssd_compile.step.nodes import Nodes
-from emssd_compile.step.pack import Packed, logit_rows, pack
+from emssd_compile.step.pack import Packed, logit_rows, pack, pack_one_each
 
 CAPACITY, MOST, RUBBISH = 40, 5, 9999
 
@@ -165,3 +165,13 @@ def test_every_row_gets_its_share_before_any_gets_more(batch):
     wanted = torch.where(torch.tensor(batch["active"]), wanted, 0).clamp(max=batch["row_tokens"])
     if bool((packed.fed > share).any()):
         assert torch.equal(packed.fed.clamp(max=share), wanted.clamp(max=share))
+
+
+def test_one_token_of_each_row_that_goes_on():
+    going = torch.tensor([False, True, True, False])
+    packed, order = pack_one_each(torch.tensor([7, 8, 9, 6]), torch.tensor([1, 2, 3, 4]), going)
+    assert packed.input_ids.tolist() == [8, 9, 0, 0]
+    assert packed.positions.tolist() == [2, 3, 0, 0]
+    assert packed.row_ids.tolist() == [1, 2, 4, 4]
+    assert packed.offsets.tolist() == [0, 0, 1, 2, 2]
+    assert order.tolist() == packed.roots.tolist() == [0, 0, 1, 0]
