@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from emssd_compile.drafters.draft_model import DraftModel
+from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.prompt_lookup import PromptLookup
 from emssd_compile.errors import DrafterError, OptionError
@@ -20,6 +21,7 @@ __all__ = [
     "DraftContext",
     "DraftModel",
     "Drafter",
+    "MultiCandidate",
     "NoDrafter",
     "PartSizes",
     "PromptLookup",

@@ -91,10 +91,20 @@ class DraftModel(Drafter):
         return cls(load_causal_lm(path, **options), num_draft_tokens, tree=tree)
 
     def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
-        """Compile the model. Raises DrafterError if its vocabulary is not the target's, up to padding."""
+        """Compile the model.
+
+        Raises:
+            DrafterError: its vocabulary is not the target's, up to padding, or it has fewer tokens than the tree wants
+                behind one node.
+        """
         # The last level of a tree is never fed.
         packed = compile_model(self.model, tree_nodes=1 + sum(self.tree.levels[:-1]) if self.tree else 0)
         padding = difference(packed.vocabulary, vocabulary)
+        if self.tree and max(self.tree.branching) > min(packed.vocabulary, vocabulary):
+            raise DrafterError(
+                f"{type(self).__name__} drafts {max(self.tree.branching)} tokens behind one node, and there are only "
+                f"{min(packed.vocabulary, vocabulary)} in the vocabulary; draft fewer"
+            )
         self._packed = packed
         self._notes = (
             *([f"the draft model drafts up to position {packed.capacity}"] if packed.capacity < capacity else []),

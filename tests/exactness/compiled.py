@@ -12,7 +12,7 @@ from torch import nn
 
 from emssd_compile.acceptance import TargetMatch
 from emssd_compile.compiler import CompiledModel, compile_model, compile_step
-from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
+from emssd_compile.drafters import Drafter, DraftModel, MultiCandidate, NoDrafter, PromptLookup
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.logits import make_processors
 from emssd_compile.optimized_model import OptimizedModel
@@ -27,7 +27,10 @@ ROWS, CAPACITY, K = 8, 96, 4
 NEW_TOKENS = 20
 LENGTHS = (1, 2, 3, 5, 7, 11, 17, 19, 23, 33, 40, 48, 61, 64, 70)
 DRAFTERS = ("none", "prompt-lookup", "draft-model", "rubbish", "always-right", "sometimes-wrong", "always-wrong")
-TREES = ("fixed-tree", "random-tree", "rubbish-tree", "always-right-tree", "draft-model-tree")
+TREES = (
+    *("fixed-tree", "random-tree", "rubbish-tree", "always-right-tree"),
+    *("draft-model-tree", "multi-candidate"),
+)
 SHAPE = (0, 0, 1, 2, 1, 3, 3, 6, 4, 9, 0)
 
 
@@ -70,6 +73,8 @@ class Target:
             return DraftModel(self.model, K)
         if name == "draft-model-tree":
             return DraftModel(self.model, tree=(3, 1, 2))
+        if name == "multi-candidate":
+            return MultiCandidate(self.model, (3, 1, 2), threshold=0.05)
         if name == "rubbish":
             return Rubbish(K)
         if name == "rubbish-tree":
