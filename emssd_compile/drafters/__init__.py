@@ -8,6 +8,7 @@ from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.prompt_lookup import PromptLookup
+from emssd_compile.drafters.target_initialized import TargetInitialized
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter, check_drafter
 from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
@@ -25,6 +26,7 @@ __all__ = [
     "NoDrafter",
     "PartSizes",
     "PromptLookup",
+    "TargetInitialized",
     "TensorSpec",
     "gather_tensors",
     "make_drafter",

@@ -12,7 +12,7 @@ from torch import nn
 
 from emssd_compile.acceptance import TargetMatch
 from emssd_compile.compiler import CompiledModel, compile_model, compile_step
-from emssd_compile.drafters import Drafter, DraftModel, MultiCandidate, NoDrafter, PromptLookup
+from emssd_compile.drafters import Drafter, DraftModel, MultiCandidate, NoDrafter, PromptLookup, TargetInitialized
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.logits import make_processors
 from emssd_compile.optimized_model import OptimizedModel
@@ -75,6 +75,8 @@ class Target:
             return DraftModel(self.model, tree=(3, 1, 2))
         if name == "multi-candidate":
             return MultiCandidate(self.model, (3, 1, 2), threshold=0.05)
+        if name == "target-initialized":
+            return TargetInitialized(self.model, 4, 3, threshold=0.0005)
         if name == "rubbish":
             return Rubbish(K)
         if name == "rubbish-tree":

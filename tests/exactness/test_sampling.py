@@ -25,7 +25,10 @@ ROWS, NEW = 3, 16
 LENGTHS = (1, 33, 5, 17, 48)
 SEEDS = [11, -5, 2**63 - 1, 0, 123456789]
 PROMPTS = [prompt(n) for n in LENGTHS]
-DRAFTERS = ("none", "prompt-lookup", "draft-model", "draft-model-tree", "rubbish", "right", "right-tree")
+DRAFTERS = (
+    *("none", "prompt-lookup", "draft-model", "draft-model-tree", "target-initialized"),
+    *("rubbish", "right", "right-tree"),
+)
 
 
 class Sampled:

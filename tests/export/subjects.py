@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import emssd_compile
-from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftModel, PartSizes, PromptLookup, TensorSpec
+from emssd_compile.drafters import (
+    Draft,
+    DraftContext,
+    Drafter,
+    DraftModel,
+    PartSizes,
+    PromptLookup,
+    TargetInitialized,
+    TensorSpec,
+)
 from emssd_compile.optimized_model import OptimizedModel
 
 VOCABULARY, WIDTH, HEADS, ROWS, CAPACITY, K = 48, 32, 4, 3, 2048, 4
@@ -76,13 +85,14 @@ class Forks(Drafter):
 
 
 def drafter(name: str) -> str | nn.Module:
-    """A drafter of `DRAFTERS`."""
+    """A drafter of `DRAFTERS`, or one that reads the target's logits and stops early."""
     made: dict[str, str | nn.Module] = {
         "none": "none",
         "lookup": PromptLookup(K),
         "draft-model": DraftModel(Small(), K),  # the target itself: always right
         "last-bigram": LastBigram(),
         "forks": Forks(),
+        "target-initialized": TargetInitialized(Small(), 3, 2, threshold=0.01),
     }
     return made[name]
 
