@@ -29,10 +29,7 @@ def _decoder(target: str, drafter: str) -> Decoder:
 
 CASES = [
     *(("eager", drafter) for drafter in DRAFTERS),
-    (
-        "inductor",
-        "target-initialized",
-    ),  # trees of a draft model that reads the target's logits; chains: `test_compile.py`
+    ("inductor", "target-initialized"),  # trees, and the target's logits; chains: `test_compile.py`
     *(("onnx", drafter) for drafter in (*DRAFTERS, "target-initialized")),
     *(("aot", drafter) for drafter in ("lookup", "target-initialized", "forks")),
 ]
