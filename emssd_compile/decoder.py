@@ -15,6 +15,8 @@ from torch import Tensor
 from emssd_compile.ambient import neutral
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import GenerateOptions, merge_configs, own_options, resolve_options, row_seeds
+from emssd_compile.grammar import Grammar
+from emssd_compile.grammar_logits import GrammarLogits, grammar_of_each
 from emssd_compile.numeric import shown
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.python_logits import PythonLogits
@@ -63,12 +65,12 @@ class Decoder(ABC):
         """Drive the form of the step that honours these options of rows; an artifact holds one form."""
         if hooked:
             raise NotImplementedError(
-                "logits_hook, logits_processor, prefix_allowed_tokens_fn: an artifact's step is one graph, with no "
-                "place for Python in it; use optimize"
+                "logits_hook, logits_processor, prefix_allowed_tokens_fn, grammar: an artifact's step is one graph, "
+                "with no place for Python in it; use optimize"
             )
 
-    def _calling(self, hook: LogitsHook | None) -> AbstractContextManager[None]:
-        """Within it, steps of a form with a place for Python call the hook."""
+    def _calling(self, hooks: tuple[LogitsHook, ...]) -> AbstractContextManager[None]:
+        """Within it, steps of a form with a place for Python call the hooks."""
         return contextlib.nullcontext()
 
     def _hook(self, chosen: GenerateOptions, own: LogitsHook | None) -> LogitsHook | None:
@@ -231,6 +233,7 @@ class Decoder(ABC):
         input_ids: object = None,
         token_type_ids: object = None,
         logits_hook: LogitsHook | None = None,
+        grammar: Grammar | Sequence[Grammar | None] | None = None,
         seed: int | Sequence[int] | None = None,
         progress: bool = False,
         **options: Any,
@@ -254,6 +257,9 @@ class Decoder(ABC):
                 decoding without drafts if what it does to a logit depends on the text before it only. Filters of
                 sampling (`temperature`, `top_p`, ...) come behind it. transformers' `logits_processor` and
                 `prefix_allowed_tokens_fn` are called in the same place, each packed token with its own text.
+            grammar: what the new tokens spell keeps to it (`emssd_compile.grammar`): one for all prompts, or a list
+                with one for each, None for a prompt without. An EOS comes exactly where the grammar may end; a row that
+                reaches its limit before is cut. It comes behind `logits_hook` and processors, before the filters.
             seed: of what is drawn where `do_sample` is set: one for each prompt, or one from which each prompt gets a
                 seed of its own, the first the seed itself. A prompt with the same seed and options is continued in the
                 same way, whatever it is batched with and whatever drafts. Default: from torch's generator, so that
@@ -276,6 +282,7 @@ class Decoder(ABC):
             CapacityError: a prompt does not fit a row.
             OptionError: an option is unknown or out of range; or, while decoding, a stopping criterion answers with
                 something that is no answer.
+            GrammarError: a text has nothing to go on with under its grammar and the other options.
             ReentryError: the call was made from inside another one, by its stopping criterion or streamer.
             NotImplementedError: an option of Hugging Face that is not supported; says which.
         """
@@ -287,6 +294,7 @@ class Decoder(ABC):
                 input_ids,
                 token_type_ids,
                 logits_hook,
+                grammar,
                 seed,
                 progress,
                 options,
@@ -300,6 +308,7 @@ class Decoder(ABC):
         input_ids: object,
         token_type_ids: object,
         logits_hook: LogitsHook | None,
+        grammar: Grammar | Sequence[Grammar | None] | None,
         seed: int | Sequence[int] | None,
         progress: bool,
         options: dict[str, Any],
@@ -325,7 +334,7 @@ class Decoder(ABC):
         )
         if len(each) not in (1, len(prompts)):
             raise OptionError(f"generation_config is {len(each)} configs for {len(prompts)} prompts; pass one for each")
-        hook = self._hook(chosen, logits_hook)
+        own_hook, grammars = self._hook(chosen, logits_hook), grammar_of_each(grammar, len(prompts))
         times = chosen.num_return_sequences
         prompts = prompts.repeated(times)
         of_rows = [own for own in each for _ in range(times)] if len(each) > 1 else []
@@ -352,13 +361,17 @@ class Decoder(ABC):
             Request(i, ids, most, own[i // times], group=i // times, seed=seeds[i])
             for i, (ids, most) in enumerate(zip(texts, limits.max_new_tokens, strict=True))
         ]
+        masks = GrammarLogits.of(grammars, times, chosen.eos_token_ids, lambda: self._engine.requests)
+        hooks = tuple(hook for hook in (own_hook, masks) if hook is not None)
         with self._turns.take("generate"):
             self._follow()
-            self._select({name for options in own for name in options}, hooked=hook is not None)
+            self._select({name for options in own for name in options}, hooked=bool(hooks))
             if not self._is_warm:
                 self._warm_up(progress=False)
-            with self._calling(hook):
+            with self._calling(hooks):
                 self._decode(prompts, requests, chosen, progress)
+            if masks is not None:
+                masks.settle()
         sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)
         if not chosen.return_dict_in_generate:
             return sequences

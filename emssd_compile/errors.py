@@ -107,5 +107,9 @@ class ProbeError(PartError):
     """A probe broke the `Probed` contract, or tells of something by a name that is taken."""
 
 
+class GrammarError(EmssdError, ValueError):
+    """A grammar cannot be compiled, or a text has nothing to go on with under it and the other options."""
+
+
 class PolicyError(PartError):
     """A length policy broke the `Ranking` contract."""

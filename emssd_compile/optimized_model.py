@@ -297,15 +297,15 @@ class OptimizedModel(Decoder):
             switch(self._engine, self._forms[key].variant)
 
     @contextlib.contextmanager
-    def _calling(self, hook: LogitsHook | None) -> Iterator[None]:
+    def _calling(self, hooks: tuple[LogitsHook, ...]) -> Iterator[None]:
         if self._halves is None:
             yield
             return
-        self._halves.hook = hook
+        self._halves.hooks = hooks
         try:
             yield
         finally:
-            self._halves.hook = None
+            self._halves.hooks = ()
 
     @property
     def _parts(self) -> tuple[Part, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ LogitsHook = Callable[[LogitContext], Tensor]
 
 
 class HalvedStep:
-    """Calls one half, the hook, and then the other.
+    """Calls one half, the hooks in their order, and then the other.
 
     Args:
         names: inputs of the whole step, in the order in which it is called.
@@ -33,30 +34,33 @@ class HalvedStep:
         decide: tuple[StepFunction, Sequence[str]],
         form: LogitContext,
     ) -> None:
-        self.hook: LogitsHook | None = None
+        self.hooks: tuple[LogitsHook, ...] = ()
         self._names, self._forward, self._decide, self._form = tuple(names), forward, decide, form
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Results by name.
 
         Raises:
-            ProcessorError: the hook returned something else than logits like those that it was given.
+            ProcessorError: a hook returned something else than logits like those that it was given.
         """
         given = dict(zip(self._names, inputs, strict=True))
         forward, names = self._forward
         read = forward(*(given[name] for name in names))
         context = with_named(self._form, {n.removeprefix(SEAM): v for n, v in read.items() if n.startswith(SEAM)})
-        if self.hook is not None:
-            logits = self.hook(mapped(torch.clone, context))
-            if not isinstance(logits, Tensor) or (logits.shape, logits.dtype) != (
-                context.logits.shape,
-                context.logits.dtype,
-            ):
-                found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-                raise ProcessorError(
-                    f"the logits hook returned {found}; it is to return logits as it got them: {context.logits.dtype} "
-                    f"{list(context.logits.shape)}"
-                )
-            read[f"{SEAM}logits"] = logits.to(context.logits.device).contiguous()  # as compiled code reads it
+        for hook in self.hooks:
+            context = replace(context, logits=_called(hook, context))
+        read[f"{SEAM}logits"] = context.logits.contiguous()  # as compiled code reads it
         decide, names = self._decide
         return decide(*(read[name] if name in read else given[name] for name in names))
+
+
+def _called(hook: LogitsHook, context: LogitContext) -> Tensor:
+    """What a hook makes of the logits, on their device."""
+    before, logits = context.logits, hook(mapped(torch.clone, context))
+    if not isinstance(logits, Tensor) or (logits.shape, logits.dtype) != (before.shape, before.dtype):
+        found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ProcessorError(
+            f"the logits hook returned {found}; it is to return logits as it got them: {before.dtype} "
+            f"{list(before.shape)}"
+        )
+    return logits.to(before.device)
