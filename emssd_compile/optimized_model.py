@@ -18,7 +18,14 @@ from emssd_compile.ambient import compiling, neutral
 from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter, without
-from emssd_compile.errors import OptionError, PartError, StaleModelError, UnsupportedModelError
+from emssd_compile.errors import (
+    OptionError,
+    PartError,
+    ProbeError,
+    ProcessorError,
+    StaleModelError,
+    UnsupportedModelError,
+)
 from emssd_compile.freshness import Freshness
 from emssd_compile.generation import honoured_options
 from emssd_compile.layouts import LAYOUTS
@@ -145,7 +152,9 @@ def _compile(
     drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
     policy = LAYOUTS[options.layout].policy()
     step = compile_step(compiled, rule, drafter, policy, processors, probes)
-    _check_names(merge_options((rule, drafter, policy, *processors, *probes), PartError))
+    parts = (rule, drafter, policy, *processors)
+    merge_options(parts, ProcessorError)
+    _check_names(merge_options((*parts, *probes), ProbeError))
     return step, tuple(captured)
 
 
