@@ -4,9 +4,12 @@ To add a rule: one file with a `Rule`, one line in `RULES`. A lossy rule is take
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from emssd_compile.acceptance.block import BlockVerification
 from emssd_compile.acceptance.greedy import GreedyMatch
+from emssd_compile.acceptance.k_seq import KSeq
+from emssd_compile.acceptance.largest_ratio import LargestRatio
 from emssd_compile.acceptance.match import TargetMatch
 from emssd_compile.acceptance.recursive import RecursiveRejection
 from emssd_compile.acceptance.token_level import TokenLevel
@@ -23,6 +26,9 @@ RULES: dict[str, Callable[[], Rule]] = {
     "token-level": TokenLevel,
     "block": BlockVerification,
     "rrs": RecursiveRejection,
+    "rrs-with-replacement": partial(RecursiveRejection, with_replacement=True),
+    "k-seq": KSeq,
+    "largest-ratio": LargestRatio,
     "traversal": TraversalVerification,
     "typical": TypicalAcceptance,
 }
@@ -32,6 +38,8 @@ __all__ = [
     "RULES",
     "BlockVerification",
     "GreedyMatch",
+    "KSeq",
+    "LargestRatio",
     "RecursiveRejection",
     "Rule",
     "TargetMatch",

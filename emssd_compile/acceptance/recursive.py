@@ -14,9 +14,18 @@ class RecursiveRejection(SamplingRule):
     At a node P = p and Q = q. A draft x passes with probability P(x) / Q(x). If it fails, P = norm((P - Q)+), and where
     drafts are drawn without replacement also Q(x) = 0 and Q = norm(Q). If none is left, the next token is drawn from P.
     On a chain this is the token-level rule.
+
+    Args:
+        with_replacement: take siblings that were drawn independently only, of which some may be the same token.
+            Otherwise they are drawn without replacement where the drafter can, which keeps more.
     """
 
-    accepts = (WITHOUT_REPLACEMENT, SAMPLED)
+    accepts: tuple[str, ...] = (WITHOUT_REPLACEMENT, SAMPLED)
+
+    def __init__(self, *, with_replacement: bool = False) -> None:
+        super().__init__()
+        if with_replacement:
+            self.accepts = (SAMPLED,)
 
     def decide(self, odds: Odds) -> Decision:
         """One draft after another, as they are numbered; only those that follow the last accepted one count."""

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from emssd_compile.drafters.drawing import best, over, shaped
 from emssd_compile.drafters.tree_shape import TreeShape
 from emssd_compile.drafters.vocabularies import difference
 from emssd_compile.errors import DrafterError, OptionError
-from emssd_compile.logits import filtered, tempered
 from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, most_unread
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.pack import Packed, as_trees, pack, pack_one_each
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED, WITHOUT_REPLACEMENT
-from emssd_compile.step.randomness import DRAFTS, gumbels
 from emssd_compile.step.tensor_spec import TensorSpec
 
 
@@ -40,7 +39,8 @@ class DraftModel(Drafter):
     and the tokens are those with the largest log q + g instead. By default g is the noise with which
     the target draws its own (`randomness.gumbels`): then both mostly draw the same. For a rule that divides by q, g is
     noise of their own: a token of a chain is a draw from q, and the tokens behind a node of a tree are draws without
-    replacement, in the order drawn (Gumbel top-k, 1903.06059). Their grades mean nothing then.
+    replacement, in the order drawn (Gumbel top-k, 1903.06059), or where the rule wants that independent draws, of which
+    some may be the same token. Their grades mean nothing then.
 
     A draft model may have fewer positions than the target: it drafts as far as they go, and rows that are longer decode
     without drafts. Its vocabulary may be padded to another size than the target's: an id past the target's ends a
@@ -74,7 +74,7 @@ class DraftModel(Drafter):
             self.proposes = (DETERMINISTIC, SAMPLED)
         elif num_draft_tokens is None:
             self.num_draft_tokens, self.max_depth = self.tree.num_nodes, self.tree.depth
-            self.proposes = (DETERMINISTIC, WITHOUT_REPLACEMENT)
+            self.proposes = (DETERMINISTIC, WITHOUT_REPLACEMENT, SAMPLED)
         else:
             raise OptionError(
                 f"DraftModel num_draft_tokens={num_draft_tokens!r} is for chains, and tree={self.tree.branching} says "
@@ -154,7 +154,7 @@ class DraftModel(Drafter):
             # Rows that do not go on may be longer than the cache, which no target may be told.
             position = (context.known + index - 1).clamp(max=self._model.capacity)  # [B]
             single, order = pack_one_each(guesses[-1].tokens.squeeze(1), position, going)
-            guesses.append(self._predict(single, lengths, order, context, index, first_node=index))
+            guesses.append(self._predict(single, lengths, order, context, index, first_draft=index))
             lengths = lengths + going
         tokens = torch.cat([guess.tokens for guess in guesses], 1)  # [B, K]
         grades = self._graded([guess.probabilities for guess in guesses])
@@ -180,8 +180,7 @@ class DraftModel(Drafter):
             packed = pack(context.history, known, roots, going, token_range, row_range, share=count + 1, draft=drafted)
             packed = as_trees(packed, roots, self._model.ancestor_words, drafted)
             newest = packed.roots[:, None] + row_range[-tree.levels[depth - 1] :]  # [B, nodes of this depth]
-            newest_node = count + 1 - tree.levels[depth - 1]
-            guess = self._predict(packed, roots, newest.flatten(), context, depth, tree.branching[depth], newest_node)
+            guess = self._predict(packed, roots, newest.flatten(), context, depth, tree.branching[depth], count)
             guesses.append(guess)
             tokens = torch.cat([tokens, guess.tokens.view(rows, -1)], 1)
             levels.append(guess.probabilities.view(rows, -1))
@@ -225,30 +224,28 @@ class DraftModel(Drafter):
         context: DraftContext,
         depth: int,
         count: int = 1,
-        first_node: int = 0,
+        first_draft: int = 0,
     ) -> _Guess:
         """The best `count` tokens behind the packed tokens that `index[R]` names: as many of each row, all of a depth.
 
-        Those of a row are its nodes from `first_node` on.
+        They are the drafts of their rows from `first_draft` on.
         """
         caches = {name: context.state[name] for name in self._model.cache_shapes}
         readable = packed.input_ids.clamp(max=self._model.vocabulary - 1)  # [T]
         _, logits = self._model(replace(packed, input_ids=readable), lengths, index, caches)  # [R, V]
         logits, proposal = logits.float(), None
         if context.drawn != DETERMINISTIC:
-            logits = _over(logits, context.vocabulary)
-        logits = _shaped(logits, context)
+            logits = over(logits, context.vocabulary)
+        logits = shaped(logits, context)
         if context.drawn != DETERMINISTIC:
             proposal = logits.softmax(1).view(len(context.known), -1, context.vocabulary)
-        tokens = self._choose(logits, context, depth, count, first_node)
+        tokens = self._choose(logits, context, depth, count, first_draft)
         probabilities = (logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)).exp()
         return _Guess(tokens, probabilities, proposal)
 
-    def _choose(self, logits: Tensor, context: DraftContext, depth: int, count: int, first_node: int) -> Tensor:
+    def _choose(self, logits: Tensor, context: DraftContext, depth: int, count: int, first_draft: int) -> Tensor:
         """The `count` tokens to draft behind each node of a depth, `[R, count]`; `logits` are those of q, `[R, V]`."""
-        scores = _scores(logits, depth, first_node, context)
-        # To find one is much faster than to rank several.
-        return scores.max(1, keepdim=True).indices if count == 1 else scores.topk(count, 1).indices
+        return best(logits, count, depth, first_draft, context)
 
 
 def load_causal_lm(path: str, **options: Any) -> nn.Module:
@@ -271,45 +268,6 @@ class _Guess(NamedTuple):
     tokens: Tensor
     probabilities: Tensor
     proposal: Tensor | None
-
-
-def _over(logits: Tensor, vocabulary: int) -> Tensor:
-    """The logits of the tokens that the target has, `[R, V]`: only those are drawn."""
-    if logits.shape[1] >= vocabulary:
-        return logits[:, :vocabulary]
-    unknown = logits.new_full((logits.shape[0], vocabulary - logits.shape[1]), -torch.inf)
-    return torch.cat([logits, unknown], 1)
-
-
-def _shaped(logits: Tensor, context: DraftContext) -> Tensor:
-    """The logits of q, `[R, V]`, as what the target draws from is shaped; of the other rows as they are."""
-    times = len(logits) // len(context.known)  # nodes of each row
-    options = {name: value.repeat_interleave(times) for name, value in context.options.items()}  # [R]
-    if "temperature" in options:
-        logits = tempered(logits, options["temperature"])
-    if {"top_k", "top_p"} <= options.keys():
-        logits = filtered(logits, options["top_k"], options["top_p"])
-    return logits
-
-
-def _scores(logits: Tensor, depth: int, first_node: int, context: DraftContext) -> Tensor:
-    """By what the tokens behind nodes of a depth are ranked, `[R, V]`: log q, and of rows that sample noise on top."""
-    samples = context.options.get("do_sample")
-    if samples is None:
-        if context.drawn == DETERMINISTIC:
-            return logits
-        samples = torch.ones_like(context.active)
-    times = len(logits) // len(context.known)  # nodes of each row
-    samples, seeds, known = (
-        value.repeat_interleave(times)[:, None] for value in (samples, context.seeds, context.known)
-    )  # [R, 1]
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    if context.drawn == DETERMINISTIC:
-        noise = gumbels(seeds, known + depth, ids)
-    else:
-        node = first_node + torch.arange(len(logits), device=logits.device)[:, None] % times  # [R, 1]
-        noise = gumbels(seeds, known, node * context.vocabulary + ids, DRAFTS)
-    return logits + torch.where(samples, noise, 0)
 
 
 def _chain_length(num_draft_tokens: int | None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,15 +140,26 @@ def decoded_by(
         acceptance=rule,
     )
     found = fast.generate([prompt] * rows, max_new_tokens=tokens + 2, do_sample=True, seed=5)
-    texts = [(0, prompt)]
-    expected = torch.ones(1, dtype=torch.float64)
-    for _ in range(tokens):
+    new = torch.tensor([row[len(prompt) : len(prompt) + tokens] for row in found])
+    return chi_square(*counts_of(new, target, prompt)), fast.stats
+
+
+def counts_of(
+    new: Tensor, target: nn.Module, prompt: list[int], change: Callable[[Tensor, Tensor], Tensor] = lambda x, _: x
+) -> tuple[Tensor, Tensor]:
+    """How many of many rows continue a prompt with each text of n tokens, and how many are to be expected.
+
+    Args:
+        new: int64 `[rows, n]`.
+        target: a model of five tokens.
+        prompt: of all rows.
+        change: what is done to the logits `[texts, V]` behind texts `[texts, length]`, prompt included; float64.
+    """
+    texts, expected = torch.tensor([prompt]), torch.ones(1, dtype=torch.float64)
+    for _ in range(new.shape[1]):
         with torch.no_grad():
-            p = target(torch.tensor([text for _, text in texts]))[:, -1].double().softmax(1)
+            p = change(target(texts)[:, -1].double(), texts).softmax(1)
         expected = (expected[:, None] * p).flatten()
-        texts = [(5 * number + token, [*text, token]) for number, text in texts for token in range(5)]
-    numbers = {tuple(text): number for number, text in texts}
-    counts = torch.bincount(
-        torch.tensor([numbers[tuple(row[: len(prompt) + tokens])] for row in found]), minlength=len(texts)
-    )
-    return chi_square(counts, expected * rows), fast.stats
+        texts = torch.cat([texts.repeat_interleave(5, 0), torch.arange(5).repeat(len(texts))[:, None]], 1)
+    number = (new * 5 ** torch.arange(new.shape[1] - 1, -1, -1)).sum(1)  # as texts are in order
+    return torch.bincount(number, minlength=len(expected)), expected * len(new)

@@ -15,9 +15,12 @@ from torch.nn import functional as F
 
 from emssd_compile.acceptance.sampling import Decision, Odds
 from emssd_compile.step.nodes import Nodes
-from emssd_compile.step.proposals import DETERMINISTIC, WITHOUT_REPLACEMENT
+from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED, WITHOUT_REPLACEMENT
 
 Decide = Callable[[Odds], Decision]
+
+KINDS = ("random", "zeros", "ties", "disjoint", "the same", "certain")
+"""Of worlds."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ TREES = {
     "uneven": Shape((0, 1, 0, 3, 3, 2), is_tree=True),
     "a branch late": Shape((0, 1, 2, 2, 0), is_tree=True),
 }
+VOCABULARIES = {"siblings": 4, "two levels": 2, "uneven": 2, "a branch late": 3}
+"""How many tokens there are for each of these trees, so that all drafts can be enumerated."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,23 @@ def law(
     return completed(world, ended, shape.depth + 1)
 
 
+def assert_lossless(
+    decide: Decide,
+    shape: Shape,
+    vocabulary: int,
+    kind: str,
+    drawn: str,
+    *,
+    seeds: tuple[int, ...] = (2,),
+    left: int = 1,
+) -> None:
+    """The law is that of the target in worlds of a kind, with all drafts verified and with up to `left` left out."""
+    for seed in seeds:
+        world = World.of(kind, vocabulary, shape.depth, seed)
+        for verified in range(len(shape.parents) - left, len(shape.parents) + 1):
+            assert law(decide, shape, world, drawn, lengths=verified).error < 1e-9
+
+
 def worst(decide: Decide, shape: Shape, vocabulary: int, drawn: str, *, mixes_up: bool = False) -> float:
     """The largest error of the law in some random worlds: of a mistake, far from rounding."""
     worlds = [World.of("random", vocabulary, shape.depth, seed) for seed in range(6)]
@@ -198,10 +220,37 @@ def completed(world: World, ended: Tensor, length: int) -> Emitted:
 
 
 def with_weights(decide: Decide, change: Callable[[Odds, Decision], Tensor]) -> Decide:
-    """A decision with the next token drawn from something else: a mistake."""
+    """A decision with the next token drawn from something else: a mistake, such as those that follow."""
 
     def mistaken(odds: Odds) -> Decision:
         decision = decide(odds)
         return replace(decision, weights=change(odds, decision))
 
     return mistaken
+
+
+def from_p(odds: Odds, decision: Decision) -> Tensor:
+    """No residual: what was kept is not taken off p."""
+    return odds.p(decision.node)
+
+
+def bonus_from_q(odds: Odds, decision: Decision) -> Tensor:
+    """The token behind a leaf comes from the draft."""
+    return torch.where(_is_leaf(odds, decision), odds.q(decision.node), decision.weights)
+
+
+def old_residual(odds: Odds, decision: Decision) -> Tensor:
+    """That of the token-level rule."""
+    left = (odds.p(decision.node) - odds.q(decision.node)).clamp(min=0)
+    is_left = ~_is_leaf(odds, decision) & (left.sum(1, keepdim=True) > 0)
+    return torch.where(is_left, left, odds.p(decision.node))
+
+
+def _is_leaf(odds: Odds, decision: Decision) -> Tensor:
+    """Bool `[B, 1]`, whether nothing was drafted behind the node that was reached."""
+    return ~(odds.draft.exist & (odds.parents == decision.node[:, None])).any(1, keepdim=True)
+
+
+def taken_for_independent(decide: Decide) -> Decide:
+    """The rule is told that drafts were drawn independently, whatever they were: another mistake."""
+    return lambda odds: decide(replace(odds, drawn=SAMPLED))

@@ -8,10 +8,22 @@ import torch
 from emssd_compile.acceptance import RecursiveRejection, TokenLevel
 from emssd_compile.acceptance.sampling import Decision, Odds
 from emssd_compile.step.proposals import SAMPLED, WITHOUT_REPLACEMENT
-from tests.acceptance.draws import FALSE_ALARM, decoded_by, drawn_by
-from tests.acceptance.laws import TREES, Shape, World, chain, law, with_weights, worst
+from tests.acceptance.draws import FALSE_ALARM, drawn_by
+from tests.acceptance.laws import (
+    KINDS,
+    TREES,
+    VOCABULARIES,
+    Shape,
+    World,
+    assert_lossless,
+    bonus_from_q,
+    chain,
+    law,
+    taken_for_independent,
+    with_weights,
+    worst,
+)
 
-KINDS = ("random", "zeros", "ties", "disjoint", "the same", "certain")
 RULE = RecursiveRejection()
 SIBLINGS = TREES["siblings"]
 
@@ -21,10 +33,7 @@ SIBLINGS = TREES["siblings"]
 @pytest.mark.parametrize("name", TREES)
 def test_the_law_is_the_targets(name, kind, drawn):
     """`zeros` and `certain`: q has fewer tokens than there are siblings."""
-    shape, vocabulary = TREES[name], 4 if name == "siblings" else 3 if name == "a branch late" else 2
-    for verified in (len(shape.parents), len(shape.parents) - 1):
-        world = World.of(kind, vocabulary, shape.depth, 2)
-        assert law(RULE.decide, shape, world, drawn, lengths=verified).error < 1e-9
+    assert_lossless(RULE.decide, TREES[name], VOCABULARIES[name], kind, drawn)
 
 
 def test_a_tree_of_three_tokens_keeps_the_law():
@@ -48,18 +57,9 @@ def test_all_siblings_without_replacement_make_sure_that_one_is_kept():
     assert law(RULE.decide, SIBLINGS, world, WITHOUT_REPLACEMENT).mean_tokens == pytest.approx(2)
 
 
-def _q_stays(odds: Odds) -> Decision:
-    return RULE.decide(replace(odds, drawn=SAMPLED))
-
-
-def _from_q(odds: Odds, decision: Decision) -> torch.Tensor:
-    leaves = torch.tensor([node not in TREES["two levels"].parents for node in range(7)])
-    return torch.where(leaves[decision.node][:, None], odds.q(decision.node), decision.weights)
-
-
 def test_mistakes_show():
-    assert worst(_q_stays, SIBLINGS, 4, WITHOUT_REPLACEMENT) > 1e-2, "Q is not updated"
-    bonus = with_weights(RULE.decide, _from_q)
+    assert worst(taken_for_independent(RULE.decide), SIBLINGS, 4, WITHOUT_REPLACEMENT) > 1e-2, "Q is not updated"
+    bonus = with_weights(RULE.decide, bonus_from_q)
     assert worst(bonus, TREES["two levels"], 2, SAMPLED) > 1e-2, "the bonus from the draft"
     assert worst(RULE.decide, TREES["two levels"], 2, SAMPLED, mixes_up=True) > 1e-2, "rows share what was drafted"
 
@@ -86,9 +86,3 @@ def test_the_likeliest_tokens_are_not_taken_for_drawn_ones(drawn):
 @pytest.mark.parametrize("kind", ["random", "zeros"])
 def test_what_is_drawn_follows_the_law(kind, drawn):
     assert drawn_by(RULE, TREES["uneven"], World.of(kind, 3, 3), drawn) > FALSE_ALARM
-
-
-def test_tokens_decoded_with_a_draft_model_follow_the_law():
-    likely, stats = decoded_by("rrs", tree=(2, 2))
-    assert likely > FALSE_ALARM
-    assert stats.num_accepted_draft_tokens > 1000

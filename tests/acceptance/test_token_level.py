@@ -6,22 +6,27 @@ import pytest
 import torch
 
 from emssd_compile.acceptance import TokenLevel
-from emssd_compile.acceptance.sampling import Decision, Odds
 from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED
 from tests.acceptance.draws import FALSE_ALARM, decoded_by, drawn_by
-from tests.acceptance.laws import World, chain, law, with_weights, worst
+from tests.acceptance.laws import (
+    KINDS,
+    World,
+    assert_lossless,
+    bonus_from_q,
+    chain,
+    from_p,
+    law,
+    with_weights,
+    worst,
+)
 
-KINDS = ("random", "zeros", "ties", "disjoint", "the same", "certain")
 RULE = TokenLevel()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("vocabulary", "length"), [(4, 1), (3, 3), (4, 2)])
 def test_the_law_is_the_targets(kind, vocabulary, length):
-    for seed in range(4):
-        world = World.of(kind, vocabulary, length, seed)
-        for verified in range(length + 1):
-            assert law(RULE.decide, chain(length), world, SAMPLED, lengths=verified).error < 1e-9
+    assert_lossless(RULE.decide, chain(length), vocabulary, kind, SAMPLED, seeds=(0, 1, 2, 3), left=length)
 
 
 @pytest.mark.parametrize("kind", ["random", "zeros"])
@@ -38,15 +43,7 @@ def test_all_that_is_drawn_from_the_target_itself_is_kept_and_one_more():
     assert law(RULE.decide, chain(3), World.of("the same", 3, 3), SAMPLED).mean_tokens == pytest.approx(4)
 
 
-def _from_q(odds: Odds, decision: Decision) -> torch.Tensor:
-    return torch.where((decision.node == odds.draft.lengths)[:, None], odds.q(decision.node), decision.weights)
-
-
-def _from_p(odds: Odds, decision: Decision) -> torch.Tensor:
-    return odds.p(decision.node)
-
-
-@pytest.mark.parametrize("change", [_from_q, _from_p], ids=["the bonus from the draft", "no residual"])
+@pytest.mark.parametrize("change", [bonus_from_q, from_p])
 def test_mistakes_show(change):
     assert worst(with_weights(RULE.decide, change), chain(3), 3, SAMPLED) > 1e-2
 
@@ -60,10 +57,9 @@ def test_what_is_drawn_follows_the_law(kind):
     assert drawn_by(RULE, chain(3), World.of(kind, 4, 3), SAMPLED) > FALSE_ALARM
 
 
-@pytest.mark.parametrize("layout", ["packed", "auto"])
-def test_tokens_decoded_with_a_draft_model_follow_the_law(layout):
-    """`auto`: drafts are chosen among, and steps without the drafter take turns with those with it."""
-    likely, stats = decoded_by("token-level", layout=layout, num_draft_tokens=3)
+def test_tokens_decoded_with_a_draft_model_follow_the_law():
+    """Drafts are chosen among, and steps without the drafter take turns with those with it."""
+    likely, stats = decoded_by("token-level", layout="auto", num_draft_tokens=3)
     assert likely > FALSE_ALARM
     assert 0.2 < stats.draft_acceptance_rate < 0.9
     assert stats.guarantee == "distribution"

@@ -1,17 +1,25 @@
 """`TraversalVerification` keeps the target's distribution on trees, and more drafts than recursive rejection."""
 
-from dataclasses import replace
-
 import pytest
-import torch
 
 from emssd_compile.acceptance import BlockVerification, RecursiveRejection, TraversalVerification
-from emssd_compile.acceptance.sampling import Decision, Odds
 from emssd_compile.step.proposals import SAMPLED, WITHOUT_REPLACEMENT
-from tests.acceptance.draws import FALSE_ALARM, decoded_by, drawn_by
-from tests.acceptance.laws import TREES, World, chain, law, with_weights, worst
+from tests.acceptance.draws import FALSE_ALARM, drawn_by
+from tests.acceptance.laws import (
+    KINDS,
+    TREES,
+    VOCABULARIES,
+    World,
+    assert_lossless,
+    bonus_from_q,
+    chain,
+    law,
+    old_residual,
+    taken_for_independent,
+    with_weights,
+    worst,
+)
 
-KINDS = ("random", "zeros", "ties", "disjoint", "the same", "certain")
 RULE = TraversalVerification()
 
 
@@ -19,10 +27,7 @@ RULE = TraversalVerification()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TREES)
 def test_the_law_is_the_targets(name, kind, drawn):
-    shape, vocabulary = TREES[name], 4 if name == "siblings" else 3 if name == "a branch late" else 2
-    for verified in (len(shape.parents), len(shape.parents) - 1):
-        world = World.of(kind, vocabulary, shape.depth, 2)
-        assert law(RULE.decide, shape, world, drawn, lengths=verified).error < 1e-9
+    assert_lossless(RULE.decide, TREES[name], VOCABULARIES[name], kind, drawn)
 
 
 def test_a_tree_of_three_tokens_keeps_the_law():
@@ -47,24 +52,12 @@ def test_more_tokens_are_emitted_than_by_recursive_rejection(drawn):
     assert own > other + 1e-3
 
 
-def _q_stays(odds: Odds) -> Decision:
-    return RULE.decide(replace(odds, drawn=SAMPLED))
-
-
-def _from_q(odds: Odds, decision: Decision) -> torch.Tensor:
-    leaves = torch.tensor([node not in TREES["two levels"].parents for node in range(7)])
-    return torch.where(leaves[decision.node][:, None], odds.q(decision.node), decision.weights)
-
-
-def _old_residual(odds: Odds, decision: Decision) -> torch.Tensor:
-    left = (odds.p(decision.node) - odds.q(decision.node)).clamp(min=0)
-    return torch.where(left.sum(1, keepdim=True) > 0, left, odds.p(decision.node))
-
-
 def test_mistakes_show():
-    assert worst(_q_stays, TREES["siblings"], 4, WITHOUT_REPLACEMENT) > 1e-2, "Q is not updated"
-    for mistake in (_from_q, _old_residual):
-        assert worst(with_weights(RULE.decide, mistake), TREES["two levels"], 2, SAMPLED) > 1e-2
+    assert worst(taken_for_independent(RULE.decide), TREES["siblings"], 4, WITHOUT_REPLACEMENT) > 1e-2, (
+        "Q is not updated"
+    )
+    for mistake in (bonus_from_q, old_residual):
+        assert worst(with_weights(RULE.decide, mistake), TREES["a branch late"], 3, SAMPLED) > 1e-2
     assert worst(RULE.decide, TREES["two levels"], 2, SAMPLED, mixes_up=True) > 1e-2
 
 
@@ -72,9 +65,3 @@ def test_mistakes_show():
 @pytest.mark.parametrize("kind", ["random", "zeros"])
 def test_what_is_drawn_follows_the_law(kind, drawn):
     assert drawn_by(RULE, TREES["uneven"], World.of(kind, 3, 3), drawn) > FALSE_ALARM
-
-
-def test_tokens_decoded_with_a_draft_model_follow_the_law():
-    likely, stats = decoded_by("traversal", tree=(2, 2))
-    assert likely > FALSE_ALARM
-    assert stats.num_accepted_draft_tokens > 1000

@@ -11,7 +11,8 @@ from tests.export.subjects import Small
 def test_each_rule_is_measured_with_the_drafts_that_it_verifies():
     found = acceptance.combinations(Small())
     assert {("match", CHAIN), ("match", TREE), ("block", CHAIN), ("rrs", TREE), ("traversal", TREE)} <= {*found}
-    assert not {("block", TREE), ("token-level", TREE), ("greedy", CHAIN)} & {*found}
+    assert {("rrs-with-replacement", TREE), ("k-seq", TREE), ("largest-ratio", TREE)} <= {*found}
+    assert not {("block", TREE), ("token-level", TREE), ("k-seq", CHAIN), ("greedy", CHAIN)} & {*found}
 
 
 def test_efficiency_is_tokens_a_row_and_step_and_a_run_repeats():

@@ -14,6 +14,7 @@ from emssd_compile.compiler import compile_model
 from emssd_compile.drafters import Draft, DraftContext, DraftModel, PartSizes
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.batch import BatchShape
+from emssd_compile.step.proposals import SAMPLED, WITHOUT_REPLACEMENT
 from tests.drafters.alone import Alone, nodes_of
 from tests.drafters.contexts import context
 from tests.exactness.models import Reference, prompt
@@ -197,9 +198,20 @@ def test_artifacts_carry_a_draft_model_of_fewer_positions_and_a_smaller_vocabula
     assert loaded.stats.num_draft_tokens > 0
 
 
-@pytest.mark.parametrize(("options", "targets"), [({"num_draft_tokens": 2}, 159), ({"tree": (2, 2)}, 161)])
-def test_what_it_says_that_drafts_were_drawn_from_is_what_its_model_says_behind_their_path(options, targets):
-    """Of two steps of rows that keep no draft; the target has a token less or more, and siblings are different ones."""
+@pytest.mark.parametrize(
+    ("options", "targets", "drawn"),
+    [
+        ({"num_draft_tokens": 2}, 159, SAMPLED),
+        ({"tree": (2, 2)}, 161, WITHOUT_REPLACEMENT),
+        ({"tree": (2, 2)}, 161, SAMPLED),
+    ],
+)
+def test_what_it_says_that_drafts_were_drawn_from_is_what_its_model_says_behind_their_path(options, targets, drawn):
+    """Of two steps of rows that keep no draft; the target has a token less or more.
+
+    Siblings are different tokens where they are drawn without replacement, and for rows that do not sample the same one
+    where they are drawn independently.
+    """
     model, rows = toy_model("llama"), 3
     drafter = DraftModel(model, **options)
     drafter.prepare(lambda m, *, tree_nodes=0: compile_model(m, BatchShape(rows, 64, tree_nodes)), rows, 64, targets)
@@ -208,7 +220,7 @@ def test_what_it_says_that_drafts_were_drawn_from_is_what_its_model_says_behind_
     texts = [prompt(n) for n in (3, 1, 9)]
     samples = torch.tensor([True, True, False])
     for _ in range(2):
-        seen = replace(context(texts, 2, 64), drawn=drafter.proposes[1], vocabulary=targets)
+        seen = replace(context(texts, 2, 64), drawn=drawn, vocabulary=targets)
         seen = replace(seen, draft_range=torch.arange(16), row_range=torch.arange(16), seeds=torch.tensor([5, 6, 7]))
         with torch.no_grad():
             draft = drafter(replace(seen, state=state, options={"do_sample": samples}))
@@ -224,9 +236,9 @@ def test_what_it_says_that_drafts_were_drawn_from_is_what_its_model_says_behind_
                     q = model(torch.tensor([paths[parent]])).logits[0, -1, :targets].softmax(0)
                 expected = torch.cat([q, torch.zeros(targets - len(q))])
                 torch.testing.assert_close(draft.proposal[row, parent], expected)
-                if row == 2 and draft.parents is None:
+                if row == 2 and drawn == SAMPLED:
                     assert token == int(q.argmax())
-            if draft.parents is not None:
+            if drawn == WITHOUT_REPLACEMENT:
                 children = list(zip(parents[row].tolist(), draft.tokens[row].tolist(), strict=True))
                 assert len(set(children)) == len(children)
             text.append(int(draft.tokens[row, 0] + 1) % 160)

@@ -39,7 +39,8 @@ def _tree(
     nodes: list[tuple[int, int]] = []
     laws, level = [], [(0, text, 1.0)]  # number of each node, the text up to it, and how likely that branch is
     for depth, count in enumerate(k):
-        below, chosen = [], []
+        chosen: list[tuple[int, int]] = []
+        below = []
         for node, path, likely in level:
             q = model(torch.tensor([path])).logits[0, -1].softmax(0)
             laws.append(q)
@@ -47,7 +48,8 @@ def _tree(
             if seed is not None and drawn == DETERMINISTIC:  # the target's own
                 noise = gumbels(torch.tensor(seed), torch.tensor(len(text) + depth), ids)
             elif seed is not None:
-                noise = gumbels(torch.tensor(seed), torch.tensor(len(text)), node * VOCABULARY + ids, DRAFTS)
+                first = len(nodes) + len(chosen)  # of the drafts behind the node
+                noise = gumbels(torch.tensor(seed), torch.tensor(len(text)), first * VOCABULARY + ids, DRAFTS)
             left = q.log() + noise
             for _ in range(count):
                 token = int(left.argmax())

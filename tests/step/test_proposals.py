@@ -36,6 +36,9 @@ TABLE = {
     "token-level": (DETERMINISTIC, None, SAMPLED, None),
     "block": (None, None, SAMPLED, None),
     "rrs": (None, None, SAMPLED, WITHOUT_REPLACEMENT),
+    "rrs-with-replacement": (None, None, SAMPLED, SAMPLED),
+    "k-seq": (None, None, None, SAMPLED),
+    "largest-ratio": (None, None, None, SAMPLED),
     "traversal": (None, None, SAMPLED, WITHOUT_REPLACEMENT),
     "typical": (DETERMINISTIC, DETERMINISTIC, DETERMINISTIC, DETERMINISTIC),
 }
@@ -66,8 +69,10 @@ def test_every_rule_goes_with_no_drafts_at_all(name):
         (
             "token-level",
             "model tree",
-            r"TokenLevel verifies chains, and DraftModel proposes trees; .*'rrs', 'traversal'",
+            r"TokenLevel verifies chains, and DraftModel proposes trees; .*'rrs', .*'k-seq', .*'traversal'",
         ),
+        ("k-seq", "model chain", r"KSeq verifies trees, and DraftModel proposes chains; .*'rrs-with-replacement'"),
+        ("largest-ratio", "scripted tree", r"LargestRatio needs drafts that are 'sampled', and those of ScriptedTree"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(monkeypatch, rule, drafter, message):
