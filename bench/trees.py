@@ -105,7 +105,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--tree", type=number, nargs="+", default=[2, 2, 2], metavar="W", help="(default: %(default)s)")
     parser.add_argument("--batches", type=number, nargs="+", default=[1, 8], metavar="B", help="rows (%(default)s)")
     parser.add_argument("--context", type=number, default=200, help="tokens of each row (default: %(default)s)")
-    parser.add_argument("--steps", type=number, default=16, help="in a run (default: %(default)s)")
+    parser.add_argument("--steps", type=number, default=48, help="in a run (default: %(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     options = parse(parser, arguments)
     options.shape = TreeShape.of("--tree", options.tree)
