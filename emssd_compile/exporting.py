@@ -128,9 +128,8 @@ def export(
         source = compiled.named() if verify_only else what.step.graph_module
         graph_module = apply_target_passes(source, compiled, target.passes(what.sizes, chosen), records)
         advance(1)
-        signature = what.step.signature(graph_module.graph)
-        if verify_only:
-            signature = Signature.of(graph_module.graph, _verify_roles(compiled))
+        graph = graph_module.graph
+        signature = Signature.of(graph, _verify_roles(compiled)) if verify_only else what.step.signature(graph)
         details = target.write(graph_module, draft, what.sizes, chosen, signature)
         advance(1)
         if is_checked:

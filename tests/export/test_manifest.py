@@ -11,6 +11,7 @@ import pytest
 import emssd_compile
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export.folder import read_manifest
+from emssd_compile.export.manifest import FORMAT
 from tests.export import toy
 from tests.export.crafted import rewrite
 
@@ -108,6 +109,6 @@ def test_another_version_of_the_package_that_writes_the_same_format_is_loaded(ar
 
 
 def test_another_format_is_named(artifact, monkeypatch):
-    monkeypatch.setattr("emssd_compile.export.manifest.FORMAT", 4)
-    with pytest.raises(ArtifactError, match="has format 3, this package reads 4"):
+    monkeypatch.setattr("emssd_compile.export.manifest.FORMAT", FORMAT + 1)
+    with pytest.raises(ArtifactError, match=f"has format {FORMAT}, this package reads {FORMAT + 1}"):
         emssd_compile.load(artifact)
