@@ -66,17 +66,18 @@ def json_schema(schema: Mapping[str, Any] | str | type, tokenizer: Any, *, compa
         compact: no whitespace between the tokens of JSON; else as much as the model writes.
 
     Raises:
-        GrammarError: it is no schema, has a keyword that llguidance does not know, or nothing is valid under it.
+        GrammarError: it is no schema, has a keyword that llguidance cannot enforce, or nothing is valid under it. Names
+            that are no keywords of JSON schema are ignored, as it says: mind misspelt ones.
         OptionError: llguidance is not installed, or cannot read the tokenizer.
     """
     described: Any = schema.model_json_schema() if hasattr(schema, "model_json_schema") else schema
     if not isinstance(described, (Mapping, str)):
         raise OptionError(f"json_schema: {shown(schema)} is no schema; pass a dict, its JSON, or a model of pydantic")
-    text = described if isinstance(described, str) else json.dumps(described)
     matcher = _library().LLMatcher
     try:
+        text = described if isinstance(described, str) else json.dumps(described)
         source = matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": not compact})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise GrammarError(f"the JSON schema cannot be read: {error}") from error
     return Grammar(source, tokenizer, name="the JSON schema")
 
@@ -92,6 +93,7 @@ def regex(pattern: str, tokenizer: Any) -> Grammar:
         GrammarError: it cannot be compiled; says why.
         OptionError: as `json_schema`.
     """
+    _check_text("regex", pattern)
     return Grammar(_library().LLMatcher.grammar_from_regex(pattern), tokenizer, name="the regular expression")
 
 
@@ -106,11 +108,17 @@ def lark(text: str, tokenizer: Any) -> Grammar:
         GrammarError: it cannot be compiled; says why.
         OptionError: as `json_schema`.
     """
+    _check_text("lark", text)
     try:
         source = _library().grammar_from("grammar", text)
     except ValueError as error:
         raise GrammarError(f"the grammar cannot be read: {error}") from error
     return Grammar(source, tokenizer)
+
+
+def _check_text(function: str, given: object) -> None:
+    if not isinstance(given, str):
+        raise OptionError(f"{function}: {shown(given)} is no text")
 
 
 def _library() -> Any:

@@ -47,7 +47,7 @@ from emssd_compile.step.drafting import Drafter, tree_nodes
 from emssd_compile.step.logits import LogitContext
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import Part, merge_options
-from emssd_compile.step.probe import READING, Probe, ReadingSpec, merge_readings
+from emssd_compile.step.probe import READING, Probe, ReadingSpec, check_readings, merge_readings
 from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ def _compile(
     parts = (rule, drafter, policy, *processors)
     merge_options(parts, ProcessorError)
     _check_names(merge_options((*parts, *probes), ProbeError))
+    sizes = step.signature(step.graph_module.graph).sizes
+    merge_readings(check_readings(probe, probe.readings(sizes)) for probe in probes)
     return step, tuple(captured)
 
 
@@ -329,7 +331,8 @@ class OptimizedModel(Decoder):
     @property
     def row_options(self) -> dict[str, RowOption]:
         """What each request may set for the parts of the step, by the keyword of `generate`."""
-        return merge_options(self._parts, PartError)
+        every = merge_options(self._parts, PartError)
+        return {name: option for name, option in every.items() if option.needs in ("", *every)}
 
     @property
     def readings(self) -> dict[str, ReadingSpec]:

@@ -94,6 +94,9 @@ def test_one_of_llguidance_is_taken_as_it_is(tokenizer):
 
 BAD: dict[str, tuple[Any, type[EmssdError], str]] = {
     "no schema": (lambda t: grammar.json_schema(3, t), OptionError, "json_schema: 3 is no schema"),  # type: ignore[arg-type]
+    "no values": (lambda t: grammar.json_schema({"a": object()}, t), GrammarError, "the JSON schema cannot be read"),
+    "no pattern": (lambda t: grammar.regex(5, t), OptionError, "regex: 5 is no text"),  # type: ignore[arg-type]
+    "no rules": (lambda t: grammar.lark(None, t), OptionError, "lark: None is no text"),  # type: ignore[arg-type]
     "no JSON": (lambda t: grammar.json_schema("{", t), GrammarError, "the JSON schema cannot be read"),
     "no such type": (
         lambda t: grammar.json_schema({"type": "text"}, t),

@@ -184,13 +184,14 @@ class GenerateOutput(Mapping[str, Any], Generic[Kind]):
 
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
+    attentions = hidden_states = past_key_values = None  # transformers' outputs have them
 
     def __init__(self, sequences: Kind, **readings: Reading) -> None:
         self.sequences = sequences
         vars(self).update(readings)
 
-    def __getitem__(self, key: str | int) -> Any:
-        return self.to_tuple()[key] if isinstance(key, int) else vars(self)[key]
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return self.to_tuple()[key] if isinstance(key, (int, slice)) else vars(self)[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(vars(self))

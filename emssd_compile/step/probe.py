@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,8 +16,8 @@ from emssd_compile.step.parts import Part, PartSizes
 READING = "reading_"
 """How the names of those results of a step begin that are readings."""
 
-NAMES_TAKEN = ("sequences",)
-"""What the output of `generate` holds besides readings."""
+NAMES_TAKEN = frozenset(("self", "sequences", "to_tuple", *dir(Mapping), *keyword.kwlist))
+"""What is no name for a reading: the output of `generate` has something else by it, or Python has."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsP
 import emssd_compile
 from emssd_compile import OptimizedModel
 from emssd_compile.drafters import Drafter
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import OptionError, ProbeError
+from emssd_compile.probes import LogProbs
 from tests.exactness.drafters import Oracle, OracleTree
+from tests.exactness.parts import Margin
 
 V, NEW, ROWS, CAPACITY, K = 61, 14, 2, 48, 3
 LENGTHS = (5, 9, 2)
@@ -159,6 +161,24 @@ def test_nothing_is_told_that_nobody_asked_for():
     assert out.logits is None
     assert not fast._engine.variant.signature.readings, "nor compiled in"
     assert isinstance(_decode(fast, output_scores=False, output_logits=None, return_dict_in_generate=False), list)
+
+
+def test_an_output_is_read_as_transformers_own():
+    out = _decode(_fast("chain"))
+    assert out[0] is out["sequences"] is out.sequences
+    assert out[1] is out.scores
+    assert out[:2] == (out.sequences, out.scores)
+    assert out.to_tuple() == (out.sequences, out.scores, out.logits)
+    assert (out.attentions, out.hidden_states, out.past_key_values) == (None, None, None)
+    assert [*dict(out)] == ["sequences", "scores", "logits"]
+
+
+@pytest.mark.parametrize(
+    ("probes", "message"), [([Margin(), Margin()], "'margin'"), ([LogProbs()], "two probes tell of 'logprobs'")]
+)
+def test_probes_that_tell_of_the_same_are_refused_by_optimize(probes, message):
+    with pytest.raises(ProbeError, match=message):
+        emssd_compile.optimize(_model(), "none", max_batch=1, max_length=16, backend="eager", probes=probes)
 
 
 def test_several_sequences_of_a_prompt_are_told_of_each():

@@ -150,6 +150,9 @@ def test_a_rule_that_only_decodes_greedily_says_so():
     fast = emssd_compile.optimize(Small(), max_batch=2, max_length=64, backend="eager", acceptance="greedy")
     with pytest.raises(NotImplementedError, match="do_sample=True is not supported: the acceptance rule of this step"):
         fast.generate([[1]], max_new_tokens=3, do_sample=True)
+    assert "top_k" not in fast.row_options
+    with pytest.raises(OptionError, match="top_k=3 would have no effect: it only matters when sampling"):
+        fast.generate([[1]], max_new_tokens=3, top_k=3)
 
 
 def test_several_sequences_of_a_prompt_are_rows_with_seeds_of_their_own():

@@ -417,6 +417,9 @@ READINGS: dict[str, tuple[str, Any]] = {
     "a list": ("returned \\[\\]; return a dict", lambda self, sizes: []),
     "a name with a blank": ("declares 'a b'; name it as an attribute", lambda self, sizes: {"a b": ReadingSpec()}),
     "the sequences": ("declares 'sequences'; name it as", lambda self, sizes: {"sequences": ReadingSpec()}),
+    "a method": ("declares 'keys'; name it as", lambda self, sizes: {"keys": ReadingSpec()}),
+    "a word of Python": ("declares 'class'; name it as", lambda self, sizes: {"class": ReadingSpec()}),
+    "itself": ("declares 'self'; name it as", lambda self, sizes: {"self": ReadingSpec()}),
     "a shape": ("declares 'n': a tuple is no ReadingSpec", lambda self, sizes: {"n": (3,)}),
     "a negative size": ("declares 'n': shape", lambda self, sizes: {"n": ReadingSpec((-1,))}),
     "a dtype by name": ("declares 'n': dtype 'int'", lambda self, sizes: {"n": ReadingSpec((), "int")}),  # type: ignore[arg-type]
