@@ -231,6 +231,11 @@ class _NoWrites(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            raise self.traced.error(
+                f"{self.traced.name}.forward reads a value to the host, as with .item(). A {self.traced.word} is "
+                "traced once: it works with tensors alone"
+            )
         for value in _aliased(func, args, kwargs):
             if value.is_write and (owner := self._owner(value.tensor)) is not None:
                 raise self.traced.error(
