@@ -179,7 +179,7 @@ ANSWERS: dict[str, tuple[Callable[[LogitContext], Any], str]] = {
     "nothing": (lambda c: None, "_Part returned a NoneType"),
     "state": (lambda c: Processed(c.logits, {"x": c.known}), r"_Part returned state \['x'\]; it declares \[\]"),
     "in place": (_writing, r"_Part.forward writes to context\.logits in place"),
-    "the host": (lambda c: Processed(c.logits * float(c.logits.sum())), "_Part failed while it was traced"),
+    "the host": (lambda c: Processed(c.logits * float(c.logits.sum())), "_Part.forward reads a value to the host"),
     "sizes": (lambda c: Processed(c.logits[c.is_eos.nonzero()]), "_Part.forward makes a shape that depends on values"),
 }
 
