@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import emssd_compile
 from bench import plots, shapes
@@ -146,8 +146,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]
     def make(name: str, path: Path | None) -> PreTrainedModel:
         if path is None:
             return shapes.build(name, options.device, options.dtype)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype)
-        return model.to(options.device).eval()
+        return shapes.pretrained(path, options.device, options.dtype)
 
     target = make("demo", options.target)
     if options.draft_bits is None:

@@ -123,6 +123,12 @@ def _shipped(folder: str, device: torch.device | str, dtype: torch.dtype) -> Pre
     return model.eval().to(device)
 
 
+def pretrained(folder: Path, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of transformers from a folder, in eval mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval()
+
+
 def demo_prompts(model: Path | None = None) -> list[list[int]]:
     """Token ids of the 32 shipped prompts, 41 to 349 tokens each: parts of modules that no demo model was trained on.
 

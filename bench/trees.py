@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import emssd_compile
 from bench import shapes
@@ -116,8 +116,7 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
     """The model."""
     if options.model is None:
         return shapes.build("demo", options.device, options.dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-    return model.to(options.device).eval()
+    return shapes.pretrained(options.model, options.device, options.dtype)
 
 
 def compile_with(model: PreTrainedModel, drafter: str | Drafter, options: argparse.Namespace) -> OptimizedModel:

@@ -24,12 +24,12 @@ from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter
 from emssd_compile.step.fields import named
-from emssd_compile.step.logits import LogitsProcessor, in_use
+from emssd_compile.step.logits import LogitsProcessor
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.pack import Packed, as_trees
+from emssd_compile.step.parts import in_use
 from emssd_compile.step.policy import LengthPolicy
 from emssd_compile.step.probe import Probe, ReadingSpec
-from emssd_compile.step.probe import in_use as asked
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -220,7 +220,7 @@ def compile_step(
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
     parts = (rule.suited(used), drafter.suited(used), policy.suited(used))
-    applied = in_use(processors, used), asked(probes, used)
+    applied = in_use(processors, used), in_use(probes, used)
     fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, *applied, shows_logits=shows_logits)
     manager.apply(graph_module, (passes.step(fuse),))
     return CompiledStep(

@@ -23,8 +23,7 @@ from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble, make_variant
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.requests import Request
-from emssd_compile.step.logits import in_use
-from emssd_compile.step.probe import in_use as asked
+from emssd_compile.step.parts import in_use
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 
 STAGES = ("rewriting", "building", "checking", "hashing")
@@ -187,7 +186,7 @@ def _verify_roles(compiled: CompiledModel) -> dict[str, str]:
 def _manifest(
     what: Exportable, target: Target, verify_only: bool, details: dict[str, Any], explanation: Explanation
 ) -> Manifest:
-    applied, probes = in_use(what.step.processors, what.step.used), asked(what.step.probes, what.step.used)
+    applied, probes = (in_use(parts, what.step.used) for parts in (what.step.processors, what.step.probes))
     return Manifest(
         target=target.name,
         kind="verify" if verify_only else "step",

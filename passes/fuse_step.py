@@ -290,8 +290,9 @@ class _Fusion:
         """What the probes tell, by the names of results; and their state."""
         readings: dict[str, fx.Node] = {}
         states: dict[str, fx.Node] = {}
+        context = self._inline(self._probe_context, read, raw_logits, done) if self.probes else None
         for probe in self.probes:
-            probed, state = self._part(probe, self._inline(self._probe_context, read, raw_logits, done))
+            probed, state = self._part(probe, context)
             readings |= {f"{READING}{name}": node for name, node in probed.values.items()}
             states |= state
         return readings, states

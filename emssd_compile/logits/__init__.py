@@ -5,7 +5,7 @@ To add one: one file with a `LogitsProcessor`, one line in `PROCESSORS`, in the 
 
 from collections.abc import Callable, Sequence
 
-from emssd_compile.errors import OptionError, ProcessorError
+from emssd_compile.errors import ProcessorError
 from emssd_compile.logits.bad_words import BadWords
 from emssd_compile.logits.begin_suppress_tokens import BeginSuppressTokens
 from emssd_compile.logits.epsilon_cutoff import EpsilonCutoff
@@ -29,7 +29,7 @@ from emssd_compile.logits.top_k_top_p import TopKTopP, filtered
 from emssd_compile.logits.typical_p import TypicalP
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.options import RowOption
-from emssd_compile.step.parts import merge_options
+from emssd_compile.step.parts import check_given, merge_options
 
 # What shapes the distribution to sample from, in transformers' order: behind all that bars or favours tokens.
 FILTERS: tuple[Callable[[], LogitsProcessor], ...] = (
@@ -101,14 +101,8 @@ def make_processors(given: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, 
         OptionError: what is given is no sequence of logits processors.
         ProcessorError: one of them has no `forward`, or its options make no sense or mean something else in another.
     """
-    if not isinstance(given, (list, tuple)):
-        raise OptionError(f"processors={type(given).__name__} is no list; pass processors=[...]")
-    for each in given:
-        name = each.__name__ if isinstance(each, type) else type(each).__name__
-        if isinstance(each, type) or not isinstance(each, LogitsProcessor):
-            raise OptionError(f"processors holds {name}; make instances of a LogitsProcessor: processors=[{name}()]")
-        if getattr(each.forward, "__func__", None) is LogitsProcessor.forward:
-            raise ProcessorError(f"{name} has no forward of its own; define forward(context) -> Processed")
+    methods = {"forward": "forward(context) -> Processed"}
+    check_given("processors", given, LogitsProcessor, methods, ProcessorError)
     every = (*(make() for make in PROCESSORS), *given)
     merge_options(every, ProcessorError)
     return tuple(sorted(every, key=lambda processor: processor.is_filter))

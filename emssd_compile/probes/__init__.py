@@ -5,12 +5,12 @@ To add one: one file with a `Probe`, one line in `PROBES`.
 
 from collections.abc import Callable, Sequence
 
-from emssd_compile.errors import OptionError, ProbeError
+from emssd_compile.errors import ProbeError
 from emssd_compile.probes.logprobs import LogProbs, TopLogProbs
 from emssd_compile.probes.output_logits import OutputLogits
 from emssd_compile.probes.output_scores import OutputScores
 from emssd_compile.step.options import RowOption
-from emssd_compile.step.parts import merge_options
+from emssd_compile.step.parts import check_given, merge_options
 from emssd_compile.step.probe import Probe, ProbeContext, Probed, ReadingSpec
 
 PROBES: tuple[Callable[[], Probe], ...] = (OutputScores, OutputLogits, LogProbs, TopLogProbs)
@@ -37,15 +37,7 @@ def make_probes(given: Sequence[Probe]) -> tuple[Probe, ...]:
         OptionError: what is given is no sequence of probes.
         ProbeError: one of them has no `forward`, or its options make no sense or mean something else in another.
     """
-    if not isinstance(given, (list, tuple)):
-        raise OptionError(f"probes={type(given).__name__} is no list; pass probes=[...]")
-    for each in given:
-        name = each.__name__ if isinstance(each, type) else type(each).__name__
-        if isinstance(each, type) or not isinstance(each, Probe):
-            raise OptionError(f"probes holds {name}; make instances of a Probe: probes=[{name}()]")
-        for method in ("forward", "readings"):
-            if getattr(getattr(each, method), "__func__", None) is getattr(Probe, method):
-                raise ProbeError(f"{name} has no {method} of its own; define it")
+    check_given("probes", given, Probe, {"forward": "it", "readings": "it"}, ProbeError)
     every = (*(make() for make in PROBES), *given)
     merge_options(every, ProbeError)
     return every

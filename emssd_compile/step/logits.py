@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -123,12 +122,3 @@ class LogitsProcessor(Part):
     def forward(self, context: LogitContext) -> Processed:
         """Process the logits of all rows at once."""
         raise NotImplementedError
-
-
-def in_use(processors: Iterable[LogitsProcessor], used: Collection[str]) -> dict[int, LogitsProcessor]:
-    """Those of the processors that do something where requests set these options, in order, by their places among all.
-
-    The places name their tensors, which the forms of a step share.
-    """
-    options = [(place, p, p.options().keys()) for place, p in enumerate(processors)]
-    return {place: p.suited(used) for place, p, own in options if not own or not own.isdisjoint(used)}

@@ -15,6 +15,7 @@ from emssd_compile.step.readers import READERS, can_read
 from emssd_compile.step.tensor_spec import TensorSpec
 
 T = TypeVar("T")
+PartT = TypeVar("PartT", bound="Part")
 
 _BETWEEN = "__"  # the name of a part within a part, and the name that the inner part gave
 
@@ -82,6 +83,42 @@ class Part(nn.Module):
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the part as it was prepared, a sentence each; `explain()` shows them."""
         return ()
+
+
+def in_use(parts: Iterable[PartT], used: Collection[str]) -> dict[int, PartT]:
+    """Those of the parts that do something where requests set these options, in order, by their places among all.
+
+    The places name their tensors, which the forms of a step share. A part without options is always in use.
+    """
+    options = [(place, part, part.options().keys()) for place, part in enumerate(parts)]
+    return {place: part.suited(used) for place, part, own in options if not own or not own.isdisjoint(used)}
+
+
+def check_given(
+    keyword: str, given: object, kind: type[Part], methods: Mapping[str, str], error: type[PartError]
+) -> None:
+    """Check parts of a user's own.
+
+    Args:
+        keyword: by which they were given.
+        given: what was.
+        kind: what each has to be an instance of.
+        methods: those that each has to define, and how it is told to.
+        error: what is raised where one does not.
+
+    Raises:
+        OptionError: what is given is no sequence of such parts.
+        PartError: of the type `error`: a method is missing.
+    """
+    if not isinstance(given, (list, tuple)):
+        raise OptionError(f"{keyword}={type(given).__name__} is no list; pass {keyword}=[...]")
+    for each in given:
+        name = each.__name__ if isinstance(each, type) else type(each).__name__
+        if isinstance(each, type) or not isinstance(each, kind):
+            raise OptionError(f"{keyword} holds {name}; make instances of a {kind.__name__}: {keyword}=[{name}()]")
+        for method, how in methods.items():
+            if getattr(getattr(each, method), "__func__", None) is getattr(kind, method):
+                raise error(f"{name} has no {method} of its own; define {how}")
 
 
 def gather_tensors(parts: Mapping[str, Mapping[str, T]]) -> dict[str, T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -115,12 +115,6 @@ def check_readings(probe: Probe, declared: object) -> dict[str, ReadingSpec]:
         if spec.is_cut and not (spec.shape and spec.asked_by):
             raise ProbeError(f"{name}.readings declares {reading!r}: is_cut needs asked_by, and a size to be cut")
     return dict(declared)
-
-
-def in_use(probes: Iterable[Probe], used: Collection[str]) -> dict[int, Probe]:
-    """Those of the probes that some request asks, where requests set these options, by their places among all."""
-    options = [(place, probe, probe.options().keys()) for place, probe in enumerate(probes)]
-    return {place: p.suited(used) for place, p, own in options if not own or not own.isdisjoint(used)}
 
 
 def merge_readings(probes: Iterable[Mapping[str, ReadingSpec]]) -> dict[str, ReadingSpec]:

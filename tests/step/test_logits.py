@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed, in_use
+from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.parts import in_use
 from tests.logits.contexts import CAPACITY, Line, context
 
 
