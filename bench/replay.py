@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from bench.profiles import Profile
 from emssd_compile.drafters import Draft, DraftContext, Drafter
 from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.step.drafting import Target
 
 _EMBEDDING_STD = 32.0
 
@@ -64,11 +65,13 @@ class ReplayDrafter(Drafter):
         self.drafted: Tensor
         self.draws: Tensor
 
-    def prepare(self, compile_model: object, rows: int, capacity: int, vocabulary: int) -> None:
+    def prepare(self, target: Target) -> None:
         """Raises DrafterError if the step has more rows than the drafter has texts."""
-        if rows != len(self.prompt_lengths):
-            raise DrafterError(f"ReplayDrafter was made for {len(self.prompt_lengths)} rows; max_batch is {rows}")
-        self.vocabulary = vocabulary
+        if target.rows != len(self.prompt_lengths):
+            raise DrafterError(
+                f"ReplayDrafter was made for {len(self.prompt_lengths)} rows; max_batch is {target.rows}"
+            )
+        self.vocabulary = target.vocabulary
 
     def load(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], profile: Profile) -> None:
         """What to draft from now on.

@@ -28,7 +28,7 @@ from bench.timing import alternate, median_ratio
 from emssd_compile import OptimizedModel
 from emssd_compile.drafters import Draft, DraftContext, Drafter
 from emssd_compile.drafters.tree_shape import TreeShape
-from emssd_compile.step.drafting import Compile
+from emssd_compile.step.drafting import Target
 
 
 class Rubbish(Drafter):
@@ -45,9 +45,9 @@ class Rubbish(Drafter):
         self.num_draft_tokens = shape.num_nodes
         self.max_depth = None if is_chain else shape.depth
 
-    def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
+    def prepare(self, target: Target) -> None:
         """See how large the vocabulary is."""
-        self.token = vocabulary - 1
+        self.token = target.vocabulary - 1
 
     def forward(self, context: DraftContext) -> Draft:
         """Tokens `[B, K]`, and the parents of a tree."""

@@ -20,9 +20,10 @@ from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.split_halves import Halves, split_halves
+from emssd_compile.passes.token_tables import token_tables
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import Drafter
+from emssd_compile.step.drafting import Compile, Drafter, Target
 from emssd_compile.step.fields import named
 from emssd_compile.step.logits import LogitsProcessor
 from emssd_compile.step.options import RowOption
@@ -69,6 +70,12 @@ class CompiledModel:
     def ancestor_words(self) -> int:
         """W, words of `Packed.ancestors`; 0 where it was compiled for chains."""
         return self.batch.ancestor_words
+
+    def target(self, compile_model: Compile) -> Target:
+        """The model as drafters meet it."""
+        hidden = results(self.graph_module.graph)[0].meta["val"]
+        sizes = (self.batch.rows, self.batch.capacity, self.vocabulary, hidden.shape[-1])
+        return Target(*sizes, hidden.dtype, hidden.device, compile_model, token_tables(self.graph_module))
 
     def named(self) -> fx.GraphModule:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""

@@ -87,6 +87,10 @@ class ArtifactError(EmssdError):
     """An exported artifact is damaged, incomplete, or was made for something other than what is loading it."""
 
 
+class CheckpointError(EmssdError):
+    """A drafter's checkpoint cannot be used: says which file or tensor, why, and what to do."""
+
+
 class PartError(EmssdError):
     """A part of the step (drafter, rule, policy, logits processor or probe) does not keep to its contract; says how."""
 

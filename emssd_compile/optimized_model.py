@@ -149,7 +149,7 @@ def _compile(
         return checked(source, _compile_as_far(source, BatchShape(batch.rows, most, tree_nodes)))
 
     compiled = checked(model, compile_model(model, batch, drafter.taps))
-    drafter.prepare(compile_draft_model, batch.rows, batch.capacity, compiled.vocabulary)
+    drafter.prepare(compiled.target(compile_draft_model))
     policy = LAYOUTS[options.layout].policy()
     step = compile_step(compiled, rule, drafter, policy, processors, probes)
     parts = (rule, drafter, policy, *processors)

@@ -40,7 +40,9 @@ class SelectLogits:
         """
         graph = graph_module.graph
         symbol = token_symbol(graph)
-        head, after = _find_head(graph)
+        (logits,) = output(graph).args
+        assert isinstance(logits, fx.Node)
+        head, after = find_head(graph, logits)
         source = head.args[1] if head.target == aten.addmm.default else head.args[0]
         assert isinstance(source, fx.Node)
         (dim,) = token_dims(source, symbol)
@@ -51,19 +53,19 @@ class SelectLogits:
             hidden = call(graph, aten.reshape.default, source, [-1, source.meta["val"].shape[-1]])
         head.replace_input_with(source, selected)
         result = output(graph)
-        logits = result.args[0]
-        assert isinstance(logits, fx.Node)
         with graph.inserting_before(result):
             flat = graph.call_function(aten.reshape.default, (logits, [-1, logits.meta["val"].shape[-1]]))
         result.args = ((hidden, flat),)
         return 1
 
 
-def _find_head(graph: fx.Graph) -> tuple[fx.Node, list[fx.Node]]:
-    """The linear layer that makes the logits, and the token-local chain between it and the output."""
-    dependent = data_dependent(graph)
-    node = output(graph).args[0]
-    assert isinstance(node, fx.Node)
+def find_head(graph: fx.Graph, logits: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The linear layer that makes the logits, and the token-local chain between it and them.
+
+    Raises:
+        UnsupportedModelError: they do not come out of one linear layer.
+    """
+    dependent, node = data_dependent(graph), logits
     after: list[fx.Node] = []
     while node.target not in _HEADS:
         sources = [n for n in node.all_input_nodes if n in dependent]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from emssd_compile.drafters.draft_model import DraftModel
+from emssd_compile.drafters.head import DraftHead
 from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.prompt_lookup import PromptLookup
@@ -15,11 +16,15 @@ from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
 from emssd_compile.step.tensor_spec import TensorSpec
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt-lookup": PromptLookup}
+HEADS: tuple[type[DraftHead], ...] = ()
+"""Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
     "DRAFTERS",
+    "HEADS",
     "Draft",
     "DraftContext",
+    "DraftHead",
     "DraftModel",
     "Drafter",
     "MultiCandidate",

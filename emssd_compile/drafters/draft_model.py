@@ -13,7 +13,7 @@ from emssd_compile.drafters.drawing import best, over, shaped
 from emssd_compile.drafters.tree_shape import TreeShape
 from emssd_compile.drafters.vocabularies import difference
 from emssd_compile.errors import DrafterError, OptionError
-from emssd_compile.step.drafting import Compile, Draft, DraftContext, Drafter, PackedModel, most_unread
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter, PackedModel, Target, most_unread
 from emssd_compile.step.nodes import Nodes
 from emssd_compile.step.pack import Packed, as_trees, pack, pack_one_each
 from emssd_compile.step.parts import PartSizes
@@ -90,7 +90,7 @@ class DraftModel(Drafter):
         """Load a Hugging Face causal LM (`options` go to its `from_pretrained`) and draft with it."""
         return cls(load_causal_lm(path, **options), num_draft_tokens, tree=tree)
 
-    def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
+    def prepare(self, target: Target) -> None:
         """Compile the model.
 
         Raises:
@@ -98,7 +98,8 @@ class DraftModel(Drafter):
                 behind one node.
         """
         # The last level of a tree is never fed.
-        packed = compile_model(self.model, tree_nodes=1 + sum(self.tree.levels[:-1]) if self.tree else 0)
+        vocabulary, nodes = target.vocabulary, 1 + sum(self.tree.levels[:-1]) if self.tree else 0
+        packed = target.compile_model(self.model, tree_nodes=nodes)
         padding = difference(packed.vocabulary, vocabulary)
         if self.tree and max(self.tree.branching) > min(packed.vocabulary, vocabulary):
             raise DrafterError(
@@ -107,7 +108,11 @@ class DraftModel(Drafter):
             )
         self._packed = packed
         self._notes = (
-            *([f"the draft model drafts up to position {packed.capacity}"] if packed.capacity < capacity else []),
+            *(
+                [f"the draft model drafts up to position {packed.capacity}"]
+                if packed.capacity < target.capacity
+                else []
+            ),
             *([f"vocabularies of {packed.vocabulary} and {vocabulary}: taken for padding"] if padding else []),
         )
 

@@ -16,7 +16,6 @@ from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
 from emssd_compile.runtime.launch import Launcher, Report, Variant
-from emssd_compile.runtime.memory import CACHES
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
 from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
@@ -105,7 +104,7 @@ class Engine:
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))
         self._options = signature.with_role("option")
-        self._caches = tuple(name for name in signature.with_role("cache") if name.startswith(CACHES))
+        self._caches = tuple(signature.with_role("cache"))
         self._kept = tuple(signature.with_role("state", "setting", "option", "row", "memory"))
 
     @property

@@ -133,6 +133,45 @@ class Compile(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TokenTables:
+    """The weights that turn token ids into vectors, and vectors into logits. They are the target's own: read only.
+
+    Attributes:
+        embedding: `[V, H]`; None where the model does not look token ids up in just one table.
+        head: `[V, H]`, the weight of the LM head; None where it is not a weight of that shape.
+        head_bias: `[V]`; None without.
+    """
+
+    embedding: Tensor | None = None
+    head: Tensor | None = None
+    head_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a drafter drafts for, as `Drafter.prepare` meets it.
+
+    Attributes:
+        rows: B.
+        capacity: C, tokens that a row can hold.
+        vocabulary: V.
+        hidden_size: H, of `DraftContext.hidden` and of taps.
+        dtype, device: of its hidden states.
+        compile_model: compiles a causal LM of the drafter's own.
+        tables: its weights at both ends.
+    """
+
+    rows: int
+    capacity: int
+    vocabulary: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    compile_model: Compile
+    tables: TokenTables = TokenTables()
+
+
 class Drafter(Part):
     """Proposes tokens; verification decides. A poor draft costs time, never correctness.
 
@@ -157,8 +196,8 @@ class Drafter(Part):
     reads_ahead: bool = False
     proposes: tuple[str, ...] = (DETERMINISTIC,)
 
-    def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
-        """Called once before tracing, with the target's sizes. Raises DrafterError if the drafter does not fit."""
+    def prepare(self, target: Target) -> None:
+        """Called once before tracing. Raises DrafterError if the drafter does not fit the target."""
 
     def forward(self, context: DraftContext) -> Draft:
         """Draft all rows at once."""

@@ -225,6 +225,10 @@ def _fault(tensor: object, spec: object, sizes: PartSizes) -> str:
         return f"in_place={spec.in_place!r} is neither True nor False"
     if spec.in_place and spec.kept != "forever":
         return "a tensor that is written in place is kept='forever': nobody zeroes its rows"
+    if spec.in_place and (len(spec.shape) < 2 or spec.shape[0] != sizes.rows):
+        return (
+            f"a tensor that is written in place is [B, slots, ...]; shape {spec.shape} does not begin with {sizes.rows}"
+        )
     if spec.kept == "row" and spec.shape[:1] != (sizes.rows,):
         return f"shape {list(spec.shape)} has no line a row, which kept='row' needs; its first size is B = {sizes.rows}"
     return ""

@@ -25,7 +25,8 @@ ROLES = {
     "row": "state of a part, a line a row, zeroed by the host when a request starts in it: the result of the same name "
     "replaces it",
     "memory": "what a part has learned, zeros at first: the result of the same name replaces it",
-    "cache": "keys and values; the step writes them where they lie",
+    "cache": "keys and values, `[B, slots, ...]`; the step writes them where they lie, and where rows share a prompt "
+    "the host copies its slots",
     "input": "given anew at each call",
     "result": "for the host to read",
     "reading": "what a probe tells of each token that the step emits, `[B, D + 1, ...]`, for the host to read",

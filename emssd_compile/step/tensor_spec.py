@@ -17,8 +17,10 @@ class TensorSpec:
         dtype: element type.
         kept: `"row"`: the first size is B, and a row's line is zeroed when a request starts in it. `"forever"`: never
             reset.
-        in_place: whether it is written where it lies, as KV caches are; such a tensor is kept forever. Any other is
-            read only, and its new value is returned.
+        in_place: whether it is written where it lies, as KV caches are; such a tensor is kept forever. It is
+            `[B, slots, ...]`, and what lies in slot p of a row is made of the row's text up to position p + 1: where a
+            row starts behind a prompt that another has read, that one's slots are copied. Any other tensor is read
+            only, and its new value is returned.
     """
 
     shape: tuple[int, ...]

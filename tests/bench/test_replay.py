@@ -10,6 +10,7 @@ from bench.replay import ReplayDrafter, draw, foretell, plant_continuation
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.layouts import LAYOUTS
 from tests.bench.test_baselines import greedy
+from tests.drafters.contexts import target_of
 
 ROWS, K, NEW = 6, 4, 40
 RIGHT = (0.9, 0.7, 0.5, 0.8)
@@ -111,7 +112,7 @@ def test_packed_inputs_hold_the_drafts_there_are_and_padded_ones_room_for_all(
 def test_as_many_drafts_are_made_as_asked_for():
     rows, length = 200, 10
     replay = ReplayDrafter(K, rows, length)
-    replay.prepare(None, rows, length, 4096)
+    replay.prepare(target_of(None, rows, length, 4096))
     replay.load([[1]] * rows, [[7] * length] * rows, PROFILE)
     known = torch.ones(rows, dtype=torch.int64)
     there = replay(SimpleNamespace(known=known)).tokens >= 0
@@ -131,7 +132,7 @@ def test_the_acceptance_asked_for_is_reached():
 
 def test_what_does_not_fit_is_refused(replay):
     with pytest.raises(DrafterError, match="made for 6 rows; max_batch is 2"):
-        replay.prepare(None, 2, 80, 4096)
+        replay.prepare(target_of(None, 2, 80, 4096))
     with pytest.raises(OptionError, match="7 prompts and 7 continuations for 6 rows"):
         replay.load([[1]] * 7, [[1]] * 7, PROFILE)
     with pytest.raises(OptionError, match="up to 41 tokens and 4 probabilities"):

@@ -11,7 +11,7 @@ from torch import nn
 from emssd_compile.compiler import CompiledModel, compile_model
 from emssd_compile.drafters import Draft, DraftModel, PartSizes
 from emssd_compile.step.batch import BatchShape
-from tests.drafters.contexts import context
+from tests.drafters.contexts import context, target_of
 from tests.zoo import VOCABULARY
 
 CAPACITY = 64
@@ -30,7 +30,7 @@ class Alone(Generic[D]):
         def compile_draft_model(model: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:
             return compile_model(model, BatchShape(rows, CAPACITY, tree_nodes))
 
-        drafter.prepare(compile_draft_model, rows, CAPACITY, VOCABULARY)
+        drafter.prepare(target_of(compile_draft_model, rows, CAPACITY, VOCABULARY))
         sizes = PartSizes(rows, CAPACITY, VOCABULARY, drafter.num_draft_tokens, drafter.num_grades, drafter.max_depth)
         self.drafter, self._specs = drafter, drafter.tensors(sizes)
         self.forget()

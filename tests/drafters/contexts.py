@@ -1,10 +1,25 @@
 """What a drafter sees, for the tests of drafters."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from emssd_compile.step.drafting import DraftContext
+from emssd_compile.step.drafting import DraftContext, Target, TokenTables
 from emssd_compile.step.pack import pack
+
+
+def target_of(
+    compile_model: Any,
+    rows: int,
+    capacity: int,
+    vocabulary: int,
+    hidden_size: int = 4,
+    tables: TokenTables | None = None,
+) -> Target:
+    """A target of these sizes, in float32."""
+    sizes = (rows, capacity, vocabulary, hidden_size)
+    return Target(*sizes, torch.float32, torch.device("cpu"), compile_model, tables or TokenTables())
 
 
 def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int = 0) -> DraftContext:

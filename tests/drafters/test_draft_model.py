@@ -16,7 +16,7 @@ from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.proposals import SAMPLED, WITHOUT_REPLACEMENT
 from tests.drafters.alone import Alone, nodes_of
-from tests.drafters.contexts import context
+from tests.drafters.contexts import context, target_of
 from tests.exactness.models import Reference, prompt
 from tests.passes.graphs import TinyModel, causal, model_with_attention
 from tests.zoo import toy_model
@@ -84,13 +84,13 @@ def test_another_vocabulary_is_refused(own, targets):
     with pytest.raises(
         DrafterError, match=f"predicts {own} tokens and the target {targets}, which differ by more than"
     ):
-        DraftModel(model_with_attention()).prepare(_compiled(own), 2, 48, targets)
+        DraftModel(model_with_attention()).prepare(target_of(_compiled(own), 2, 48, targets))
 
 
 @pytest.mark.parametrize(("own", "targets"), [(151936, 152064), (50257, 50304), (32000, 32064), (4100, 4096)])
 def test_a_vocabulary_that_is_padded_otherwise_is_taken_and_said(own, targets):
     drafter = DraftModel(model_with_attention())
-    drafter.prepare(_compiled(own), 2, 48, targets)
+    drafter.prepare(target_of(_compiled(own), 2, 48, targets))
     assert drafter.notes() == (f"vocabularies of {own} and {targets}: taken for padding",)
 
 
@@ -214,7 +214,8 @@ def test_what_it_says_that_drafts_were_drawn_from_is_what_its_model_says_behind_
     """
     model, rows = toy_model("llama"), 3
     drafter = DraftModel(model, **options)
-    drafter.prepare(lambda m, *, tree_nodes=0: compile_model(m, BatchShape(rows, 64, tree_nodes)), rows, 64, targets)
+    sized = lambda m, *, tree_nodes=0: compile_model(m, BatchShape(rows, 64, tree_nodes))  # noqa: E731
+    drafter.prepare(target_of(sized, rows, 64, targets))
     sizes = PartSizes(rows, 64, targets, drafter.num_draft_tokens, 8, drafter.max_depth)
     state = {n: torch.zeros(spec.shape, dtype=spec.dtype) for n, spec in drafter.tensors(sizes).items()}
     texts = [prompt(n) for n in (3, 1, 9)]

@@ -104,7 +104,7 @@ def test_the_step_is_that_of_a_draft_model_with_the_same_tree():
     compiled, drafting = compile_model(target, batch), compile_model(draft, replace(batch, tree_nodes=3))
     steps = []
     for drafter in (MultiCandidate(draft, 2, depth=2), DraftModel(draft, tree=(2, 2))):
-        drafter.prepare(lambda model, *, tree_nodes=0: drafting, 2, 48, compiled.vocabulary)
+        drafter.prepare(compiled.target(lambda model, *, tree_nodes=0: drafting))
         steps.append(compile_step(compiled, RecursiveRejection(), drafter, AllDrafts(), used=("do_sample",)))
     assert steps[0].graph_module.code == steps[1].graph_module.code
 

@@ -15,7 +15,7 @@ from emssd_compile.logits import LogitContext, LogitsProcessor, Processed, RowOp
 from emssd_compile.policies import LengthPolicy, PolicyContext, Ranking
 from emssd_compile.probes import Probe, ProbeContext, Probed, ReadingSpec
 from emssd_compile.step.acceptance import first_accepted
-from emssd_compile.step.drafting import Compile
+from emssd_compile.step.drafting import Target
 
 BANNED = 3
 """How many of the newest tokens `Ban` bans."""
@@ -66,8 +66,8 @@ class Timid(Drafter):
             inner.reads_ahead,
         )
 
-    def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
-        self.inner.prepare(compile_model, rows, capacity, vocabulary)
+    def prepare(self, target: Target) -> None:
+        self.inner.prepare(target)
 
     def options(self) -> dict[str, RowOption]:
         return {"most_drafts": RowOption(100, least=0)}

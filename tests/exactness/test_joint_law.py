@@ -44,7 +44,7 @@ def _compiled(seed: int, tree_nodes: int) -> CompiledModel:
 def _step(rule: str, name: str) -> CompiledStep:
     drafter, used = DRAFTERS[name](), {"do_sample", *(option for options in OPTIONS for option in options)}
     target = _compiled(0, tree_nodes(drafter))
-    drafter.prepare(lambda _, tree_nodes=0: _compiled(1, tree_nodes), ROWS, CAPACITY, target.vocabulary)
+    drafter.prepare(target.target(lambda _, tree_nodes=0: _compiled(1, tree_nodes)))
     return compile_step(target, RULES[rule](), drafter, AllDrafts(), make_processors(()), used=used)
 
 

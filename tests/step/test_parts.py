@@ -22,7 +22,7 @@ from emssd_compile.drafters import (
     tensors_of,
 )
 from emssd_compile.errors import DrafterError, PartError
-from emssd_compile.step.drafting import Compile
+from emssd_compile.step.drafting import Target
 from emssd_compile.step.parts import Part, check_tensors
 from tests.exactness.models import Reference
 from tests.passes.graphs import TinyModel, causal, model_with_attention
@@ -114,9 +114,9 @@ class Longest(Drafter):
         self.num_draft_tokens = next(iter(drafters.values())).num_draft_tokens
         self.reads_ahead = any(drafter.reads_ahead for drafter in drafters.values())
 
-    def prepare(self, compile_model: Compile, rows: int, capacity: int, vocabulary: int) -> None:
+    def prepare(self, target: Target) -> None:
         for drafter in self.held.values():
-            drafter.prepare(compile_model, rows, capacity, vocabulary)
+            drafter.prepare(target)
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
         return gather_tensors({name: drafter.tensors(sizes) for name, drafter in self.held.items()})

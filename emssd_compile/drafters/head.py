@@ -1,0 +1,189 @@
+"""What draft heads have in common: weights of their own, that read what the target has computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from emssd_compile.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from emssd_compile.drafters.vocabularies import difference
+from emssd_compile.errors import CheckpointError, DrafterError
+from emssd_compile.step.drafting import Drafter, Target, TokenTables
+
+
+class HeadSizes(Protocol):
+    """What the configuration of any head says."""
+
+    @property
+    def hidden_size(self) -> int:
+        """H, of the target's hidden states."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """V, of the target."""
+        ...
+
+
+class Layout(Protocol):
+    """How a checkpoint writes a kind of head down: names of entries and tensors."""
+
+    @property
+    def name(self) -> str:
+        """Whose layout it is."""
+        ...
+
+    def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """Whether a checkpoint with this config and tensors of these names is of this layout."""
+        ...
+
+    def read(self, checkpoint: Checkpoint) -> tuple[HeadSizes, dict[str, Tensor]]:
+        """The head's configuration, and its weights by the head's own names.
+
+        Raises:
+            CheckpointError: an entry is missing or makes no sense, or asks for what the head does not do.
+        """
+        ...
+
+    def write(self, config: Any, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The way back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a kind of head is trained if nothing else is said, as published.
+
+    Attributes:
+        learning_rate: the highest.
+        decay: the loss of the k-th draft counts `decay ** (k - 1)`.
+        distils: learn the target's distribution (cross-entropy with it), rather than the text's tokens.
+        epochs: times that the text is read.
+    """
+
+    learning_rate: float = 1e-3
+    decay: float = 1.0
+    distils: bool = False
+    epochs: int = 2
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a target has computed of whole texts: what a head learns from.
+
+    Attributes:
+        tokens: int64 `[B, S]`.
+        hidden: float `[B, S, H]`, the input of the LM head; `hidden[:, t]` predicted `tokens[:, t + 1]`.
+        taps: float `[B, S, H]` each, by the numbers in `Drafter.taps`.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    taps: dict[int, Tensor]
+
+
+class DraftHead(Drafter):
+    """A drafter with weights of its own that reads what the target has computed; made for one target.
+
+    To add one: a configuration (`HeadSizes`), `forward`, `rollout` for training, and `layouts`.
+
+    Attributes:
+        kind: what `train-drafter --kind` calls it.
+        layouts: of checkpoints that it reads; the first one is written.
+        recipe: how it is trained by default.
+        borrows: the target's own tables that it reads (`TokenTables`), where it has none of its own.
+        config: its sizes.
+        tables: the target's; empty until `prepare`.
+    """
+
+    kind: ClassVar[str]
+    layouts: ClassVar[tuple[Layout, ...]]
+    recipe: ClassVar[Recipe] = Recipe()
+    borrows: tuple[str, ...] = ()
+    reads_options = ("do_sample", "temperature", "top_k", "top_p")
+
+    def __init__(self, config: HeadSizes) -> None:
+        super().__init__()
+        self.config = config
+        self.tables = TokenTables()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:
+        """Load a checkpoint in any of the `layouts`; `options` go to the head, the weights' dtype stays.
+
+        Raises:
+            CheckpointError: it is damaged, of another kind, or tensors are missing, unexpected or of the wrong shape.
+            OptionError: an option is out of range.
+        """
+        checkpoint = read_checkpoint(folder)
+        names = checkpoint.tensors.keys()
+        layout = next((layout for layout in cls.layouts if layout.matches(checkpoint.config, names)), None)
+        if layout is None:
+            known = ", ".join(layout.name for layout in cls.layouts)
+            raise CheckpointError(f"{folder} is no checkpoint of a {cls.__name__}; these layouts are read: {known}")
+        config, weights = layout.read(checkpoint)
+        head = cls(config, **options)
+        _load(head, weights, f"{folder} ({layout.name})")
+        return head
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint in the first of the `layouts`."""
+        write_checkpoint(folder, *self.layouts[0].write(self.config, self.state_dict()))
+
+    def prepare(self, target: Target) -> None:
+        """See the target, and move to its device and dtype.
+
+        Raises:
+            DrafterError: the head was made for another size or vocabulary, or reads a table that the target lacks.
+        """
+        name = type(self).__name__
+        if self.config.hidden_size != target.hidden_size:
+            raise DrafterError(
+                f"the {name} was made for hidden states of size {self.config.hidden_size}; the target's have "
+                f"{target.hidden_size}: use the head that was trained for this target"
+            )
+        difference(self.config.vocabulary, target.vocabulary)
+        missing = [table for table in self.borrows if getattr(target.tables, table) is None]
+        if missing:
+            raise DrafterError(
+                f"the {name} reads the target's {missing[0]}, and the target has none that could be found; use a head "
+                "with one of its own"
+            )
+        self.tables = target.tables
+        self.to(device=target.device, dtype=target.dtype)
+
+    def rollout(self, features: Features) -> Iterator[Tensor]:
+        """For training: the logits of the first draft behind each token, of the second one, and so on.
+
+        Yields:
+            float `[B, S, V]` for k = 1, 2, ...: entry t is the k-th draft behind the root `tokens[:, t + 1]`, made of
+            `hidden[:, t]` and what lies before it, so it predicts `tokens[:, t + 1 + k]`. Entries whose token lies
+            past the end are rubbish.
+        """
+        raise NotImplementedError
+
+
+def _load(head: DraftHead, weights: Mapping[str, Tensor], where: str) -> None:
+    """Load weights by the head's own names; all of them have to fit."""
+    own = head.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise CheckpointError(f"{where} lacks {len(missing)} tensors of a {type(head).__name__}: {_few(missing)}")
+    if unexpected := sorted(weights.keys() - own.keys()):
+        raise CheckpointError(
+            f"{where} holds {len(unexpected)} tensors that a {type(head).__name__} does not know: {_few(unexpected)}"
+        )
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise CheckpointError(f"{where}: {name} is {list(value.shape)}; expected {list(own[name].shape)}")
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    head.to(dtype=next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
+    head.load_state_dict(dict(weights))
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

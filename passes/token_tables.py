@@ -1,0 +1,50 @@
+"""Find the matrices that turn token ids into vectors, and vectors into logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from emssd_compile.passes.graph import argument, aten, attribute, placeholder, results
+from emssd_compile.passes.select_logits import find_head
+from emssd_compile.step.drafting import TokenTables
+
+_TURNED = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
+
+
+def token_tables(graph_module: fx.GraphModule) -> TokenTables:
+    """Those of an L2 graph; what is not a weight as it stands is None.
+
+    A model may look token ids up in several tables, such as one for each layer; then it is not said which one it is.
+    """
+    graph = graph_module.graph
+    lookups = [node for node in _followed(placeholder(graph, "input_ids")) if node.target == aten.embedding.default]
+    tables = {argument(node, 0) for node in lookups}
+    embedding = _read(graph_module, *tables) if len(tables) == 1 else None
+    head, _ = find_head(graph, results(graph)[1])
+    bias: object = None
+    if head.target == aten.linear.default:
+        weight: object = head.args[1]
+        bias = head.args[2] if len(head.args) > 2 else None
+    else:
+        factor = argument(head, 1)
+        if head.target == aten.addmm.default:
+            bias, factor = head.args[0], argument(head, 2)
+        weight = factor.args[0] if factor.target in _TURNED else None
+    return TokenTables(embedding, _read(graph_module, weight), _read(graph_module, bias))
+
+
+def _followed(ids: fx.Node) -> list[fx.Node]:
+    """What reads token ids, as they are or in another shape."""
+    users, found = [*ids.users], list[fx.Node]()
+    while users:
+        node = users.pop()
+        found.append(node)
+        if isinstance(value := node.meta.get("val"), Tensor) and value.dtype == torch.int64:
+            users += node.users
+    return found
+
+
+def _read(graph_module: fx.GraphModule, node: object) -> Tensor | None:
+    """The weight that a node reads; None if it is computed."""
+    return attribute(graph_module, node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
