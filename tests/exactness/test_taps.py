@@ -13,6 +13,7 @@ from torch import Tensor
 import emssd_compile
 from emssd_compile import OptimizedModel
 from emssd_compile.drafters import Draft, DraftContext, Drafter, PartSizes, TensorSpec
+from emssd_compile.ops import append_kv
 from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import CAPACITY, target
 from tests.exactness.models import prompt
@@ -136,3 +137,30 @@ def test_a_drafter_sees_seeds_and_groups_of_its_requests():
         pass
     assert _seen(fast)["seeds"].tolist() == seeds
     assert _seen(fast)["groups"].tolist() == [4, 1, 4]
+
+
+class Cached(Probe):
+    """Writes each token that it sees to a cache of its own, in the slot of its position."""
+
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        slots = (sizes.rows, sizes.capacity, 1, 1)
+        return {name: TensorSpec(slots, torch.float32, kept="forever", in_place=True) for name in ("keys", "values")}
+
+    def forward(self, context: DraftContext) -> Draft:
+        keys, values, read = context.state["keys"], context.state["values"], context.read
+        tokens = read.input_ids.float()[:, None, None]  # [T, 1, 1]
+        append_kv(keys, values, tokens, -tokens, read.row_ids, read.positions)
+        return self.inner(replace(context, state={}))
+
+
+def test_what_a_drafter_wrote_of_a_prompt_is_there_for_all_rows_that_share_it():
+    compiled = target("llama", ROWS)
+    drafter = Cached(compiled.drafter("sometimes-wrong"))
+    fast = emssd_compile.optimize(compiled.model, drafter, max_batch=ROWS, max_length=CAPACITY, backend="eager")
+    fast.generate(PROMPTS, max_new_tokens=NEW)  # leaves something in the rows
+    texts = fast.generate(PROMPTS[1:2], do_sample=True, max_new_tokens=NEW, num_return_sequences=ROWS, seed=3)
+    assert len({tuple(text) for text in texts}) == ROWS
+    written = _seen(fast)
+    found = [written["keys"][row, : len(texts[0]) - 1].flatten().long().tolist() for row in range(ROWS)]
+    assert sorted(found) == sorted(text[:-1] for text in texts)
+    assert written["values"].equal(-written["keys"])

@@ -1,0 +1,58 @@
+"""The target's embedding and LM head are found in its graph, whoever wrote the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emssd_compile.compiler import compile_model
+from emssd_compile.step.batch import BatchShape
+from emssd_compile.step.drafting import TokenTables
+from tests.passes.graphs import TinyModel, causal
+from tests.zoo import toy_model
+
+
+def _tables(model: nn.Module) -> TokenTables:
+    target = compile_model(model, BatchShape(2, 32)).target(lambda model, **sizes: None)  # type: ignore[arg-type, return-value]
+    assert (target.rows, target.capacity, target.dtype) == (2, 32, torch.float32)
+    return target.tables
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3_text", "phi"])
+def test_they_are_the_very_weights_of_the_model(architecture):
+    model = toy_model(architecture)
+    tables, head = _tables(model), model.get_output_embeddings()
+    assert tables.embedding is model.get_input_embeddings().weight
+    assert tables.head is head.weight
+    assert tables.head_bias is head.bias
+
+
+class _Written(TinyModel):
+    """Multiplies by hand."""
+
+    def __init__(self, multiply: str) -> None:
+        super().__init__(attend=causal)
+        self.multiply, self.table = multiply, nn.Embedding(32, 16)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        head, self.lm_head = self.lm_head, nn.Identity()  # type: ignore[assignment]
+        hidden = super().forward(input_ids)
+        self.lm_head = head
+        if self.multiply == "turned":
+            return hidden @ head.weight.t()
+        if self.multiply == "computed":
+            return hidden @ (2 * head.weight).t()
+        return head(hidden + self.table(input_ids))
+
+
+@pytest.mark.parametrize(
+    ("multiply", "has_embedding", "has_head"),
+    [("turned", True, True), ("computed", True, False), ("two tables", False, True)],
+)
+def test_what_is_no_weight_or_not_the_only_one_is_not_said(multiply, has_embedding, has_head):
+    model = _Written(multiply).eval()
+    tables = _tables(model)
+    assert tables.embedding is (model.embed.weight if has_embedding else None)
+    assert tables.head is (model.lm_head.weight if has_head else None)
+    assert tables.head_bias is None
