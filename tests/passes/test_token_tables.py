@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from emssd_compile.compiler import compile_model
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import TokenTables
-from tests.passes.graphs import TinyModel, causal
+from tests.passes.graphs import HIDDEN, VOCABULARY, TinyModel, causal
 from tests.zoo import toy_model
 
 
 def _tables(model: nn.Module) -> TokenTables:
-    target = compile_model(model, BatchShape(2, 32)).target(lambda model, **sizes: None)  # type: ignore[arg-type, return-value]
+    target = compile_model(model, BatchShape(2, 32)).target(lambda model, **sizes: None)  # type: ignore[arg-type]
     assert (target.rows, target.capacity, target.dtype) == (2, 32, torch.float32)
     return target.tables
 
@@ -28,22 +28,21 @@ def test_they_are_the_very_weights_of_the_model(architecture):
     assert tables.head_bias is head.bias
 
 
-class _Written(TinyModel):
-    """Multiplies by hand."""
+class _Written(nn.Module):
+    """Looks up and multiplies by hand."""
 
     def __init__(self, multiply: str) -> None:
-        super().__init__(attend=causal)
-        self.multiply, self.table = multiply, nn.Embedding(32, 16)
+        super().__init__()
+        self.inner, self.multiply = TinyModel(attend=causal), multiply
+        self.other, self.head = nn.Embedding(VOCABULARY, HIDDEN), self.inner.lm_head
+        self.inner.lm_head = nn.Identity()  # type: ignore[assignment]
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        head, self.lm_head = self.lm_head, nn.Identity()  # type: ignore[assignment]
-        hidden = super().forward(input_ids)
-        self.lm_head = head
-        if self.multiply == "turned":
-            return hidden @ head.weight.t()
-        if self.multiply == "computed":
-            return hidden @ (2 * head.weight).t()
-        return head(hidden + self.table(input_ids))
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = self.inner(input_ids)
+        if self.multiply == "two tables":
+            hidden = hidden + self.other(input_ids)
+        weight = 2 * self.head.weight if self.multiply == "computed" else self.head.weight
+        return hidden @ weight.t()
 
 
 @pytest.mark.parametrize(
@@ -53,6 +52,6 @@ class _Written(TinyModel):
 def test_what_is_no_weight_or_not_the_only_one_is_not_said(multiply, has_embedding, has_head):
     model = _Written(multiply).eval()
     tables = _tables(model)
-    assert tables.embedding is (model.embed.weight if has_embedding else None)
-    assert tables.head is (model.lm_head.weight if has_head else None)
+    assert tables.embedding is (model.inner.embed.weight if has_embedding else None)
+    assert tables.head is (model.head.weight if has_head else None)
     assert tables.head_bias is None
