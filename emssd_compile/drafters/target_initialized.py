@@ -51,7 +51,7 @@ class TargetInitialized(MultiCandidate):
         """Load a Hugging Face causal LM (`options` go to its `from_pretrained`) and draft with it."""
         return cls(load_causal_lm(path, **options), width, depth, threshold=threshold)
 
-    def _choose(self, logits: Tensor, context: DraftContext, depth: int, count: int, first_draft: int) -> Tensor:
+    def _choose(self, logits: Tensor, count: int, depth: int, first_draft: int, context: DraftContext) -> Tensor:
         """Behind the root the target's candidates for the root's own place, `[B, w]`; behind others the model's."""
         if depth == 0:
             assert context.logits is not None, "it says that it reads them"
@@ -59,4 +59,4 @@ class TargetInitialized(MultiCandidate):
             ids = torch.arange(logits.shape[1], device=logits.device)
             root = context.history.gather(1, (context.known - 1).clamp(min=0)[:, None])  # [B, 1]
             logits = torch.where(ids == root, -torch.inf, logits)
-        return super()._choose(logits, context, depth, count, first_draft)
+        return super()._choose(logits, count, depth, first_draft, context)
