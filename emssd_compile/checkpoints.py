@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,15 +73,26 @@ def read_checkpoint(folder: str | Path, wanted: Callable[[str], bool] = lambda n
     config = read_json(folder / CONFIG)
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found = {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}; it is cut off or damaged, get it again") from error
+        with _opened(file) as opened:
+            found = {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
         if twice := sorted(tensors.keys() & found.keys()):
             raise CheckpointError(f"{file}: {twice[0]!r} is in another file of the folder, too; remove one of them")
         tensors |= found
     return Checkpoint(folder, config, tensors)
+
+
+def read_names(folder: str | Path) -> tuple[dict[str, Any], frozenset[str]]:
+    """The config of a checkpoint and the names of its tensors in safetensors, which are not read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    config, names = read_json(folder / CONFIG), set[str]()
+    for file in _weight_files(folder) if any(folder.glob("*.safetensors")) else []:
+        with _opened(file) as opened:
+            names.update(opened.keys())
+    return config, frozenset(names)
 
 
 def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -103,6 +115,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__}; it is to be a JSON object")
     return value
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file. Raises CheckpointError if it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; it is cut off or damaged, get it again") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -75,7 +75,20 @@ class CompiledModel:
         """The model as drafters meet it."""
         hidden = results(self.graph_module.graph)[0].meta["val"]
         sizes = (self.batch.rows, self.batch.capacity, self.vocabulary, hidden.shape[-1])
-        return Target(*sizes, hidden.dtype, hidden.device, compile_model, token_tables(self.graph_module))
+        tables = token_tables(self.graph_module)
+        return Target(*sizes, hidden.dtype, hidden.device, compile_model, self.with_layers, tables)
+
+    def with_layers(self, layers: tuple[int, ...]) -> CompiledModel:
+        """The model with these of its decoder layers only; weights and the names of caches are the same.
+
+        Raises:
+            UnsupportedModelError: it cannot be told what the layers are.
+            OptionError: there are no such layers.
+        """
+        graph_module, manager = _copy(self.graph_module, "Thinned"), PassManager(self.fake_mode, active_observers())
+        manager.apply(graph_module, (passes.thinned(layers),))
+        shapes = {name: self.cache_shapes[name] for name in caches(graph_module.graph)}
+        return replace(self, graph_module=graph_module, cache_shapes=shapes, records=manager.records, taps=())
 
     def named(self) -> fx.GraphModule:
         """The graph with results by name, `hidden` `[T, H]` and `logits` `[R, V]`: it verifies, and does no more."""

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from emssd_compile.passes.bar_unreadable import BarUnreadable
 from emssd_compile.passes.drop_noops import DropNoops
 from emssd_compile.passes.fuse_step import FuseStep
+from emssd_compile.passes.keep_layers import KeepLayers
 from emssd_compile.passes.levels import (
     verify_canonical,
     verify_captured,
@@ -44,6 +45,7 @@ __all__ = [
     "drop_unused_weights",
     "step",
     "targeted",
+    "thinned",
     "unpadded",
 ]
 
@@ -82,6 +84,11 @@ def unpadded(batch: BatchShape, fake_mode: FakeTensorMode, taps: tuple[int, ...]
         ),
         verify_unpadded,
     )
+
+
+def thinned(layers: tuple[int, ...]) -> Level:
+    """L2 still, with these decoder layers only."""
+    return Level("L2", (KeepLayers(layers),), verify_unpadded)
 
 
 def step(fuse: FuseStep) -> Level:

@@ -130,7 +130,7 @@ class _Fusion:
     def __init__(self, of: FuseStep, into: fx.GraphModule, model: fx.GraphModule) -> None:
         self.into, self.model, self.fake_mode, self.batch = into, model, of.fake_mode, of.batch
         self.shows_logits, self.drawn = of.shows_logits, how_drawn(of.rule, of.drafter)
-        self.taps, self.reads_logits = of.drafter.taps, of.drafter.reads_logits
+        self.taps, self.reads_logits, self.writes_kv = of.drafter.taps, of.drafter.reads_logits, of.drafter.writes_kv
         logits, drafter = results(model.graph)[1].meta["val"], of.drafter
         self.sizes = PartSizes(
             of.batch.rows,
@@ -178,6 +178,7 @@ class _Fusion:
         self._move_kv(done)
         readings, of_probes = self._probe(read, raw, done)
         context = self._inline(self._draft_context, self.state, state, read, done, self.ranges)
+        context = replace(context, caches=self.caches if self.writes_kv else {})
         draft, drafter_state = self._part(self.drafter, context)
         proposed = self._inline(self._propose, draft, context.max_drafts)
         seen = self._inline(self._policy_context, state, done, *proposed)

@@ -119,6 +119,9 @@ class TracedPart:
     def _run(self, context: Any) -> Any:
         """Call the part; its answer, checked."""
         written = {f"context.state[{name!r}]" for name, spec in self.specs.items() if spec.in_place}
+        for given in fields(context):
+            if given.metadata.get("writable"):
+                written |= {f"context.{given.name}[{name!r}]" for name in getattr(context, given.name)}
         read_only = {name: value for name, value in spelled(context, "context").items() if name not in written}
         device = next(iter(read_only.values())).device
         own = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import emssd_compile
-from emssd_compile.drafters import DRAFTERS, DraftModel, PromptLookup
+from emssd_compile.checkpoints import CONFIG
+from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, PromptLookup, head_kind
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 
@@ -49,7 +51,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         metavar="WHO",
         default="prompt-lookup",
-        help=f"{', '.join(DRAFTERS)}, or the folder of a smaller causal LM (default: %(default)s)",
+        help=f"{', '.join(DRAFTERS)}, or the folder of a draft head or a smaller causal LM (default: %(default)s)",
     )
     parser.add_argument("--num-draft-tokens", metavar="K", type=positive, help="tokens drafted a row and step")
     parser.add_argument(
@@ -95,7 +97,7 @@ def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.O
 
 def _make_drafter(arguments: argparse.Namespace) -> str | nn.Module:
     choice, count = arguments.drafter, arguments.num_draft_tokens
-    options = {} if count is None else {"num_draft_tokens": count}
+    options: dict[str, Any] = {} if count is None else {"num_draft_tokens": count}
     if choice == "prompt-lookup":
         return PromptLookup(**options)
     if choice == "none":
@@ -104,7 +106,17 @@ def _make_drafter(arguments: argparse.Namespace) -> str | nn.Module:
         return "none"
     if not Path(choice).is_dir():
         raise OptionError(f"--drafter {choice} is neither a folder nor one of {', '.join(DRAFTERS)}")
-    return DraftModel(load_model(Path(choice), arguments.dtype, "--drafter"), **options)
+    return _load_drafter(Path(choice), arguments.dtype, options)
+
+
+def _load_drafter(folder: Path, dtype: str, options: dict[str, Any]) -> Drafter:
+    """A draft head, or a smaller causal LM."""
+    if (folder / CONFIG).is_file() and (kind := head_kind(folder)) is not None:
+        taken = inspect.signature(kind).parameters
+        if unknown := [name for name in options if name not in taken]:
+            raise OptionError(f"--{unknown[0].replace('_', '-')}: {folder} holds a {kind.__name__}, which takes none")
+        return kind.from_pretrained(folder, **options)
+    return DraftModel(load_model(folder, dtype, "--drafter"), **options)
 
 
 def load_model(folder: Path, dtype: str, option: str) -> nn.Module:

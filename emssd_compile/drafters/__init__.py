@@ -1,16 +1,21 @@
 """Drafters: what proposes tokens. To add one: one file with a `Drafter`, one line in `DRAFTERS`."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from emssd_compile.checkpoints import read_names
 from emssd_compile.drafters.draft_model import DraftModel
+from emssd_compile.drafters.early_exit import EarlyExit
 from emssd_compile.drafters.head import DraftHead
 from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
+from emssd_compile.drafters.parallel_draft_model import ParallelDraftModel
 from emssd_compile.drafters.prompt_lookup import PromptLookup
 from emssd_compile.drafters.target_initialized import TargetInitialized
-from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter, check_drafter
 from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -27,13 +32,17 @@ __all__ = [
     "DraftHead",
     "DraftModel",
     "Drafter",
+    "EarlyExit",
     "MultiCandidate",
     "NoDrafter",
+    "ParallelDraftModel",
     "PartSizes",
     "PromptLookup",
     "TargetInitialized",
     "TensorSpec",
     "gather_tensors",
+    "head_kind",
+    "load_head",
     "make_drafter",
     "tensors_of",
     "without",
@@ -43,6 +52,26 @@ __all__ = [
 def without(drafter: Drafter) -> Drafter:
     """What stands in a step in the place of a drafter that is not to run; it drafts nothing."""
     return NoDrafter(instead_of=drafter)
+
+
+def load_head(folder: str | Path, **options: Any) -> DraftHead:
+    """A draft head of any kind from its checkpoint; `options` go to the head.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint of any of `HEADS`, or one that is damaged or does not fit.
+        OptionError: an option is out of range.
+    """
+    kind = head_kind(folder)
+    if kind is None:
+        known = sorted({layout.name for head in HEADS for layout in head.layouts})
+        raise CheckpointError(f"{folder} is no checkpoint of a draft head; these layouts are read: {', '.join(known)}")
+    return kind.from_pretrained(folder, **options)
+
+
+def head_kind(folder: str | Path) -> type[DraftHead] | None:
+    """Of which of `HEADS` a folder holds a checkpoint; None if of none. Raises CheckpointError if it is damaged."""
+    config, names = read_names(folder)
+    return next((head for head in HEADS if head.layout_of(config, names)), None)
 
 
 def make_drafter(choice: str | nn.Module) -> Drafter:

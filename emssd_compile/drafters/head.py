@@ -121,14 +121,24 @@ class DraftHead(Drafter):
             OptionError: an option is out of range.
         """
         checkpoint = read_checkpoint(folder)
-        names = checkpoint.tensors.keys()
-        layout = next((layout for layout in cls.layouts if layout.matches(checkpoint.config, names)), None)
-        if layout is None:
+        if cls.layout_of(checkpoint.config, checkpoint.tensors.keys()) is None:
             known = ", ".join(layout.name for layout in cls.layouts)
             raise CheckpointError(f"{folder} is no checkpoint of a {cls.__name__}; these layouts are read: {known}")
+        return cls.of(checkpoint, **options)
+
+    @classmethod
+    def layout_of(cls, config: Mapping[str, Any], names: Collection[str]) -> Layout | None:
+        """The layout of a checkpoint with this config and tensors of these names; None if it is not of this kind."""
+        return next((layout for layout in cls.layouts if layout.matches(config, names)), None)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, **options: Any) -> Self:
+        """The head that a checkpoint of this kind holds; see `from_pretrained`."""
+        layout = cls.layout_of(checkpoint.config, checkpoint.tensors.keys())
+        assert layout is not None, "it is of another kind"
         config, weights = layout.read(checkpoint)
         head = cls(config, **options)
-        _load(head, weights, f"{folder} ({layout.name})")
+        _load(head, weights, f"{checkpoint.folder} ({layout.name})")
         return head
 
     def save_pretrained(self, folder: str | Path) -> None:

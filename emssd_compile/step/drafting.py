@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emssd_compile.errors import DrafterError
-from emssd_compile.step.fields import STATIC, holds_tensors
+from emssd_compile.step.fields import STATIC, WRITABLE, holds_tensors
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.parts import Part
 from emssd_compile.step.proposals import DETERMINISTIC, DRAWINGS
@@ -39,6 +40,8 @@ class DraftContext:
         source: int64 `[T]`, where each of them lay among the tokens of the step.
         taps: what the target computed of each token of the step, float `[T, H]` each: `"hidden"`, the input of its LM
             head, and the outputs of the layers in `Drafter.taps`, by the numbers given there.
+        caches: the target's KV caches by name, if `Drafter.writes_kv`; else none. They may be written to, from the slot
+            of the root token on: the next step writes there in any case.
         logits: float `[B, V]`, the target's processed logits where it predicted the root token, if
             `Drafter.reads_logits`; else None. Rubbish for rows that emitted nothing.
         options: the options that the drafter declares, `[B]` each, by name.
@@ -60,6 +63,7 @@ class DraftContext:
     read: Packed
     source: Tensor
     taps: dict[str | int, Tensor]
+    caches: dict[str, Tensor] = field(default_factory=dict, metadata=WRITABLE)
     logits: Tensor | None = None
     options: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -159,6 +163,9 @@ class Target:
         hidden_size: H, of `DraftContext.hidden` and of taps.
         dtype, device: of its hidden states.
         compile_model: compiles a causal LM of the drafter's own.
+        with_layers: the target itself with some of its decoder layers only, by number, layer 0 among them, as a model
+            over the caches in `DraftContext.caches`. Raises OptionError, or UnsupportedModelError where layers cannot
+            be told.
         tables: its weights at both ends.
     """
 
@@ -169,6 +176,7 @@ class Target:
     dtype: torch.dtype
     device: torch.device
     compile_model: Compile
+    with_layers: Callable[[tuple[int, ...]], PackedModel]
     tables: TokenTables = TokenTables()
 
 
@@ -183,6 +191,7 @@ class Drafter(Part):
         reads_logits: whether it wants to see the target's logits.
         is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it are
             compiled, too, and run where they are faster, if the layout measures.
+        writes_kv: whether the drafter drafts with the target's own layers, and their KV goes to the target's caches.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
         proposes: in which ways it can make drafts (`proposals.DRAWINGS`); the rule chooses among them.
     """
@@ -193,6 +202,7 @@ class Drafter(Part):
     taps: tuple[int, ...] = ()
     reads_logits: bool = False
     is_costly: bool = False
+    writes_kv: bool = False
     reads_ahead: bool = False
     proposes: tuple[str, ...] = (DETERMINISTIC,)
 
@@ -214,7 +224,7 @@ def check_drafter(drafter: Drafter) -> Drafter:
     most, depth = drafter.num_draft_tokens, drafter.max_depth
     if depth is not None and (type(depth) is not int or not 1 <= depth <= most):
         raise DrafterError(f"{name}.max_depth = {depth!r}; set it to an integer of 1 to {most}, or to None for chains")
-    for attribute in ("reads_ahead", "reads_logits", "is_costly"):
+    for attribute in ("reads_ahead", "reads_logits", "is_costly", "writes_kv"):
         value = getattr(drafter, attribute)
         if type(value) is not bool:
             raise DrafterError(f"{name}.{attribute} = {value!r}; set it to True or False")

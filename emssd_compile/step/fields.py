@@ -13,6 +13,9 @@ T = TypeVar("T")
 STATIC = {"static": True}
 """Metadata of a field that holds no tensor."""
 
+WRITABLE = {"writable": True}
+"""Metadata of a field of a context whose tensors a part may write to in place."""
+
 
 def holds_tensors(cls: type[T]) -> type[T]:
     """Make a pytree of a dataclass whose fields are tensors, None, dicts of tensors or other such dataclasses.

@@ -19,7 +19,8 @@ def target_of(
 ) -> Target:
     """A target of these sizes, in float32."""
     sizes = (rows, capacity, vocabulary, hidden_size)
-    return Target(*sizes, torch.float32, torch.device("cpu"), compile_model, tables or TokenTables())
+    device = torch.device("cpu")
+    return Target(*sizes, torch.float32, device, compile_model, lambda layers: None, tables or TokenTables())  # type: ignore[arg-type, return-value]
 
 
 def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int = 0) -> DraftContext:
