@@ -14,6 +14,7 @@ from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.parallel_draft_model import ParallelDraftModel
 from emssd_compile.drafters.prompt_lookup import PromptLookup
+from emssd_compile.drafters.recurrent import RecurrentDrafter
 from emssd_compile.drafters.target_initialized import TargetInitialized
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter, check_drafter
@@ -21,7 +22,7 @@ from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
 from emssd_compile.step.tensor_spec import TensorSpec
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt-lookup": PromptLookup}
-HEADS: tuple[type[DraftHead], ...] = ()
+HEADS: tuple[type[DraftHead], ...] = (RecurrentDrafter,)
 """Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ParallelDraftModel",
     "PartSizes",
     "PromptLookup",
+    "RecurrentDrafter",
     "TargetInitialized",
     "TensorSpec",
     "gather_tensors",

@@ -51,6 +51,22 @@ def best(logits: Tensor, count: int, depth: int, first_draft: int, context: Draf
     return found.flatten(1)
 
 
+def likeliest(logits: Tensor, count: int, depth: int, context: DraftContext) -> tuple[Tensor, Tensor]:
+    """The tokens that `best` drafts where drafts are deterministic, and how likely each of them is, `[R, count]` each.
+
+    That is a log-probability by the softmax of what the tokens are ranked by, so the best token of a node is never far
+    from 0. Of rows that do not sample it is log q. Of those that do, noise alone would say which node has good tokens,
+    if log q + noise were taken instead: the noise of all nodes of a depth is the same, and so are its largest numbers.
+
+    Args:
+        logits, count, depth, context: as for `best`.
+    """
+    noise = _noise(logits, count, 1, depth, 0, context)
+    scores = logits if noise is None else logits + noise.squeeze(1)  # [R, V]
+    found = scores.topk(count, 1)
+    return found.indices, found.values - scores.logsumexp(1, keepdim=True)
+
+
 def _noise(
     logits: Tensor, count: int, draws: int, depth: int, first_draft: int, context: DraftContext
 ) -> Tensor | None:
