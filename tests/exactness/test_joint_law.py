@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emssd_compile.acceptance import RULES
 from emssd_compile.compiler import CompiledModel, CompiledStep, compile_model, compile_step
-from emssd_compile.drafters import Drafter, DraftModel, PromptLookup
+from emssd_compile.drafters import Drafter, DraftModel, MultiCandidate, PromptLookup
 from emssd_compile.logits import make_processors
 from emssd_compile.passes.graph import inputs
 from emssd_compile.policies import AllDrafts
@@ -19,13 +19,14 @@ from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import tree_nodes
 from tests.acceptance.draws import FALSE_ALARM, Tiny, chi_square, counts_of
 
-ROWS, LAUNCHES = 8192, 25  # 204,800 texts; so few at once stay in the cache of a core
+ROWS, LAUNCHES = 8192, 25  # 204,800 texts, as many with each of the options if --long; so few at once stay in a cache
 PROMPT, NEW, CAPACITY = [1, 3], 3, 7
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "chain": lambda: DraftModel(Tiny(1), 2),
     "tree": lambda: DraftModel(Tiny(1), tree=(2, 2)),
     "fork": lambda: DraftModel(Tiny(1), tree=(2, 1)),  # takes less time
     "lookup": lambda: PromptLookup(2),
+    "mcsd": lambda: MultiCandidate(Tiny(1), (3, 1)),
 }
 OPTIONS: tuple[dict[str, float], ...] = (
     {},
@@ -110,16 +111,20 @@ def _changed(logits: Tensor, texts: Tensor, options: dict[str, float]) -> Tensor
         ("block", "chain"),
         *((rule, "tree") for rule in ("rrs", "k-seq")),
         *((rule, "fork") for rule in ("largest-ratio", "traversal")),
+        # `match` is compared token by token in `test_sampling.py` each time.
+        *(pytest.param("match", drafter, marks=pytest.mark.long) for drafter in ("chain", "tree", "lookup")),
+        pytest.param("rrs", "mcsd", marks=pytest.mark.long),
+        pytest.param("match", "mcsd", marks=pytest.mark.long),
+        pytest.param("rrs-with-replacement", "tree", marks=pytest.mark.long),
+        pytest.param("largest-ratio", "tree", marks=pytest.mark.long),
+        pytest.param("traversal", "tree", marks=pytest.mark.long),
     ],
 )
-def test_the_first_three_tokens_are_as_likely_as_the_target_says(rule, drafter):
-    """Chi-square of the 125 texts with each options, and of all of them; each fails of a right rule once in a million.
-
-    `match` is compared token by token in `tests/exactness/test_sampling.py`; `rrs-with-replacement` is decoded with, on
-    fewer rows, in `test_multi_draft.py`.
-    """
+def test_the_first_three_tokens_are_as_likely_as_the_target_says(rule, drafter, pytestconfig):
+    """Chi-square of the 125 texts with each options, and of all; each fails of a right rule once in a million."""
     step, target = _step(rule, drafter), Tiny(0)
-    found = torch.stack([_drawn(step, launch * ROWS) for launch in range(LAUNCHES)])
+    launches = LAUNCHES * (len(OPTIONS) if pytestconfig.getoption("--long") else 1)
+    found = torch.stack([_drawn(step, launch * ROWS) for launch in range(launches)])
     pairs = [
         counts_of(
             found[:, number :: len(OPTIONS)].flatten(0, 1), target, PROMPT, functools.partial(_changed, options=o)
