@@ -10,6 +10,8 @@ from emssd_compile.checkpoints import read_names
 from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.early_exit import EarlyExit
 from emssd_compile.drafters.head import DraftHead
+from emssd_compile.drafters.medusa import Medusa
+from emssd_compile.drafters.mlp_speculator import MLPSpeculator
 from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.parallel_draft_model import ParallelDraftModel
@@ -22,7 +24,7 @@ from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
 from emssd_compile.step.tensor_spec import TensorSpec
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt-lookup": PromptLookup}
-HEADS: tuple[type[DraftHead], ...] = (RecurrentDrafter,)
+HEADS: tuple[type[DraftHead], ...] = (MLPSpeculator, Medusa, RecurrentDrafter)
 """Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "EarlyExit",
+    "MLPSpeculator",
+    "Medusa",
     "MultiCandidate",
     "NoDrafter",
     "ParallelDraftModel",
