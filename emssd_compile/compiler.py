@@ -28,7 +28,7 @@ from emssd_compile.step.fields import named
 from emssd_compile.step.logits import LogitsProcessor
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.pack import Packed, as_trees
-from emssd_compile.step.parts import in_use
+from emssd_compile.step.parts import Part, in_use
 from emssd_compile.step.policy import LengthPolicy
 from emssd_compile.step.probe import Probe, ReadingSpec
 from emssd_compile.step.signature import Signature
@@ -206,6 +206,13 @@ class CompiledStep:
     def signature(self, graph: fx.Graph) -> Signature:
         """The bindings of a graph that was made of the step."""
         return Signature.of(graph, self.roles, self.options, self.readings)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """All parts, by what the names of their inputs begin with; what is not in the graph, too."""
+        numbered = {"processor": self.processors, "probe": self.probes}
+        several = {f"{kind}_{n}": part for kind, parts in numbered.items() for n, part in enumerate(parts)}
+        return {"rule": self.rule, "drafter": self.drafter, "policy": self.policy, **several}
 
     @property
     def options(self) -> dict[str, RowOption]:

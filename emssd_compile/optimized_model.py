@@ -242,6 +242,7 @@ class OptimizedModel(Decoder):
             prefill_chunk=self.options.chunk(drafts),
             deterministic=self.options.deterministic,
             buckets=decode_buckets(rows, drafts, step.drafter.max_depth) if backend.is_captured else (),
+            parts=step.parts,
         )
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness

@@ -19,6 +19,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from emssd_compile.step.parts import Part
+
 _HARMLESS_OF_MODULES = frozenset(
     {
         *("generation_config", "name_or_path", "_compiled_call_impl"),
@@ -88,7 +90,8 @@ class Structure:
         self._seen.add(id(module))
         self._kinds.append((path, module, type(module)))
         self._note_classes(type(module))
-        harmless = _HARMLESS_OF_MODULES | _recomputed(module)
+        of_host = module.host_attributes if isinstance(module, Part) else ()
+        harmless = _HARMLESS_OF_MODULES | _recomputed(module) | {*of_host}
         self._containers.append(_Container(path, partial(vars, module), harmless))
         for store in ("_parameters", "_buffers"):
             self._containers.append(_Names(f"{path} (its tensors)", partial(getattr, module, store)))

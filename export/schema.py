@@ -146,7 +146,7 @@ def _flaws_of_step(signature: Signature) -> list[str]:
     found = [_difference(inputs.get(binding.name), binding) for binding in expected]
     known = {binding.name for binding in expected}
     for b in signature.inputs:
-        if b.name not in known and b.role not in ("row", "memory", "cache", "option"):
+        if b.name not in known and b.role not in ("row", "memory", "host", "cache", "option"):
             found.append(f"{b.name} is a {b.role}, which a step has none of")
         elif b.role in ("row", "option") and b.shape[:1] != (rows,):
             found.append(f"{b.name} has no line for each of the {rows} rows")

@@ -52,7 +52,7 @@ class TracedPart:
             with self._blamed("`readings` failed", "It is to return a dict of ReadingSpecs by name"):
                 self.readings = check_readings(part, part.readings(sizes))
         self._read = self._names_read()
-        self._returned = {name: spec for name, spec in self.specs.items() if not spec.in_place}
+        self._returned = {n: spec for n, spec in self.specs.items() if not spec.in_place and spec.kept != "host"}
 
     def _names_read(self) -> tuple[str, ...]:
         names = self.part.reads_options
@@ -97,7 +97,7 @@ class TracedPart:
         for name, spec in self.specs.items():
             with fake_mode:
                 value = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-            role = "cache" if spec.in_place else "row" if spec.kept == "row" else "memory"
+            role = "cache" if spec.in_place else "memory" if spec.kept == "forever" else spec.kept
             state[name] = add_input(graph, f"{self.kind}_{name}", value, role)
         return state
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,10 @@ from emssd_compile.lowering import StepFunction
 from emssd_compile.ops.triton.selection import standard_forms
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
+from emssd_compile.runtime.host_parts import HostParts
 from emssd_compile.runtime.launch import Variant, make_launcher
 from emssd_compile.runtime.memory import allocate
+from emssd_compile.step.parts import Part
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import StepState
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -25,6 +30,7 @@ def assemble(
     prefill_chunk: int,
     deterministic: bool = False,
     buckets: tuple[StepSizes, ...] = (),
+    parts: Mapping[str, Part] = MappingProxyType({}),
 ) -> Engine:
     """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
 
@@ -35,6 +41,7 @@ def assemble(
         prefill_chunk: most packed tokens of a step.
         deterministic: whether the sizes of steps, and the kernels that run them, depend on nothing but the requests.
         buckets: sizes that are captured, where the device captures any.
+        parts: those of the step, by what the names of their inputs begin with; an artifact has none.
 
     Raises:
         CapacityError: the KV caches, or what a part keeps, do not fit into memory.
@@ -43,7 +50,8 @@ def assemble(
     state = StepState.empty(variant.signature.sizes, device)
     launcher = make_launcher(variant, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
-    return Engine(launcher, layout, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
+    told = HostParts(launcher, parts)
+    return Engine(launcher, layout, told, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
 
 
 def make_variant(
@@ -71,7 +79,7 @@ def switch(engine: Engine, variant: Variant) -> None:
 
 def _own(signature: Signature, *more: str) -> dict[str, TensorSpec]:
     """What is allocated beside `StepState`, and the inputs that have one of more roles."""
-    inputs = signature.with_role("cache", "row", "memory", "option", *more)
+    inputs = signature.with_role("cache", "row", "memory", "host", "option", *more)
     return {name: binding.spec for name, binding in inputs.items()}
 
 

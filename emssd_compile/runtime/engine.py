@@ -15,6 +15,7 @@ from emssd_compile.runtime.admission import next_requests, row_with_prompt
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
+from emssd_compile.runtime.host_parts import HostParts
 from emssd_compile.runtime.launch import Launcher, Report, Variant
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
@@ -36,22 +37,25 @@ class Engine:
     Args:
         launcher: runs steps and owns their tensors.
         layout: how much room a step gives to drafts.
+        parts: what is told of requests that have ended.
         prefill_chunk: most packed tokens of a step.
         lag: reports that may be outstanding.
-        deterministic: choose sizes without a clock, and forget at the start of a run what earlier ones taught: so the
-            steps of a run depend on its requests alone.
+        deterministic: choose sizes without a clock, forget at the start of a run what earlier ones taught, and tell
+            parts of none: so the steps of a run depend on its requests alone.
     """
 
     def __init__(
         self,
         launcher: Launcher,
         layout: PackedLayout,
+        parts: HostParts,
         *,
         prefill_chunk: int,
         lag: int,
         deterministic: bool = False,
     ) -> None:
         self.launcher = launcher
+        self.parts = parts
         self.num_rows, self.capacity = launcher.tensors["history"].shape
         sizes = launcher.variant.signature.sizes
         self.num_draft_tokens, self.max_depth, self._depth = sizes.num_draft_tokens, sizes.max_depth, sizes.depth
@@ -78,6 +82,7 @@ class Engine:
         if self.deterministic:
             self._forget()
         self._set_eos(eos_token_ids)
+        self.parts.give()
         waiting = deque(requests)
         launched: deque[RunningStep] = deque()
         try:
@@ -304,6 +309,8 @@ class Engine:
         ended = {b: row for b, row in enumerate(self._rows) if row and row.request.finished}
         for b in ended:
             self._rows[b] = None
+        if ended and not self.deterministic:
+            self.parts.tell([row.request for row in ended.values()])
         running = [b for b, row in ended.items() if row.is_active]
         if running:  # ended by the caller: the device does not know yet
             rows = self.launcher.upload(torch.tensor(running))

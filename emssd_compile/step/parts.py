@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emssd_compile.errors import OptionError, PartError
 from emssd_compile.step.options import OPTION_DTYPES, RowOption
@@ -60,9 +60,12 @@ class Part(nn.Module):
         reads_options: names of options that other parts declare: `context.options` holds those that are honoured in
             the step that the part is traced into, by parts that come before it. Processors come first, then the rule,
             probes, the drafter and the policy.
+        host_attributes: names of its attributes that `ended` and `host_tensors` use and `forward` does not: they may
+            change without the compiled step being out of date.
     """
 
     reads_options: tuple[str, ...] = ()
+    host_attributes: tuple[str, ...] = ()
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
         """Tensors that last from step to step, by names that need be unique within the part only."""
@@ -79,6 +82,24 @@ class Part(nn.Module):
         best left out.
         """
         return self
+
+    def host_tensors(self) -> Mapping[str, Tensor]:
+        """What the tensors with `kept="host"` are now, on the CPU; those that are left out stay as they are.
+
+        Asked when a run of requests begins, and when some have ended. On a CPU steps read the very tensors that are
+        returned, so the part may go on writing into them; on a GPU they are copied. Steps under way, and those of a
+        loaded artifact, which has no parts, may read what was given before, or zeros.
+        """
+        return {}
+
+    def ended(self, tokens: Tensor, prompt_length: int, options: Mapping[str, float | Tensor]) -> None:
+        """A request has ended, on the host. Not called where sizes of steps are to depend on the call alone.
+
+        Args:
+            tokens: int64 `[S]` on the CPU, prompt and output.
+            prompt_length: how many of them are the prompt.
+            options: what the request set for the parts of the step, by name; the others have their defaults.
+        """
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the part as it was prepared, a sentence each; `explain()` shows them."""
@@ -219,8 +240,8 @@ def _fault(tensor: object, spec: object, sizes: PartSizes) -> str:
         return f"shape {spec.shape!r} is no tuple of integers of at least 0"
     if not isinstance(spec.dtype, torch.dtype):
         return f"dtype {spec.dtype!r} is no torch.dtype"
-    if spec.kept not in ("row", "forever"):
-        return f"kept={spec.kept!r} is neither 'row' nor 'forever'"
+    if spec.kept not in ("row", "forever", "host"):
+        return f"kept={spec.kept!r} is neither 'row' nor 'forever' nor 'host'"
     if type(spec.in_place) is not bool:
         return f"in_place={spec.in_place!r} is neither True nor False"
     if spec.in_place and spec.kept != "forever":

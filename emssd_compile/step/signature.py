@@ -25,6 +25,7 @@ ROLES = {
     "row": "state of a part, a line a row, zeroed by the host when a request starts in it: the result of the same name "
     "replaces it",
     "memory": "what a part has learned, zeros at first: the result of the same name replaces it",
+    "host": "what a part knows of earlier requests, zeros at first: set by the host; the step reads it",
     "cache": "keys and values, `[B, slots, ...]`; the step writes them where they lie, and where rows share a prompt "
     "the host copies its slots",
     "input": "given anew at each call",

@@ -373,9 +373,18 @@ def test_parts_of_each_kind_may_call_their_tensors_alike():
 
 def test_roles_are_what_was_declared():
     learned = {"learned": TensorSpec((5,), torch.float32, kept="forever")}
-    roles = step_with(_Drafter(lambda _, a: a, {**LINE, **learned, **CACHE})).roles
-    names = ("drafter_seen", "drafter_learned", "drafter_cache", "k_cache_0", "history", "limits", "draft_range")
-    assert [roles[n] for n in names] == ["row", "memory", "cache", "cache", "state", "setting", "size"]
+    told = {"told": TensorSpec((7,), torch.int32, kept="host")}
+
+    def change(_: Any, answer: Any) -> Any:
+        return replace(answer, state={name: value for name, value in answer.state.items() if name != "told"})
+
+    step = step_with(_Drafter(change, {**LINE, **learned, **told, **CACHE}))
+    names = ("seen", "learned", "told", "cache")
+    assert [step.roles[f"drafter_{name}"] for name in names] == ["row", "memory", "host", "cache"]
+    assert [step.roles[n] for n in ("k_cache_0", "history", "limits", "draft_range")] == [
+        *("cache", "state", "setting", "size")
+    ]
+    assert "drafter_told" not in returned(step.graph_module), "the step reads it only"
 
 
 def test_state_comes_back_as_contiguous_memory():
