@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from emssd_compile.checkpoints import read_names
+from emssd_compile.drafters.corpus import Corpus
 from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.early_exit import EarlyExit
 from emssd_compile.drafters.head import DraftHead
@@ -17,19 +18,25 @@ from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.parallel_draft_model import ParallelDraftModel
 from emssd_compile.drafters.prompt_lookup import PromptLookup
 from emssd_compile.drafters.recurrent import RecurrentDrafter
+from emssd_compile.drafters.suffix_lookup import SuffixLookup
 from emssd_compile.drafters.target_initialized import TargetInitialized
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter, check_drafter
 from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
 from emssd_compile.step.tensor_spec import TensorSpec
 
-DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDrafter, "prompt-lookup": PromptLookup}
+DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "none": NoDrafter,
+    "prompt-lookup": PromptLookup,
+    "suffix": SuffixLookup,
+}
 HEADS: tuple[type[DraftHead], ...] = (MLPSpeculator, Medusa, RecurrentDrafter)
 """Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
     "DRAFTERS",
     "HEADS",
+    "Corpus",
     "Draft",
     "DraftContext",
     "DraftHead",
@@ -44,6 +51,7 @@ __all__ = [
     "PartSizes",
     "PromptLookup",
     "RecurrentDrafter",
+    "SuffixLookup",
     "TargetInitialized",
     "TensorSpec",
     "gather_tensors",

@@ -89,6 +89,8 @@ class Draft:
             distribution that those behind node n were drawn from, siblings in the order drawn; rubbish where none
             follow. `lengths` and `parents` must then not depend on what was drawn: drafts that are chosen by what they
             are do not follow q. None where nothing is drawn.
+        scores: float32 `[B]`, how many of a row's drafts the drafter expects to be accepted, for whoever chooses among
+            drafters; None if it cannot tell.
     """
 
     tokens: Tensor = field(metadata={"shape": "BK"})
@@ -97,6 +99,7 @@ class Draft:
     grades: Tensor | None = field(default=None, metadata={"shape": "BK", "optional": True})
     parents: Tensor | None = field(default=None, metadata={"shape": "BK", "of": "tree"})
     proposal: Tensor | None = field(default=None, metadata={"shape": "BNV", "of": "proposal", "dtype": torch.float32})
+    scores: Tensor | None = field(default=None, metadata={"shape": "B", "optional": True, "dtype": torch.float32})
 
 
 class PackedModel(Protocol):
