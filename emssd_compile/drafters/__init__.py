@@ -11,6 +11,7 @@ from emssd_compile.drafters.corpus import Corpus
 from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.early_exit import EarlyExit
 from emssd_compile.drafters.head import DraftHead
+from emssd_compile.drafters.hybrid import Hybrid
 from emssd_compile.drafters.medusa import Medusa
 from emssd_compile.drafters.mlp_speculator import MLPSpeculator
 from emssd_compile.drafters.multi_candidate import MultiCandidate
@@ -43,6 +44,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "EarlyExit",
+    "Hybrid",
     "MLPSpeculator",
     "Medusa",
     "MultiCandidate",
