@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from emssd_compile.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from emssd_compile.drafters.vocabularies import difference
-from emssd_compile.errors import CheckpointError, DrafterError
+from emssd_compile.errors import CheckpointError, DrafterError, OptionError
+from emssd_compile.numeric import shown
 from emssd_compile.step.drafting import Drafter, Target, TokenTables
 
 
@@ -63,12 +64,14 @@ class Recipe:
         learning_rate: the highest.
         decay: the loss of the k-th draft counts `decay ** (k - 1)`.
         distils: learn the target's distribution (cross-entropy with it), rather than the text's tokens.
+        continues: learn from the target's own continuations of prompts cut from the text, rather than from the text.
         epochs: times that the text is read.
     """
 
     learning_rate: float = 1e-3
     decay: float = 1.0
     distils: bool = False
+    continues: bool = False
     epochs: int = 2
 
 
@@ -94,6 +97,7 @@ class DraftHead(Drafter):
 
     Attributes:
         kind: what `train-drafter --kind` calls it.
+        config_class: the dataclass of its configuration.
         layouts: of checkpoints that it reads; the first one is written.
         recipe: how it is trained by default.
         borrows: the target's own tables that it reads (`TokenTables`), where it has none of its own.
@@ -102,6 +106,7 @@ class DraftHead(Drafter):
     """
 
     kind: ClassVar[str]
+    config_class: ClassVar[type[Any]]
     layouts: ClassVar[tuple[Layout, ...]]
     recipe: ClassVar[Recipe] = Recipe()
     borrows: tuple[str, ...] = ()
@@ -111,6 +116,23 @@ class DraftHead(Drafter):
         super().__init__()
         self.config = config
         self.tables = TokenTables()
+
+    @classmethod
+    def for_target(cls, target: Target, **sizes: Any) -> Self:
+        """A head with fresh weights; `sizes` are the fields of its configuration that the target leaves open.
+
+        Raises:
+            OptionError: there is no such size, one is missing, or out of range.
+        """
+        given = {"hidden_size": target.hidden_size, "vocabulary": target.vocabulary}
+        known = {field.name: field for field in fields(cls.config_class) if field.init and field.name not in given}
+        for name in sizes:
+            if name not in known:
+                raise OptionError(f"a {cls.__name__} has no size {shown(name)}; choose from {', '.join(known)}")
+        for name, field in known.items():
+            if name not in sizes and field.default is MISSING and field.default_factory is MISSING:
+                raise OptionError(f"a {cls.__name__} needs the size {name}; say how much it is to be")
+        return cls(cls.config_class(**given, **sizes))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:

@@ -119,6 +119,7 @@ class RecurrentDrafter(DraftHead):
     """
 
     kind = "recurrent"
+    config_class = RecurrentConfig
     layouts = (AppleLayout(),)
     recipe = Recipe(learning_rate=1e-3, distils=False, epochs=2)
     borrows = ("embedding",)
