@@ -71,6 +71,17 @@ class CompiledModel:
         """W, words of `Packed.ancestors`; 0 where it was compiled for chains."""
         return self.batch.ancestor_words
 
+    def tapped(self, taps: tuple[int, ...]) -> CompiledModel:
+        """The same model, whose graph gives the outputs of these layers, too. Raises OptionError if one is not there.
+
+        Args:
+            taps: numbers of layers (`passes.tap_features`); negative ones count from the end.
+        """
+        graph_module = _copy(self.graph_module, self.graph_module._get_name())
+        manager = PassManager(self.fake_mode, active_observers(), [*self.records])
+        manager.apply(graph_module, (passes.tapped(taps),))
+        return replace(self, graph_module=graph_module, records=manager.records, taps=taps)
+
     def target(self, compile_model: Compile) -> Target:
         """The model as drafters meet it."""
         hidden = results(self.graph_module.graph)[0].meta["val"]
@@ -104,11 +115,21 @@ class CompiledModel:
         self, packed: Packed, lengths: Tensor, logit_index: Tensor, caches: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Hidden states `[T, H]` and logits `[R, V]`; writes the KV of the packed tokens into `caches`."""
+        hidden, logits, _ = self.with_taps(packed, lengths, logit_index, caches)
+        return hidden, logits
+
+    def with_taps(
+        self, packed: Packed, lengths: Tensor, logit_index: Tensor, caches: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """The same, and the outputs `[T, H]` of the layers in `taps`, by the numbers they were asked for."""
         if packed.ancestors is None and self.batch.tree_nodes:
             packed = as_trees(packed, lengths, self.ancestor_words)
         given = {**caches, **named(packed), "lengths": lengths, "logit_index": logit_index}
-        hidden, logits, *_ = self.graph_module(*(given[str(node.target)] for node in inputs(self.graph_module.graph)))
-        return hidden, logits
+        hidden, logits, *tapped = self.graph_module(
+            *(given[str(node.target)] for node in inputs(self.graph_module.graph))
+        )
+        # some of its layers alone may still give what was tapped of the whole
+        return hidden, logits, dict(zip(self.taps, tapped, strict=False))
 
 
 def compile_model(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = ()) -> CompiledModel:
@@ -131,7 +152,7 @@ def compile_model(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = (
     _check_capacity(batch.capacity, ids.shape[1])
     tensors = dict(chain(graph_module.named_parameters(remove_duplicate=False), graph_module.named_buffers()))
     manager = PassManager(fake_mode, active_observers())
-    manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode, taps)))
+    manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     looked_at = {name: tensors[name] for name in sorted(read_attributes(graph_module)) if name in tensors}
     if not has_kernels and ids.device.type in ("cpu", "cuda"):
         note = f"ops on {ids.device.type}: {kernel_status(ids.device.type)}"
@@ -142,7 +163,8 @@ def compile_model(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = (
         for name, value in caches(graph_module.graph).items()
     }
     vocabulary = int(results(graph_module.graph)[1].meta["val"].shape[-1])
-    return CompiledModel(graph_module, batch, fake_mode, vocabulary, specs, manager.records, looked_at, taps)
+    compiled = CompiledModel(graph_module, batch, fake_mode, vocabulary, specs, manager.records, looked_at)
+    return compiled.tapped(taps) if taps else compiled
 
 
 def _check_capacity(capacity: int, tokens: torch.SymInt) -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "captured",
     "drop_unused_weights",
     "step",
+    "tapped",
     "targeted",
     "thinned",
     "unpadded",
@@ -72,15 +73,14 @@ def canonical(batch: BatchShape) -> Level:
     )
 
 
-def unpadded(batch: BatchShape, fake_mode: FakeTensorMode, taps: tuple[int, ...] = ()) -> Level:
-    """L2: packed rows, one KV slab a row, logits where needed, the outputs of the layers `taps`."""
+def unpadded(batch: BatchShape, fake_mode: FakeTensorMode) -> Level:
+    """L2: packed rows, one KV slab a row, logits where needed."""
     return Level(
         "L2",
         (
             UnpadTokens(batch, fake_mode),
             SelectLogits(),  # needs the input `logit_index`, which unpad_tokens adds
             UnpadKVCache(batch, fake_mode),
-            *([TapFeatures(taps)] if taps else []),  # last: what a layer gives to others through caches is gone
         ),
         verify_unpadded,
     )
@@ -89,6 +89,11 @@ def unpadded(batch: BatchShape, fake_mode: FakeTensorMode, taps: tuple[int, ...]
 def thinned(layers: tuple[int, ...]) -> Level:
     """L2 still, with these decoder layers only."""
     return Level("L2", (KeepLayers(layers),), verify_unpadded)
+
+
+def tapped(taps: tuple[int, ...]) -> Level:
+    """L2 with the outputs of layers, too; behind it, since what a layer gives to others through caches is gone."""
+    return Level("L2", (TapFeatures(taps),), verify_unpadded)
 
 
 def step(fuse: FuseStep) -> Level:
