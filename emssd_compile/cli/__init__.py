@@ -9,11 +9,17 @@ from rich.console import Console
 from rich.text import Text
 
 import emssd_compile
-from emssd_compile.cli import explain, export, generate, inspect
+from emssd_compile.cli import explain, export, generate, inspect, train_drafter
 from emssd_compile.cli.models import PROGRAM
 from emssd_compile.errors import EmssdError
 
-COMMANDS = {"generate": generate, "explain": explain, "export": export, "inspect": inspect}
+COMMANDS = {
+    "generate": generate,
+    "explain": explain,
+    "export": export,
+    "inspect": inspect,
+    "train-drafter": train_drafter,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from emssd_compile.errors import DrafterError
+from emssd_compile.training.loop import Trainer, learning_rate
+from emssd_compile.training.work import Progress
+from tests.training.toys import DEPTH, trainer
+
+
+class Killed(Exception):
+    pass
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.head.state_dict().items()}
+
+
+def run_until(step: int, trainer: Trainer) -> None:
+    def told(progress: Progress) -> None:
+        if progress.steps == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer.run(told)
+
+
+def test_a_rise_then_half_a_cosine():
+    rates = [learning_rate(step, 100, 2.0) for step in range(101)]
+    assert rates[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[5 + 95 // 2] == pytest.approx(1.0, abs=0.05)
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+    assert learning_rate(0, 1, 2.0) == 2.0
+
+
+@pytest.mark.parametrize("loss", ["tokens", "distribution"])
+def test_a_head_learns(loss, target, tmp_path):
+    """Untrained it is no better than chance, afterwards far better."""
+    torch.manual_seed(0)
+    made = trainer(target, tmp_path, epochs=6, loss=loss)
+    before = made.evaluate()
+    progress = made.run()
+    after = progress.held_out[made.steps]
+    assert len(progress.curve) == made.steps == -(-6 * len(made.windows) // 3)
+    assert after[0] < (0.6 if loss == "tokens" else 0.9) * before[0]
+    assert progress.curve[-1][0] < progress.curve[0][0]
+    if loss == "tokens":
+        assert all(accuracy < 0.2 for accuracy in before[1 : 1 + DEPTH])
+        assert all(accuracy > 0.5 for accuracy in after[1 : 1 + DEPTH])
+    assert not made.head.training
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(accumulate, target, tmp_path):
+    """Twice, behind checkpoints and between them; the head's dropout draws, so the noise has to be the same, too."""
+    given = {"epochs": 3, "accumulate": accumulate}
+
+    def made(name: str, seed: int) -> Trainer:
+        torch.manual_seed(seed)
+        return trainer(target, tmp_path / name, **given)
+
+    whole = made("whole", 0)
+    expected = whole.run()
+    assert expected.steps >= 12
+    run_until(4, made("cut", 0))  # one step behind a checkpoint
+    run_until(9, made("cut", 1))  # right behind one; fresh weights are of no account
+    torch.rand(7)
+    last = made("cut", 2)
+    progress = last.run()
+    assert progress.curve == expected.curve
+    assert progress.held_out == expected.held_out
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(last).items())
+    again = made("cut", 3)
+    assert again.run().curve == expected.curve  # nothing is left to do
+
+
+def test_the_curve_depends_on_the_seed(target, tmp_path):
+    curves = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(0)
+        curves.append(trainer(target, tmp_path / str(number), epochs=1, seed=seed).run().curve)
+    assert curves[0] == curves[1] != curves[2]
+
+
+def test_accumulated_batches_give_the_gradient_of_a_larger_one(target, tmp_path):
+    """Of one step without dropout."""
+    rows = []
+    for batch, accumulate in ((2, 1), (1, 2)):
+        torch.manual_seed(0)
+        made = trainer(target, tmp_path / str(batch), batch=batch, accumulate=accumulate)
+        made.head.dropout.p = 0.0  # type: ignore[union-attr]
+        run_until(2, made)
+        rows.append(weights(made))
+    for name, value in rows[0].items():
+        torch.testing.assert_close(value, rows[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_later_drafts_count_as_the_recipe_says(target, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    made = trainer(target, tmp_path)
+    even = made.evaluate()[0]
+    monkeypatch.setattr(type(made.head), "recipe", replace(made.head.recipe, decay=0.0))
+    first_only = made.evaluate()[0]
+    monkeypatch.setattr(type(made.head), "recipe", replace(made.head.recipe, decay=0.5))
+    assert made.evaluate()[0] == pytest.approx(first_only + 0.5 * (even - first_only))
+
+
+def test_the_target_stays_as_it_is(target, model, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer(target, tmp_path, epochs=1).run()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_diverges_is_said(target, tmp_path):
+    made = trainer(target, tmp_path)
+    with torch.no_grad():
+        next(made.head.parameters()).fill_(torch.nan)
+    with pytest.raises(DrafterError, match="the loss of step 1 is nan"):
+        made.run()
