@@ -23,8 +23,8 @@ examples:
       on what the model itself goes on with behind the beginnings of the texts
   {PROGRAM} train-drafter --model llama/ --kind mlp --data a.txt b.py --held-out c.txt --sizes depth=4 --out head/
       sizes are the fields of the head's configuration
-  accelerate launch --num-processes 4 -m emssd_compile train-drafter --model llama/ --kind eagle3 --data d.txt --out h/
-      four GPUs share each step; torchrun does the same
+  torchrun --nproc-per-node 4 -m emssd_compile train-drafter --model llama/ --kind eagle3 --data a.txt --out head/
+      four GPUs share each step, each with a batch of its own
 
 data files:
   *.jsonl    an object with "text" a line, each a text

@@ -1,4 +1,4 @@
-"""One process, or several that share the windows of each step: started by `torchrun`, or by `accelerate launch`."""
+"""One process, or several that share the windows of each step: started by torchrun, or what sets the same variables."""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from emssd_compile.errors import DrafterError
+from emssd_compile.training import loop
+from emssd_compile.training.features import FrozenTarget
 from emssd_compile.training.loop import Trainer, learning_rate
 from emssd_compile.training.work import Progress
-from tests.training.toys import DEPTH, trainer
+from tests.training.toys import BATCH, DEPTH, WINDOW, toy_target, trainer
 
 
 class Killed(Exception):
@@ -84,17 +86,19 @@ def test_the_curve_depends_on_the_seed(target, tmp_path):
     assert curves[0] == curves[1] != curves[2]
 
 
-def test_accumulated_batches_give_the_gradient_of_a_larger_one(target, tmp_path):
-    """Of one step without dropout."""
-    rows = []
+def test_accumulated_batches_give_the_gradient_of_a_larger_one(target, tmp_path, monkeypatch):
+    """Without dropout, and before it is cut."""
+    monkeypatch.setattr(loop, "LONGEST_GRADIENT", 1e9)
+    rows: list[dict[str, torch.Tensor]] = []
     for batch, accumulate in ((2, 1), (1, 2)):
         torch.manual_seed(0)
         made = trainer(target, tmp_path / str(batch), batch=batch, accumulate=accumulate)
         made.head.dropout.p = 0.0  # type: ignore[union-attr]
-        run_until(2, made)
-        rows.append(weights(made))
-    for name, value in rows[0].items():
-        torch.testing.assert_close(value, rows[1][name], rtol=1e-3, atol=1e-4)
+        run_until(1, made)
+        rows.append({name: torch.as_tensor(each.grad) for name, each in made.head.named_parameters()})
+    for name, gradient in rows[0].items():
+        assert gradient.any()
+        torch.testing.assert_close(gradient, rows[1][name], rtol=1e-3, atol=1e-6)
 
 
 def test_later_drafts_count_as_the_recipe_says(target, tmp_path, monkeypatch):
@@ -112,6 +116,21 @@ def test_the_target_stays_as_it_is(target, model, tmp_path):
     trainer(target, tmp_path, epochs=1).run()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_target_in_half_precision(tmp_path):
+    """The head computes in that, too; its own weights and the loss are float32."""
+    half = FrozenTarget(toy_target().bfloat16(), BATCH, WINDOW)
+    torch.manual_seed(0)
+    made = replace(trainer(half, tmp_path, epochs=4), autocast=torch.bfloat16)
+    drafts: list[torch.dtype] = []
+    made.head.up[0].register_forward_hook(  # type: ignore[union-attr, index]
+        lambda module, given, made: drafts.append(made.dtype)
+    )
+    progress = made.run()
+    assert {*drafts} == {torch.bfloat16}
+    assert {value.dtype for value in weights(made).values()} == {torch.float32}
+    assert progress.held_out[made.steps][0] < 0.7 * progress.curve[0][0]
 
 
 def test_what_diverges_is_said(target, tmp_path):

@@ -35,7 +35,13 @@ def toy_target() -> nn.Module:
 
 def options(**given: Any) -> TrainingOptions:
     sizes = {"width": 16, "depth": DEPTH}
-    defaults: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-2, "window": WINDOW, "batch": BATCH, "prompt_tokens": 8}
+    defaults: dict[str, Any] = {
+        "epochs": 2,
+        "learning_rate": 1e-2,
+        "window": WINDOW,
+        "batch": BATCH,
+        "prompt_tokens": 8,
+    }
     return TrainingOptions(**defaults | {"sizes": sizes, "checkpoint_every": 3, "backend": "eager"} | given)
 
 

@@ -1,0 +1,36 @@
+import pytest
+
+from emssd_compile.drafters.head import Recipe
+from emssd_compile.errors import OptionError
+from emssd_compile.training.options import TrainingOptions
+from tests.training.toys import options
+
+
+def test_the_recipe_says_what_is_not_given():
+    recipe = Recipe(learning_rate=0.5, distils=True, continues=True, epochs=7)
+    prescribed = TrainingOptions.of(recipe, batch=None, epochs=None)
+    assert (prescribed.learning_rate, prescribed.loss, prescribed.distil) == (0.5, "distribution", True)
+    assert (prescribed.epochs, prescribed.batch) == (7, 4)
+    own = TrainingOptions.of(recipe, learning_rate=0.1, loss="tokens", distil=False, epochs=1)
+    assert (own.learning_rate, own.loss, own.distil, own.epochs) == (0.1, "tokens", False, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"epochs": 0}, "epochs=0 is out of range; pass at least 1"),
+        ({"window": 3}, "window=3 is out of range"),
+        ({"tokens": 10}, "tokens=10 is out of range; pass at least 24"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 is out of range"),
+        ({"temperature": -1.0, "distil": True}, "temperature=-1.0 is out of range"),
+        ({"temperature": 1.0}, "temperature is that of continuations"),
+        ({"held_out_share": 1.0}, "held_out_share=1.0 is out of range"),
+        ({"seed": -1}, "seed=-1 is out of range"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'"),
+        ({"backend": "gcc"}, "unknown backend 'gcc'"),
+        ({"prompt_tokens": 24}, "prompt_tokens=24 leaves nothing of a window of 24"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(given, said):
+    with pytest.raises(OptionError, match=said):
+        options(**given)

@@ -1,0 +1,140 @@
+"""The whole of a run: killed, started by a launcher, on the target's own words."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import emssd_compile
+from emssd_compile.errors import InvalidInputError, OptionError
+from emssd_compile.training.features import FrozenTarget
+from emssd_compile.training.train import Texts, train
+from tests.training.tiny_head import TinyHead
+from tests.training.toys import BATCH, TEXT, WINDOW, Characters, options, toy_target, trainer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from emssd_compile.training.features import FrozenTarget
+from emssd_compile.training.processes import joined
+from tests.training.toys import BATCH, WINDOW, toy_target, trainer
+
+out, given = Path(sys.argv[1]), json.loads(sys.argv[2])
+dropout = given.pop("dropout", 0.1)
+with joined(torch.device("cpu")) as processes:
+    torch.manual_seed(0)
+    target = FrozenTarget(toy_target(), BATCH, WINDOW)
+    torch.manual_seed(0)
+    made = trainer(target, out, processes, **given)
+    made.head.dropout.p = dropout
+    progress = made.run()
+    if processes.is_first:
+        (out / "curve.json").write_text(json.dumps(progress.curve))
+"""
+
+
+def started(out: Path, *launcher: str, **given: Any) -> subprocess.Popen[str]:
+    """A process, or several, that train with as many threads as this one."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    script = out.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, *launcher, str(script), str(out), json.dumps(given)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def texts() -> Texts:
+    return Texts([TEXT], [], Characters())
+
+
+def test_a_process_that_was_killed_is_gone_on_with_as_if_it_had_not_been(tmp_path):
+    torch.manual_seed(0)
+    own = FrozenTarget(toy_target(), BATCH, WINDOW)
+    given: dict[str, Any] = {"epochs": 12, "checkpoint_every": 1}
+    process = started(tmp_path / "cut", **given)
+    checkpoint = tmp_path / "cut" / "work" / "checkpoint.safetensors"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    torch.manual_seed(0)
+    expected = trainer(own, tmp_path / "whole", **given).run()
+    seen: list[int] = []
+    progress = trainer(own, tmp_path / "cut", **given).run(lambda progress: seen.append(progress.steps))
+    assert seen[0] > 1
+    assert progress == expected
+
+
+def test_two_processes_share_each_step(target, tmp_path):
+    """As torchrun starts them; their steps are those of one process with two batches a step."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = started(tmp_path / "two", *launcher, epochs=2, dropout=0.0)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    torch.manual_seed(0)
+    one = trainer(target, tmp_path / "one", epochs=2, accumulate=2)
+    one.head.dropout.p = 0.0  # type: ignore[union-attr]
+    expected = one.run().curve
+    curve = json.loads((tmp_path / "two" / "curve.json").read_text())
+    torch.testing.assert_close(torch.tensor(curve)[:, 0], torch.tensor(expected)[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def predictable() -> nn.Module:
+    """A target whose next token is almost a function of the last one."""
+    model = toy_target()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():  # type: ignore[union-attr]
+            parameter.mul_(0.2)
+    return model
+
+
+def test_a_head_trained_on_what_the_target_says_drafts_it(tmp_path):
+    model = predictable()
+    notes: list[str] = []
+    chosen = options(distil=True, epochs=30)
+    train(model, TinyHead, texts(), tmp_path, chosen, note=notes.append)
+    summary = json.loads((tmp_path / "training.json").read_text())
+    length = summary["acceptance"]["mean_acceptance_length"]
+    assert 1.3 < length <= 3  # 1 by chance
+    assert f"{length:.2f} tokens a step" in notes[-1]
+    fast = emssd_compile.optimize(model, TinyHead.from_pretrained(tmp_path), max_length=64, backend="eager")
+    prompt = torch.tensor([[*TEXT[:8].encode()]])
+    own = model.generate(  # type: ignore[operator]
+        prompt, do_sample=False, max_new_tokens=12, pad_token_id=0
+    )
+    assert fast.generate(prompt, max_new_tokens=12).tolist() == own.tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "error", "said"),
+    [
+        ({"window": 1 << 20}, texts(), OptionError, "window=1048576 is more than the [0-9]+ positions"),
+        ({}, Texts(["a b"], [], Characters()), InvalidInputError, "a text of 4 tokens has no window of 24"),
+        ({}, Texts([TEXT], ["a b"], Characters()), InvalidInputError, "a text of 4 tokens has no window of 24"),
+        ({}, Texts([TEXT], [TEXT], Characters()), InvalidInputError, "held out is also one to learn from"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_any_work(given, what, error, said, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("emssd_compile.training.train.FrozenTarget", None)
+    with pytest.raises(error, match=said):
+        train(model, TinyHead, what, tmp_path / "out", options(**given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_are_held_out_are_those_given(model):
+    other = "a bird flew over the old house and sang. " * 3
+    windows, held_out = Texts([TEXT], [other], Characters()).windows(options())
+    assert bytes(held_out.tokens.flatten().tolist()).decode() == other[: held_out.tokens.numel()]
+    assert len(windows) == len(TEXT) // 24
