@@ -1,0 +1,214 @@
+"""What each drafter gets out of a model: tokens a step, tokens a second, and how many drafts it verifies for that.
+
+    python -m bench.heads
+    python -m bench.heads --batches 1 4 8 16 --json heads.json --plot heads.png
+    python -m bench.heads --model models/smollm2 --heads models/smollm2-eagle3 --draft models/small
+
+The demo model has its own draft model and the heads that are shipped with it (`examples/demo_model/heads`). All decode
+the same prompts, greedily and without EOS; runs alternate, prompts are read in each of them. `layout="auto"`, as in
+`optimize`: a drafter that is not worth it is left out as far as the policy notices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import emssd_compile
+from bench import plots, shapes
+from bench.command import argument_parser, at_least, describe, hardware, make_console, parse, save, timed, versions
+from bench.timing import alternate, median_ratio
+from emssd_compile import OptimizedModel
+from emssd_compile.drafters import Drafter, DraftModel, EarlyExit, Hybrid, SuffixLookup, load_head
+
+SHIPPED = shapes.DEMO_MODEL / "heads"
+TREE = (3, 2, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        seconds: from prompts in to tokens out.
+        num_tokens: new ones, all rows together.
+        acceptance_length: tokens a row and step.
+        num_verified: drafts that a row verifies in a step that drafts.
+        tokens: new ones of each row.
+    """
+
+    seconds: float
+    num_tokens: int
+    acceptance_length: float
+    num_verified: float
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A drafter at a batch size.
+
+    Attributes:
+        drafter: its name.
+        batch: rows.
+        acceptance_length: tokens a row and step.
+        tokens_per_second: of all rows, in the median.
+        speedup: over decoding without drafts, in the median.
+        num_slots: drafts that there is room for: a tree before branches that begin alike are one.
+        num_verified: drafts that a row verifies in a step that drafts.
+        tokens_identical: whether all tokens are those of decoding without drafts.
+    """
+
+    drafter: str
+    batch: int
+    acceptance_length: float
+    tokens_per_second: float
+    speedup: float
+    num_slots: int
+    num_verified: float
+    tokens_identical: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile, measure, print, save, draw."""
+    options = parse_arguments(arguments)
+    console, model = make_console(), load(options)
+    prompts = shapes.demo_prompts(options.model)
+    with console.status("compiling"):
+        compiled = {name: compile_with(model, make(), options) for name, make in drafters(options).items()}
+    rows: list[Row] = []
+    for batch in options.batches:
+        chosen = [prompts[index * len(prompts) // batch] for index in range(batch)]
+        with console.status(f"decoding at batch {batch}"):
+            ways = {name: partial(decode, fast, chosen, options.tokens) for name, fast in compiled.items()}
+            rows += summed_up(compiled, batch, alternate(ways, options.repeats, options.least_seconds))
+    title = f"{options.model.name if options.model else 'demo model'}, {options.backend}, layout {options.layout}"
+    console.print(table(rows, title))
+    console.print(f"{describe(hardware())}\n{describe(versions())}")
+    if options.json:
+        save(options.json, "bench.heads", [{"title": title, "rows": [asdict(row) for row in rows]}])
+    if options.plot:
+        names = list(compiled)
+        lines = {name: {row.batch: row.speedup for row in rows if row.drafter == name} for name in names}
+        lengths = {name: {row.batch: row.acceptance_length for row in rows if row.drafter == name} for name in names}
+        panels = [plots.Panel("tokens/s, × no drafts", lines, level=1), plots.Panel("tokens a row and step", lengths)]
+        plots.draw(options.plot, f"{title}; {describe(hardware())}", panels, x_label="rows", y_label="")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argument_parser(__doc__, repeats=3)
+    number = at_least(1)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a model of transformers (default: the demo's)")
+    parser.add_argument("--draft", type=Path, metavar="DIR", help="its draft model (default: the demo's, or none)")
+    parser.add_argument(
+        "--heads", type=Path, nargs="*", metavar="DIR", help="checkpoints of heads (default: the demo's, or none)"
+    )
+    parser.add_argument("--exit", type=number, metavar="E", help="layers that draft by early exit (default: a quarter)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these drafters only")
+    parser.add_argument("--batches", type=number, nargs="+", default=[1, 4, 8, 16], metavar="B", help="(%(default)s)")
+    parser.add_argument("--tokens", type=number, default=96, help="new tokens of each row (default: %(default)s)")
+    parser.add_argument("--least-seconds", type=float, default=0.0, help="measure at least so long a batch size")
+    parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--layout", choices=("auto", "packed"), default="auto")
+    options = parse(parser, arguments)
+    is_demo = options.model is None
+    if options.heads is None:
+        options.heads = sorted(path for path in SHIPPED.iterdir() if path.is_dir()) if is_demo else []
+    return options
+
+
+def load(options: argparse.Namespace) -> PreTrainedModel:
+    """The model."""
+    if options.model is None:
+        return shapes.build("demo", options.device, options.dtype)
+    return shapes.pretrained(options.model, options.device, options.dtype)
+
+
+def drafters(options: argparse.Namespace) -> dict[str, Callable[[], str | Drafter]]:
+    """What drafts, by name; without drafts first."""
+
+    def draft_model() -> PreTrainedModel:
+        if options.draft is None:
+            return shapes.build("demo-draft", options.device, options.dtype)
+        return shapes.pretrained(options.draft, options.device, options.dtype)
+
+    made: dict[str, Callable[[], str | Drafter]] = {
+        "none": lambda: "none",
+        "lookup": lambda: "prompt-lookup",
+        "suffix": lambda: "suffix",
+    }
+    if options.exit is not None:
+        made[f"exit {options.exit}"] = lambda: EarlyExit(options.exit, 4)
+    if options.model is None or options.draft is not None:
+        made["draft model"] = lambda: DraftModel(draft_model(), 4)
+        made[f"draft model {TREE}"] = lambda: DraftModel(draft_model(), tree=TREE)
+    for folder in options.heads:
+        made[folder.name] = partial(load_head, folder)
+        made[f"suffix or {folder.name}"] = partial(_with_suffix, folder)
+    return {name: make for name, make in made.items() if not options.only or name in {"none", *options.only}}
+
+
+def _with_suffix(folder: Path) -> Drafter:
+    return Hybrid(SuffixLookup(), load_head(folder))
+
+
+def compile_with(model: PreTrainedModel, drafter: str | Drafter, options: argparse.Namespace) -> OptimizedModel:
+    """The model with a drafter."""
+    length = min(1024, 512 + options.tokens)
+    sizes = {"max_batch": max(options.batches), "max_length": length}
+    fast = emssd_compile.optimize(model, drafter, backend=options.backend, layout=options.layout, **sizes)
+    fast.warmup()
+    return fast
+
+
+def decode(fast: OptimizedModel, prompts: list[list[int]], tokens: int) -> Run:
+    """Continue all prompts without EOS."""
+    fast.stats.reset()
+    found, seconds = timed(lambda: fast.generate(prompts, max_new_tokens=tokens, eos_token_id=[]), fast.device)
+    stats = fast.stats
+    verified = stats.num_draft_tokens / max(1, stats.num_spec_steps)
+    new = [text[len(prompt) :] for text, prompt in zip(found, prompts, strict=True)]
+    return Run(seconds, len(prompts) * tokens, stats.mean_acceptance_length, verified, new)
+
+
+def summed_up(compiled: dict[str, OptimizedModel], batch: int, runs: dict[str, list[Run]]) -> list[Row]:
+    """One row a drafter; each list begins with a warm-up, and the first one is without drafts."""
+    alone = runs["none"]
+    return [
+        Row(
+            name,
+            batch,
+            statistics.mean(run.acceptance_length for run in timed_runs),
+            statistics.median(run.num_tokens / run.seconds for run in timed_runs),
+            median_ratio([run.seconds for run in alone[1:]], [run.seconds for run in timed_runs]),
+            compiled[name].drafter.num_draft_tokens,
+            statistics.mean(run.num_verified for run in timed_runs),
+            all(run.tokens == alone[0].tokens for run in timed_runs),
+        )
+        for name, (_, *timed_runs) in runs.items()
+    ]
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """For `rich`."""
+    shown = Table(title=title)
+    shown.add_column("drafter", no_wrap=True)
+    for heading in ("rows", "tokens a step", "tokens/s", "× none", "drafts", "verified", "tokens identical"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        figures = (f"{row.acceptance_length:.2f}", f"{row.tokens_per_second:.0f}", f"{row.speedup:.2f}")
+        drafts = (str(row.num_slots), f"{row.num_verified:.1f}", "yes" if row.tokens_identical else "NO")
+        shown.add_row(row.drafter, str(row.batch), *figures, *drafts)
+    return shown
+
+
+if __name__ == "__main__":
+    main()
