@@ -14,7 +14,7 @@ from emssd_compile import passes
 from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.ops import kernel_status, load_kernels
+from emssd_compile.ops import kernel_status, load_kernels, ragged_attention
 from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
@@ -85,7 +85,8 @@ class CompiledModel:
     def target(self, compile_model: Compile) -> Target:
         """The model as drafters meet it."""
         hidden = results(self.graph_module.graph)[0].meta["val"]
-        sizes = (self.batch.rows, self.batch.capacity, self.vocabulary, hidden.shape[-1])
+        layers = sum(node.target == ragged_attention for node in self.graph_module.graph.nodes)
+        sizes = (self.batch.rows, self.batch.capacity, self.vocabulary, hidden.shape[-1], layers)
         tables = token_tables(self.graph_module)
         return Target(*sizes, hidden.dtype, hidden.device, compile_model, self.with_layers, tables)
 

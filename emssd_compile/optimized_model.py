@@ -255,7 +255,8 @@ class OptimizedModel(Decoder):
         records = [*step.records]
         graph_module, function = self._lower_graph(step, step.graph_module, records)
         deterministic, plain = self.options.deterministic, None
-        if step.drafter.is_costly and LAYOUTS[self.options.layout].is_measured and not deterministic:
+        can_be_left_out = step.drafter.is_costly and not step.drafter.must_run
+        if can_be_left_out and LAYOUTS[self.options.layout].is_measured and not deterministic:
             plain = self._lower(step.with_parts(drafter=without(step.drafter), policy=LAYOUTS["packed"].policy()))
         variant = make_variant(
             function,

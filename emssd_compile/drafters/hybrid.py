@@ -71,6 +71,7 @@ class Hybrid(Drafter):
         self.writes_kv = any(drafter.writes_kv for drafter in both)
         self.reads_ahead = any(drafter.reads_ahead for drafter in both)
         self.is_costly = any(drafter.is_costly for drafter in both)
+        self.must_run = any(drafter.must_run for drafter in both)
         self.reads_options = tuple(dict.fromkeys((*first.reads_options, *second.reads_options)))
         self.proposes = tuple(way for way in first.proposes if way in second.proposes)
         if not self.proposes:

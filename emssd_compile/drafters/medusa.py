@@ -77,7 +77,7 @@ class Medusa(DraftHead):
         W1 and b are 0, and W2 is the target's LM head, or where that is not found, random. `sizes` are fields of the
         config. Of a draft vocabulary the tokens are the first ones; for others, set `token_map` and `start_from` anew.
         """
-        head = cls(MedusaConfig(target.hidden_size, target.vocabulary, **sizes))
+        head = super().for_target(target, **sizes)
         head.start_from(target.tables)
         return head
 

@@ -164,6 +164,7 @@ class Target:
         capacity: C, tokens that a row can hold.
         vocabulary: V.
         hidden_size: H, of `DraftContext.hidden` and of taps.
+        num_layers: decoder layers that attend.
         dtype, device: of its hidden states.
         compile_model: compiles a causal LM of the drafter's own.
         with_layers: the target itself with some of its decoder layers only, by number, layer 0 among them, as a model
@@ -176,6 +177,7 @@ class Target:
     capacity: int
     vocabulary: int
     hidden_size: int
+    num_layers: int
     dtype: torch.dtype
     device: torch.device
     compile_model: Compile
@@ -194,6 +196,7 @@ class Drafter(Part):
         reads_logits: whether it wants to see the target's logits.
         is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it are
             compiled, too, and run where they are faster, if the layout measures.
+        must_run: whether it would lack what the target computes in steps that it is left out of: then it never is.
         writes_kv: whether the drafter drafts with the target's own layers, and their KV goes to the target's caches.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
         proposes: in which ways it can make drafts (`proposals.DRAWINGS`); the rule chooses among them.
@@ -205,6 +208,7 @@ class Drafter(Part):
     taps: tuple[int, ...] = ()
     reads_logits: bool = False
     is_costly: bool = False
+    must_run: bool = False
     writes_kv: bool = False
     reads_ahead: bool = False
     proposes: tuple[str, ...] = (DETERMINISTIC,)
@@ -227,7 +231,7 @@ def check_drafter(drafter: Drafter) -> Drafter:
     most, depth = drafter.num_draft_tokens, drafter.max_depth
     if depth is not None and (type(depth) is not int or not 1 <= depth <= most):
         raise DrafterError(f"{name}.max_depth = {depth!r}; set it to an integer of 1 to {most}, or to None for chains")
-    for attribute in ("reads_ahead", "reads_logits", "is_costly", "writes_kv"):
+    for attribute in ("reads_ahead", "reads_logits", "is_costly", "must_run", "writes_kv"):
         value = getattr(drafter, attribute)
         if type(value) is not bool:
             raise DrafterError(f"{name}.{attribute} = {value!r}; set it to True or False")

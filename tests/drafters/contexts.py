@@ -18,7 +18,7 @@ def target_of(
     tables: TokenTables | None = None,
 ) -> Target:
     """A target of these sizes, in float32."""
-    sizes = (rows, capacity, vocabulary, hidden_size)
+    sizes = (rows, capacity, vocabulary, hidden_size, 8)
     device = torch.device("cpu")
     return Target(*sizes, torch.float32, device, compile_model, lambda layers: None, tables or TokenTables())  # type: ignore[arg-type, return-value]
 

@@ -46,6 +46,15 @@ def test_inductor_compiles_once_and_is_exact_at_every_size(drafter):
     assert fast.stats.num_accepted_draft_tokens > 0
 
 
+@pytest.mark.parametrize("must_run", [False, True])
+def test_steps_without_a_costly_drafter_are_there_unless_it_must_run(must_run):
+    model = build("llama")
+    drafter = DraftModel(_noisy(model), 2)
+    drafter.must_run = must_run
+    fast = emssd_compile.optimize(model, drafter, max_batch=2, max_length=64, backend="eager")
+    assert (fast._engine.variant.plain is None) == must_run
+
+
 def test_the_compiled_code_reads_nothing_back(monkeypatch):
     fast = emssd_compile.optimize(build("own-positions"), PromptLookup(2), max_batch=2, max_length=64)
     _, sources = torch._inductor.utils.run_and_get_code(fast.warmup)
