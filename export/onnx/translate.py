@@ -189,6 +189,15 @@ def _searchsorted(
     return result
 
 
+def _stable_sort(
+    self: TensorType, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[TensorType, TensorType]:
+    """All elements as the best of so many: of equals, TopK gives the one with the lower index first."""
+    before, size, _ = _split(_sizes(self), dim)
+    values, indices = op.TopK(self, _ints(size), axis=before, largest=int(descending), sorted=1)
+    return values, indices
+
+
 def _cumprod(self: TensorType, dim: int, *, dtype: int = -1) -> TensorType:
     """Products of all elements up to each: quadratic in the size, which is a draft's length."""
     values: Any = self if dtype == -1 else op.Cast(self, to=dtype)
@@ -252,6 +261,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     tiled_attention: _tiled_attention,
     kept_threshold: _kept_threshold,
     aten.searchsorted.Tensor: _searchsorted,
+    aten.sort.stable: _stable_sort,
     aten.cumprod.default: _cumprod,
     aten.where.self: _where,
     aten.any.default: _any,

@@ -142,6 +142,12 @@ def test_kept_threshold(cuts, size, tmp_path):
     check(same, given | {"expected": expected}, tmp_path)
 
 
+@pytest.mark.parametrize("descending", [False, True])
+def test_stable_sort(descending, tmp_path):
+    given = {"scores": torch.tensor([[1.0, 3.0, -torch.inf, 3.0, 1.0, 3.0, -torch.inf, 1.0]] * 3).repeat(1, 9)}
+    check(lambda it: it["scores"].sort(dim=1, descending=descending, stable=True).indices, given, tmp_path)
+
+
 @pytest.mark.parametrize("right", [False, True])
 def test_searchsorted(right, tmp_path):
     given = {"ends": torch.tensor([2, 2, 5, 9]), "slots": torch.arange(12).reshape(3, 4)}
