@@ -44,14 +44,17 @@ def best(logits: Tensor, count: int, depth: int, first_draft: int, context: Draf
         context: says how drafts are drawn, and for whom.
     """
     draws = count if context.drawn == SAMPLED else 1  # W
-    noise = _noise(logits, count, draws, depth, first_draft, context)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    noise = _noise(logits, count, draws, depth, first_draft, context, ids)
     scores = logits[:, None] if noise is None else logits[:, None] + noise  # [R, W, V]
     # To find one is much faster than to rank several.
     found = scores.max(2, keepdim=True).indices if count == draws else scores.topk(count // draws, 2).indices
     return found.flatten(1)
 
 
-def likeliest(logits: Tensor, count: int, depth: int, context: DraftContext) -> tuple[Tensor, Tensor]:
+def likeliest(
+    logits: Tensor, count: int, depth: int, context: DraftContext, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The tokens that `best` drafts where drafts are deterministic, and how likely each of them is, `[R, count]` each.
 
     That is a log-probability by the softmax of what the tokens are ranked by, so the best token of a node is never far
@@ -60,15 +63,17 @@ def likeliest(logits: Tensor, count: int, depth: int, context: DraftContext) -> 
 
     Args:
         logits, count, depth, context: as for `best`.
+        ids: int64 `[V']`, the tokens that logits `[R, V']` are for, where they are not for all.
     """
-    noise = _noise(logits, count, 1, depth, 0, context)
+    ids = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
+    noise = _noise(logits, count, 1, depth, 0, context, ids)
     scores = logits if noise is None else logits + noise.squeeze(1)  # [R, V]
-    found = scores.topk(count, 1)
-    return found.indices, found.values - scores.logsumexp(1, keepdim=True)
+    found = scores.max(1, keepdim=True) if count == 1 else scores.topk(count, 1)
+    return ids[found.indices], found.values - scores.logsumexp(1, keepdim=True)
 
 
 def _noise(
-    logits: Tensor, count: int, draws: int, depth: int, first_draft: int, context: DraftContext
+    logits: Tensor, count: int, draws: int, depth: int, first_draft: int, context: DraftContext, ids: Tensor
 ) -> Tensor | None:
     """What is added to the logits, `[R, W, V]`: 0 for rows that do not sample; None where there are no others."""
     samples = context.options.get("do_sample")
@@ -80,7 +85,6 @@ def _noise(
     samples, seeds, known = (
         value.repeat_interleave(times)[:, None, None] for value in (samples, context.seeds, context.known)
     )  # [R, 1, 1]
-    ids = torch.arange(logits.shape[1], device=logits.device)
     if context.drawn == DETERMINISTIC:
         noise = gumbels(seeds, known + depth, ids)
     else:

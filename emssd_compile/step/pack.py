@@ -121,23 +121,37 @@ def pack_one_each(tokens: Tensor, positions: Tensor, going: Tensor) -> tuple[Pac
         positions: int64 `[B]`, that of each row's token.
         going: bool `[B]`.
     """
-    fed = going.to(positions.dtype)
+    packed, order = pack_each(tokens[:, None], positions[:, None], going)
+    return packed, order.squeeze(1)
+
+
+def pack_each(tokens: Tensor, positions: Tensor, going: Tensor) -> tuple[Packed, Tensor]:
+    """Pack n tokens of each row that is going; also where in T each lies, `[B, n]` (0 for those of other rows).
+
+    Args:
+        tokens: int64 `[B, n]`.
+        positions: int64 `[B, n]`, that of each token.
+        going: bool `[B]`.
+    """
+    num_rows, count = tokens.shape
+    fed = going.to(positions.dtype) * count
     ends = fed.cumsum(0)
-    slots = torch.arange(len(tokens), device=tokens.device)
-    row_ids = torch.searchsorted(ends, slots, right=True)
-    rows = row_ids.clamp(max=len(tokens) - 1)
-    tail = row_ids >= len(tokens)
+    places = torch.arange(num_rows * count, device=tokens.device)
+    row_ids = torch.searchsorted(ends, places, right=True)
+    rows = row_ids.clamp(max=num_rows - 1)
+    tail = row_ids >= num_rows
     offsets = torch.cat([torch.zeros_like(ends[:1]), ends])
-    order = torch.where(going, ends - 1, 0)
+    index = torch.where(tail, 0, places - offsets[rows])  # [T], which of its row's tokens each token is
+    order = torch.where(going[:, None], offsets[:-1, None] + places[:count], 0)
     packed = Packed(
-        input_ids=torch.where(tail, 0, tokens[rows]),
-        positions=torch.where(tail, 0, positions[rows]),
+        input_ids=torch.where(tail, 0, tokens[rows, index]),
+        positions=torch.where(tail, 0, positions[rows, index]),
         row_ids=row_ids,
         offsets=offsets,
         fed=fed,
         ready=going,
         drafted=torch.zeros_like(fed),
-        roots=order,
+        roots=order[:, 0],
     )
     return packed, order
 
