@@ -9,6 +9,8 @@ from torch import nn
 from emssd_compile.checkpoints import read_names
 from emssd_compile.drafters.corpus import Corpus
 from emssd_compile.drafters.draft_model import DraftModel
+from emssd_compile.drafters.dynamic_tree import DynamicTree
+from emssd_compile.drafters.eagle3 import Eagle3
 from emssd_compile.drafters.early_exit import EarlyExit
 from emssd_compile.drafters.head import DraftHead
 from emssd_compile.drafters.hybrid import Hybrid
@@ -31,7 +33,7 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "prompt-lookup": PromptLookup,
     "suffix": SuffixLookup,
 }
-HEADS: tuple[type[DraftHead], ...] = (MLPSpeculator, Medusa, RecurrentDrafter)
+HEADS: tuple[type[DraftHead], ...] = (Eagle3, MLPSpeculator, Medusa, RecurrentDrafter)
 """Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "DraftHead",
     "DraftModel",
     "Drafter",
+    "DynamicTree",
+    "Eagle3",
     "EarlyExit",
     "Hybrid",
     "MLPSpeculator",

@@ -1,0 +1,42 @@
+"""Draft heads that know fewer tokens than the target: which they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from emssd_compile.checkpoints import Checkpoint
+from emssd_compile.errors import CheckpointError
+
+
+def read_draft_ids(checkpoint: Checkpoint, vocabulary: int) -> Tensor:
+    """The target's id of each draft token, int64 `[Vd]`, ascending, of `d2t` (offsets to be added) and `t2d`.
+
+    Raises:
+        CheckpointError: `d2t` is missing, is no such list of the target's tokens, or is not what `t2d` says.
+    """
+    where, tensors = checkpoint.folder, checkpoint.tensors
+    if "d2t" not in tensors:
+        raise CheckpointError(f"{where} lacks the tensor d2t, which says what tokens its LM head is for")
+    offsets = tensors["d2t"].long()
+    if offsets.dim() != 1:
+        raise CheckpointError(f"{where}: d2t is {list(offsets.shape)}; expected one number for each draft token")
+    candidates = [offsets + torch.arange(len(offsets)), offsets]  # some exports hold ids themselves
+    known = tensors["t2d"].bool().nonzero().squeeze(1) if "t2d" in tensors else None
+    for ids in candidates:
+        is_list = bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocabulary
+        if is_list and (known is None or torch.equal(ids, known)):
+            return ids
+    raise CheckpointError(
+        f"{where}: d2t is to hold what is to be added to each draft token to get an id below {vocabulary}, ascending"
+        + ("" if known is None else ", and t2d to mark the same ids; they do not go together")
+    )
+
+
+def written_draft_ids(ids: Tensor, vocabulary: int) -> Mapping[str, Tensor]:
+    """The way back: `d2t` int64 `[Vd]` and `t2d` bool `[V]`."""
+    marks = torch.zeros(vocabulary, dtype=torch.bool, device=ids.device)
+    marks[ids] = True
+    return {"d2t": ids - torch.arange(len(ids), device=ids.device), "t2d": marks}

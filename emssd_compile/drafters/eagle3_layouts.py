@@ -1,0 +1,170 @@
+"""How checkpoints write EAGLE-3 heads down."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from emssd_compile.checkpoints import CONFIG, Checkpoint
+from emssd_compile.drafters.draft_vocabulary import read_draft_ids, written_draft_ids
+from emssd_compile.drafters.eagle3_config import Eagle3Config
+from emssd_compile.drafters.layer_entries import filled, read_layer, written_layer
+from emssd_compile.drafters.layout_checks import configured
+from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, written_entries
+from emssd_compile.errors import CheckpointError
+from emssd_compile.numeric import shown
+
+_EMBEDDING, _HEAD, _FC = "embed_tokens.weight", "lm_head.weight", "fc.weight"
+
+
+class SpeculatorsEagle3:
+    """vllm-project/speculators, `speculators_model_type` eagle3.
+
+    Its layer ids count what goes into layers: id i is the output of layer i - 1. An embedding that was not trained is
+    the target's, and is not kept.
+    """
+
+    name = "speculators eagle3"
+
+    def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """By `speculators_model_type`."""
+        return config.get(TYPE) == "eagle3"
+
+    def read(self, checkpoint: Checkpoint) -> tuple[Eagle3Config, dict[str, Tensor]]:
+        """The head's configuration and weights."""
+        where = checkpoint.folder / CONFIG
+        entries = filled(checkpoint.get("transformer_layer_config", dict, {}), f"{where}: transformer_layer_config")
+        if "norm_before_residual" not in checkpoint.config:
+            warnings.warn(
+                f"{where} does not say norm_before_residual; it is taken for false, as speculators does, where vLLM "
+                "takes it for true: if few drafts are accepted, say it",
+                stacklevel=2,
+            )
+        options = {
+            "adds_normalised": checkpoint.get("norm_before_residual", bool, False),
+            "normalises_features": checkpoint.get("norm_before_fc", bool, "input_norm.weight" in checkpoint.tensors),
+            "normalises_taps": checkpoint.get("fc_norm", bool, "fc_norm.0.weight" in checkpoint.tensors),
+            "feeds_on_normalised": checkpoint.get("norm_output", bool, False),
+            "num_layers": checkpoint.get("num_hidden_layers", int, within=entries),
+            "taps": _read_taps(checkpoint),
+            "speculative_tokens": read_speculative_tokens(checkpoint, default=4),
+        }
+        trained = checkpoint.get("embed_requires_grad", bool, False)
+        sizes = {"target": checkpoint.get("target_hidden_size", int, 0), "draft": 32000}
+        return _read(checkpoint, checkpoint.tensors, entries, sizes, trains_embedding=trained, **options)
+
+    def write(self, config: Eagle3Config, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The way back."""
+        tensors = dict(weights)
+        if (ids := tensors.pop("draft_ids", None)) is not None:
+            tensors |= written_draft_ids(ids, config.vocabulary)
+        layer = written_layer(config.layer)
+        entries = {
+            **written_entries("eagle3", "Eagle3Speculator", config.speculative_tokens),
+            "transformer_layer_config": {
+                **layer,
+                "vocab_size": config.vocabulary,
+                "num_hidden_layers": config.num_layers,
+            },
+            "draft_vocab_size": config.draft_vocabulary,
+            "target_hidden_size": config.hidden_size,
+            "eagle_aux_hidden_state_layer_ids": [tap + 1 for tap in config.taps or ()],
+            "norm_before_residual": config.adds_normalised,
+            "norm_before_fc": config.normalises_features,
+            "fc_norm": config.normalises_taps,
+            "norm_output": config.feeds_on_normalised,
+            "embed_requires_grad": config.owns_embedding,
+        }
+        return entries, tensors
+
+
+class OriginalEagle3:
+    """SafeAILab/EAGLE, as safetensors: the layer is called `midlayer`, and nothing says which layers it reads."""
+
+    name = "EAGLE-3"
+
+    def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """By the names of the layer's tensors."""
+        return TYPE not in config and any(name.startswith("midlayer.") for name in names)
+
+    def read(self, checkpoint: Checkpoint) -> tuple[Eagle3Config, dict[str, Tensor]]:
+        """The head's configuration and weights."""
+        entries = filled(checkpoint.config, str(checkpoint.folder / CONFIG))
+        renamed = {name.replace("midlayer.", "layers.0.", 1): value for name, value in checkpoint.tensors.items()}
+        sizes = {"target": checkpoint.get("target_hidden_size", int, 0), "draft": entries["vocab_size"]}
+        return _read(checkpoint, renamed, entries, sizes, trains_embedding=False)
+
+    def write(self, config: Eagle3Config, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The way back. Heads are written in the other layout, which says more."""
+        raise NotImplementedError("an EAGLE-3 head is written in the layout of speculators")
+
+
+def _read_taps(checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """The layers whose outputs are read."""
+    ids = checkpoint.get("eagle_aux_hidden_state_layer_ids", list, [])
+    if not all(type(number) is int and number >= 1 for number in ids):
+        raise CheckpointError(
+            f"{checkpoint.folder / CONFIG}: eagle_aux_hidden_state_layer_ids = {shown(ids)}; ids count from 1, the "
+            "output of the first layer: heads that read the embedding (0) are not supported"
+        )
+    return tuple(number - 1 for number in ids) or None
+
+
+def _read(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    entries: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    *,
+    trains_embedding: bool,
+    **options: Any,
+) -> tuple[Eagle3Config, dict[str, Tensor]]:
+    """The configuration and weights.
+
+    Args:
+        checkpoint: what it is read from.
+        tensors: by the head's own names, but for those of the draft vocabulary.
+        entries: of its layers.
+        sizes: width of the target, if it is said, and what the size of the draft vocabulary is if it is not.
+        trains_embedding: whether an embedding that is there differs from the target's.
+        **options: attributes of the configuration.
+    """
+    layer = read_layer(checkpoint, entries)
+    hidden_size, weights = sizes["target"] or layer.width, dict(tensors)
+    vocabulary = checkpoint.get("vocab_size", int, within=entries)
+    draft_vocabulary = checkpoint.get("draft_vocab_size", int, sizes["draft"])
+    if not trains_embedding and layer.width == hidden_size:
+        weights.pop(_EMBEDDING, None)
+    for name in ("d2t", "t2d"):
+        weights.pop(name, None)
+    if draft_vocabulary < vocabulary:
+        ids = read_draft_ids(checkpoint, vocabulary)
+        if len(ids) != draft_vocabulary:
+            raise CheckpointError(
+                f"{checkpoint.folder}: d2t is for {len(ids)} tokens, and {CONFIG} says draft_vocab_size = "
+                f"{draft_vocabulary}"
+            )
+        weights["draft_ids"] = ids
+    num_taps = len(options.get("taps") or ()) or _count_taps(weights, hidden_size)
+    config = configured(
+        checkpoint,
+        Eagle3Config,
+        hidden_size=hidden_size,
+        vocabulary=vocabulary,
+        layer=layer,
+        num_taps=num_taps,
+        draft_vocabulary=draft_vocabulary,
+        owns_embedding=_EMBEDDING in weights,
+        owns_head=_HEAD in weights,
+        **options,
+    )
+    return config, weights
+
+
+def _count_taps(weights: Mapping[str, Tensor], hidden_size: int) -> int:
+    """How many layers are read, where nothing says which: as many as are projected."""
+    fc = weights.get(_FC)
+    return 3 if fc is None or fc.dim() != 2 else max(1, fc.shape[1] // hidden_size)

@@ -1,0 +1,226 @@
+"""`Eagle3`: what it drafts is what EAGLE-3 drafts, and the tokens stay the target's."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch.nn import functional as F
+
+import emssd_compile
+from emssd_compile.drafters import DynamicTree, Eagle3
+from emssd_compile.drafters.decoder_layer import LayerSizes
+from emssd_compile.drafters.eagle3_config import Eagle3Config, default_taps
+from emssd_compile.drafters.head import Features
+from emssd_compile.drafters.rotary import Rotary
+from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.step.drafting import TokenTables
+from tests.drafters.contexts import target_of
+from tests.drafters.plain_heads import plain_eagle3, tapped
+from tests.drafters.watched import check_drafts
+from tests.exactness.models import build, prompt
+from tests.zoo import VOCABULARY
+
+HIDDEN, ROWS, NEW = 64, 3, 10
+PROMPTS = [prompt(n) for n in (1, 7, 30, 45)]
+TREE = DynamicTree(nodes=7, depth=3, width=3)
+
+_THIRD = tuple(range(1, VOCABULARY, 3))
+CONFIGS = {
+    "borrows": Eagle3Config(HIDDEN, VOCABULARY, taps=default_taps(2), speculative_tokens=3),
+    "eagle-3": Eagle3Config(
+        HIDDEN,
+        VOCABULARY,
+        LayerSizes(32, 48, 4, 2, 16, rotary=Rotary(500.0), has_qkv_bias=True, has_output_bias=True),
+        taps=(0, 0, 1),
+        draft_vocabulary=len(_THIRD),
+        owns_embedding=True,
+        owns_head=True,
+        adds_normalised=True,
+        normalises_features=True,
+        speculative_tokens=3,
+    ),
+    "eagle-3.1": Eagle3Config(
+        HIDDEN,
+        VOCABULARY,
+        LayerSizes(HIDDEN, 48, 4, 1, 8, has_head_norms=True),
+        taps=(1, 0),
+        num_layers=2,
+        draft_vocabulary=len(_THIRD),
+        normalises_taps=True,
+        feeds_on_normalised=True,
+        speculative_tokens=3,
+    ),
+}
+
+
+@functools.cache
+def target() -> Any:
+    return build("llama")
+
+
+def head_of(name: str, *, tree: DynamicTree | None = None, seed: int = 0) -> Eagle3:
+    """A head of random weights, loud enough to draft something else for each text."""
+    torch.manual_seed(seed)
+    head = Eagle3(CONFIGS[name], tree=tree)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() > 1 else 0.5))
+        if head.config.draft_vocabulary < VOCABULARY:
+            head.draft_ids.copy_(torch.tensor(_THIRD))
+    return head
+
+
+def optimized(head: Any, **options: Any) -> Any:
+    given = {
+        "max_batch": ROWS,
+        "max_length": 96,
+        "backend": "eager",
+        "layout": "packed",
+        "prefill_chunk": 24,
+        **options,
+    }
+    return emssd_compile.optimize(target(), head, **given)
+
+
+@functools.cache
+def plainly(**options: Any) -> list[list[int]]:
+    """Without drafts."""
+    fast: Any = optimized("none")
+    return fast.generate(PROMPTS, max_new_tokens=NEW, **options)
+
+
+SAMPLED = {"do_sample": True, "seed": 3, "temperature": 1.5, "top_k": 20}
+
+
+def shape(logits: Tensor) -> Tensor:
+    """As `SAMPLED` shapes what is drawn from."""
+    return torch.where(logits >= logits.topk(20).values[-1], logits / 1.5, -torch.inf)
+
+
+@pytest.mark.parametrize(("name", "tree"), [("eagle-3", None), ("eagle-3.1", TREE)])
+def test_drafts_are_those_of_the_paper_and_tokens_the_targets(name, tree):
+    """Prompts are read in chunks, and by one of the rows that begin with it; rows end while others begin."""
+    head = head_of(name, tree=tree)
+    fast, plain = optimized(head), plain_eagle3(head, target())
+    assert check_drafts(fast, plain, PROMPTS, tree=tree, max_new_tokens=NEW) > 20
+    sampled = {**SAMPLED, "num_return_sequences": 2}
+    assert check_drafts(fast, plain, PROMPTS, tree=tree, shape=shape, max_new_tokens=NEW, **sampled) > 20
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
+    assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
+
+
+def _features(texts: list[list[int]], head: Eagle3) -> Features:
+    """What the target computes of texts of one length."""
+    computed = [tapped(target(), text, head.taps) for text in texts]
+    taps = {tap: torch.stack([outputs[index] for outputs, _ in computed]) for index, tap in enumerate(head.taps)}
+    return Features(torch.tensor(texts), torch.stack([hidden for _, hidden in computed]), taps)
+
+
+def _prepared(head: Eagle3) -> Eagle3:
+    model = target()
+    tables = TokenTables(model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach())
+    head.prepare(target_of(None, ROWS, 96, VOCABULARY, HIDDEN, tables))
+    return head
+
+
+@pytest.mark.parametrize("name", ["eagle-3", "eagle-3.1"])
+@torch.no_grad()
+def test_it_is_trained_on_what_it_does_when_it_drafts(name):
+    """Of each place in a text, the logits of each draft are those of drafting behind it, drafts being the text's."""
+    head = _prepared(head_of(name))
+    plain, texts = plain_eagle3(head, target()), [prompt(9), prompt(12)[:9]]
+    steps = list(head.rollout(_features(texts, head)))
+    assert len(steps) == head.num_draft_tokens
+    for index, logits in enumerate(steps):
+        assert logits.shape == (2, 9, VOCABULARY)
+        for row, text in enumerate(texts):
+            for place in range(8 - index):
+                expected = plain.logits(plain.output(text[: place + 2], text[place + 2 : place + 2 + index]))
+                torch.testing.assert_close(logits[row, place, plain.ids], expected, rtol=1e-3, atol=1e-3)
+        undrafted = torch.ones(VOCABULARY, dtype=torch.bool).index_fill(0, plain.ids, False)
+        assert (logits[..., undrafted] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("tree", [None, TREE])
+def test_trained_on_the_targets_texts_it_is_mostly_right(tree):
+    """What is accepted stays read: one stale or missing key would show in the drafts behind it."""
+    torch.manual_seed(0)
+    head = _prepared(Eagle3(CONFIGS["borrows"], tree=tree))
+    texts = [_features([row], head) for row in plainly()]
+    optimizer = torch.optim.Adam(head.parameters(), 5e-3)
+    for _ in range(60):
+        for features in texts:
+            tokens = features.tokens[0, 2:]
+            losses = [
+                F.cross_entropy(logits[0, : len(tokens) - k], tokens[k:])
+                for k, logits in enumerate(head.rollout(features))
+            ]
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+    fast, plain = optimized(head.eval()), plain_eagle3(head, target())
+    assert check_drafts(fast, plain, PROMPTS, tree=tree, max_new_tokens=NEW) > 20
+    fast.stats.reset()
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
+    assert fast.stats.num_accepted_draft_tokens > fast.stats.num_spec_steps  # more than one a row and step
+
+
+def test_inductor_compiles_trees():
+    head = head_of("eagle-3.1", tree=TREE)
+    fast = optimized(head, backend="inductor", max_length=64)
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
+    eager = optimized(head, max_length=64)
+    eager.generate(PROMPTS, max_new_tokens=NEW)
+    assert fast.stats == eager.stats
+
+
+def test_onnx_holds_trees(tmp_path):
+    pytest.importorskip("onnxruntime")
+    fast = optimized(head_of("eagle-3", tree=TREE), max_length=64)
+    fast.export_onnx(tmp_path / "artifact")
+    loaded = emssd_compile.load(tmp_path / "artifact")
+    assert loaded.generate(PROMPTS, max_new_tokens=NEW) == plainly()
+    fast.generate(PROMPTS, max_new_tokens=NEW)
+    assert loaded.stats == fast.stats
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_draft_tokens": 0}, "Eagle3 num_draft_tokens=0 is out of range"),
+        ({"num_draft_tokens": 3, "tree": TREE}, "num_draft_tokens=3 is for chains, and the tree says"),
+        ({"tree": (4, 2)}, "is no DynamicTree; pass tree=DynamicTree"),
+        ({"tree": DynamicTree(61, 1, 61)}, "puts 61 tokens behind a node, and 53 can be drafted"),
+        ({"taps": (0, 1)}, "this Eagle3 reads 3 layers"),
+        ({"taps": (0, 1, -1)}, "taps\\[2\\]=-1 is out of range"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        Eagle3(CONFIGS["eagle-3"], **options)
+
+
+def test_layers_to_read_have_to_be_said():
+    with pytest.raises(OptionError, match="nothing says which layers"):
+        Eagle3(replace(CONFIGS["eagle-3"], taps=None))
+
+
+def test_a_target_of_another_size_or_without_what_is_borrowed_is_refused():
+    head = head_of("borrows")
+    with pytest.raises(DrafterError, match="of size 64; the target's have 32"):
+        head.prepare(target_of(None, ROWS, 96, VOCABULARY, 32))
+    with pytest.raises(DrafterError, match="reads the target's embedding"):
+        head.prepare(target_of(None, ROWS, 96, VOCABULARY, HIDDEN))
+    with pytest.raises(DrafterError, match="differ by more than padding"):
+        head.prepare(target_of(None, ROWS, 96, 2 * VOCABULARY, HIDDEN))
+
+
+def test_an_early_a_middle_and_a_late_layer_are_read():
+    assert default_taps(32) == (1, 15, 28)
+    assert default_taps(2) == (0, 1)
