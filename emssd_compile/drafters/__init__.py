@@ -16,6 +16,7 @@ from emssd_compile.drafters.head import DraftHead
 from emssd_compile.drafters.hybrid import Hybrid
 from emssd_compile.drafters.medusa import Medusa
 from emssd_compile.drafters.mlp_speculator import MLPSpeculator
+from emssd_compile.drafters.mtp import MTP
 from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.parallel_draft_model import ParallelDraftModel
@@ -33,12 +34,13 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "prompt-lookup": PromptLookup,
     "suffix": SuffixLookup,
 }
-HEADS: tuple[type[DraftHead], ...] = (Eagle3, MLPSpeculator, Medusa, RecurrentDrafter)
+HEADS: tuple[type[DraftHead], ...] = (MTP, Eagle3, MLPSpeculator, Medusa, RecurrentDrafter)
 """Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
     "DRAFTERS",
     "HEADS",
+    "MTP",
     "Corpus",
     "Draft",
     "DraftContext",

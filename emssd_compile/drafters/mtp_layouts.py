@@ -1,0 +1,240 @@
+"""How checkpoints write layers for multi-token prediction down, most of them beside the model that they belong to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emssd_compile.checkpoints import CONFIG, Checkpoint
+from emssd_compile.drafters.decoder_layer import LayerSizes
+from emssd_compile.drafters.layer_entries import filled, read_layer, written_layer
+from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, written_entries
+from emssd_compile.errors import CheckpointError, OptionError
+
+_OWN = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+_PARTS = re.compile(r"(model\.mtp_layers\.|mtp_layers\.|model\.layers\.|mtp\.)(\d+\.)?(.+)")
+_UNSUPPORTED = {
+    ".mlp.experts.": "a mixture of experts",
+    ".mlp.gate.": "a mixture of experts",
+    ".self_attn.kv_a_proj": "multi-head latent attention",
+    "weight_scale_inv": "weights of 8 bits",
+    ".e_proj.": "hyper-connections",
+}
+"""What a layer may hold that this one cannot, by parts of names."""
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """Sizes of an `MTP`.
+
+    Attributes:
+        hidden_size: H, of the target.
+        vocabulary: V, of the target.
+        layer: sizes of the layer, which is as wide as the target.
+        speculative_tokens: drafts of a chain, if nothing else is said.
+    """
+
+    hidden_size: int
+    vocabulary: int
+    layer: LayerSizes = field(default=None)  # type: ignore[assignment]  # never None once it is made
+    speculative_tokens: int = 3
+
+    def __post_init__(self) -> None:
+        """Raises OptionError if the layer is of another width."""
+        object.__setattr__(self, "layer", self.layer or LayerSizes.as_wide_as(self.hidden_size))
+        if self.layer.width != self.hidden_size:
+            raise OptionError(f"an MTP of width {self.layer.width} cannot read a target of width {self.hidden_size}")
+
+
+class _Part(NamedTuple):
+    """A tensor's name: of which layout and module it is, and what comes behind that."""
+
+    prefix: str
+    module: str
+    name: str
+
+
+def _split(name: str) -> _Part | None:
+    found = _PARTS.fullmatch(name)
+    return _Part(found[1], (found[2] or "").rstrip("."), found[3]) if found else None
+
+
+def _layers_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries that say what the target's layers are."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def is_of_mtp(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to a layer for multi-token prediction."""
+    part = _split(name)
+    if part is None:
+        return False
+    if part.prefix == "model.layers.":
+        count = _layers_of(config).get("num_hidden_layers")
+        return isinstance(count, int) and part.module.isdecimal() and int(part.module) >= count
+    return True
+
+
+class _Layout:
+    """What the layouts have in common.
+
+    Attributes:
+        name: whose it is.
+        prefix: of all names.
+        renamed: what the head's own parts are called there; the others are those of an ordinary layer.
+        layer: what comes before the names of the ordinary layer.
+        copies: parts that are copies of the target's.
+    """
+
+    name: str
+    prefix: str
+    renamed: ClassVar[Mapping[str, str]] = {name: name for name in _OWN}
+    layer = ""
+    copies: tuple[str, ...] = ()
+
+    def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """By the names of tensors."""
+        parts = [_split(name) for name in names if is_of_mtp(config, name)]
+        first = next(iter(self.renamed.values()))
+        return any(p is not None and p.prefix == self.prefix and p.name.startswith(f"{first}.") for p in parts)
+
+    def read(self, checkpoint: Checkpoint) -> tuple[MTPConfig, dict[str, Tensor]]:
+        """The head's configuration and weights."""
+        parts = {name: part for name in checkpoint.tensors if (part := _split(name)) is not None}
+        modules = sorted({part.module for part in parts.values() if part.module})
+        if len(modules) > 1:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds {len(modules)} modules for multi-token prediction, one for each draft; "
+                "only one that makes all drafts is supported"
+            )
+        weights = {}
+        for name, part in parts.items():
+            for found, what in _UNSUPPORTED.items():
+                if found in f".{part.name}":
+                    raise CheckpointError(f"{checkpoint.folder}: {name} is of {what}, which is not supported in an MTP")
+            own, value = self._renamed(part.name), checkpoint.tensors[name]
+            if own is not None:
+                weights[own] = self.changed(own, value)
+        sizes = self.sizes(checkpoint, weights)
+        return MTPConfig(sizes.width, self.vocabulary(checkpoint), sizes), weights
+
+    def _renamed(self, name: str) -> str | None:
+        """The head's own name; None for what it does not keep."""
+        for own, there in self.renamed.items():
+            if name.startswith(f"{there}."):
+                return own + name.removeprefix(there)
+        if any(name.startswith(f"{copy}.") for copy in self.copies):
+            return None
+        return f"layer.{name.removeprefix(self.layer)}"
+
+    def changed(self, name: str, value: Tensor) -> Tensor:
+        """A tensor as the head has it, by its own name."""
+        return value
+
+    def vocabulary(self, checkpoint: Checkpoint) -> int:
+        """V."""
+        return checkpoint.get("vocab_size", int, within=_layers_of(checkpoint.config))
+
+    def sizes(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> LayerSizes:
+        """Sizes by the target's configuration, and what there is by the names of tensors."""
+        sizes = read_layer(checkpoint, {**_layers_of(checkpoint.config), "model_type": "llama"})
+        query = weights.get("layer.self_attn.q_proj.weight")
+        if query is not None and len(query) == 2 * sizes.heads * sizes.head_size:
+            raise CheckpointError(
+                f"{checkpoint.folder}: attention of its layer is gated, which is not supported in an MTP"
+            )
+        return replace(
+            sizes,
+            has_head_norms="layer.self_attn.q_norm.weight" in weights,
+            has_qkv_bias="layer.self_attn.q_proj.bias" in weights,
+            has_output_bias="layer.self_attn.o_proj.bias" in weights,
+            has_mlp_bias="layer.mlp.up_proj.bias" in weights,
+        )
+
+    def write(self, config: MTPConfig, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The way back. Heads are written in the layout of speculators."""
+        raise NotImplementedError("an MTP is written in the layout of speculators")
+
+
+class AppendedMTP(_Layout):
+    """DeepSeek-V3 and GLM: one more layer behind the model's last."""
+
+    name = "DeepSeek or GLM with MTP"
+    prefix = "model.layers."
+    renamed: ClassVar[Mapping[str, str]] = dict(
+        zip(_OWN, ("enorm", "hnorm", "eh_proj", "shared_head.norm"), strict=True)
+    )
+    copies = ("shared_head.head", "embed_tokens")
+
+
+class QwenMTP(_Layout):
+    """Qwen3-Next and later: norms scale by 1 + weight there."""
+
+    name = "Qwen with MTP"
+    prefix = "mtp."
+    renamed: ClassVar[Mapping[str, str]] = dict(
+        zip(_OWN, ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"), strict=True)
+    )
+    layer = "layers.0."
+
+    def changed(self, name: str, value: Tensor) -> Tensor:
+        """Weights of norms with the 1 added."""
+        return value + 1 if "norm" in name else value
+
+
+class MiMoMTP(_Layout):
+    """MiMo-7B: the hidden state comes before the embedding there."""
+
+    name = "MiMo with MTP"
+    prefix = "model.mtp_layers."
+
+    def changed(self, name: str, value: Tensor) -> Tensor:
+        """What is projected in the order that the head has."""
+        return torch.cat([*reversed(value.chunk(2, 1))], 1) if name == "input_proj.weight" else value
+
+
+class SpeculatorsMTP(_Layout):
+    """vllm-project/speculators, `speculators_model_type` mtp."""
+
+    name = "speculators mtp"
+    prefix = "mtp_layers."
+
+    def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """By `speculators_model_type`."""
+        return config.get(TYPE) == "mtp"
+
+    def read(self, checkpoint: Checkpoint) -> tuple[MTPConfig, dict[str, Tensor]]:
+        """The head's configuration and weights."""
+        config, weights = super().read(checkpoint)
+        return replace(config, speculative_tokens=read_speculative_tokens(checkpoint, default=3)), weights
+
+    def vocabulary(self, checkpoint: Checkpoint) -> int:
+        """V."""
+        return checkpoint.get("vocab_size", int, within=self._entries(checkpoint))
+
+    def sizes(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> LayerSizes:
+        """Sizes by `transformer_layer_config`."""
+        return read_layer(checkpoint, self._entries(checkpoint))
+
+    def _entries(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        where = f"{checkpoint.folder / CONFIG}: transformer_layer_config"
+        return filled(checkpoint.get("transformer_layer_config", dict), where)
+
+    def write(self, config: MTPConfig, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The way back."""
+        entries = {
+            **written_entries("mtp", "MTPSpeculator", config.speculative_tokens),
+            "num_nextn_predict_layers": 1,
+            "transformer_layer_config": {
+                **written_layer(config.layer),
+                "vocab_size": config.vocabulary,
+                "num_hidden_layers": 1,
+            },
+        }
+        return entries, {f"{self.prefix}0.{name.removeprefix('layer.')}": value for name, value in weights.items()}

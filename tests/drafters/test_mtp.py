@@ -1,0 +1,140 @@
+"""`MTP`: a model's own layer for multi-token prediction drafts, wherever its checkpoint has it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from emssd_compile.drafters import MTP, DynamicTree
+from emssd_compile.drafters.decoder_layer import LayerSizes
+from emssd_compile.drafters.mtp_layouts import MTPConfig
+from emssd_compile.errors import CheckpointError, DrafterError, OptionError
+from tests.drafters.contexts import target_of
+from tests.drafters.plain_heads import plain_mtp
+from tests.drafters.test_eagle3 import HIDDEN, NEW, PROMPTS, SAMPLED, TREE, optimized, plainly, shape, target
+from tests.drafters.watched import check_drafts
+from tests.zoo import VOCABULARY
+
+SIZES = LayerSizes(HIDDEN, 48, 4, 2, 16, has_qkv_bias=True)
+CONFIG = MTPConfig(HIDDEN, VOCABULARY, SIZES)
+ENTRIES: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 5,
+    "vocab_size": VOCABULARY,
+}
+
+
+def head_of(**options: Any) -> MTP:
+    """A layer of random weights."""
+    torch.manual_seed(0)
+    head = MTP(CONFIG, **options)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return head
+
+
+@pytest.mark.parametrize("options", [{}, {"tree": TREE, "reads_normalised": False}], ids=["chain", "tree"])
+def test_drafts_are_those_of_the_layer_and_tokens_the_targets(options):
+    head, tree = head_of(**options), options.get("tree")
+    fast, plain = optimized(head), plain_mtp(head, target())
+    assert check_drafts(fast, plain, PROMPTS, tree=tree, max_new_tokens=NEW) > 20
+    sampled = {**SAMPLED, "num_return_sequences": 2}
+    assert check_drafts(fast, plain, PROMPTS, tree=tree, shape=shape, max_new_tokens=NEW, **sampled) > 20
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
+    assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
+
+
+def _written(folder: Any, tensors: dict[str, torch.Tensor], config: dict[str, Any] = ENTRIES) -> Any:
+    """The checkpoint of a model with a layer for multi-token prediction; of the model there is one tensor."""
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"model.layers.4.mlp.up_proj.weight": torch.ones(48, HIDDEN), **tensors}, folder / "model.safetensors")
+    return folder
+
+
+def _renamed(prefix: str, own: dict[str, str], layer: str = "") -> dict[str, torch.Tensor]:
+    weights = head_of().state_dict()
+    names = {name: name.partition(".")[0] for name in weights}
+    return {
+        prefix + (own[part] + name.removeprefix(part) if part != "layer" else layer + name.removeprefix("layer.")): (
+            weights[name].clone()
+        )
+        for name, part in names.items()
+    }
+
+
+_OWN = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+MIMO = _renamed("model.mtp_layers.0.", {name: name for name in _OWN})
+MIMO["model.mtp_layers.0.input_proj.weight"] = MIMO["model.mtp_layers.0.input_proj.weight"].roll(HIDDEN, 1)
+GLM = _renamed("model.layers.5.", dict(zip(_OWN, ("enorm", "hnorm", "eh_proj", "shared_head.norm"), strict=True))) | {
+    "model.layers.5.shared_head.head.weight": torch.ones(VOCABULARY, HIDDEN),
+    "model.layers.5.embed_tokens.weight": torch.ones(1, VOCABULARY, HIDDEN)[0],
+}
+QWEN = {
+    name: value - 1 if "norm" in name else value
+    for name, value in _renamed(
+        "mtp.", dict(zip(_OWN, ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"), strict=True)), "layers.0."
+    ).items()
+}
+
+
+def _check_read(head: MTP, wanted: MTP) -> None:
+    assert head.config == wanted.config
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(head.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("tensors", [MIMO, GLM, QWEN], ids=["mimo", "glm", "qwen"])
+def test_the_layer_is_found_in_the_targets_checkpoint(tensors, tmp_path):
+    _check_read(MTP.from_pretrained(_written(tmp_path, tensors)), head_of())
+
+
+def test_sizes_may_be_those_of_the_text_model(tmp_path):
+    folder = _written(tmp_path, QWEN, {"text_config": ENTRIES, "hidden_size": 1})
+    _check_read(MTP.from_pretrained(folder), head_of())
+
+
+def test_what_is_written_is_read(tmp_path):
+    head = head_of(num_draft_tokens=2)
+    head.save_pretrained(tmp_path)
+    read = MTP.from_pretrained(tmp_path, num_draft_tokens=2)
+    _check_read(read, head)
+    assert json.loads((tmp_path / "config.json").read_text())["speculators_model_type"] == "mtp"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model.layers.6.enorm.weight": torch.ones(HIDDEN)}, "holds 2 modules for multi-token prediction"),
+        ({"model.layers.5.mlp.gate.weight": torch.ones(2, HIDDEN)}, "is of a mixture of experts"),
+        ({"model.layers.5.self_attn.kv_a_proj_with_mqa.weight": torch.ones(2, HIDDEN)}, "multi-head latent attention"),
+        ({"model.layers.5.e_proj.weight": torch.ones(2)}, "is of hyper-connections"),
+        ({"model.layers.5.eh_proj.weight_scale_inv": torch.ones(2)}, "weights of 8 bits"),
+        ({"model.layers.5.self_attn.q_proj.weight": torch.ones(128, HIDDEN)}, "is gated"),
+        ({"model.layers.5.post_mlp_layernorm.weight": torch.ones(HIDDEN)}, "does not know: layer.post_mlp_layernorm"),
+        ({"model.layers.5.hnorm.weight": None}, "lacks 1 tensors of a MTP: hidden_layernorm.weight"),
+        ({"model.layers.5.enorm.weight": None}, "holds no layer for multi-token prediction"),
+    ],
+)
+def test_layers_that_are_not_supported_are_refused(tmp_path, changed, message):
+    tensors = {name: value for name, value in {**GLM, **changed}.items() if value is not None}
+    with pytest.raises(CheckpointError, match=message):
+        MTP.from_pretrained(_written(tmp_path, tensors))
+
+
+def test_a_target_of_another_size_and_trees_wider_than_the_vocabulary_are_refused():
+    with pytest.raises(DrafterError, match="of size 64; the target's have 32"):
+        head_of().prepare(target_of(None, 2, 96, VOCABULARY, 32))
+    with pytest.raises(OptionError, match=f"puts {VOCABULARY + 1} tokens behind a node, and {VOCABULARY} can be"):
+        head_of(tree=DynamicTree(VOCABULARY + 1, 1, VOCABULARY + 1))
+    with pytest.raises(OptionError, match="MTP reads_normalised='no' is not True or False"):
+        head_of(reads_normalised="no")
+    with pytest.raises(OptionError, match="an MTP of width 64 cannot read a target of width 32"):
+        MTPConfig(32, VOCABULARY, SIZES)
