@@ -53,6 +53,7 @@ class AutoregressiveHead(DraftHead):
     """
 
     num_grades = 8
+    must_run = True
 
     def __init__(
         self,

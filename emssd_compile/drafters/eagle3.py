@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from emssd_compile.drafters.autoregressive_head import AutoregressiveHead
 from emssd_compile.drafters.decoder_layer import MLP, Attend, Attention, DecoderLayer, LayerSizes
 from emssd_compile.drafters.dynamic_tree import DynamicTree
-from emssd_compile.drafters.eagle3_config import Eagle3Config
+from emssd_compile.drafters.eagle3_config import Eagle3Config, default_taps
 from emssd_compile.drafters.eagle3_layouts import OriginalEagle3, SpeculatorsEagle3
 from emssd_compile.drafters.head import Layout, Recipe
+from emssd_compile.step.drafting import Target
 
 
 class Eagle3(AutoregressiveHead):
@@ -72,6 +73,11 @@ class Eagle3(AutoregressiveHead):
             self.register_buffer("draft_ids", torch.arange(config.draft_vocabulary))
         owned = {"embedding": config.owns_embedding, "head": config.owns_head}
         self.borrows = tuple(table for table, is_own in owned.items() if not is_own)
+
+    @classmethod
+    def for_target(cls, target: Target, **sizes: Any) -> Self:
+        """A head to be trained; it reads the layers that EAGLE-3 does, unless `taps` are among the sizes."""
+        return super().for_target(target, **{"taps": default_taps(target.num_layers), **sizes})
 
     def features_of(self, taps: Mapping[str | int, Tensor]) -> Tensor:
         """The layers' outputs, normalised as the head's version has it, side by side and projected to `[..., H]`."""

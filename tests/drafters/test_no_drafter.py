@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from emssd_compile.drafters import DRAFTERS, DraftModel, NoDrafter, PromptLookup, make_drafter
+from emssd_compile.drafters import DRAFTERS, DraftModel, NoDrafter, PromptLookup, SuffixLookup, make_drafter
 from emssd_compile.errors import OptionError
 from tests.drafters.contexts import context
 
@@ -16,7 +16,8 @@ def test_drafts_nothing():
 
 
 def test_drafters_by_name():
-    assert {name: type(make_drafter(name)) for name in DRAFTERS} == {"none": NoDrafter, "prompt-lookup": PromptLookup}
+    found = {name: type(make_drafter(name)) for name in DRAFTERS}
+    assert found == {"none": NoDrafter, "prompt-lookup": PromptLookup, "suffix": SuffixLookup}
 
 
 def test_a_drafter_is_taken_as_it_is_and_a_module_drafts_as_a_model():
