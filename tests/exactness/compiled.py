@@ -90,6 +90,8 @@ class Target:
     def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1, layout: str = "packed") -> OptimizedModel:
         """What `emssd_compile.optimize` does, without compiling the model again."""
         compiled = self._compile(tree_nodes(drafter))
+        if drafter.taps:
+            compiled = compiled.tapped(drafter.taps)
         drafter.prepare(compiled.target(self._disturbed))
         prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
         step = compile_step(
