@@ -38,6 +38,9 @@ class KeepLayers:
             OptionError: the model has no such layers.
         """
         graph = graph_module.graph
+        result = output(graph)
+        result.args = (results(graph)[:2],)  # no taps
+        graph.eliminate_dead_code()
         outputs = layer_outputs(graph)
         count, kept = len(outputs), self.layers
         if list(kept) != sorted({*kept, 0} & set(range(count))):
@@ -51,8 +54,6 @@ class KeepLayers:
                 newest = node
             else:
                 node.replace_all_uses_with(newest)
-        result = output(graph)
-        result.args = (results(graph)[:2],)  # no taps
         _drop_unread(graph)
         self.notes = (f"runs layers {list(kept)} of {count}",)
         return count - len(kept)

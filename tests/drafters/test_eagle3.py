@@ -171,25 +171,6 @@ def test_trained_on_the_targets_texts_it_is_mostly_right(tree):
     assert fast.stats.num_accepted_draft_tokens > fast.stats.num_spec_steps  # more than one a row and step
 
 
-def test_inductor_compiles_trees():
-    head = head_of("eagle-3.1", tree=TREE)
-    fast = optimized(head, backend="inductor", max_length=64)
-    assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
-    eager = optimized(head, max_length=64)
-    eager.generate(PROMPTS, max_new_tokens=NEW)
-    assert fast.stats == eager.stats
-
-
-def test_onnx_holds_trees(tmp_path):
-    pytest.importorskip("onnxruntime")
-    fast = optimized(head_of("eagle-3", tree=TREE), max_length=64)
-    fast.export_onnx(tmp_path / "artifact")
-    loaded = emssd_compile.load(tmp_path / "artifact")
-    assert loaded.generate(PROMPTS, max_new_tokens=NEW) == plainly()
-    fast.generate(PROMPTS, max_new_tokens=NEW)
-    assert loaded.stats == fast.stats
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

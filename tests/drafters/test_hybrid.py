@@ -212,12 +212,10 @@ def _hybrid(kind: str) -> Hybrid:
     return Hybrid(PromptLookup(5), DraftModel(Small(1), 3))
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"), [("chain", "eager"), ("tree", "eager"), ("corpus", "eager"), ("chain", "inductor")]
-)
-def test_tokens_are_the_models_own(kind, backend, reference):
+@pytest.mark.parametrize("kind", ["chain", "tree", "corpus"])
+def test_tokens_are_the_models_own(kind, reference):
     sizes: dict[str, Any] = {"max_batch": 3, "max_length": 128, "layout": "packed"}
-    decoder = emssd_compile.optimize(Small(), _hybrid(kind), backend=backend, **sizes)
+    decoder = emssd_compile.optimize(Small(), _hybrid(kind), backend="eager", **sizes)
     expected = [[*ids, *reference(ids, NEW)] for ids in PROMPTS]
     assert [decoder.generate(PROMPTS, max_new_tokens=NEW) for _ in range(2)] == [expected] * 2
     assert decoder.stats.num_accepted_draft_tokens > 0

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import emssd_compile
 from emssd_compile.drafters import Medusa
 from emssd_compile.drafters.head import Features
 from emssd_compile.drafters.medusa_config import MedusaConfig
@@ -20,7 +19,6 @@ from emssd_compile.step.drafting import TokenTables
 from tests.drafters.alone import nodes_of
 from tests.drafters.contexts import target_of
 from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, fast, grade, ranked, seen, target, write
-from tests.export.subjects import export
 from tests.passes.graphs import HIDDEN, VOCABULARY
 
 TREE = ((0,), (1,), (3,), (0, 0), (0, 2), (1, 0), (0, 2, 0), (0, 2, 1))
@@ -167,18 +165,6 @@ def test_a_fresh_head_expects_again_what_the_target_has_just_chosen_from(options
     plain = fast(model, "none").generate(TEXTS, max_new_tokens=tokens, **options)
     assert drafted.generate(TEXTS, max_new_tokens=tokens, **options) == plain
     assert drafted.stats.acceptance_histogram == [*[0] * head.tree.depth, 4 * len(TEXTS)]
-
-
-def test_it_runs_in_inductor_and_as_an_onnx_artifact():
-    pytest.importorskip("onnxruntime")
-    model = target()
-    eager = fast(model, _hearing(model, num_lm_heads=0))
-    expected = eager.generate(TEXTS, max_new_tokens=20)
-    compiled = fast(model, _hearing(model, num_lm_heads=0), backend="inductor")
-    assert compiled.generate(TEXTS, max_new_tokens=20) == expected
-    loaded = emssd_compile.load(export("onnx", "medusa", eager))
-    assert loaded.generate(TEXTS, max_new_tokens=20) == expected
-    assert loaded.stats == eager.stats
 
 
 def test_it_drafts_for_a_target_in_bfloat16():

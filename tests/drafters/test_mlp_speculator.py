@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import emssd_compile
 from emssd_compile.drafters import MLPSpeculator
 from emssd_compile.drafters.head import Features
 from emssd_compile.drafters.mlp_speculator import MLPSpeculatorConfig
@@ -16,7 +15,6 @@ from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.proposals import SAMPLED, WITHOUT_REPLACEMENT
 from tests.drafters.contexts import target_of
 from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, fast, grade, ranked, seen, target, write
-from tests.export.subjects import export
 from tests.passes.graphs import HIDDEN, VOCABULARY
 
 CONFIGS = {
@@ -165,18 +163,6 @@ def test_it_goes_with_rules_that_divide_by_q(options, rule):
     drafted = fast(model, _knowing(model, **options), acceptance=rule)
     assert [len(row) for row in drafted.generate(TEXTS, max_new_tokens=12, **SAMPLING)] == [15, 13, 23]
     assert drafted.stats.num_accepted_draft_tokens > 0
-
-
-def test_it_runs_in_inductor_and_as_an_onnx_artifact():
-    pytest.importorskip("onnxruntime")
-    model = target()
-    eager = fast(model, _knowing(model, tree=(4, 2)))
-    expected = eager.generate(TEXTS, max_new_tokens=20)
-    compiled = fast(model, _knowing(model, tree=(4, 2)), backend="inductor")
-    assert compiled.generate(TEXTS, max_new_tokens=20) == expected
-    loaded = emssd_compile.load(export("onnx", "mlp", eager))
-    assert loaded.generate(TEXTS, max_new_tokens=20) == expected
-    assert loaded.stats == eager.stats
 
 
 def test_it_drafts_for_a_target_in_bfloat16():

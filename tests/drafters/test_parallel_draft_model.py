@@ -52,11 +52,11 @@ def test_a_row_whose_text_is_not_read_yet_drafts_nothing():
     assert [row[:K] for row in draft.tokens.tolist()] == [_drafts(model, text, K) for text in texts]
 
 
-@pytest.mark.parametrize(("backend", "count"), [("eager", K), ("eager", 1), ("inductor", K)])
-def test_tokens_are_the_models_own(backend, count, tmp_path):
+@pytest.mark.parametrize("count", [K, 1])
+def test_tokens_are_the_models_own(count, tmp_path):
     model, draft = toy_model("gpt2"), toy_model("gpt2", seed=1)
     fast, plain = (
-        emssd_compile.optimize(model, drafter, max_batch=3, max_length=80, backend=backend, layout="packed")
+        emssd_compile.optimize(model, drafter, max_batch=3, max_length=80, backend="eager", layout="packed")
         for drafter in (ParallelDraftModel(draft, MASK, count), "none")
     )
     reference = Reference(model)
@@ -65,7 +65,7 @@ def test_tokens_are_the_models_own(backend, count, tmp_path):
     sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "seed": 5, "max_new_tokens": NEW}
     assert fast.generate(PROMPTS, **sampling) == plain.generate(PROMPTS, **sampling)
     assert fast.stats.num_draft_tokens > 0
-    if backend == "inductor":
+    if count == K:
         pytest.importorskip("onnxruntime")
         fast.export_onnx(tmp_path / "onnx")
         assert emssd_compile.load(tmp_path / "onnx").generate(PROMPTS, max_new_tokens=NEW) == expected

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
+from torch import Tensor
 from torch.nn import functional as F
 
-from emssd_compile.drafters import HEADS, DraftHead, DynamicTree
+import emssd_compile
+from emssd_compile.decoder import Decoder
+from emssd_compile.drafters import (
+    HEADS,
+    Corpus,
+    Draft,
+    DraftContext,
+    Drafter,
+    DraftHead,
+    DynamicTree,
+    EarlyExit,
+    PartSizes,
+    SuffixLookup,
+    TensorSpec,
+    gather_tensors,
+    tensors_of,
+)
+from emssd_compile.step.drafting import Target
+from emssd_compile.step.options import RowOption
 from emssd_compile.training.features import FrozenTarget
-from tests.exactness.compiled import target
+from tests.exactness.compiled import CAPACITY, target
 from tests.exactness.models import prompt
 
 FAMILIES = ("llama", "gpt2", "bloom")
 ROWS, WINDOW, NEW, STEPS = 3, 46, 12, 60
 LENGTHS = (5, 1, 33, 20)  # one more than rows: the last one starts behind another
+PROMPTS = [prompt(n) for n in LENGTHS]
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3, "max_new_tokens": NEW}
 GROWING = DynamicTree(nodes=6, depth=3, width=2)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "recurrent": ("recurrent", {}, {"width": 2, "length": 3}),
@@ -37,6 +60,11 @@ def _frozen(family: str) -> FrozenTarget:
 def _texts(family: str) -> list[list[int]]:
     """Prompts and what the target makes of them, up to a window."""
     return [[*prompt(n), *target(family, ROWS).reference(prompt(n), WINDOW - n)] for n in LENGTHS]
+
+
+def _expected(family: str) -> list[list[int]]:
+    """Prompts with as many tokens as are decoded here."""
+    return [text[: n + NEW] for text, n in zip(_texts(family), LENGTHS, strict=True)]
 
 
 def _head(family: str, case: str) -> DraftHead:
@@ -67,28 +95,100 @@ def _learn(head: DraftHead, family: str) -> None:
         parameter.grad = None
 
 
+@functools.cache
+def _drawn(family: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Of the prompts, and several texts of one of them, without drafts."""
+    of = target(family, ROWS)
+    plain = of.optimize(of.drafter("none"))
+    return plain.generate(PROMPTS, **SAMPLING), plain.generate(PROMPTS[2:3], num_return_sequences=ROWS, **SAMPLING)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_the_models_own(family, case):
-    of, prompts, expected = target(family, ROWS), [prompt(n) for n in LENGTHS], _texts(family)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3, "max_new_tokens": NEW}
-    plain = of.optimize(of.drafter("none"))
-    drawn = plain.generate(prompts, **sampling)
-    several = plain.generate(prompts[2:3], num_return_sequences=ROWS, **sampling)
+    """Untrained and trained: the weights of a head change under a step that is compiled."""
+    expected = _expected(family)
+    drawn, several = _drawn(family)
     head = _head(family, case)
-    lengths = []
-    for is_trained in (False, True):
-        if is_trained:
-            _learn(head, family)
-        fast = of.optimize(head, prefill_chunk=24)
-        assert fast.generate(prompts, max_new_tokens=NEW) == [
-            text[: n + NEW] for text, n in zip(expected, LENGTHS, strict=True)
-        ]
-        lengths.append(fast.stats.mean_acceptance_length)
-        assert fast.stats.num_draft_tokens > 0
-        assert fast.generate(prompts, **sampling) == drawn
-        assert fast.generate(prompts[2:3], num_return_sequences=ROWS, **sampling) == several
-    assert lengths[1] > max(1.5, lengths[0]), "it learned something, so accepted paths are decoded with, too"
+    fast = target(family, ROWS).optimize(head, prefill_chunk=24)
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == expected
+    assert fast.stats.num_draft_tokens > 0
+    untrained = fast.stats.mean_acceptance_length
+    _learn(head, family)
+    fast.stats.reset()
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == expected
+    assert fast.stats.mean_acceptance_length > max(1.5, untrained), "accepted paths are decoded with, too"
+    assert fast.generate(PROMPTS, **SAMPLING) == drawn
+    assert fast.generate(PROMPTS[2:3], num_return_sequences=ROWS, **SAMPLING) == several
+
+
+class InTurn(Drafter):
+    """Holds drafters; each drafts in every step, and their drafts are taken in turn, by the length of the text."""
+
+    is_costly = reads_ahead = writes_kv = must_run = True
+
+    def __init__(self, **held: Drafter) -> None:
+        super().__init__()
+        self.held = torch.nn.ModuleDict(held)
+        self.num_draft_tokens = max(drafter.num_draft_tokens for drafter in held.values())
+        self.max_depth = max(drafter.max_depth or drafter.num_draft_tokens for drafter in held.values())
+        self.taps = tuple(dict.fromkeys(tap for drafter in held.values() for tap in drafter.taps))
+
+    def prepare(self, target: Target) -> None:
+        for drafter in self.held.values():
+            drafter.prepare(target)  # type: ignore[operator]
+
+    def options(self) -> dict[str, RowOption]:
+        return {name: option for drafter in self.held.values() for name, option in drafter.options().items()}  # type: ignore[operator]
+
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        return gather_tensors({name: drafter.tensors(sizes) for name, drafter in self.held.items()})  # type: ignore[operator]
+
+    def forward(self, context: DraftContext) -> Draft:
+        turn = (context.known % len(self.held))[:, None]  # [B, 1]
+        taken, states = list[Tensor](), {}
+        for number, (name, drafter) in enumerate(self.held.items()):
+            draft = drafter(replace(context, state=tensors_of(name, context.state)))
+            states[name] = draft.state
+            missing = self.num_draft_tokens - draft.tokens.shape[1]
+            parents = torch.arange(draft.tokens.shape[1]).expand_as(draft.tokens)
+            parents = F.pad(parents if draft.parents is None else draft.parents, (0, missing))
+            each = (F.pad(draft.tokens, (0, missing)), parents, draft.lengths[:, None])
+            taken = [torch.where(turn == number, *pair) for pair in zip(each, taken or each, strict=True)]
+        tokens, parents, lengths = taken
+        return Draft(tokens, lengths.squeeze(1), gather_tensors(states), parents=parents)
+
+
+def _in_turn(family: str) -> InTurn:
+    """All kinds of heads, trained, and what else has a file of its own and no model to be captured."""
+    heads = {case.replace("-", "_"): _head(family, case) for case in CASES}
+    for head in heads.values():
+        _learn(head, family)
+    suffix = SuffixLookup(4, corpus=Corpus(capacity_tokens=256))
+    return InTurn(**heads, suffix=suffix, exit=EarlyExit(1, tree=(2, 1)))
+
+
+@pytest.mark.parametrize("family", FAMILIES[:1])
+def test_compiled_and_as_an_artifact_they_make_the_same_drafts(family, tmp_path):
+    """All of them in one step, since compiling one takes long."""
+    model, expected = (
+        target(family, ROWS).model,
+        [text[: n + NEW] for text, n in zip(_texts(family), LENGTHS, strict=True)],
+    )
+    sizes: dict[str, Any] = {"max_batch": ROWS, "max_length": CAPACITY, "layout": "packed", "deterministic": True}
+    eager = emssd_compile.optimize(model, _in_turn(family), backend="eager", **sizes)
+    assert eager.generate(PROMPTS, max_new_tokens=NEW) == expected
+    assert eager.stats.mean_acceptance_length > 1.5
+    decoders: list[Decoder] = [emssd_compile.optimize(model, _in_turn(family), backend="inductor", **sizes)]
+    for name in ("onnx", "aot"):
+        if name == "onnx":
+            pytest.importorskip("onnxruntime")
+        with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
+            getattr(eager, f"export_{name}")(tmp_path / name)
+        decoders.append(emssd_compile.load(tmp_path / name))
+    for decoder in decoders:
+        assert decoder.generate(PROMPTS, max_new_tokens=NEW) == expected
+        assert decoder.stats == eager.stats
 
 
 def test_there_is_a_case_of_every_kind():
