@@ -96,9 +96,18 @@ def read_names(folder: str | Path) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files; each of them is whole at any time. The config, without which nothing is read, comes last."""
+    """Write both files; each of them is whole at any time. The config, without which nothing is read, comes last.
+
+    Raises:
+        CheckpointError: the folder holds other weights, which would be read with these or instead.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    others = [
+        file for file in (*folder.glob("*.safetensors"), folder / INDEX) if file.name != WEIGHTS and file.exists()
+    ]
+    if others:
+        raise CheckpointError(f"{folder} holds other weights, as {sorted(others)[0].name}; choose another folder")
     held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_whole(folder / WEIGHTS, save(held, metadata={"format": "pt"}))
     write_whole(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

@@ -20,7 +20,7 @@ from emssd_compile.passes.fuse_step import FuseStep
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.split_halves import Halves, split_halves
-from emssd_compile.passes.token_tables import token_tables
+from emssd_compile.passes.token_tables import GraphTables
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Compile, Drafter, Target
@@ -87,7 +87,7 @@ class CompiledModel:
         hidden = results(self.graph_module.graph)[0].meta["val"]
         layers = sum(node.target == ragged_attention for node in self.graph_module.graph.nodes)
         sizes = (self.batch.rows, self.batch.capacity, self.vocabulary, hidden.shape[-1], layers)
-        tables = token_tables(self.graph_module)
+        tables = GraphTables(self.graph_module)
         return Target(*sizes, hidden.dtype, hidden.device, compile_model, self.with_layers, tables)
 
     def with_layers(self, layers: tuple[int, ...]) -> CompiledModel:

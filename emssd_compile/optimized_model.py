@@ -81,7 +81,8 @@ def optimize(
     Args:
         model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple
             whose first item is logits, or an object with `.logits`). In eval mode.
-        drafter: `"none"`, `"prompt-lookup"`, a `Drafter`, or a smaller causal LM (classic two-model speculation).
+        drafter: `"none"`, `"prompt-lookup"`, `"suffix"`, a `Drafter` (`docs/drafters.md`), or a smaller causal LM
+            (classic two-model speculation).
         max_batch: rows decoded together; further prompts are queued.
         max_length: tokens a row can hold, prompt and output together. Default: the model's limit.
         backend: `"inductor"` (compiled at first use or by `warmup()`) or `"eager"`.
@@ -149,7 +150,12 @@ def _compile(
         return checked(source, _compile_as_far(source, BatchShape(batch.rows, most, tree_nodes)))
 
     compiled = checked(model, compile_model(model, batch, drafter.taps))
-    drafter.prepare(compiled.target(compile_draft_model))
+
+    def with_layers(layers: tuple[int, ...]) -> CompiledModel:
+        captured.append(thinned := compiled.with_layers(layers))
+        return thinned
+
+    drafter.prepare(replace(compiled.target(compile_draft_model), with_layers=with_layers))
     policy = LAYOUTS[options.layout].policy()
     step = compile_step(compiled, rule, drafter, policy, processors, probes)
     parts = (rule, drafter, policy, *processors)

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import torch
 from torch import Tensor, fx
 
 from emssd_compile.passes.graph import argument, aten, attribute, placeholder, results
 from emssd_compile.passes.select_logits import find_head
 from emssd_compile.step.drafting import TokenTables
+
+
+@dataclass(frozen=True, eq=False)
+class GraphTables:
+    """Finds the tables of an L2 graph anew with each call, since weights of a graph may be replaced.
+
+    Two that find the same tensors are equal.
+    """
+
+    graph_module: fx.GraphModule
+
+    def __call__(self) -> TokenTables:
+        """The tables."""
+        return token_tables(self.graph_module)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GraphTables):
+            return NotImplemented
+        pairs = ((getattr(self(), field.name), getattr(other(), field.name)) for field in fields(TokenTables))
+        return all(own is others for own, others in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 _TURNED = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
 

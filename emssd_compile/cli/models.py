@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import emssd_compile
 from emssd_compile.checkpoints import CONFIG
-from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, PromptLookup, head_kind
+from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, head_kind
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 
@@ -98,23 +99,25 @@ def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.O
 def _make_drafter(arguments: argparse.Namespace) -> str | nn.Module:
     choice, count = arguments.drafter, arguments.num_draft_tokens
     options: dict[str, Any] = {} if count is None else {"num_draft_tokens": count}
-    if choice == "prompt-lookup":
-        return PromptLookup(**options)
-    if choice == "none":
-        if options:
-            raise OptionError("--num-draft-tokens with --drafter none: nobody drafts; leave one of them out")
-        return "none"
+    if choice in DRAFTERS:
+        made = DRAFTERS[choice]
+        if options and not _takes(made, options):
+            raise OptionError(f"--num-draft-tokens with --drafter {choice}, which takes none; leave one of them out")
+        return made(**options)
     if not Path(choice).is_dir():
         raise OptionError(f"--drafter {choice} is neither a folder nor one of {', '.join(DRAFTERS)}")
     return _load_drafter(Path(choice), arguments.dtype, options)
 
 
+def _takes(made: Callable[..., Drafter], options: dict[str, Any]) -> bool:
+    return options.keys() <= inspect.signature(made).parameters.keys()
+
+
 def _load_drafter(folder: Path, dtype: str, options: dict[str, Any]) -> Drafter:
     """A draft head, or a smaller causal LM."""
     if (folder / CONFIG).is_file() and (kind := head_kind(folder)) is not None:
-        taken = inspect.signature(kind).parameters
-        if unknown := [name for name in options if name not in taken]:
-            raise OptionError(f"--{unknown[0].replace('_', '-')}: {folder} holds a {kind.__name__}, which takes none")
+        if not _takes(kind, options):
+            raise OptionError(f"--num-draft-tokens: {folder} holds a {kind.__name__}, which takes none")
         return kind.from_pretrained(folder, **options)
     return DraftModel(load_model(folder, dtype, "--drafter"), **options)
 

@@ -29,7 +29,7 @@ from emssd_compile.step.drafting import Draft, DraftContext, Drafter, check_draf
 from emssd_compile.step.parts import PartSizes, gather_tensors, tensors_of
 from emssd_compile.step.tensor_spec import TensorSpec
 
-DRAFTERS: dict[str, Callable[[], Drafter]] = {
+DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "none": NoDrafter,
     "prompt-lookup": PromptLookup,
     "suffix": SuffixLookup,

@@ -88,9 +88,14 @@ class Corpus:
             OptionError: the id is out of range, or the tokens are no ids.
         """
         tenant = integer("corpus_id", corpus_id, least=0, most=MOST_IDS - 1)
-        text = torch.as_tensor(tokens).detach().cpu().reshape(-1)
+        try:
+            text = torch.as_tensor(tokens).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"Corpus.add: {shown(tokens)} are no ids; pass a list of integers") from error
+        if text.dim() != 1:
+            raise OptionError(f"Corpus.add: tokens of shape {list(text.shape)} are no text; pass one text, [n]")
         if text.dtype not in (torch.int64, torch.int32) and len(text):
-            raise OptionError(f"Corpus.add: tokens of {text.dtype} are no ids; pass integers")
+            raise OptionError(f"Corpus.add: tokens of {text.dtype} are no ids; pass them as int64 or int32")
         text = text.to(torch.int64)[-(self.capacity_tokens - 1) :]
         if not bool(((text >= 0) & (text < MOST_IDS)).all()):
             raise OptionError("Corpus.add: a token is below 0 or beyond int32; pass ids of the vocabulary")
@@ -142,7 +147,7 @@ class Corpus:
     def _of(cls, path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Corpus:
         size = tensors["texts"].numel() if "texts" in tensors else 0
         cursor, prompts = metadata.get("next", ""), metadata.get("prompts")
-        if prompts not in ("True", "False") or not cursor.isdecimal() or not 16 <= size < MOST_IDS:
+        if prompts not in ("True", "False") or not cursor.isdecimal() or len(cursor) > 12 or not 16 <= size < MOST_IDS:
             raise CheckpointError(f"{path} lacks its texts or their order; it is damaged, fill a new one")
         made = cls(size, prompts=prompts == "True")
         made._next = int(cursor)

@@ -8,7 +8,13 @@ from typing import Self
 
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.errors import OptionError
-from emssd_compile.numeric import integer, shown
+from emssd_compile.numeric import flag, integer, shown
+
+MOST_LAYERS = 64
+_SWITCHES = (
+    *("owns_embedding", "owns_head", "adds_normalised"),
+    *("normalises_features", "normalises_taps", "feeds_on_normalised"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,15 @@ class Eagle3Config:
     speculative_tokens: int = 4
 
     def __post_init__(self) -> None:
-        """Raises OptionError if parts of it do not go together."""
+        """Raises OptionError if something is out of range, or parts of it do not go together."""
+        if self.layer is not None and not isinstance(self.layer, LayerSizes):
+            raise OptionError(f"Eagle3Config layer={shown(self.layer)} is no LayerSizes; pass one, or leave it out")
+        for name, least in (("hidden_size", 1), ("vocabulary", 1), ("num_taps", 0), ("draft_vocabulary", 0)):
+            integer(f"Eagle3Config {name}", getattr(self, name), least=least)
+        integer("Eagle3Config num_layers", self.num_layers, least=1, most=MOST_LAYERS)
+        integer("Eagle3Config speculative_tokens", self.speculative_tokens, least=1)
+        for name in _SWITCHES:
+            flag(f"Eagle3Config {name}", getattr(self, name))
         open_sizes = {
             "layer": self.layer or LayerSizes.as_wide_as(self.hidden_size),
             "num_taps": self.num_taps or len(self.taps or ()) or 3,

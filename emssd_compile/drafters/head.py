@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -102,7 +102,6 @@ class DraftHead(Drafter):
         recipe: how it is trained by default.
         borrows: the target's own tables that it reads (`TokenTables`), where it has none of its own.
         config: its sizes.
-        tables: the target's; empty until `prepare`.
     """
 
     kind: ClassVar[str]
@@ -115,7 +114,7 @@ class DraftHead(Drafter):
     def __init__(self, config: HeadSizes) -> None:
         super().__init__()
         self.config = config
-        self.tables = TokenTables()
+        self._read_tables: Callable[[], TokenTables] = TokenTables
 
     @classmethod
     def for_target(cls, target: Target, **sizes: Any) -> Self:
@@ -186,8 +185,13 @@ class DraftHead(Drafter):
                 f"the {name} reads the target's {missing[0]}, and the target has none that could be found; use a head "
                 "with one of its own"
             )
-        self.tables = target.tables
+        self._read_tables = target.read_tables
         self.to(device=target.device, dtype=target.dtype)
+
+    @property
+    def tables(self) -> TokenTables:
+        """The target's, as they are now; empty until `prepare`."""
+        return self._read_tables()
 
     def rollout(self, features: Features) -> Iterator[Tensor]:
         """For training: the logits of the first draft behind each token, of the second one, and so on.

@@ -43,6 +43,10 @@ _NEVER = {"use_sliding_window": False, "partial_rotary_factor": 1.0, "hidden_act
 """Entries that change what a layer computes, in ways that are not supported, unless they have these values."""
 
 
+_LARGEST = 1 << 20
+"""No size of a layer is larger than this."""
+
+
 def filled(entries: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A configuration with the defaults of its `model_type` (llama if it says none).
 
@@ -50,7 +54,7 @@ def filled(entries: Mapping[str, Any], where: str) -> dict[str, Any]:
         CheckpointError: it is of another type.
     """
     kind = entries.get("model_type") or "llama"
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise CheckpointError(f"{where}: layers of model_type {shown(kind)} are not supported; {list(_DEFAULTS)} are")
     return {**_DEFAULTS[kind], **{name: value for name, value in entries.items() if value is not None}}
 
@@ -71,8 +75,8 @@ def read_layer(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> LayerSizes
 
     def size(name: str, default: int | None = None) -> int:
         given: int = checkpoint.get(name, int, *(() if default is None else (default,)), within=entries)
-        if given < 1:
-            raise CheckpointError(f"{where}: {name} = {given}; it is to be at least 1")
+        if not 1 <= given <= _LARGEST:
+            raise CheckpointError(f"{where}: {name} = {given}; it is to be from 1 to {_LARGEST}")
         return given
 
     def flag(name: str) -> bool:

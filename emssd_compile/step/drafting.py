@@ -170,7 +170,7 @@ class Target:
         with_layers: the target itself with some of its decoder layers only, by number, layer 0 among them, as a model
             over the caches in `DraftContext.caches`. Raises OptionError, or UnsupportedModelError where layers cannot
             be told.
-        tables: its weights at both ends.
+        read_tables: gives its weights at both ends, as they are when it is called: they may be replaced.
     """
 
     rows: int
@@ -182,7 +182,12 @@ class Target:
     device: torch.device
     compile_model: Compile
     with_layers: Callable[[tuple[int, ...]], PackedModel]
-    tables: TokenTables = TokenTables()
+    read_tables: Callable[[], TokenTables] = TokenTables
+
+    @property
+    def tables(self) -> TokenTables:
+        """Its weights at both ends, as they are now."""
+        return self.read_tables()
 
 
 class Drafter(Part):
@@ -214,7 +219,10 @@ class Drafter(Part):
     proposes: tuple[str, ...] = (DETERMINISTIC,)
 
     def prepare(self, target: Target) -> None:
-        """Called once before tracing. Raises DrafterError if the drafter does not fit the target."""
+        """Called before tracing. Raises DrafterError if the drafter does not fit the target.
+
+        A drafter that is prepared for a second target is no longer the first one's, whose `generate` then says so.
+        """
 
     def forward(self, context: DraftContext) -> Draft:
         """Draft all rows at once."""

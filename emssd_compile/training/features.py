@@ -57,9 +57,10 @@ class FrozenTarget:
             return compile_model(model, replace(self._shape, tree_nodes=tree_nodes))
 
         target = self._compiled.target(compile_one)
-        tables = (target.tables.embedding, target.tables.head, target.tables.head_bias)
-        frozen = TokenTables(*(None if table is None else table.detach() for table in tables))
-        return replace(target, dtype=torch.float32, tables=frozen)
+        tables = target.tables
+        each = (tables.embedding, tables.head, tables.head_bias)
+        frozen = TokenTables(*(None if table is None else table.detach() for table in each))
+        return replace(target, dtype=torch.float32, read_tables=lambda: frozen)
 
     def read(self, tokens: Tensor, *, with_logits: bool = False) -> tuple[Features, Tensor | None]:
         """What is computed of windows `[B, S]`; the logits `[B, S, V]` only if they are asked for."""

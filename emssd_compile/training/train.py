@@ -102,23 +102,23 @@ def train(
     check_weights(model)
     tell = report.open_tensorboard(out) if tensorboard and processes.is_first else lambda progress: None
     windows, held_out = texts.windows(options)
-    work = WorkFolder(out)
-    processes.wait()  # all have looked, before one writes
-    work.begin(_command(model, head_class, windows, held_out, options, processes), writes=processes.is_first)
-
     target = FrozenTarget(model, options.batch, options.window)
     for each in (windows, held_out):
         check_ids(each.tokens, target.vocabulary)
     texts_held_out = held_out
+    torch.manual_seed(options.seed)
+    head = head_class.for_target(target.as_target(), **options.sizes)
+    target.tap(head.taps)
+    head.prepare(target.as_target())
+    work = WorkFolder(out)
+    processes.wait()  # all have looked, before one writes
+    work.begin(_command(model, head_class, windows, held_out, options, processes), writes=processes.is_first)
+
     shows_progress = shows_progress and processes.is_first
     if options.distil:
         made = Continuations(model, work.continuations, options, processes, shows=shows_progress)
         windows, held_out = made.of(windows, "training"), made.of(held_out, "held-out")
 
-    torch.manual_seed(options.seed)
-    head = head_class.for_target(target.as_target(), **options.sizes)
-    target.tap(head.taps)
-    head.prepare(target.as_target())
     own = next((p.dtype for p in model.parameters()), torch.float32)
     autocast = own if own in (torch.bfloat16, torch.float16) else None
     trainer = Trainer(head, target, windows, held_out, options, processes, work, autocast)

@@ -20,7 +20,7 @@ def target_of(
     """A target of these sizes, in float32."""
     sizes = (rows, capacity, vocabulary, hidden_size, 8)
     device = torch.device("cpu")
-    return Target(*sizes, torch.float32, device, compile_model, lambda layers: None, tables or TokenTables())  # type: ignore[arg-type, return-value]
+    return Target(*sizes, torch.float32, device, compile_model, lambda layers: None, lambda: tables or TokenTables())  # type: ignore[arg-type, return-value]
 
 
 def context(texts: list[list[int]], limit: int, capacity: int = 24, filler: int = 0) -> DraftContext:

@@ -135,3 +135,16 @@ def test_a_drafter_that_does_not_say_so_cannot_write_to_the_targets_cache():
     with pytest.raises(DrafterError, match="KeyError"):
         _fast(_model(), Sly(2))
     assert context([[1]], 1).caches == {}
+
+
+def test_weights_that_are_replaced_draft_in_forms_that_are_made_later_too():
+    model, other = _model(), toy_model("llama", num_hidden_layers=LAYERS, seed=1)
+    fast = _fast(model, EarlyExit(LAYERS, 3))
+    fast.generate(PROMPTS[:1], max_new_tokens=NEW)
+    model.load_state_dict(other.state_dict(), assign=True)
+    several: list[dict[str, Any]] = [{}, {"min_new_tokens": 1}]  # the second is another form of the step
+    for options in several:
+        fast.stats.reset()
+        (text,) = fast.generate(PROMPTS[:1], max_new_tokens=NEW, **options)
+        assert text == [*PROMPTS[0], *Reference(other)(PROMPTS[0], NEW)]
+        assert fast.stats.mean_acceptance_length > 3

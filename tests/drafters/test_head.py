@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from emssd_compile.drafters import HEADS
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import CheckpointError, OptionError
 from tests.drafters.contexts import target_of
 from tests.training.tiny_head import TinyHead, TinySizes
 
@@ -37,3 +37,12 @@ def test_every_kind_is_made_for_a_target_without_more_sizes(kind):
 
 def test_kinds_have_names_of_their_own():
     assert len({kind.kind for kind in HEADS}) == len(HEADS)
+
+
+def test_weights_are_not_written_beside_others(tmp_path):
+    head = TinyHead.for_target(target_of(None, 1, 8, 30), width=3)
+    head.save_pretrained(tmp_path)
+    head.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=r"other weights, as model.safetensors.index.json; choose another folder"):
+        head.save_pretrained(tmp_path)

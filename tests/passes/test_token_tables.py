@@ -6,15 +6,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import emssd_compile
 from emssd_compile.compiler import compile_model
+from emssd_compile.drafters import NoDrafter
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import TokenTables
+from emssd_compile.step.drafting import Target, TokenTables
 from tests.passes.graphs import HIDDEN, VOCABULARY, TinyModel, causal
 from tests.zoo import toy_model
 
 
+class Reads(NoDrafter):
+    """Keeps what it is told of its target."""
+
+    def prepare(self, target: Target) -> None:
+        self.target = target
+
+
+def _target(model: nn.Module) -> Target:
+    return compile_model(model, BatchShape(2, 32)).target(lambda model, **sizes: None)  # type: ignore[arg-type]
+
+
 def _tables(model: nn.Module) -> TokenTables:
-    target = compile_model(model, BatchShape(2, 32)).target(lambda model, **sizes: None)  # type: ignore[arg-type]
+    target = _target(model)
     assert (target.rows, target.capacity, target.dtype) == (2, 32, torch.float32)
     return target.tables
 
@@ -55,3 +68,17 @@ def test_what_is_no_weight_or_not_the_only_one_is_not_said(multiply, has_embeddi
     assert tables.embedding is (model.inner.embed.weight if has_embedding else None)
     assert tables.head is (model.head.weight if has_head else None)
     assert tables.head_bias is None
+
+
+def test_a_weight_that_is_replaced_is_found_again():
+    model, other = toy_model("llama"), toy_model("llama", seed=1)
+    reads = Reads()
+    fast = emssd_compile.optimize(model, reads, max_length=32, backend="eager")
+    before = reads.target.read_tables
+    fast.generate([[1, 2]], max_new_tokens=2)
+    model.load_state_dict(other.state_dict(), assign=True)
+    fast.generate([[1, 2]], max_new_tokens=2)
+    assert before().embedding is model.get_input_embeddings().weight
+    again = _target(model)
+    assert again.read_tables == before
+    assert again.read_tables != _target(other).read_tables
