@@ -29,6 +29,7 @@ from emssd_compile.drafters import (
     gather_tensors,
     tensors_of,
 )
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.step.drafting import Target
 from emssd_compile.step.options import RowOption
 from emssd_compile.training.features import FrozenTarget
@@ -39,6 +40,7 @@ FAMILIES = ("llama", "gpt2", "bloom")
 ROWS, WINDOW, NEW, STEPS = 3, 46, 12, 60
 LENGTHS = (5, 1, 33, 20)  # one more than rows: the last one starts behind another
 PROMPTS = [prompt(n) for n in LENGTHS]
+SIZES: dict[str, Any] = {"max_batch": ROWS, "max_length": CAPACITY, "layout": "packed", "deterministic": True}
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3, "max_new_tokens": NEW}
 GROWING = DynamicTree(nodes=6, depth=3, width=2)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -49,6 +51,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "eagle3-tree": ("eagle3", {"draft_vocabulary": 150}, {"tree": GROWING}),
     "mtp-tree": ("mtp", {}, {"tree": GROWING}),
 }
+
+OFTEN = ("eagle3-tree", "recurrent")
+"""With a cache of its own and without: tried with all families each time, the others if --long."""
 
 
 @functools.cache
@@ -103,8 +108,14 @@ def _drawn(family: str) -> tuple[list[list[int]], list[list[int]]]:
     return plain.generate(PROMPTS, **SAMPLING), plain.generate(PROMPTS[2:3], num_return_sequences=ROWS, **SAMPLING)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        pytest.param(family, case, marks=() if family == FAMILIES[0] or case in OFTEN else pytest.mark.long)
+        for family in FAMILIES
+        for case in CASES
+    ],
+)
 def test_tokens_are_the_models_own(family, case):
     """Untrained and trained: the weights of a head change under a step that is compiled."""
     expected = _expected(family)
@@ -168,27 +179,32 @@ def _in_turn(family: str) -> InTurn:
     return InTurn(**heads, suffix=suffix, exit=EarlyExit(1, tree=(2, 1)))
 
 
-@pytest.mark.parametrize("family", FAMILIES[:1])
-def test_compiled_and_as_an_artifact_they_make_the_same_drafts(family, tmp_path):
+@pytest.mark.parametrize(
+    "target_name", ["onnx", *(pytest.param(name, marks=pytest.mark.long) for name in ("aot", "inductor"))]
+)
+def test_compiled_and_as_an_artifact_they_make_the_same_drafts(target_name, tmp_path):
     """All of them in one step, since compiling one takes long."""
-    model, expected = (
-        target(family, ROWS).model,
-        [text[: n + NEW] for text, n in zip(_texts(family), LENGTHS, strict=True)],
-    )
-    sizes: dict[str, Any] = {"max_batch": ROWS, "max_length": CAPACITY, "layout": "packed", "deterministic": True}
-    eager = emssd_compile.optimize(model, _in_turn(family), backend="eager", **sizes)
-    assert eager.generate(PROMPTS, max_new_tokens=NEW) == expected
-    assert eager.stats.mean_acceptance_length > 1.5
-    decoders: list[Decoder] = [emssd_compile.optimize(model, _in_turn(family), backend="inductor", **sizes)]
-    for name in ("onnx", "aot"):
-        if name == "onnx":
-            pytest.importorskip("onnxruntime")
+    eager, expected = _eager_in_turn(), _expected(FAMILIES[0])
+    if target_name == "onnx":
+        pytest.importorskip("onnxruntime")
+    decoder: Decoder
+    if target_name == "inductor":
+        decoder = emssd_compile.optimize(eager.model, _in_turn(FAMILIES[0]), backend=target_name, **SIZES)
+    else:
         with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
-            getattr(eager, f"export_{name}")(tmp_path / name)
-        decoders.append(emssd_compile.load(tmp_path / name))
-    for decoder in decoders:
-        assert decoder.generate(PROMPTS, max_new_tokens=NEW) == expected
-        assert decoder.stats == eager.stats
+            getattr(eager, f"export_{target_name}")(tmp_path / "artifact")
+        decoder = emssd_compile.load(tmp_path / "artifact")
+    for one in (eager, decoder):
+        one.stats.reset()
+        assert one.generate(PROMPTS, max_new_tokens=NEW) == expected
+        assert one.stats.mean_acceptance_length > 1.5
+    assert decoder.stats == eager.stats
+
+
+@functools.cache
+def _eager_in_turn() -> OptimizedModel:
+    family = FAMILIES[0]
+    return emssd_compile.optimize(target(family, ROWS).model, _in_turn(family), backend="eager", **SIZES)
 
 
 def test_there_is_a_case_of_every_kind():
