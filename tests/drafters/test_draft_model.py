@@ -181,7 +181,7 @@ def test_drafts_are_right_up_to_the_last_position_and_none_come_after_it(monkeyp
     assert [k + depth + 1 for (k, _), depth in zip(seen[:-2], depths, strict=False)] == [k for k, _ in seen[1:-1]]
 
 
-@pytest.mark.parametrize("target", ["onnx", "aot"])
+@pytest.mark.parametrize("target", ["onnx", pytest.param("aot", marks=pytest.mark.long)])
 def test_artifacts_carry_a_draft_model_of_fewer_positions_and_a_smaller_vocabulary(target, tmp_path):
     if target == "onnx":
         pytest.importorskip("onnxruntime")

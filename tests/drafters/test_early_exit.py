@@ -32,8 +32,14 @@ def _fast(model: nn.Module, drafter: Any, **options: Any) -> OptimizedModel:
     return emssd_compile.optimize(model, drafter, **(defaults | options))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("architecture", "layers"), [("llama", 2), ("gpt2", (0, 3)), ("gpt_neox", (0, 1, 3))])
+@pytest.mark.parametrize(
+    ("architecture", "layers", "shape"),
+    [
+        ("llama", 2, SHAPES[0]),
+        ("gpt2", (0, 3), SHAPES[1]),
+        *(pytest.param("gpt_neox", (0, 1, 3), shape, marks=pytest.mark.long) for shape in SHAPES),
+    ],
+)
 def test_tokens_are_the_models_own(architecture, layers, shape):
     model = _model(architecture)
     fast, plain = _fast(model, EarlyExit(layers, **shape), prefill_chunk=40), _fast(model, "none")
@@ -89,10 +95,11 @@ def test_it_needs_no_memory_and_says_what_drafts():
     assert "the target's layers [0, 1] draft" in str(fast.explain())
 
 
-def test_inductor_and_artifacts_give_the_same_tokens(tmp_path):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_artifacts_give_the_same_tokens(backend, tmp_path):
     """In chains; in trees, together with heads: `tests/exactness/test_heads.py`."""
     model = _model()
-    fast = _fast(model, EarlyExit(2, 3), backend="inductor")
+    fast = _fast(model, EarlyExit(2, 3), backend=backend)
     expected = fast.generate(PROMPTS, max_new_tokens=NEW)
     reference = Reference(model)
     assert expected == [[*ids, *reference(ids, NEW)] for ids in PROMPTS]

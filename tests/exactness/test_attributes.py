@@ -53,7 +53,7 @@ def decoder(target: str, folder: Path) -> Decoder:
     return emssd_compile.load(folder)
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor", "onnx", "aot"])
+@pytest.mark.parametrize("target", ["eager", "inductor", "onnx", pytest.param("aot", marks=pytest.mark.long)])
 def test_tokens_are_the_models_own(target, tmp_path):
     if target == "onnx":
         pytest.importorskip("onnxruntime")

@@ -112,7 +112,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=pytest.mark.long if name == "mistral, flex_attention" else ())
+        for name, make in MODELS.items()
+    ],
+)
 def test_tokens_are_the_models_own(make):
     model = make()
     fast = emssd_compile.optimize(

@@ -52,8 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mtp-tree": ("mtp", {}, {"tree": GROWING}),
 }
 
-OFTEN = ("eagle3-tree", "recurrent")
-"""With a cache of its own and without: tried with all families each time, the others if --long."""
+OFTEN = ("eagle3-tree",)
+"""Tried with all families each time, the others if --long: it has a cache of its own, and trees."""
 
 
 @functools.cache

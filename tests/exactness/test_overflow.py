@@ -54,7 +54,7 @@ def caches(fast: Decoder) -> list[Tensor]:
     return [tensor for name, tensor in fast._engine.tensors.items() if "_cache_" in name]
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor", "onnx", "aot"])
+@pytest.mark.parametrize("target", ["eager", "inductor", "onnx", pytest.param("aot", marks=pytest.mark.long)])
 def test_nan_stays_with_the_tokens_that_see_it(target, tmp_path):
     """In caches full of NaN, with a draft that overflows in each step, beside and behind requests that do."""
     if target == "onnx":

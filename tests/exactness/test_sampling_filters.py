@@ -64,8 +64,11 @@ def _decoder(target: str, drafter: str, folder: Path) -> Decoder:
 
 @pytest.mark.parametrize(
     ("target", "drafter"),
-    [("eager", "none"), ("eager", "lookup"), ("eager", "draft-model"), ("eager", "forks")]
-    + [(target, "lookup") for target in ("inductor", "onnx", "aot")],
+    [
+        *(("eager", drafter) for drafter in ("none", "lookup", "draft-model", "forks")),
+        *((target, "lookup") for target in ("inductor", "onnx")),
+        pytest.param("aot", "lookup", marks=pytest.mark.long),
+    ],
 )
 def test_tokens_are_those_that_transformers_processors_lead_to(target, drafter, expected, tmp_path):
     """Eleven requests on three rows, a filter or several each, one without any."""

@@ -152,7 +152,7 @@ def _other_model() -> TinyModel:
     return TinyModel(attend=causal, kv_heads=1)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_two_drafters_of_one_kind_live_in_one(backend):
     torch.manual_seed(0)
     model = model_with_attention()

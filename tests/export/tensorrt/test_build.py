@@ -39,7 +39,14 @@ CASES: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CASES), ids="-".join)
+OFTEN = (("llama", "prompt-lookup"), ("opt", "none"), ("gpt2", "none"))
+"""An engine takes long to build: these are built each time, the others if --long."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=() if case in OFTEN else pytest.mark.long, id="-".join(case)) for case in CASES],
+)
 def built(request, tmp_path_factory):
     """The folder of an engine, what `write` returned, and what it was asked for."""
     options = dict(CASES[request.param])
