@@ -18,6 +18,8 @@ from emssd_compile.cli import main
 from emssd_compile.cli.models import PROGRAM
 from emssd_compile.cli.prompts import read_prompts
 from emssd_compile.cli.target_options import target_options
+from emssd_compile.drafters.mlp_speculator import MLPSpeculator, MLPSpeculatorConfig
+from emssd_compile.drafters.recurrent import RecurrentConfig, RecurrentDrafter
 from emssd_compile.errors import InvalidInputError, OptionError
 from emssd_compile.export import find_target
 from emssd_compile.export.tensorrt import BuildOptions
@@ -61,16 +63,37 @@ def test_text_and_nothing_else_goes_to_standard_output(models, capsys):
     assert "tokens/s" in captured.err
 
 
-@pytest.mark.parametrize("drafter", ["none", "a model"])
-def test_several_prompts_through_few_rows(models, tmp_path, capsys, drafter):
+@pytest.fixture(scope="module")
+def head(models, tmp_path_factory):
+    """A folder with a draft head of the target."""
+    config = json.loads((models / "target" / "config.json").read_text())
+    folder = tmp_path_factory.mktemp("heads") / "mlp"
+    made = MLPSpeculatorConfig(config["hidden_size"], config["vocab_size"], num_heads=2)
+    MLPSpeculator(made).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("drafter", ["none", "suffix", "a model", "a head"])
+def test_several_prompts_through_few_rows(models, head, tmp_path, capsys, drafter):
     (tmp_path / "rest.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS[1:]))
-    drafting = ["none"] if drafter == "none" else [str(models / "draft"), "--num-draft-tokens", "2"]
+    drafting = {
+        "none": ["none"],
+        "suffix": ["suffix", "--num-draft-tokens", "2"],
+        "a model": [str(models / "draft"), "--num-draft-tokens", "2"],
+        "a head": [str(head)],
+    }[drafter]
     prompts = ["--prompt", PROMPTS[0], "--prompt-file", str(tmp_path / "rest.jsonl"), "--max-batch", "2"]
     assert main(generate(models, *prompts, "--drafter", *drafting)) == 0
     expected = [
         f"=== prompt {i} ===\n{own_text(models / 'target', prompt)}\n" for i, prompt in enumerate(PROMPTS, start=1)
     ]
     assert capsys.readouterr().out == "".join(expected)
+
+
+def test_a_head_that_drafts_trees_takes_no_number_of_tokens(models, tmp_path, capsys):
+    RecurrentDrafter(RecurrentConfig(8, 16)).save_pretrained(tmp_path)
+    assert main(generate(models, "--prompt", "x", "--drafter", str(tmp_path), "--num-draft-tokens", "2")) == 1
+    assert "holds a RecurrentDrafter, which takes none" in capsys.readouterr().err
 
 
 def test_explain_names_the_passes_and_dumps_the_stages(models, tmp_path, capsys):

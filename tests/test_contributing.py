@@ -15,7 +15,7 @@ WHOLE = ("exactness", "examples")  # folders of tests of whole models and of scr
 PARTS = ("drafters", "acceptance", "policies", "logits")  # folders of parts, with the registry of each
 KNOWN_BY_NAME = {
     "emssd_compile/layouts.py": {"AllDrafts", "Throughput"},  # the registry of layouts: each names its policy
-    "emssd_compile/cli/models.py": {"DraftModel", "PromptLookup"},  # made with options of the command line
+    "emssd_compile/cli/models.py": {"DraftModel"},  # made of a model that the command line names
 }
 BASES = {"DraftHead"}  # what the heads have in common, and no part itself
 DOCUMENTS = ("test_readme.py", "test_contributing.py", "test_packaging.py")
