@@ -1,6 +1,7 @@
 """`bench.trees`: both kinds of steps verify as many drafts, and none is accepted."""
 
 import json
+import math
 from typing import Any
 
 from bench import trees
@@ -34,7 +35,9 @@ def test_the_command_times_steps_that_emit_one_token_a_row(tmp_path, monkeypatch
     trees.main([*sizes, "--backend", "eager", "--json", str(path)])
     (row,) = json.loads(path.read_text())["tables"][0]["rows"]
     assert (row["batch"], row["nodes"]) == (2, 7)
-    assert min(row["plain_seconds"], row["chain_seconds"], row["tree_seconds"], row["tree_over_chain"]) > 0
+    # Differences of short runs, on a machine that does other things: they need not be above 0.
+    times = [row[name] for name in ("plain_seconds", "chain_seconds", "tree_seconds", "tree_over_chain")]
+    assert all(math.isfinite(value) and value for value in times)
     assert "tree / chain" in capsys.readouterr().out
     plain, *drafting = compiled
     assert plain.drafter.num_draft_tokens == 0
