@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emssd_compile.drafters.decoder_layer import Attend, LayerSizes
+from emssd_compile.drafters.draft_vocabulary import over_all
 from emssd_compile.drafters.drawing import likeliest, shaped
 from emssd_compile.drafters.dynamic_tree import Beam, DynamicTree, GrowingTree
 from emssd_compile.drafters.guesses import in_eighths
@@ -226,6 +227,7 @@ class AutoregressiveHead(DraftHead):
         A token that the head cannot draft has -inf.
         """
         tokens, depth = features.tokens, self.max_depth or self.num_draft_tokens
+        ids, vocabulary = self.ids(), self.config.vocabulary
         taps: dict[str | int, Tensor] = {"hidden": features.hidden}
         own = self.features_of(taps | dict(features.taps.items()))
         attends = [SelfFedAttention() for _ in range(self.num_layers)]
@@ -233,12 +235,6 @@ class AutoregressiveHead(DraftHead):
         for index in range(depth):
             behind = tokens.roll(-index - 1, 1)  # what is rolled over from the beginning is behind no token
             outputs = self.run(self._embedded(behind), own, positions + index, attends)
-            yield self._over_the_vocabulary(self.logits_of(outputs))
+            logits = self.logits_of(outputs)
+            yield logits if len(ids) == vocabulary else over_all(logits, ids, vocabulary)
             own = self.next_features(outputs)
-
-    def _over_the_vocabulary(self, logits: Tensor) -> Tensor:
-        """Logits `[..., L]` of `ids` as those of all tokens, `[..., V]`."""
-        ids, vocabulary = self.ids(), self.config.vocabulary
-        if len(ids) == vocabulary:
-            return logits
-        return logits.new_full((*logits.shape[:-1], vocabulary), -torch.inf).index_copy(-1, ids, logits)

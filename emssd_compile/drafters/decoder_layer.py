@@ -58,6 +58,12 @@ class LayerSizes:
         return RMSNorm(width or self.width, self.epsilon)
 
 
+def normalized(x: Tensor, epsilon: float) -> Tensor:
+    """Vectors `[..., width]` divided by their root mean square, which is taken in float32; in the dtype of `x`."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight`; the mean is taken in float32."""
 
@@ -67,9 +73,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., width]`, in the dtype of `x`."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return wide.to(x.dtype) * self.weight
+        return normalized(x, self.epsilon) * self.weight
 
 
 class Attention(nn.Module):

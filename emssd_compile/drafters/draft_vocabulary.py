@@ -11,6 +11,11 @@ from emssd_compile.checkpoints import Checkpoint
 from emssd_compile.errors import CheckpointError
 
 
+def over_all(logits: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
+    """Logits of all tokens, `[..., V]`, from those `[..., Vd]` of the tokens `ids[Vd]`; -inf for the others."""
+    return logits.new_full((*logits.shape[:-1], vocabulary), -torch.inf).scatter(-1, ids.expand_as(logits), logits)
+
+
 def read_draft_ids(checkpoint: Checkpoint, vocabulary: int) -> Tensor:
     """The target's id of each draft token, int64 `[Vd]`, ascending, of `d2t` (offsets to be added) and `t2d`.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emssd_compile.drafters.draft_vocabulary import over_all
 from emssd_compile.drafters.drawing import over
 from emssd_compile.drafters.guesses import guess, in_eighths
 from emssd_compile.drafters.head import DraftHead, Features, Recipe
@@ -142,8 +143,7 @@ class Medusa(DraftHead):
         """Logits of all tokens, `[..., V]`, from those of the tokens that the head knows."""
         if self.config.draft_vocabulary is None:
             return logits
-        unknown = logits.new_full((*logits.shape[:-1], self.config.vocabulary), -torch.inf)
-        return unknown.scatter(-1, self.token_map.expand_as(logits), logits)
+        return over_all(logits, self.token_map, self.config.vocabulary)
 
 
 class _Blocks(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emssd_compile.checkpoints import Checkpoint
+from emssd_compile.drafters.decoder_layer import normalized
 from emssd_compile.drafters.guesses import Guess, drawn_from, guess, in_eighths
 from emssd_compile.drafters.head import DraftHead, Features, Recipe
 from emssd_compile.drafters.layout_checks import configured, refused
@@ -214,7 +215,7 @@ class MLPSpeculator(DraftHead):
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         """What the first projection reads, `[..., H]`."""
-        return _normalized(hidden) / 2**0.5 if self.config.scale_input else hidden
+        return normalized(hidden, EPSILON) / 2**0.5 if self.config.scale_input else hidden
 
     def _advance(self, depth: int, state: Tensor, tokens: Tensor) -> Tensor:
         """The states, `[..., I]`, that have taken in the tokens `[...]` behind nodes of a depth."""
@@ -237,13 +238,7 @@ class _ScaleAndShift(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """The same shape."""
-        return self.weight * _normalized(values) + self.bias
-
-
-def _normalized(values: Tensor) -> Tensor:
-    """The vectors `[..., H]` divided by their root mean square."""
-    wide = values.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(values.dtype)
+        return self.weight * normalized(values, EPSILON) + self.bias
 
 
 def _at(modules: nn.ModuleList, depth: int) -> nn.Module:

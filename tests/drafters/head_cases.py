@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import emssd_compile
 from emssd_compile.drafters import DraftContext
@@ -76,3 +77,16 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> P
     (folder / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v is not None}))
     save_file({name: v.clone() for name, v in weights.items() if v is not None}, folder / "model.safetensors")
     return folder
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op."""
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple) else [made]:
+            self.elements = max(self.elements, each.numel() if isinstance(each, Tensor) else 0)
+        return made

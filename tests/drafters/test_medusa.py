@@ -6,9 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from emssd_compile.drafters import Medusa
 from emssd_compile.drafters.head import Features
@@ -18,7 +16,7 @@ from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.drafting import TokenTables
 from tests.drafters.alone import nodes_of
 from tests.drafters.contexts import target_of
-from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, fast, grade, ranked, seen, target, write
+from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, Largest, fast, grade, ranked, seen, target, write
 from tests.passes.graphs import HIDDEN, VOCABULARY
 
 TREE = ((0,), (1,), (3,), (0, 0), (0, 2), (1, 0), (0, 2, 0), (0, 2, 1))
@@ -108,18 +106,6 @@ def test_a_branching_is_a_tree_too():
     assert Medusa(CONFIGS["the target's"], tree=(2, 1)).tree.paths == ((0,), (1,), (0, 0), (1, 0))
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that was made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple) else [made]:
-            self.elements = max(self.elements, each.numel() if isinstance(each, Tensor) else 0)
-        return made
-
-
 @pytest.mark.parametrize(("num_lm_heads", "depths"), [(3, 1), (1, 3)])
 @torch.no_grad()
 def test_without_sampling_nothing_is_larger_than_the_logits_of_the_depths(num_lm_heads, depths):
@@ -127,7 +113,7 @@ def test_without_sampling_nothing_is_larger_than_the_logits_of_the_depths(num_lm
     head = Medusa(MedusaConfig(2, 512, 3, num_lm_heads=num_lm_heads))
     head.prepare(target_of(None, len(TEXTS), 24, 512, 2))
     found = replace(seen(3, False), vocabulary=512, hidden=torch.randn(len(TEXTS), 2))
-    with _Largest() as largest:
+    with Largest() as largest:
         assert head(found).tokens.shape == (len(TEXTS), 31)
     assert largest.elements == len(TEXTS) * 512 * depths
 

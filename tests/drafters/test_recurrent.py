@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import emssd_compile
 from emssd_compile.drafters import DraftContext, RecurrentDrafter
@@ -19,6 +18,7 @@ from emssd_compile.step.drafting import TokenTables
 from emssd_compile.step.randomness import gumbels
 from tests.drafters.alone import nodes_of
 from tests.drafters.contexts import context, target_of
+from tests.drafters.head_cases import Largest
 from tests.passes.graphs import HIDDEN, VOCABULARY, TinyModel, causal
 
 ROWS = [[3, 1, 4], [9], [2, 6, 5, 3, 5, 8, 9, 7, 1, 1, 2]]
@@ -142,24 +142,12 @@ def test_training_changes_the_head_and_not_the_embedding():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in head.parameters())
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that was made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple) else [made]:
-            self.elements = max(self.elements, each.numel() if isinstance(each, Tensor) else 0)
-        return made
-
-
 @torch.no_grad()
 def test_without_sampling_there_is_no_noise_and_nothing_larger_than_the_logits_of_one_depth():
     head = _head(RecurrentConfig(HIDDEN, 512), width=16, length=3)
     no_seeds: Any = None
     seen = replace(context(ROWS, 3), hidden=torch.randn(len(ROWS), HIDDEN), seeds=no_seeds, vocabulary=512)
-    with _Largest() as largest:
+    with Largest() as largest:
         head(seen)
     assert largest.elements == len(ROWS) * 16 * 512
 
