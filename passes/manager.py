@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from emssd_compile.errors import EmssdError, UnsupportedModelError
@@ -137,7 +137,8 @@ def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
     """Bring the fake value (`meta["val"]`) of every node up to date; inputs keep theirs.
 
     A value is computed anew only if the node's op, its arguments or the values it reads are other objects than when it
-    was computed last: most passes touch few nodes, and fake execution is the slowest part of compiling.
+    was computed last, and it stays the same object where it comes out as it was: most passes touch few nodes, and fake
+    execution is the slowest part of compiling.
     """
     with fake_mode, torch.no_grad():
         for node in graph_module.graph.nodes:
@@ -146,10 +147,23 @@ def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
             if len(last) == len(basis) and all(a is b for a, b in zip(last, basis, strict=True)):
                 continue
             if node.op == "get_attr":
-                node.meta["val"] = fake_mode.from_tensor(getattr(graph_module, node.target), static_shapes=True)
+                _update(node, fake_mode.from_tensor(getattr(graph_module, node.target), static_shapes=True))
             elif node.op == "call_function":
-                node.meta["val"] = fake_result(node)
+                _update(node, fake_result(node))
             node.meta["val_basis"] = basis
+
+
+def _update(node: fx.Node, value: Any) -> None:
+    """Give the node a fake value, unless the one that it has says the same."""
+    last = node.meta.get("val")
+    if not (isinstance(last, FakeTensor) and isinstance(value, FakeTensor) and _described(last) == _described(value)):
+        node.meta["val"] = value
+
+
+def _described(value: FakeTensor) -> tuple[Any, ...]:
+    """All that a graph's values say; symbols by their expressions, for comparing sizes themselves would add guards."""
+    sizes = (*value.shape, *value.stride(), value.storage_offset())
+    return value.dtype, value.device, *(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
 
 
 def drop_unused_weights(graph_module: fx.GraphModule) -> None:

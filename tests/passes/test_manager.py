@@ -122,6 +122,23 @@ def test_fake_values_follow_a_changed_input():
     assert linear.meta["val"].shape[-1] == 20
 
 
+def test_a_fake_value_that_comes_out_as_it_was_is_kept():
+    """What reads it is not computed anew then."""
+    graph_module, manager = _manager()
+    linear = next(n for n in graph_module.graph.nodes if n.target == aten.linear.default)
+    propagate(graph_module, manager.fake_mode)
+    before = {node: node.meta["val"] for node in graph_module.graph.nodes if node.op == "call_function"}
+    with graph_module.graph.inserting_before(linear):
+        linear.args = (linear.args[0], call(graph_module.graph, aten.neg.default, linear.args[1]))
+    propagate(graph_module, manager.fake_mode)
+    assert all(node.meta["val"] is value for node, value in before.items())
+    linear.args = (linear.args[0], linear.args[1].args[0], None)
+    linear.meta["val"] = linear.meta["val"].to(torch.float64)
+    linear.meta["val_basis"] = ()
+    propagate(graph_module, manager.fake_mode)
+    assert linear.meta["val"].dtype is torch.float32, "it says something else"
+
+
 def test_unused_weights_are_forgotten():
     graph_module, _ = _manager()
     graph_module.register_buffer("unused", torch.zeros(3))
