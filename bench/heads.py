@@ -2,11 +2,13 @@
 
     python -m bench.heads
     python -m bench.heads --batches 1 4 8 16 --json heads.json --plot heads.png
+    python -m bench.heads --temperature 1
     python -m bench.heads --model models/smollm2 --heads models/smollm2-eagle3 --draft models/small
 
 The demo model has its own draft model and the heads that are shipped with it (`examples/demo_model/heads`). All decode
-the same prompts, greedily and without EOS; runs alternate, prompts are read in each of them. `layout="auto"`, as in
-`optimize`: a drafter that is not worth it is left out as far as the policy notices.
+the same prompts without EOS, greedily, or drawing the same tokens by the same seeds, which repeat less; runs alternate,
+prompts are read in each of them. `layout="auto"`, as in `optimize`: a drafter that is not worth it is left out as far
+as the policy notices.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -87,9 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for batch in options.batches:
         chosen = [prompts[index * len(prompts) // batch] for index in range(batch)]
         with console.status(f"decoding at batch {batch}"):
-            ways = {name: partial(decode, fast, chosen, options.tokens) for name, fast in compiled.items()}
+            how = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
+            ways = {name: partial(decode, fast, chosen, options.tokens, how) for name, fast in compiled.items()}
             rows += summed_up(compiled, batch, alternate(ways, options.repeats, options.least_seconds))
-    title = f"{options.model.name if options.model else 'demo model'}, {options.backend}, layout {options.layout}"
+    title = f"{options.model.name if options.model else 'demo model'}, {options.backend}, layout {options.layout}, " + (
+        f"temperature {options.temperature:g}" if options.temperature else "greedy"
+    )
     console.print(table(rows, title))
     console.print(f"{describe(hardware())}\n{describe(versions())}")
     if options.json:
@@ -115,6 +121,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these drafters only")
     parser.add_argument("--batches", type=number, nargs="+", default=[1, 4, 8, 16], metavar="B", help="(%(default)s)")
     parser.add_argument("--tokens", type=number, default=96, help="new tokens of each row (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="to draw tokens at (default: greedy)")
     parser.add_argument("--least-seconds", type=float, default=0.0, help="measure at least so long a batch size")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--layout", choices=("auto", "packed"), default="auto")
@@ -169,10 +176,13 @@ def compile_with(model: PreTrainedModel, drafter: str | Drafter, options: argpar
     return fast
 
 
-def decode(fast: OptimizedModel, prompts: list[list[int]], tokens: int) -> Run:
-    """Continue all prompts without EOS."""
+def decode(fast: OptimizedModel, prompts: list[list[int]], tokens: int, how: dict[str, Any]) -> Run:
+    """Continue all prompts without EOS; every run has the same seeds."""
     fast.stats.reset()
-    found, seconds = timed(lambda: fast.generate(prompts, max_new_tokens=tokens, eos_token_id=[]), fast.device)
+    run: Callable[[], list[list[int]]] = partial(
+        fast.generate, prompts, max_new_tokens=tokens, eos_token_id=[], seed=0, **how
+    )
+    found, seconds = timed(run, fast.device)
     stats = fast.stats
     verified = stats.num_draft_tokens / max(1, stats.num_spec_steps)
     new = [text[len(prompt) :] for text, prompt in zip(found, prompts, strict=True)]

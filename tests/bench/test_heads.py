@@ -10,14 +10,15 @@ from emssd_compile.drafters.mlp_speculator import MLPSpeculator, MLPSpeculatorCo
 from tests.export.subjects import VOCABULARY, WIDTH, Small
 
 
-def test_the_command_compares_drafters_and_heads_on_the_same_prompts(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("how", [(), ("--temperature", "0.5")], ids=["greedy", "drawing"])
+def test_the_command_compares_drafters_and_heads_on_the_same_prompts(how, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     MLPSpeculator(MLPSpeculatorConfig(WIDTH, VOCABULARY, num_heads=2)).save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(heads, "load", lambda options: Small())
     monkeypatch.setattr(shapes, "demo_prompts", lambda model: [[n % VOCABULARY, 1, 2] for n in range(8)])
     path = tmp_path / "heads.json"
     command = ["--heads", str(tmp_path / "tiny"), "--only", "lookup", "tiny", "--batches", "2", "4", "--tokens", "20"]
-    heads.main([*command, "--repeats", "1", "--backend", "eager", "--layout", "packed", "--json", str(path)])
+    heads.main([*command, "--repeats", "1", "--backend", "eager", "--layout", "packed", "--json", str(path), *how])
     rows = json.loads(path.read_text())["tables"][0]["rows"]
     assert [(row["drafter"], row["batch"]) for row in rows] == [
         (name, batch) for batch in (2, 4) for name in ("none", "lookup", "tiny")
@@ -27,7 +28,9 @@ def test_the_command_compares_drafters_and_heads_on_the_same_prompts(tmp_path, m
     assert 1 < lookup["acceptance_length"] <= 1 + lookup["num_verified"] <= 1 + lookup["num_slots"]
     assert (tiny["num_slots"], tiny["acceptance_length"] >= 1) == (2, True)
     assert all(row["tokens_identical"] and row["tokens_per_second"] > 0 for row in rows)
-    assert "tokens a step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tokens a step" in printed
+    assert ("temperature 0.5" in printed, "greedy" in printed) == (bool(how), not how)
 
 
 def test_tokens_that_differ_are_said_to():
