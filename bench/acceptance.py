@@ -111,13 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         save(options.json, "bench.acceptance", [{"rules": [asdict(row) for row in rows], "steps": costs}], title=title)
     if options.plot:
-        lines = {row.rule: {} for row in rows}  # type: dict[str, dict[int, float]]
-        for row in rows:
-            if row.shape:
-                lines[row.rule][list(SHAPES).index(row.shape)] = row.efficiency
-        panel = plots.Panel(title, {name: line for name, line in lines.items() if line}, level=1)
-        caption = " / ".join(f"{place}: {shape}" for place, shape in enumerate(SHAPES))
-        plots.draw(options.plot, describe(hardware()), [panel], x_label=caption, y_label="tokens a row and step")
+        heights = {rule: {row.shape: row.efficiency for row in rows if row.rule == rule} for rule in options.rules}
+        plots.bars(
+            options.plot,
+            f"{title}\n{describe(hardware())}",
+            {rule: of_shapes for rule, of_shapes in heights.items() if of_shapes},
+            y_label="tokens a row and step",
+            level=1,
+        )
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

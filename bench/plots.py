@@ -1,4 +1,4 @@
-"""Line plots as PNG files, drawn without a display."""
+"""Line and bar plots as PNG files, drawn without a display."""
 
 from __future__ import annotations
 
@@ -54,8 +54,41 @@ def draw(
     axes[0].set_ylabel(y_label)
     axes[0].set_ylim(bottom=0)  # of all panels, and only now: it fixes the top as well
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label() in names}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(panels), frameon=False)
     figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def bars(path: Path, title: str, heights: Mapping[str, Mapping[str, float]], *, y_label: str, level: float) -> None:
+    """Draws bars beside one another for each name.
+
+    Args:
+        path: of the PNG file; its folder is made if it is not there.
+        title: says on what hardware.
+        heights: by name along x, and by what the bars of a name are; those that are missing are left out.
+        y_label: with its unit.
+        level: draw a horizontal line there.
+    """
+    figure = Figure(figsize=(1.5 + 0.9 * len(heights), 4.8), layout="constrained")
+    axis = figure.subplots()
+    kinds = list(dict.fromkeys(kind for each in heights.values() for kind in each))
+    width = 0.8 / len(kinds)
+    for number, kind in enumerate(kinds):
+        places = [place + width * number for place, each in enumerate(heights.values()) if kind in each]
+        tops = [each[kind] for each in heights.values() if kind in each]
+        axis.bar(places, tops, width, color=COLOURS[number % len(COLOURS)], label=kind)
+    axis.axhline(level, color="black", linewidth=0.8)
+    axis.set_xticks(
+        [place + width * (len(kinds) - 1) / 2 for place in range(len(heights))], [*heights], rotation=30, ha="right"
+    )
+    axis.set_ylabel(y_label)
+    axis.grid(visible=True, axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False)
+    figure.suptitle(title, fontsize=11, wrap=True)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=150)
 

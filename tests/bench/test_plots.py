@@ -28,3 +28,16 @@ def test_a_figure_says_what_is_drawn_where(tmp_path, monkeypatch):
     assert left.get_ylim()[1] > 9  # the panels share an axis on which every point is seen
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["ours", "theirs"]
+
+
+def test_bars_of_a_name_are_beside_one_another(tmp_path, monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    heights = {"match": {"chain": 2.0, "tree": 3.0}, "block": {"chain": 2.5}}
+    plots.bars(tmp_path / "plot.png", "model, machine", heights, y_label="tokens", level=1.0)
+    (axis,) = figures[0].axes
+    drawn = [[(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in kind] for kind in axis.containers]
+    assert drawn == [[(0.0, 2.0), (1.0, 2.5)], [(0.4, 3.0)]]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["match", "block"]
+    assert axis.get_xticks().tolist() == [0.2, 1.2]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["chain", "tree"]

@@ -35,6 +35,7 @@ from emssd_compile.step.options import RowOption
 from emssd_compile.training.features import FrozenTarget
 from tests.exactness.compiled import CAPACITY, target
 from tests.exactness.models import prompt
+from tests.zoo import toy_model
 
 FAMILIES = ("llama", "gpt2", "bloom")
 ROWS, WINDOW, NEW, STEPS = 3, 46, 12, 60
@@ -205,6 +206,16 @@ def test_compiled_and_as_an_artifact_they_make_the_same_drafts(target_name, tmp_
 def _eager_in_turn() -> OptimizedModel:
     family = FAMILIES[0]
     return emssd_compile.optimize(target(family, ROWS).model, _in_turn(family), backend="eager", **SIZES)
+
+
+@pytest.mark.long
+def test_engines_are_built_of_steps_with_heads(tmp_path):
+    """Of all of them in one step; their attention is decomposed, for these head sizes have no kernel of TensorRT's."""
+    pytest.importorskip("tensorrt_rtx")
+    model = toy_model(FAMILIES[0]).to(torch.float16)
+    fast = emssd_compile.optimize(model, _in_turn(FAMILIES[0]), backend="eager", **SIZES)
+    fast.export_tensorrt(tmp_path / "engine", compute_capabilities=["8.0"], attention="decomposed", check=False)
+    assert (tmp_path / "engine" / "step.engine").stat().st_size > 2**20
 
 
 def test_there_is_a_case_of_every_kind():
