@@ -20,6 +20,7 @@ from emssd_compile.drafters.mtp import MTP
 from emssd_compile.drafters.multi_candidate import MultiCandidate
 from emssd_compile.drafters.no_drafter import NoDrafter
 from emssd_compile.drafters.parallel_draft_model import ParallelDraftModel
+from emssd_compile.drafters.parallel_eagle import ParallelEagle
 from emssd_compile.drafters.prompt_lookup import PromptLookup
 from emssd_compile.drafters.recurrent import RecurrentDrafter
 from emssd_compile.drafters.suffix_lookup import SuffixLookup
@@ -34,7 +35,7 @@ DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "prompt-lookup": PromptLookup,
     "suffix": SuffixLookup,
 }
-HEADS: tuple[type[DraftHead], ...] = (MTP, Eagle3, MLPSpeculator, Medusa, RecurrentDrafter)
+HEADS: tuple[type[DraftHead], ...] = (MTP, Eagle3, MLPSpeculator, Medusa, ParallelEagle, RecurrentDrafter)
 """Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "MultiCandidate",
     "NoDrafter",
     "ParallelDraftModel",
+    "ParallelEagle",
     "PartSizes",
     "PromptLookup",
     "RecurrentDrafter",

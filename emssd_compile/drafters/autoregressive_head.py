@@ -39,6 +39,9 @@ class AutoregressiveHead(DraftHead):
 
     A subclass says what features are, what the layers do with a pair, and what logits come out.
 
+    Attributes:
+        spare_slots: of each cache, behind those of a row's positions.
+
     Args:
         config: of the head.
         sizes: of its layers.
@@ -85,6 +88,7 @@ class AutoregressiveHead(DraftHead):
         else:
             self.num_draft_tokens, self.max_depth = tree.nodes, tree.depth
         self.tree, self.sizes, self.num_layers = tree, sizes, num_layers
+        self.spare_slots = tree.fed if tree else 0
 
     def features_of(self, taps: Mapping[str | int, Tensor]) -> Tensor:
         """The target's features of each token, `[..., H]`, from what it computed of them, `[..., Ht]` each."""
@@ -97,6 +101,10 @@ class AutoregressiveHead(DraftHead):
     def next_features(self, outputs: Tensor) -> Tensor:
         """The head's own features `[..., H]`, of what `run` gave."""
         raise NotImplementedError
+
+    def next_pair(self, tokens: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings and features, `[..., H]` each, of drafts `[...]` and the outputs `[..., H]` that made them."""
+        return self._embedded(tokens), self.next_features(outputs)
 
     def logits_of(self, outputs: Tensor) -> Tensor:
         """`[..., L]`, one for each of `ids`, of what `run` gave."""
@@ -111,16 +119,14 @@ class AutoregressiveHead(DraftHead):
         return torch.arange(self.config.vocabulary, device=next(self.parameters()).device)
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
-        """KV caches of the layers, `[B, slots, Hkv, D]`: of a tree, nodes may take more slots than positions."""
-        slots = sizes.capacity + (self.tree.fed if self.tree else 0)
-        shape = (sizes.rows, slots, self.sizes.kv_heads, self.sizes.head_size)
+        """KV caches of the layers, `[B, slots, Hkv, D]`: drafts may take more slots than there are positions."""
+        shape = (sizes.rows, sizes.capacity + self.spare_slots, self.sizes.kv_heads, self.sizes.head_size)
         spec = TensorSpec(shape, next(self.parameters()).dtype, kept="forever", in_place=True)
         return {f"{kind}_cache_{layer}": spec for layer in range(self.num_layers) for kind in "kv"}
 
     def forward(self, context: DraftContext) -> Draft:
         """Read what is new, then draft: tokens, grades and of trees parents `[B, K]`, lengths `[B]`."""
-        state = context.state
-        caches = [Cache(state[f"k_cache_{layer}"], state[f"v_cache_{layer}"]) for layer in range(self.num_layers)]
+        caches = self._caches(context)
         outputs = self._read(context, caches)  # [B, H]
         if self.tree is None:
             return self._draft_chain(outputs, context, caches)
@@ -128,37 +134,61 @@ class AutoregressiveHead(DraftHead):
 
     def _read(self, context: DraftContext, caches: Sequence[Cache]) -> Tensor:
         """Read the pairs at all positions that are new; the outputs at each row's newest, `[B, H]`."""
+        read = context.read
+        embedded = self._embedded(self._following(context))  # [T, H]
+        features = self.features_of(self._taps(context))  # [T, H]
+        return self.run(embedded, features, read.positions, self._attends_to_read(context, caches))[read.roots]
+
+    def _caches(self, context: DraftContext) -> list[Cache]:
+        """One of each layer."""
+        state = context.state
+        return [Cache(state[f"k_cache_{layer}"], state[f"v_cache_{layer}"]) for layer in range(self.num_layers)]
+
+    def _following(self, context: DraftContext) -> Tensor:
+        """The tokens behind those read, int64 `[T]`."""
         read, history = context.read, context.history
         rows = read.row_ids.clamp(max=len(history) - 1)  # [T]
-        following = history[rows, (read.positions + 1).clamp(max=history.shape[1] - 1)]  # [T]
-        features = self.features_of({name: tap[context.source] for name, tap in context.taps.items()})  # [T, H]
-        first = read.offsets[:-1].clamp(max=rows.shape[0] - 1)  # [B]
-        lengths = torch.where(read.fed > 0, read.positions[first], 0)  # [B]
+        return history[rows, (read.positions + 1).clamp(max=history.shape[1] - 1)]
+
+    def _taps(self, context: DraftContext) -> dict[str | int, Tensor]:
+        """What the target computed of the tokens read, `[T, Ht]` each."""
+        return {name: tap[context.source] for name, tap in context.taps.items()}
+
+    def _attends_to_read(self, context: DraftContext, caches: Sequence[Cache]) -> list[Attend]:
+        """Of each layer: the tokens read attend to one another, and to those of their rows that were read before."""
+        read = context.read
+        lengths = first_positions(read)
 
         def over(cache: Cache) -> Attend:
             return lambda q, k, v: cache.attend(q, k, v, read, lengths)
 
-        outputs = self.run(self._embedded(following), features, read.positions, [over(cache) for cache in caches])
-        return outputs[read.roots]
+        return [over(cache) for cache in caches]
 
     def _draft_chain(self, outputs: Tensor, context: DraftContext, caches: Sequence[Cache]) -> Draft:
         """Read one draft of each row at a time, in the slot behind the one before it."""
-        outputs, tokens, probabilities = outputs[:, None], [], []  # [B, 1, H]
+        outputs, chosen = outputs[:, None], list[tuple[Tensor, Tensor]]()  # [B, 1, H]
         for depth in range(self.num_draft_tokens):
-            drafts, log_q = self._choose(outputs, 1, depth, context)  # [B, 1]
-            tokens.append(drafts)
-            probabilities.append(log_q.exp())
+            chosen.append(self._choose(outputs, 1, depth, context))
             if depth + 1 < self.num_draft_tokens:
                 going = depth + 1 < context.max_drafts
                 lengths = torch.where(going, context.known - 1 + depth, 0)  # [B]
                 positions = lengths[:, None]
                 packed, order = pack_each(torch.arange(len(going), device=going.device)[:, None], positions, going)
                 attends = [NodeAttention(cache, packed, order, lengths) for cache in caches]
-                outputs = self.run(self._embedded(drafts), self.next_features(outputs), positions, attends)
+                outputs = self.run(*self.next_pair(chosen[-1][0], outputs), positions, attends)
+        return self._chain_of(chosen, context)
+
+    def _chain_of(
+        self, chosen: Sequence[tuple[Tensor, Tensor]], context: DraftContext, state: dict[str, Tensor] | None = None
+    ) -> Draft:
+        """K drafts behind one another, of their tokens and log-probabilities, `[B, 1]` each."""
+        tokens, log_q = (torch.cat(each, 1) for each in zip(*chosen, strict=True))
         return Draft(
-            torch.cat(tokens, 1),
+            tokens,
             context.max_drafts.clamp(max=self.num_draft_tokens),
-            grades=in_eighths(torch.cat(probabilities, 1)),
+            state or {},
+            in_eighths(log_q.exp()),
+            None if self.max_depth is None else torch.arange(len(chosen), device=tokens.device).expand_as(tokens),
         )
 
     def _draft_tree(self, tree: DynamicTree, outputs: Tensor, context: DraftContext, caches: Sequence[Cache]) -> Draft:
@@ -212,8 +242,11 @@ class AutoregressiveHead(DraftHead):
             depth: of the nodes.
             context: says for whom drafts are drawn.
         """
-        logits = shaped(self.logits_of(outputs.flatten(0, 1)).float(), context)  # [B * n, L]
-        tokens, log_q = likeliest(logits, count, depth, context, self.ids())
+        return self._choose_of(self.logits_of(outputs.flatten(0, 1)), count, depth, context)
+
+    def _choose_of(self, logits: Tensor, count: int, depth: int, context: DraftContext) -> tuple[Tensor, Tensor]:
+        """The same, of the nodes' logits `[B * n, L]`."""
+        tokens, log_q = likeliest(shaped(logits.float(), context), count, depth, context, self.ids())
         return tokens, log_q.clamp(max=0)  # which rounding may exceed
 
     def _embedded(self, tokens: Tensor) -> Tensor:
@@ -229,12 +262,18 @@ class AutoregressiveHead(DraftHead):
         tokens, depth = features.tokens, self.max_depth or self.num_draft_tokens
         ids, vocabulary = self.ids(), self.config.vocabulary
         taps: dict[str | int, Tensor] = {"hidden": features.hidden}
-        own = self.features_of(taps | dict(features.taps.items()))
+        embedded, own = self._embedded(tokens.roll(-1, 1)), self.features_of(taps | dict(features.taps.items()))
         attends = [SelfFedAttention() for _ in range(self.num_layers)]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         for index in range(depth):
-            behind = tokens.roll(-index - 1, 1)  # what is rolled over from the beginning is behind no token
-            outputs = self.run(self._embedded(behind), own, positions + index, attends)
+            outputs = self.run(embedded, own, positions + index, attends)
             logits = self.logits_of(outputs)
             yield logits if len(ids) == vocabulary else over_all(logits, ids, vocabulary)
-            own = self.next_features(outputs)
+            behind = tokens.roll(-index - 2, 1)  # what is rolled over from the beginning is behind no token
+            embedded, own = self.next_pair(behind, outputs)
+
+
+def first_positions(read: Packed) -> Tensor:
+    """Of the first token of each row, int64 `[B]`; 0 for a row without any."""
+    first = read.offsets[:-1].clamp(max=read.positions.shape[0] - 1)  # [B]
+    return torch.where(read.fed > 0, read.positions[first], 0)

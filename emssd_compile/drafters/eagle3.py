@@ -81,7 +81,11 @@ class Eagle3(AutoregressiveHead):
 
     def features_of(self, taps: Mapping[str | int, Tensor]) -> Tensor:
         """The layers' outputs, normalised as the head's version has it, side by side and projected to `[..., H]`."""
-        outputs = [taps[tap].to(self.fc.weight.dtype) for tap in self.taps]  # [..., Ht] each
+        return self.projected([taps[tap] for tap in self.taps])
+
+    def projected(self, outputs: Sequence[Tensor]) -> Tensor:
+        """`[..., H]` of the outputs `[..., Ht]` of each layer that is read."""
+        outputs = [output.to(self.fc.weight.dtype) for output in outputs]
         if self.config.num_norms:
             outputs = [norm(output) for norm, output in zip(self.fc_norm, outputs, strict=True)]
         features: Tensor = self.fc(self.input_norm(torch.cat(outputs, -1)))

@@ -25,13 +25,21 @@ class SpeculatorsEagle3:
 
     Its layer ids count what goes into layers: id i is the output of layer i - 1. An embedding that was not trained is
     the target's, and is not kept.
+
+    Attributes:
+        model_type, architecture: what the configuration calls it.
+        trains_embedding, speculative_tokens: what is meant where nothing is said.
     """
 
     name = "speculators eagle3"
+    model_type = "eagle3"
+    architecture = "Eagle3Speculator"
+    trains_embedding = False
+    speculative_tokens = 4
 
     def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By `speculators_model_type`."""
-        return config.get(TYPE) == "eagle3"
+        return config.get(TYPE) == self.model_type
 
     def read(self, checkpoint: Checkpoint) -> tuple[Eagle3Config, dict[str, Tensor]]:
         """The head's configuration and weights."""
@@ -50,9 +58,9 @@ class SpeculatorsEagle3:
             "feeds_on_normalised": checkpoint.get("norm_output", bool, False),
             "num_layers": checkpoint.get("num_hidden_layers", int, within=entries),
             "taps": _read_taps(checkpoint),
-            "speculative_tokens": read_speculative_tokens(checkpoint, default=4),
+            "speculative_tokens": read_speculative_tokens(checkpoint, self.speculative_tokens),
         }
-        trained = checkpoint.get("embed_requires_grad", bool, False)
+        trained = checkpoint.get("embed_requires_grad", bool, self.trains_embedding)
         sizes = {"target": checkpoint.get("target_hidden_size", int, 0), "draft": 32000}
         return _read(checkpoint, checkpoint.tensors, entries, sizes, trains_embedding=trained, **options)
 
@@ -63,7 +71,7 @@ class SpeculatorsEagle3:
             tensors |= written_draft_ids(ids, config.vocabulary)
         layer = written_layer(config.layer)
         entries = {
-            **written_entries("eagle3", "Eagle3Speculator", config.speculative_tokens),
+            **written_entries(self.model_type, self.architecture, config.speculative_tokens),
             "transformer_layer_config": {
                 **layer,
                 "vocab_size": config.vocabulary,
@@ -82,20 +90,30 @@ class SpeculatorsEagle3:
 
 
 class OriginalEagle3:
-    """SafeAILab/EAGLE, as safetensors: the layer is called `midlayer`, and nothing says which layers it reads."""
+    """SafeAILab/EAGLE, as safetensors: the layer is called `midlayer`, and nothing says which layers it reads.
+
+    Attributes:
+        trains_embedding, speculative_tokens: what is meant where nothing is said.
+    """
 
     name = "EAGLE-3"
+    trains_embedding = False
+    speculative_tokens = 4
 
     def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By the names of the layer's tensors."""
-        return TYPE not in config and any(name.startswith("midlayer.") for name in names)
+        return TYPE not in config and "mask_hidden" not in names and any(n.startswith("midlayer.") for n in names)
 
     def read(self, checkpoint: Checkpoint) -> tuple[Eagle3Config, dict[str, Tensor]]:
         """The head's configuration and weights."""
         entries = filled(checkpoint.config, str(checkpoint.folder / CONFIG))
         renamed = {name.replace("midlayer.", "layers.0.", 1): value for name, value in checkpoint.tensors.items()}
         sizes = {"target": checkpoint.get("target_hidden_size", int, 0), "draft": entries["vocab_size"]}
-        return _read(checkpoint, renamed, entries, sizes, trains_embedding=False)
+        options = {
+            "num_layers": len({name.split(".")[1] for name in renamed if name.startswith("layers.")}) or 1,
+            "speculative_tokens": self.speculative_tokens,
+        }
+        return _read(checkpoint, renamed, entries, sizes, trains_embedding=self.trains_embedding, **options)
 
     def write(self, config: Eagle3Config, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The way back. Heads are written in the other layout, which says more."""

@@ -133,6 +133,37 @@ def tapped(model: Any, text: list[int], taps: tuple[int, ...]) -> tuple[list[Ten
     return [result.view(len(text), -1) for result in results], hidden
 
 
+def projected(head: Any, outputs: list[Tensor]) -> Tensor:
+    """EAGLE-3's features, of the outputs of layers."""
+    weights = {name: value.detach() for name, value in head.state_dict().items()}
+    if head.config.normalises_taps:
+        outputs = [rms(each, weights[f"fc_norm.{index}.weight"]) for index, each in enumerate(outputs)]
+    joined = torch.cat(outputs, 1)
+    if head.config.normalises_features:
+        joined = rms(joined, weights["input_norm.weight"])
+    return joined @ weights["fc.weight"].T
+
+
+class PlainParallelHead(PlainHead):
+    """P-EAGLE: in the place of drafts there are masks."""
+
+    mask: tuple[int, Tensor]
+
+    def output(self, text: list[int], path: list[int]) -> Tensor:
+        """What the head gives as many masks behind a text."""
+        token, features = self.mask
+        masked = torch.cat([self.features(text), *(features for _ in path)])
+        return self.outputs([*text[1:], *(token for _ in path)], masked)[-1]
+
+
+def plain_parallel_eagle(head: Any, model: Any) -> PlainParallelHead:
+    """P-EAGLE, of the head's weights and configuration."""
+    plain = PlainParallelHead(**vars(plain_eagle3(head, model)))
+    stand_ins = head.state_dict()["mask_hidden"].view(head.config.num_taps, 1, -1)
+    plain.mask = head.config.mask_token, projected(head, list(stand_ins))
+    return plain
+
+
 def plain_eagle3(head: Any, model: Any) -> PlainHead:
     """EAGLE-3, of the head's weights and configuration."""
     config, weights = head.config, {name: value.detach() for name, value in head.state_dict().items()}
@@ -142,13 +173,7 @@ def plain_eagle3(head: Any, model: Any) -> PlainHead:
     lm_head = weights.get("lm_head.weight", model.lm_head.weight.detach()[ids])
 
     def features(text: list[int]) -> Tensor:
-        outputs, _ = tapped(model, text, head.taps)
-        if config.normalises_taps:
-            outputs = [rms(each, weights[f"fc_norm.{index}.weight"]) for index, each in enumerate(outputs)]
-        joined = torch.cat(outputs, 1)[:-1]
-        if config.normalises_features:
-            joined = rms(joined, weights["input_norm.weight"])
-        return joined @ weights["fc.weight"].T
+        return projected(head, [output[:-1] for output in tapped(model, text, head.taps)[0]])
 
     def outputs(tokens: list[int], g: Tensor) -> Tensor:
         layer = part(weights, "layers.0.")

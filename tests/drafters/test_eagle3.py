@@ -115,14 +115,14 @@ def test_drafts_are_those_of_the_paper_and_tokens_the_targets(name, tree):
     assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
 
 
-def _features(texts: list[list[int]], head: Eagle3) -> Features:
+def features_of(texts: list[list[int]], head: Eagle3) -> Features:
     """What the target computes of texts of one length."""
     computed = [tapped(target(), text, head.taps) for text in texts]
     taps = {tap: torch.stack([outputs[index] for outputs, _ in computed]) for index, tap in enumerate(head.taps)}
     return Features(torch.tensor(texts), torch.stack([hidden for _, hidden in computed]), taps)
 
 
-def _prepared(head: Eagle3) -> Eagle3:
+def prepared(head: Eagle3) -> Eagle3:
     model = target()
     tables = TokenTables(model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach())
     head.prepare(target_of(None, ROWS, 96, VOCABULARY, HIDDEN, tables))
@@ -133,9 +133,9 @@ def _prepared(head: Eagle3) -> Eagle3:
 @torch.no_grad()
 def test_it_is_trained_on_what_it_does_when_it_drafts(name):
     """Of each place in a text, the logits of each draft are those of drafting behind it, drafts being the text's."""
-    head = _prepared(head_of(name))
+    head = prepared(head_of(name))
     plain, texts = plain_eagle3(head, target()), [prompt(9), prompt(12)[:9]]
-    steps = list(head.rollout(_features(texts, head)))
+    steps = list(head.rollout(features_of(texts, head)))
     assert len(steps) == head.num_draft_tokens
     for index, logits in enumerate(steps):
         assert logits.shape == (2, 9, VOCABULARY)
@@ -151,8 +151,8 @@ def test_it_is_trained_on_what_it_does_when_it_drafts(name):
 def test_trained_on_the_targets_texts_it_is_mostly_right(tree):
     """What is accepted stays read: one stale or missing key would show in the drafts behind it."""
     torch.manual_seed(0)
-    head = _prepared(Eagle3(CONFIGS["borrows"], tree=tree))
-    texts = [_features([row], head) for row in plainly()]
+    head = prepared(Eagle3(CONFIGS["borrows"], tree=tree))
+    texts = [features_of([row], head) for row in plainly()]
     optimizer = torch.optim.Adam(head.parameters(), 5e-3)
     for _ in range(60):
         for features in texts:
