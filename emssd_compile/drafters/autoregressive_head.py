@@ -261,8 +261,7 @@ class AutoregressiveHead(DraftHead):
         """
         tokens, depth = features.tokens, self.max_depth or self.num_draft_tokens
         ids, vocabulary = self.ids(), self.config.vocabulary
-        taps: dict[str | int, Tensor] = {"hidden": features.hidden}
-        embedded, own = self._embedded(tokens.roll(-1, 1)), self.features_of(taps | dict(features.taps.items()))
+        embedded, own = self._embedded(tokens.roll(-1, 1)), self._features_of_target(features)
         attends = [SelfFedAttention() for _ in range(self.num_layers)]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         for index in range(depth):
@@ -271,6 +270,11 @@ class AutoregressiveHead(DraftHead):
             yield logits if len(ids) == vocabulary else over_all(logits, ids, vocabulary)
             behind = tokens.roll(-index - 2, 1)  # what is rolled over from the beginning is behind no token
             embedded, own = self.next_pair(behind, outputs)
+
+    def _features_of_target(self, features: Features) -> Tensor:
+        """Those of whole texts, `[B, S, H]`."""
+        taps: dict[str | int, Tensor] = {"hidden": features.hidden}
+        return self.features_of(taps | dict(features.taps.items()))
 
 
 def first_positions(read: Packed) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from emssd_compile.checkpoints import CONFIG, Checkpoint
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.drafters.layer_entries import filled, read_layer, written_layer
+from emssd_compile.drafters.layout_checks import configured
+from emssd_compile.drafters.mtp_config import MTPConfig
 from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, written_entries
-from emssd_compile.errors import CheckpointError, OptionError
+from emssd_compile.errors import CheckpointError
 
 _OWN = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
 _PARTS = re.compile(r"(model\.mtp_layers\.|mtp_layers\.|model\.layers\.|mtp\.)(\d+\.)?(.+)")
@@ -26,29 +28,6 @@ _UNSUPPORTED = {
     ".e_proj.": "hyper-connections",
 }
 """What a layer may hold that this one cannot, by parts of names."""
-
-
-@dataclass(frozen=True)
-class MTPConfig:
-    """Sizes of an `MTP`.
-
-    Attributes:
-        hidden_size: H, of the target.
-        vocabulary: V, of the target.
-        layer: sizes of the layer, which is as wide as the target.
-        speculative_tokens: drafts of a chain, if nothing else is said.
-    """
-
-    hidden_size: int
-    vocabulary: int
-    layer: LayerSizes = field(default=None)  # type: ignore[assignment]  # never None once it is made
-    speculative_tokens: int = 3
-
-    def __post_init__(self) -> None:
-        """Raises OptionError if the layer is of another width."""
-        object.__setattr__(self, "layer", self.layer or LayerSizes.as_wide_as(self.hidden_size))
-        if self.layer.width != self.hidden_size:
-            raise OptionError(f"an MTP of width {self.layer.width} cannot read a target of width {self.hidden_size}")
 
 
 class _Part(NamedTuple):
@@ -105,24 +84,32 @@ class _Layout:
         return any(p is not None and p.prefix == self.prefix and p.name.startswith(f"{first}.") for p in parts)
 
     def read(self, checkpoint: Checkpoint) -> tuple[MTPConfig, dict[str, Tensor]]:
-        """The head's configuration and weights."""
+        """The head's configuration and weights. Modules are counted, whatever the configuration says."""
         parts = {name: part for name in checkpoint.tensors if (part := _split(name)) is not None}
-        modules = sorted({part.module for part in parts.values() if part.module})
-        if len(modules) > 1:
-            raise CheckpointError(
-                f"{checkpoint.folder} holds {len(modules)} modules for multi-token prediction, one for each draft; "
-                "only one that makes all drafts is supported"
-            )
-        weights = {}
+        numbers = sorted({int(part.module or 0) for part in parts.values()})
+        modules: list[dict[str, Tensor]] = [{} for _ in numbers]
         for name, part in parts.items():
             for found, what in _UNSUPPORTED.items():
                 if found in f".{part.name}":
                     raise CheckpointError(f"{checkpoint.folder}: {name} is of {what}, which is not supported in an MTP")
             own, value = self._renamed(part.name), checkpoint.tensors[name]
             if own is not None:
-                weights[own] = self.changed(own, value)
-        sizes = self.sizes(checkpoint, weights)
-        return MTPConfig(sizes.width, self.vocabulary(checkpoint), sizes), weights
+                modules[numbers.index(int(part.module or 0))][own] = self.changed(own, value)
+        sizes = self.sizes(checkpoint, modules[0])
+        config = configured(
+            checkpoint,
+            MTPConfig,
+            hidden_size=sizes.width,
+            vocabulary=self.vocabulary(checkpoint),
+            layer=sizes,
+            num_modules=len(modules),
+            speculative_tokens=self.speculative_tokens(checkpoint, len(modules)),
+        )
+        return config, {
+            f"mtp_layers.{number}.{name}": value
+            for number, weights in enumerate(modules)
+            for name, value in weights.items()
+        }
 
     def _renamed(self, name: str) -> str | None:
         """The head's own name; None for what it does not keep."""
@@ -140,6 +127,10 @@ class _Layout:
     def vocabulary(self, checkpoint: Checkpoint) -> int:
         """V."""
         return checkpoint.get("vocab_size", int, within=_layers_of(checkpoint.config))
+
+    def speculative_tokens(self, checkpoint: Checkpoint, num_modules: int) -> int:
+        """Drafts of a chain; 0 where nothing is said."""
+        return 0
 
     def sizes(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> LayerSizes:
         """Sizes by the target's configuration, and what there is by the names of tensors."""
@@ -209,10 +200,9 @@ class SpeculatorsMTP(_Layout):
         """By `speculators_model_type`."""
         return config.get(TYPE) == "mtp"
 
-    def read(self, checkpoint: Checkpoint) -> tuple[MTPConfig, dict[str, Tensor]]:
-        """The head's configuration and weights."""
-        config, weights = super().read(checkpoint)
-        return replace(config, speculative_tokens=read_speculative_tokens(checkpoint, default=3)), weights
+    def speculative_tokens(self, checkpoint: Checkpoint, num_modules: int) -> int:
+        """Drafts of a chain, by the default method of proposing tokens."""
+        return read_speculative_tokens(checkpoint, default=num_modules if num_modules > 1 else 3)
 
     def vocabulary(self, checkpoint: Checkpoint) -> int:
         """V."""
@@ -230,11 +220,11 @@ class SpeculatorsMTP(_Layout):
         """The way back."""
         entries = {
             **written_entries("mtp", "MTPSpeculator", config.speculative_tokens),
-            "num_nextn_predict_layers": 1,
+            "num_nextn_predict_layers": config.num_modules,
             "transformer_layer_config": {
                 **written_layer(config.layer),
                 "vocab_size": config.vocabulary,
                 "num_hidden_layers": 1,
             },
         }
-        return entries, {f"{self.prefix}0.{name.removeprefix('layer.')}": value for name, value in weights.items()}
+        return entries, {name.replace(".layer.", ".", 1): value for name, value in weights.items()}

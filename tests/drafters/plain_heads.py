@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -199,9 +199,36 @@ def plain_eagle3(head: Any, model: Any) -> PlainHead:
     )
 
 
-def plain_mtp(head: Any, model: Any) -> PlainHead:
-    """Multi-token prediction, of the head's weights and the model's tables."""
+@dataclass
+class PlainModules(PlainHead):
+    """Multi-token prediction by several modules: module k predicts the k-th token, of what module k - 1 made of all."""
+
+    modules: list[PlainHead] = field(default_factory=list)
+
+    def output(self, text: list[int], path: list[int]) -> Tensor:
+        """What the module gives that predicts the token behind a text and drafts."""
+        features, tokens = self.features(text), [*text, *path]  # [n - 1, H]
+        for k, module in enumerate(self.modules[: len(path) + 1], 1):
+            outputs = module.outputs(tokens[k : k + len(features)], features)
+            features = module.next_features(outputs)
+        return outputs[-1]
+
+    def log_q(self, text: list[int], path: list[int], shape: Callable[[Tensor], Tensor], noise: Noise) -> Tensor:
+        """By the norm of that module."""
+        self.logits = self.modules[len(path)].logits
+        return super().log_q(text, path, shape, noise)
+
+
+def plain_modules(head: Any, model: Any) -> PlainModules:
+    """Multi-token prediction by as many modules as there are drafts."""
+    modules = [plain_mtp(head, model, number) for number in range(head.num_draft_tokens)]
+    return PlainModules(**vars(modules[0]), modules=modules)
+
+
+def plain_mtp(head: Any, model: Any, module: int = 0) -> PlainHead:
+    """Multi-token prediction by one module, of its weights and the model's tables."""
     weights = {name: value.detach() for name, value in head.state_dict().items()}
+    weights = part(weights, f"mtp_layers.{module}.")
     layer, sizes, embedding = part(weights, "layer."), head.config.layer, model.model.embed_tokens.weight.detach()
 
     def features(text: list[int]) -> Tensor:

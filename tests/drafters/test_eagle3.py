@@ -115,18 +115,34 @@ def test_drafts_are_those_of_the_paper_and_tokens_the_targets(name, tree):
     assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
 
 
-def features_of(texts: list[list[int]], head: Eagle3) -> Features:
+def features_of(texts: list[list[int]], head: Any) -> Features:
     """What the target computes of texts of one length."""
     computed = [tapped(target(), text, head.taps) for text in texts]
     taps = {tap: torch.stack([outputs[index] for outputs, _ in computed]) for index, tap in enumerate(head.taps)}
     return Features(torch.tensor(texts), torch.stack([hidden for _, hidden in computed]), taps)
 
 
-def prepared(head: Eagle3) -> Eagle3:
+def prepared(head: Any) -> Any:
     model = target()
     tables = TokenTables(model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach())
     head.prepare(target_of(None, ROWS, 96, VOCABULARY, HIDDEN, tables))
     return head
+
+
+def learn(head: Any, texts: list[list[int]]) -> None:
+    """The texts by heart."""
+    read = [features_of([row], head) for row in texts]
+    optimizer = torch.optim.Adam(head.parameters(), 5e-3)
+    for _ in range(60):
+        for features in read:
+            tokens = features.tokens[0, 2:]
+            losses = [
+                F.cross_entropy(logits[0, : len(tokens) - k], tokens[k:])
+                for k, logits in enumerate(head.rollout(features))
+            ]
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["eagle-3", "eagle-3.1"])
@@ -152,18 +168,7 @@ def test_trained_on_the_targets_texts_it_is_mostly_right(tree):
     """What is accepted stays read: one stale or missing key would show in the drafts behind it."""
     torch.manual_seed(0)
     head = prepared(Eagle3(CONFIGS["borrows"], tree=tree))
-    texts = [features_of([row], head) for row in plainly()]
-    optimizer = torch.optim.Adam(head.parameters(), 5e-3)
-    for _ in range(60):
-        for features in texts:
-            tokens = features.tokens[0, 2:]
-            losses = [
-                F.cross_entropy(logits[0, : len(tokens) - k], tokens[k:])
-                for k, logits in enumerate(head.rollout(features))
-            ]
-            optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
-            optimizer.step()
+    learn(head, plainly())
     fast, plain = optimized(head.eval()), plain_eagle3(head, target())
     assert check_drafts(fast, plain, PROMPTS, tree=tree, max_new_tokens=NEW) > 20
     fast.stats.reset()

@@ -11,16 +11,31 @@ from safetensors.torch import save_file
 
 from emssd_compile.drafters import MTP, DynamicTree
 from emssd_compile.drafters.decoder_layer import LayerSizes
-from emssd_compile.drafters.mtp_layouts import MTPConfig
+from emssd_compile.drafters.mtp_config import MTPConfig
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from tests.drafters.contexts import target_of
-from tests.drafters.plain_heads import plain_mtp
-from tests.drafters.test_eagle3 import HIDDEN, NEW, PROMPTS, SAMPLED, TREE, optimized, plainly, shape, target
+from tests.drafters.plain_heads import part, plain_modules, plain_mtp
+from tests.drafters.test_eagle3 import (
+    HIDDEN,
+    NEW,
+    PROMPTS,
+    SAMPLED,
+    TREE,
+    features_of,
+    learn,
+    optimized,
+    plainly,
+    prepared,
+    shape,
+    target,
+)
 from tests.drafters.watched import check_drafts
+from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY
 
 SIZES = LayerSizes(HIDDEN, 48, 4, 2, 16, has_qkv_bias=True)
 CONFIG = MTPConfig(HIDDEN, VOCABULARY, SIZES)
+THREE = MTPConfig(HIDDEN, VOCABULARY, SIZES, num_modules=3)
 ENTRIES: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
@@ -31,10 +46,10 @@ ENTRIES: dict[str, Any] = {
 }
 
 
-def head_of(**options: Any) -> MTP:
-    """A layer of random weights."""
+def head_of(config: MTPConfig = CONFIG, **options: Any) -> MTP:
+    """A head of random weights."""
     torch.manual_seed(0)
-    head = MTP(CONFIG, **options)
+    head = MTP(config, **options)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
@@ -52,6 +67,45 @@ def test_drafts_are_those_of_the_layer_and_tokens_the_targets(options):
     assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"num_draft_tokens": 2, "reads_normalised": False}])
+def test_of_several_modules_each_makes_one_draft_of_what_the_one_before_made(sizes):
+    """Prompts are read in chunks and begin with few tokens; what was read of drafts that were wrong is read again."""
+    head = head_of(THREE, **sizes)
+    fast, plain = optimized(head), plain_modules(head, target())
+    assert check_drafts(fast, plain, PROMPTS, max_new_tokens=NEW) > 20
+    options: Any = {**SAMPLED, "max_new_tokens": 5}
+    assert check_drafts(fast, plain, PROMPTS, shape=shape, **options) > 10
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
+    sampled = {**SAMPLED, "num_return_sequences": 2}
+    assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
+
+
+@torch.no_grad()
+def test_several_modules_are_trained_on_what_they_do_when_they_draft():
+    head = prepared(head_of(THREE))
+    plain, texts = plain_modules(head, target()), [prompt(9), prompt(12)[:9]]
+    steps = list(head.rollout(features_of(texts, head)))
+    assert len(steps) == 3
+    for index, logits in enumerate(steps):
+        for row, text in enumerate(texts):
+            for place in range(8 - index):
+                output = plain.output(text[: place + 2], text[place + 2 : place + 2 + index])
+                expected = plain.modules[index].logits(output)
+                torch.testing.assert_close(logits[row, place], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_modules_that_learnt_the_targets_texts_are_mostly_right():
+    """Drafts are accepted, all or in part: what stays of them is as if it had been read once."""
+    torch.manual_seed(0)
+    head = prepared(MTP(THREE))
+    learn(head, plainly())
+    fast, plain = optimized(head.eval()), plain_modules(head, target())
+    assert check_drafts(fast, plain, PROMPTS, max_new_tokens=NEW) > 20
+    fast.stats.reset()
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
+    assert fast.stats.num_accepted_draft_tokens > fast.stats.num_spec_steps  # more than one a row and step
+
+
 def _written(folder: Any, tensors: dict[str, torch.Tensor], config: dict[str, Any] = ENTRIES) -> Any:
     """The checkpoint of a model with a layer for multi-token prediction; of the model there is one tensor."""
     (folder / "config.json").write_text(json.dumps(config))
@@ -59,8 +113,10 @@ def _written(folder: Any, tensors: dict[str, torch.Tensor], config: dict[str, An
     return folder
 
 
-def _renamed(prefix: str, own: dict[str, str], layer: str = "") -> dict[str, torch.Tensor]:
-    weights = head_of().state_dict()
+def _renamed(
+    prefix: str, own: dict[str, str], layer: str = "", of: tuple[MTPConfig, int] = (CONFIG, 0)
+) -> dict[str, torch.Tensor]:
+    weights = part(head_of(of[0]).state_dict(), f"mtp_layers.{of[1]}.")
     names = {name: name.partition(".")[0] for name in weights}
     return {
         prefix + (own[part] + name.removeprefix(part) if part != "layer" else layer + name.removeprefix("layer.")): (
@@ -96,6 +152,41 @@ def test_the_layer_is_found_in_the_targets_checkpoint(tensors, tmp_path):
     _check_read(MTP.from_pretrained(_written(tmp_path, tensors)), head_of())
 
 
+_GLM = dict(zip(_OWN, ("enorm", "hnorm", "eh_proj", "shared_head.norm"), strict=True))
+SEVERAL = {
+    "deepseek": {k: v for n in range(3) for k, v in _renamed(f"model.layers.{5 + n}.", _GLM, of=(THREE, n)).items()},
+    "mimo": {
+        k: v.roll(HIDDEN, 1) if "input_proj" in k else v
+        for n in range(3)
+        for k, v in _renamed(f"model.mtp_layers.{n}.", {name: name for name in _OWN}, of=(THREE, n)).items()
+    },
+}
+
+
+@pytest.mark.parametrize("tensors", SEVERAL.values(), ids=SEVERAL)
+def test_several_modules_are_counted_and_written(tensors, tmp_path):
+    head, wanted = MTP.from_pretrained(_written(tmp_path, tensors)), head_of(THREE)
+    _check_read(head, wanted)
+    assert head.num_draft_tokens == 3
+    head.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 3
+    _check_read(MTP.from_pretrained(tmp_path / "again"), wanted)
+    config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = 4
+    (tmp_path / "again/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="speculative_tokens=4 is out of range: each of 3 modules makes one"):
+        MTP.from_pretrained(tmp_path / "again")
+
+
+def test_several_modules_make_chains_of_as_many_drafts_at_most():
+    with pytest.raises(OptionError, match="an MTP of 3 modules drafts chains only"):
+        head_of(THREE, tree=TREE)
+    with pytest.raises(OptionError, match="num_draft_tokens=4 is out of range: each of its 3 modules makes one draft"):
+        head_of(THREE, num_draft_tokens=4)
+    with pytest.raises(OptionError, match="MTPConfig num_modules=0 is out of range"):
+        MTPConfig(HIDDEN, VOCABULARY, num_modules=0)
+
+
 def test_sizes_may_be_those_of_the_text_model(tmp_path):
     folder = _written(tmp_path, QWEN, {"text_config": ENTRIES, "hidden_size": 1})
     _check_read(MTP.from_pretrained(folder), head_of())
@@ -112,14 +203,17 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model.layers.6.enorm.weight": torch.ones(HIDDEN)}, "holds 2 modules for multi-token prediction"),
+        ({"model.layers.6.enorm.weight": torch.ones(HIDDEN)}, "lacks 15 tensors of a MTP: mtp_layers.1.final_layer"),
         ({"model.layers.5.mlp.gate.weight": torch.ones(2, HIDDEN)}, "is of a mixture of experts"),
         ({"model.layers.5.self_attn.kv_a_proj_with_mqa.weight": torch.ones(2, HIDDEN)}, "multi-head latent attention"),
         ({"model.layers.5.e_proj.weight": torch.ones(2)}, "is of hyper-connections"),
         ({"model.layers.5.eh_proj.weight_scale_inv": torch.ones(2)}, "weights of 8 bits"),
         ({"model.layers.5.self_attn.q_proj.weight": torch.ones(128, HIDDEN)}, "is gated"),
-        ({"model.layers.5.post_mlp_layernorm.weight": torch.ones(HIDDEN)}, "does not know: layer.post_mlp_layernorm"),
-        ({"model.layers.5.hnorm.weight": None}, "lacks 1 tensors of a MTP: hidden_layernorm.weight"),
+        (
+            {"model.layers.5.post_mlp_layernorm.weight": torch.ones(HIDDEN)},
+            "does not know: mtp_layers.0.layer.post_mlp",
+        ),
+        ({"model.layers.5.hnorm.weight": None}, "lacks 1 tensors of a MTP: mtp_layers.0.hidden_layernorm"),
         ({"model.layers.5.enorm.weight": None}, "holds no layer for multi-token prediction"),
     ],
 )

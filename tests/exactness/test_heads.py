@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "eagle3": ("eagle3", {}, {"num_draft_tokens": 3}),
     "eagle3-tree": ("eagle3", {"draft_vocabulary": 150}, {"tree": GROWING}),
     "mtp-tree": ("mtp", {}, {"tree": GROWING}),
+    "mtp-modules": ("mtp", {"num_modules": 2}, {}),
     "peagle": ("peagle", {"num_layers": 2}, {"num_draft_tokens": 3}),
 }
 
