@@ -16,6 +16,7 @@ from emssd_compile.drafters.head import DraftHead, Features, Recipe
 from emssd_compile.drafters.medusa_config import MedusaConfig
 from emssd_compile.drafters.medusa_layouts import FasterDecodingLayout, VllmLayout
 from emssd_compile.drafters.sparse_tree import SparseTree, calibrated_tree
+from emssd_compile.drafters.speculators import InSpeculators
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.drafting import Draft, DraftContext, Target, TokenTables
 
@@ -46,7 +47,7 @@ class Medusa(DraftHead):
 
     kind = "medusa"
     config_class: ClassVar[type[MedusaConfig]] = MedusaConfig
-    layouts = (VllmLayout(), FasterDecodingLayout())
+    layouts = (VllmLayout(), FasterDecodingLayout(), InSpeculators("medusa", VllmLayout(), FasterDecodingLayout()))
     recipe = Recipe(learning_rate=1e-3, decay=0.8)
     is_costly = True
     num_grades = 8

@@ -11,6 +11,7 @@ from torch import Tensor
 from emssd_compile.checkpoints import Checkpoint
 from emssd_compile.drafters.layout_checks import configured, matrix_size, refused
 from emssd_compile.drafters.medusa_config import MedusaConfig
+from emssd_compile.drafters.speculators import TYPE
 from emssd_compile.errors import OptionError
 
 
@@ -27,7 +28,8 @@ class VllmLayout:
 
     def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By the type that the config names."""
-        return config.get("model_type") == self.model_type and any("blocks." in name for name in names)
+        is_own = config.get("model_type") == self.model_type and TYPE not in config
+        return is_own and any("blocks." in name for name in names)
 
     def read(self, checkpoint: Checkpoint) -> tuple[MedusaConfig, dict[str, Tensor]]:
         """Sizes, and the tensors without their prefix.
@@ -59,7 +61,7 @@ class VllmLayout:
             num_lm_heads=num_lm_heads,
             draft_vocabulary=None if known is None else len(known),
             bias=any(name.startswith("blocks.") and name.endswith(".bias") for name in weights),
-            tree=checkpoint.get("medusa_choices", list, None),
+            tree=_choices(checkpoint),
         ), weights
 
     def write(self, config: MedusaConfig, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -92,7 +94,8 @@ class FasterDecodingLayout:
 
     def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By the first block of the first head."""
-        return not {"0.0.linear.weight", f"{self.prefix}0.0.linear.weight"}.isdisjoint(names)
+        first = {"0.0.linear.weight", f"{self.prefix}0.0.linear.weight"}
+        return TYPE not in config and not first.isdisjoint(names)
 
     def read(self, checkpoint: Checkpoint) -> tuple[MedusaConfig, dict[str, Tensor]]:
         """Sizes, those of tensors first, and the tensors by the head's own names.
@@ -122,7 +125,7 @@ class FasterDecodingLayout:
             num_layers=num_layers,
             num_lm_heads=0 if lm_head is None else num_heads,
             bias=any(name.endswith(".linear.bias") for name in tensors),
-            tree=checkpoint.get("medusa_choices", list, None),
+            tree=_choices(checkpoint),
         ), weights
 
     def write(self, config: MedusaConfig, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -140,6 +143,12 @@ class FasterDecodingLayout:
 def _count(pattern: str, names: Iterable[str]) -> int:
     """How many different numbers there are in names, where the pattern has its group."""
     return len({found[1] for name in names if (found := re.match(pattern, name))})
+
+
+def _choices(checkpoint: Checkpoint) -> list[Any] | None:
+    """What is drafted if nothing else is said: a tree, or where only the number of drafts is known, a chain."""
+    chain = [[0] * depth for depth in range(1, checkpoint.get("speculative_tokens", int, 0) + 1)]
+    return checkpoint.get("medusa_choices", list, chain or None)
 
 
 def _token_map(checkpoint: Checkpoint, weights: Mapping[str, Tensor], vocabulary: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from emssd_compile.drafters.decoder_layer import normalized
 from emssd_compile.drafters.guesses import Guess, drawn_from, guess, in_eighths
 from emssd_compile.drafters.head import DraftHead, Features, Recipe
 from emssd_compile.drafters.layout_checks import configured, refused
+from emssd_compile.drafters.speculators import TYPE, InSpeculators
 from emssd_compile.drafters.tree_shape import MOST_NODES, TreeShape
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.numeric import flag, integer
@@ -35,6 +36,7 @@ class MLPSpeculatorConfig:
         inner_size: I, of its own states; 0 stands for H.
         tie_weights: whether all heads have the same weights, but for the first projection.
         scale_input: whether the target's hidden state is normalized before it is read.
+        speculative_tokens: drafts of a chain, if nothing else is said; 0 stands for n.
 
     Raises:
         OptionError: one of them is out of range.
@@ -46,6 +48,7 @@ class MLPSpeculatorConfig:
     inner_size: int = 0
     tie_weights: bool = False
     scale_input: bool = False
+    speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         for size, least in (("hidden_size", 1), ("vocabulary", 1), ("inner_size", 0)):
@@ -53,7 +56,9 @@ class MLPSpeculatorConfig:
         integer("MLPSpeculatorConfig num_heads", self.num_heads, least=1, most=MOST_NODES)
         for switch in ("tie_weights", "scale_input"):
             flag(f"MLPSpeculatorConfig {switch}", getattr(self, switch))
+        integer("MLPSpeculatorConfig speculative_tokens", self.speculative_tokens, least=0, most=self.num_heads)
         object.__setattr__(self, "inner_size", self.inner_size or self.hidden_size)
+        object.__setattr__(self, "speculative_tokens", self.speculative_tokens or self.num_heads)
 
 
 class IbmLayout:
@@ -69,7 +74,7 @@ class IbmLayout:
 
     def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By the type that the config names."""
-        return config.get("model_type") == self.model_type
+        return config.get("model_type") == self.model_type and TYPE not in config
 
     def read(self, checkpoint: Checkpoint) -> tuple[MLPSpeculatorConfig, dict[str, Tensor]]:
         """Sizes, and the tensors without their prefix.
@@ -87,6 +92,7 @@ class IbmLayout:
             inner_size=checkpoint.get("inner_dim", int, 0),
             tie_weights=checkpoint.get("tie_weights", bool, False),
             scale_input=checkpoint.get("scale_input", bool, False),
+            speculative_tokens=checkpoint.get("speculative_tokens", int, 0),
         )
         for name in list(weights) if config.tie_weights else ():
             kind, _, rest = name.partition(".")
@@ -113,6 +119,7 @@ class IbmLayout:
             "top_k_tokens_per_head": [1] * config.num_heads,
             "tie_weights": config.tie_weights,
             "scale_input": config.scale_input,
+            "speculative_tokens": config.speculative_tokens,
         }
         return entries, {self.prefix + name: value for name, value in weights.items()}
 
@@ -133,7 +140,7 @@ class MLPSpeculator(DraftHead):
 
     Args:
         config: its sizes.
-        num_draft_tokens: K, tokens of a chain, 1 to n; n unless there is a `tree`.
+        num_draft_tokens: K, tokens of a chain, 1 to n; as the config says unless there is a `tree`.
         tree: how many tokens to draft behind the root, behind each of those, and so on (IBM's `top_k_tokens_per_head`);
             at most n depths.
 
@@ -143,7 +150,7 @@ class MLPSpeculator(DraftHead):
 
     kind = "mlp"
     config_class: ClassVar[type[MLPSpeculatorConfig]] = MLPSpeculatorConfig
-    layouts = (IbmLayout(),)
+    layouts = (IbmLayout(), InSpeculators("mlp_speculator", IbmLayout()))
     recipe = Recipe(learning_rate=1e-3)
     is_costly = True
     num_grades = 8
@@ -249,7 +256,7 @@ def _at(modules: nn.ModuleList, depth: int) -> nn.Module:
 def _shape(config: MLPSpeculatorConfig, num_draft_tokens: int | None, tree: Sequence[int] | None) -> TreeShape:
     """What to draft; a chain is a tree of one branch. Raises OptionError."""
     if tree is None:
-        length = config.num_heads if num_draft_tokens is None else num_draft_tokens
+        length = config.speculative_tokens if num_draft_tokens is None else num_draft_tokens
         return TreeShape(
             (1,) * integer("MLPSpeculator num_draft_tokens", length, least=1, most=config.num_heads),
         )

@@ -90,3 +90,20 @@ class Largest(TorchDispatchMode):
         for each in made if isinstance(made, tuple) else [made]:
             self.elements = max(self.elements, each.numel() if isinstance(each, Tensor) else 0)
         return made
+
+
+def in_speculators(kind: str, config: dict[str, Any], **method: Any) -> dict[str, Any]:
+    """The entries of a config within those of vllm-project/speculators, for a chain of two drafts."""
+    proposed = {"proposal_type": "greedy", "speculative_tokens": 2, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    verifier = {"name_or_path": "some/model", "architectures": ["LlamaForCausalLM"]}
+    return {
+        **{name: value for name, value in config.items() if name != "model_type"},
+        "speculators_model_type": kind,
+        "speculators_version": "0.3.0",
+        "speculators_config": {
+            "algorithm": kind,
+            "proposal_methods": [{**proposed, **method}],
+            "default_proposal_method": "greedy",
+            "verifier": verifier,
+        },
+    }

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from emssd_compile.drafters import Medusa
+from emssd_compile.drafters import Medusa, load_head
 from emssd_compile.drafters.head import Features
 from emssd_compile.drafters.medusa_config import MedusaConfig
 from emssd_compile.drafters.sparse_tree import SparseTree
@@ -16,7 +16,19 @@ from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.drafting import TokenTables
 from tests.drafters.alone import nodes_of
 from tests.drafters.contexts import target_of
-from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, Largest, fast, grade, ranked, seen, target, write
+from tests.drafters.head_cases import (
+    GREEDY,
+    SAMPLING,
+    TEXTS,
+    Largest,
+    fast,
+    grade,
+    in_speculators,
+    ranked,
+    seen,
+    target,
+    write,
+)
 from tests.passes.graphs import HIDDEN, VOCABULARY
 
 TREE = ((0,), (1,), (3,), (0, 0), (0, 2), (1, 0), (0, 2, 0), (0, 2, 1))
@@ -251,6 +263,27 @@ def test_version_2_has_no_lm_heads_and_a_medusa_2_model_holds_its_target_too(tmp
     tensors = {**_faster_decoding("medusa_head."), "model.embed_tokens.weight": torch.randn(12, 4)}
     folder = write(tmp_path / "full", {"model_type": "llama", "vocab_size": 12}, tensors)
     assert Medusa.from_pretrained(folder).config == MedusaConfig(4, 12, 3, num_layers=2)
+
+
+@pytest.mark.parametrize("tensors", [_vllm(), _faster_decoding(num_heads=2)], ids=["vllm", "faster-decoding"])
+def test_the_entries_of_speculators_may_be_around_either_layout(tmp_path, tensors):
+    sizes = {"hidden_size": 4, "vocab_size": 12}
+    config = in_speculators("medusa", {"transformer_layer_config": sizes})
+    head = load_head(write(tmp_path / "chain", config, tensors))
+    assert isinstance(head, Medusa)
+    assert head.tree.paths == ((0,), (0, 0))
+    assert torch.equal(
+        head.get_parameter("lm_heads.1.weight"), tensors.get("lm_heads.1.weight", tensors.get("1.2.weight"))
+    )
+    head = Medusa.from_pretrained(write(tmp_path / "tree", {**config, **sizes, "medusa_choices": [[0], [1]]}, tensors))
+    assert head.config.tree == ((0,), (1,))
+    for method in ({"verifier_accept_k": 2}, {"accept_tolerance": 0.1}):
+        with pytest.raises(CheckpointError, match="choose a lossy rule where one is wanted"):
+            load_head(write(tmp_path / "lossy", in_speculators("medusa", sizes, **method), tensors))
+    with pytest.raises(OptionError, match="Medusa tree is 3 deep, and there are 2 heads"):
+        load_head(write(tmp_path / "deep", in_speculators("medusa", sizes, speculative_tokens=3), tensors))
+    with pytest.raises(CheckpointError, match="names of tensors are not those of: vLLM, FasterDecoding"):
+        load_head(write(tmp_path / "other", config, {"fc.weight": torch.ones(1)}))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from emssd_compile.drafters import MLPSpeculator
+from emssd_compile.drafters import MLPSpeculator, load_head
 from emssd_compile.drafters.head import Features
 from emssd_compile.drafters.mlp_speculator import MLPSpeculatorConfig
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.proposals import SAMPLED, WITHOUT_REPLACEMENT
 from tests.drafters.contexts import target_of
-from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, fast, grade, ranked, seen, target, write
+from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, fast, grade, in_speculators, ranked, seen, target, write
 from tests.passes.graphs import HIDDEN, VOCABULARY
 
 CONFIGS = {
@@ -211,6 +211,23 @@ def test_a_checkpoint_of_ibm_is_read_and_written(tmp_path):
     written = json.loads((tmp_path / "again/config.json").read_text())
     assert written.items() >= IBM.items()
     assert written["top_k_tokens_per_head"] == [1, 1, 1]
+
+
+def test_the_entries_of_speculators_may_be_around_it(tmp_path):
+    head = load_head(write(tmp_path / "two", in_speculators("mlp_speculator", IBM), _weights()))
+    assert head.config == MLPSpeculatorConfig(4, 12, 3, inner_size=6, scale_input=True, speculative_tokens=2)
+    assert (head.num_draft_tokens, head.max_depth) == (2, None)
+    head.save_pretrained(tmp_path / "again")
+    again = load_head(tmp_path / "again")
+    assert again.config == head.config
+    _same(again.state_dict(), head.state_dict())
+    for method, message in (
+        ({"verifier_accept_k": 2}, "choose a lossy rule where one is wanted"),
+        ({"proposal_type": "sample"}, "only 'greedy' is supported"),
+        ({"speculative_tokens": 4}, "MLPSpeculatorConfig speculative_tokens=4 is out of range; pass at most 3"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_head(write(tmp_path / "refused", in_speculators("mlp_speculator", IBM, **method), _weights()))
 
 
 def test_an_inner_size_of_0_is_the_targets(tmp_path):
