@@ -33,6 +33,7 @@ class LayerSizes:
         rotary: how positions turn queries and keys.
         has_head_norms: whether queries and keys are normalised head by head (Qwen3).
         has_qkv_bias, has_output_bias, has_mlp_bias: whether these projections have one.
+        is_gated: whether what is attended with is multiplied by the sigmoid of as many more queries (Qwen3-Next).
     """
 
     width: int
@@ -46,6 +47,7 @@ class LayerSizes:
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_mlp_bias: bool = False
+    is_gated: bool = False
 
     @classmethod
     def as_wide_as(cls, width: int) -> Self:
@@ -87,9 +89,10 @@ class Attention(nn.Module):
     def __init__(self, sizes: LayerSizes, width: int | None = None) -> None:
         super().__init__()
         queries, keys = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size
-        self.head_size, self.rotary = sizes.head_size, sizes.rotary
+        self.head_size, self.rotary, self.is_gated = sizes.head_size, sizes.rotary, sizes.is_gated
         self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(width or sizes.width, n, bias=sizes.has_qkv_bias) for n in (queries, keys, keys)
+            nn.Linear(width or sizes.width, n, bias=sizes.has_qkv_bias)
+            for n in (queries * (1 + sizes.is_gated), keys, keys)
         )
         self.o_proj = nn.Linear(queries, sizes.width, bias=sizes.has_output_bias)
         self.q_norm, self.k_norm = (
@@ -98,11 +101,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """`[..., H]` for tokens `x[..., width]` at `positions[...]`."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_size)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        widths = (self.head_size * (1 + self.is_gated), self.head_size, self.head_size)
+        projections = zip((self.q_proj, self.k_proj, self.v_proj), widths, strict=True)
+        q, k, v = (projection(x).unflatten(-1, (-1, width)) for projection, width in projections)
+        q, gate = q.chunk(2, -1) if self.is_gated else (q, None)  # [..., Hq, D]
         q, k = self.rotary(self.q_norm(q), positions), self.rotary(self.k_norm(k), positions)
-        result: Tensor = self.o_proj(attend(q, k, v).flatten(-2))
+        attended = attend(q, k, v)  # [..., Hq, D]
+        if gate is not None:
+            attended = attended * gate.sigmoid()
+        result: Tensor = self.o_proj(attended.flatten(-2))
         return result
 
 

@@ -36,12 +36,25 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "head_dim": 128,
     },
+    "qwen3_5_text": {
+        "vocab_size": 248320,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "partial_rotary_factor": 0.25,
+    },
 }
 """What a configuration that is silent means, by its `model_type`."""
 
 _NEVER = {"use_sliding_window": False, "partial_rotary_factor": 1.0, "hidden_act": "silu", "pretraining_tp": 1}
 """Entries that change what a layer computes, in ways that are not supported, unless they have these values."""
 
+
+GATED = "qwen3_5_text"
+"""Layers whose attention is gated: they may turn a part of each head only, and the weights of their norms lack 1."""
 
 _LARGEST = 1 << 20
 """No size of a layer is larger than this."""
@@ -65,12 +78,12 @@ def read_layer(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> LayerSizes
     Raises:
         CheckpointError: an entry makes no sense, or asks for what the layers do not do.
     """
-    where = checkpoint.folder / CONFIG
+    where, kind = checkpoint.folder / CONFIG, entries.get("model_type")
     said = {**(entries.get("rope_parameters") or {}), **entries}
     for name, value in _NEVER.items():
-        if said.get(name, value) != value:
+        if said.get(name, value) != value and (kind, name) != (GATED, "partial_rotary_factor"):
             raise CheckpointError(f"{where}: {name} = {shown(said[name])} is not supported; only {value!r} is")
-    if others := set(entries.get("layer_types") or ()) - {"full_attention"}:
+    if kind != GATED and (others := set(entries.get("layer_types") or ()) - {"full_attention"}):
         raise CheckpointError(f"{where}: layer_types holds {sorted(others)[0]!r}; only 'full_attention' is supported")
 
     def size(name: str, default: int | None = None) -> int:
@@ -82,9 +95,14 @@ def read_layer(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> LayerSizes
     def flag(name: str) -> bool:
         return checkpoint.get(name, bool, False, within=entries)
 
-    width, heads, kind = size("hidden_size"), size("num_attention_heads"), entries.get("model_type")
+    width, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads, has_bias = size("num_key_value_heads", heads), flag("attention_bias")
     head_size = size("head_dim", width // heads)
+    rotary = _read_rotary(checkpoint, entries)
+    if not 0 < rotary.share <= 1 or (turned := int(head_size * rotary.share)) < 2 or turned % 2:
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor = {rotary.share} of heads of {head_size} is no even number of elements"
+        )
     if heads % kv_heads or head_size % 2:
         raise CheckpointError(
             f"{where}: {heads} heads of {head_size} elements cannot share {kv_heads} of keys and values, or be turned"
@@ -96,11 +114,12 @@ def read_layer(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> LayerSizes
         kv_heads=kv_heads,
         head_size=head_size,
         epsilon=checkpoint.get("rms_norm_eps", float, 1e-6, within=entries),
-        rotary=_read_rotary(checkpoint, entries),
-        has_head_norms=kind == "qwen3",
+        rotary=rotary,
+        has_head_norms=kind in ("qwen3", GATED),
         has_qkv_bias=has_bias or kind == "qwen2",
         has_output_bias=has_bias,
         has_mlp_bias=flag("mlp_bias"),
+        is_gated=kind == GATED,
     )
 
 
@@ -108,9 +127,11 @@ def _read_rotary(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> Rotary:
     """Of `rope_theta` and `rope_scaling`, or of `rope_parameters`, which holds both."""
     given = {**(entries.get("rope_scaling") or {}), **(entries.get("rope_parameters") or {})}
     theta = checkpoint.get("rope_theta", float, 10000.0, within={**entries, **given})
+    default = _DEFAULTS.get(entries.get("model_type") or "llama", {}).get("partial_rotary_factor", 1.0)
+    share = checkpoint.get("partial_rotary_factor", float, default, within={**entries, **given})
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
-        return Rotary(theta)
+        return Rotary(theta, share=share)
     if kind != "llama3":
         raise CheckpointError(
             f"{checkpoint.folder / CONFIG}: rotary positions of type {shown(kind)} are not supported; default and "
@@ -122,13 +143,15 @@ def _read_rotary(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> Rotary:
         checkpoint.get("high_freq_factor", float, within=given),
         checkpoint.get("original_max_position_embeddings", int, within=given),
     )
-    return Rotary(theta, scaling)
+    return Rotary(theta, scaling, share)
 
 
 def written_layer(sizes: LayerSizes) -> dict[str, Any]:
     """The way back; `model_type` is the one whose layers are like these."""
     kind = "qwen3" if sizes.has_head_norms else "qwen2" if sizes.has_qkv_bias > sizes.has_output_bias else "llama"
     rotary: dict[str, Any] = {"rope_theta": sizes.rotary.theta}
+    if sizes.is_gated:
+        kind, rotary["partial_rotary_factor"] = GATED, sizes.rotary.share
     if (scaling := sizes.rotary.scaling) is not None:
         rotary["rope_scaling"] = {
             "rope_type": "llama3",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emssd_compile.checkpoints import CONFIG, Checkpoint
 from emssd_compile.drafters.decoder_layer import LayerSizes
-from emssd_compile.drafters.layer_entries import filled, read_layer, written_layer
+from emssd_compile.drafters.layer_entries import GATED, filled, read_layer, written_layer
 from emssd_compile.drafters.layout_checks import configured
 from emssd_compile.drafters.mtp_config import MTPConfig
 from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, written_entries
@@ -60,6 +60,11 @@ def is_of_mtp(config: Mapping[str, Any], name: str) -> bool:
     return True
 
 
+def _shifted(name: str, value: Tensor, added: int) -> Tensor:
+    """The weights of a norm with a number added, and other tensors as they are."""
+    return value + added if "norm" in name else value
+
+
 class _Layout:
     """What the layouts have in common.
 
@@ -69,6 +74,7 @@ class _Layout:
         renamed: what the head's own parts are called there; the others are those of an ordinary layer.
         layer: what comes before the names of the ordinary layer.
         copies: parts that are copies of the target's.
+        may_be_gated: whether attention may be.
     """
 
     name: str
@@ -76,6 +82,7 @@ class _Layout:
     renamed: ClassVar[Mapping[str, str]] = {name: name for name in _OWN}
     layer = ""
     copies: tuple[str, ...] = ()
+    may_be_gated = False
 
     def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By the names of tensors."""
@@ -94,7 +101,7 @@ class _Layout:
                     raise CheckpointError(f"{checkpoint.folder}: {name} is of {what}, which is not supported in an MTP")
             own, value = self._renamed(part.name), checkpoint.tensors[name]
             if own is not None:
-                modules[numbers.index(int(part.module or 0))][own] = self.changed(own, value)
+                modules[numbers.index(int(part.module or 0))][own] = self.changed(checkpoint, own, value)
         sizes = self.sizes(checkpoint, modules[0])
         config = configured(
             checkpoint,
@@ -120,7 +127,7 @@ class _Layout:
             return None
         return f"layer.{name.removeprefix(self.layer)}"
 
-    def changed(self, name: str, value: Tensor) -> Tensor:
+    def changed(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
         """A tensor as the head has it, by its own name."""
         return value
 
@@ -134,12 +141,12 @@ class _Layout:
 
     def sizes(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> LayerSizes:
         """Sizes by the target's configuration, and what there is by the names of tensors."""
-        sizes = read_layer(checkpoint, {**_layers_of(checkpoint.config), "model_type": "llama"})
-        query = weights.get("layer.self_attn.q_proj.weight")
-        if query is not None and len(query) == 2 * sizes.heads * sizes.head_size:
-            raise CheckpointError(
-                f"{checkpoint.folder}: attention of its layer is gated, which is not supported in an MTP"
-            )
+        entries = _layers_of(checkpoint.config)
+        query, output = (weights.get(f"layer.self_attn.{kind}_proj.weight") for kind in "qo")
+        is_gated = query is not None and output is not None and query.shape[:1] == (2 * output.shape[-1],)
+        if is_gated and not self.may_be_gated:
+            raise CheckpointError(f"{checkpoint.folder}: attention of its layer is gated, which is supported for Qwen")
+        sizes = read_layer(checkpoint, {**entries, "model_type": GATED if is_gated else "llama"})
         return replace(
             sizes,
             has_head_norms="layer.self_attn.q_norm.weight" in weights,
@@ -165,7 +172,7 @@ class AppendedMTP(_Layout):
 
 
 class QwenMTP(_Layout):
-    """Qwen3-Next and later: norms scale by 1 + weight there."""
+    """Qwen3-Next and later: norms scale by 1 + weight there, and attention is gated."""
 
     name = "Qwen with MTP"
     prefix = "mtp."
@@ -173,10 +180,11 @@ class QwenMTP(_Layout):
         zip(_OWN, ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"), strict=True)
     )
     layer = "layers.0."
+    may_be_gated = True
 
-    def changed(self, name: str, value: Tensor) -> Tensor:
+    def changed(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
         """Weights of norms with the 1 added."""
-        return value + 1 if "norm" in name else value
+        return _shifted(name, value, 1)
 
 
 class MiMoMTP(_Layout):
@@ -185,7 +193,7 @@ class MiMoMTP(_Layout):
     name = "MiMo with MTP"
     prefix = "model.mtp_layers."
 
-    def changed(self, name: str, value: Tensor) -> Tensor:
+    def changed(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
         """What is projected in the order that the head has."""
         return torch.cat([*reversed(value.chunk(2, 1))], 1) if name == "input_proj.weight" else value
 
@@ -208,6 +216,10 @@ class SpeculatorsMTP(_Layout):
         """V."""
         return checkpoint.get("vocab_size", int, within=self._entries(checkpoint))
 
+    def changed(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
+        """The weights of norms with the 1 added that those of gated layers lack."""
+        return _shifted(name, value, int(self._entries(checkpoint)["model_type"] == GATED))
+
     def sizes(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> LayerSizes:
         """Sizes by `transformer_layer_config`."""
         return read_layer(checkpoint, self._entries(checkpoint))
@@ -227,4 +239,7 @@ class SpeculatorsMTP(_Layout):
                 "num_hidden_layers": 1,
             },
         }
-        return entries, {name.replace(".layer.", ".", 1): value for name, value in weights.items()}
+        lacking = -int(config.layer.is_gated)
+        return entries, {
+            name.replace(".layer.", ".", 1): _shifted(name, value, lacking) for name, value in weights.items()
+        }

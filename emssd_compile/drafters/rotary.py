@@ -40,17 +40,20 @@ class Rotary:
     Attributes:
         theta: pair i turns by `theta ** (-2 i / D)` radians a token.
         scaling: what is done to these angles; None for nothing.
+        share: of the D elements of a head that is turned, the first ones; the others stay as they are.
     """
 
     theta: float = 10000.0
     scaling: Llama3Scaling | None = None
+    share: float = 1.0
 
     def __call__(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys `[..., heads, D]` turned by their `positions[...]`; computed in float32."""
-        size = heads.shape[-1]
+        size = int(heads.shape[-1] * self.share)
         plain = [self.theta ** (-2 * pair / size) for pair in range(size // 2)]
         per_token = torch.tensor([self.scaling(f) if self.scaling else f for f in plain], device=heads.device)
         angles = positions[..., None, None].to(torch.float32) * per_token  # [..., 1, D / 2]
         cos, sin = angles.cos(), angles.sin()
-        first, second = heads.float().chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
+        first, second = heads[..., :size].float().chunk(2, -1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
+        return turned if size == heads.shape[-1] else torch.cat([turned, heads[..., size:]], -1)

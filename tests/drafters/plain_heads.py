@@ -21,8 +21,11 @@ def rms(x: Tensor, weight: Tensor, epsilon: float = 1e-6) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
-def turned(heads: Tensor, theta: float) -> Tensor:
-    """`heads[L, n, D]` at positions 0, 1, ...: pairs (i, i + D / 2) as complex numbers, turned."""
+def turned(heads: Tensor, theta: float, share: float = 1.0) -> Tensor:
+    """`heads[L, n, D]` at positions 0, 1, ...: pairs (i, i + D / 2) as complex numbers, turned; of a share of D."""
+    if share < 1:
+        first, others = heads.split([int(heads.shape[2] * share), heads.shape[2] - int(heads.shape[2] * share)], 2)
+        return torch.cat([turned(first, theta), others], 2)
     length, _, size = heads.shape
     angles = torch.arange(length)[:, None] * theta ** (-torch.arange(0, size, 2) / size)  # [L, D / 2]
     numbers = torch.complex(heads[..., : size // 2], heads[..., size // 2 :]) * torch.polar(
@@ -39,13 +42,18 @@ def attention(weights: dict[str, Tensor], x: Tensor, sizes: Any) -> Tensor:
         return projected.view(len(x), -1, sizes.head_size)
 
     q, k, v = heads("q"), heads("k"), heads("v")
+    if sizes.is_gated:  # each head's queries, and behind them its gate
+        q, gate = q[:, ::2], q[:, 1::2]
     if sizes.has_head_norms:
         q, k = rms(q, weights["q_norm.weight"]), rms(k, weights["k_norm.weight"])
-    q, k = turned(q, sizes.rotary.theta), turned(k, sizes.rotary.theta)
+    q, k = (turned(each, sizes.rotary.theta, sizes.rotary.share) for each in (q, k))
     k, v = (each.repeat_interleave(sizes.heads // sizes.kv_heads, 1) for each in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / sizes.head_size**0.5
     scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1) > 0, -torch.inf)
-    attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+    attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    if sizes.is_gated:
+        attended = attended / (1 + (-gate).exp())
+    attended = attended.flatten(1)
     return F.linear(attended, weights["o_proj.weight"], weights.get("o_proj.bias"))
 
 

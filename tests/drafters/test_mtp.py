@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5TextRotaryEmbedding
 
 from emssd_compile.drafters import MTP, DynamicTree
 from emssd_compile.drafters.decoder_layer import LayerSizes
+from emssd_compile.drafters.head_attention import SelfFedAttention
 from emssd_compile.drafters.mtp_config import MTPConfig
+from emssd_compile.drafters.rotary import Rotary
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from tests.drafters.contexts import target_of
 from tests.drafters.plain_heads import part, plain_modules, plain_mtp
@@ -35,6 +39,11 @@ from tests.zoo import VOCABULARY
 
 SIZES = LayerSizes(HIDDEN, 48, 4, 2, 16, has_qkv_bias=True)
 CONFIG = MTPConfig(HIDDEN, VOCABULARY, SIZES)
+GATED = MTPConfig(
+    HIDDEN,
+    VOCABULARY,
+    LayerSizes(HIDDEN, 48, 4, 2, 16, rotary=Rotary(500.0, share=0.25), has_head_norms=True, is_gated=True),
+)
 THREE = MTPConfig(HIDDEN, VOCABULARY, SIZES, num_modules=3)
 ENTRIES: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -56,9 +65,13 @@ def head_of(config: MTPConfig = CONFIG, **options: Any) -> MTP:
     return head
 
 
-@pytest.mark.parametrize("options", [{}, {"tree": TREE, "reads_normalised": False}], ids=["chain", "tree"])
-def test_drafts_are_those_of_the_layer_and_tokens_the_targets(options):
-    head, tree = head_of(**options), options.get("tree")
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [(CONFIG, {}), (CONFIG, {"tree": TREE, "reads_normalised": False}), (GATED, {})],
+    ids=["chain", "tree", "gated"],
+)
+def test_drafts_are_those_of_the_layer_and_tokens_the_targets(config, options):
+    head, tree = head_of(config, **options), options.get("tree")
     fast, plain = optimized(head), plain_mtp(head, target())
     assert check_drafts(fast, plain, PROMPTS, tree=tree, max_new_tokens=NEW) > 20
     sampled = {**SAMPLED, "num_return_sequences": 2}
@@ -176,6 +189,32 @@ def test_several_modules_are_counted_and_written(tensors, tmp_path):
     (tmp_path / "again/config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="speculative_tokens=4 is out of range: each of 3 modules makes one"):
         MTP.from_pretrained(tmp_path / "again")
+
+
+@torch.no_grad()
+def test_a_gated_layer_is_that_of_qwen(tmp_path):
+    """transformers' own layer, whose norms have zeros where these have ones; a part of each head is turned."""
+    sizes = {**ENTRIES, "head_dim": 16, "layer_types": ["linear_attention"] * 4 + ["full_attention"]}
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
+    entries = Qwen3_5TextConfig(**sizes, rope_parameters=rope, attn_implementation="eager")
+    layer = Qwen3_5DecoderLayer(entries, 4)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    x, positions = torch.randn(1, 6, HIDDEN), torch.arange(6)[None]
+    embedded = Qwen3_5TextRotaryEmbedding(entries)(x, positions.expand(3, 1, 6))
+    causal = torch.full((6, 6), -torch.inf).triu(1)[None, None]
+    expected = layer(x, position_embeddings=embedded, attention_mask=causal, position_ids=positions)
+    norms = {
+        f"mtp.{name}.weight": torch.randn(HIDDEN) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    }
+    tensors = {f"mtp.layers.0.{name}": value for name, value in layer.state_dict().items()}
+    tensors |= norms | {"mtp.fc.weight": torch.randn(HIDDEN, 2 * HIDDEN)}
+    config = {"text_config": {**sizes, "rope_parameters": rope, "attn_output_gate": True}}
+    head = MTP.from_pretrained(_written(tmp_path, tensors, config))
+    assert head.config == GATED
+    torch.testing.assert_close(head.mtp_layers[0].get_submodule("layer")(x, positions, SelfFedAttention()), expected)
+    head.save_pretrained(tmp_path / "again")
+    _check_read(MTP.from_pretrained(tmp_path / "again"), head)
 
 
 def test_several_modules_make_chains_of_as_many_drafts_at_most():

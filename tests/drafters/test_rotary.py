@@ -31,3 +31,10 @@ def test_heads_are_turned_as_by_transformers(scaling, entries):
     expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     rotary = Rotary(500.0, scaling)
     torch.testing.assert_close((rotary(q, positions), rotary(k, positions)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_share_of_each_head_is_turned():
+    heads, positions = torch.randn(3, 2, 8), torch.arange(3)
+    turned = Rotary(500.0, share=0.5)(heads, positions)
+    assert torch.equal(turned[..., :4], Rotary(500.0)(heads[..., :4], positions))
+    assert torch.equal(turned[..., 4:], heads[..., 4:])
