@@ -35,7 +35,8 @@ def read_speculative_tokens(checkpoint: Checkpoint, default: D) -> int | D:
         if most > 1 or tolerance > 0:
             raise CheckpointError(
                 f"{where}: verifier_accept_k = {most} and accept_tolerance = {tolerance} accept tokens that the target "
-                "would not choose; set them to 1 and 0, and choose a lossy rule where one is wanted: optimize(rule=...)"
+                "would not choose; set them to 1 and 0, and choose a lossy rule where one is wanted: "
+                "optimize(acceptance=...)"
             )
     method = next((method for method in methods if method["proposal_type"] == chosen), {})
     count: int | None = checkpoint.get("speculative_tokens", int, None, within=method)

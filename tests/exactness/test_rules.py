@@ -1,5 +1,7 @@
 """Every acceptance rule that draws makes the same tokens eager, compiled and in an artifact."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,8 +12,8 @@ from emssd_compile.step.proposals import misfit
 from tests.export.subjects import ROWS, Small, export, prompt
 
 PROMPTS = [prompt(n) for n in (3, 1, 12, 7)]
-SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 11, "max_new_tokens": 40}
-SIZES = {"max_batch": ROWS, "max_length": 64, "layout": "packed", "deterministic": True}
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 11, "max_new_tokens": 40}
+SIZES: dict[str, Any] = {"max_batch": ROWS, "max_length": 64, "layout": "packed", "deterministic": True}
 DRAWING = [name for name, rule in RULES.items() if name != "greedy"]
 
 
