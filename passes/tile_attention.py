@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, move_kv, ragged_attention, tiled_attention, update_kv
-from emssd_compile.ops._ancestors import unpack_ancestors
 from emssd_compile.ops._scores import AttentionAttributes, in_use
 from emssd_compile.passes.graph import argument, aten, attribute, call, fresh_index, inputs, output, refuse
-from emssd_compile.passes.splice import Tensors, add_input, inline_function
+from emssd_compile.passes.splice import add_input, inline_function
+from emssd_compile.passes.tile_layout import by_rows, lay_out, make_mask, mark_broken, moved, pick
 
 _KEPT = {"scale", "softcap", "sinks"}  # attributes that `tiled_attention` has, too
 _MASKED = {"window", "chunk", "alibi_slopes"}  # attributes that masks say
@@ -65,6 +64,9 @@ class TileAttention:
     chunks, ALiBi, draft trees) becomes a mask. Masks, and where the tokens lie, are computed once a step and shared by
     all layers.
 
+    An append that no attention follows, of keys and values that only later tokens attend to, becomes the update alone:
+    a row's tokens lie behind one another there, too, in the packed order and in the cache.
+
     No result of a tile slot without a token is ever read, and nothing reads what inert tail tokens give.
 
     A token that overflows must not reach those who do not see it: not a draft the tokens before it, nor a request the
@@ -96,24 +98,40 @@ class TileAttention:
             UnsupportedModelError: the graph returns no dict.
         """
         graph = graph_module.graph
-        sites = [node for node in graph.nodes if node.target in (ragged_attention, move_kv)]
+        sites = [node for node in graph.nodes if node.target in (append_kv, ragged_attention, move_kv)]
         if not sites:
             return 0
         if not isinstance(output(graph).args[0], dict):
             raise refuse(output(graph), "the graph must return its results by name, to return the KV caches with them")
         fake_mode: FakeTensorMode = inputs(graph)[0].meta["val"].fake_mode
         rewrite = _Rewrite(graph_module, fake_mode, _row_range(graph, fake_mode), self.spare_slots)
+        appends = {site: _append_before(site) for site in sites if site.target == ragged_attention}
         for site in sites:  # in the order in which they run: each reads what those before it left in the caches
-            (rewrite.move if site.target == move_kv else rewrite.attention)(site)
+            if site in appends:
+                rewrite.attention(site, appends[site])
+            elif site.target == move_kv:
+                rewrite.move(site)
+            elif site not in appends.values():
+                rewrite.append(site)
         results: Any = output(graph).args[0]
         output(graph).args = ({**results, **{str(cache.target): now for cache, now in rewrite.caches.items()}},)
-        return sum(site.target == ragged_attention for site in sites)
+        return len(appends)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Nothing writes memory: each cache goes in and comes out."""
         for node in graph_module.graph.nodes:
             if node.target in (append_kv, ragged_attention, move_kv):
                 raise refuse(node, "a KV cache is written or read in the packed form")
+
+
+def _append_before(site: fx.Node) -> fx.Node:
+    """The `append_kv` whose tokens `site` attends with: the last one before it of the same caches."""
+    node = site.prev
+    while node.op != "root":
+        if node.target == append_kv and node.args[:2] == site.args[1:3]:
+            return node
+        node = node.prev
+    raise refuse(site, "an attention reads a KV cache before this step's tokens are written to it")
 
 
 def _row_range(graph: fx.Graph, fake_mode: FakeTensorMode) -> fx.Node:
@@ -127,7 +145,7 @@ def _row_range(graph: fx.Graph, fake_mode: FakeTensorMode) -> fx.Node:
 
 
 class _Rewrite:
-    """The state of one run of the pass: the tiles made so far, and the newest value of each cache."""
+    """The state of one run of the pass: the tiles made so far, where rows begin, and the newest value of each cache."""
 
     def __init__(
         self, graph_module: fx.GraphModule, fake_mode: FakeTensorMode, row_range: fx.Node, spare_slots: int
@@ -139,26 +157,41 @@ class _Rewrite:
         self.spare_slots = spare_slots
         self.caches: dict[fx.Node, fx.Node] = {}
         self.tiles: dict[tuple[fx.Node, ...], _Tile] = {}
+        self.rows: dict[tuple[fx.Node, ...], dict[str, fx.Node]] = {}
 
-    def attention(self, site: fx.Node) -> None:
+    def attention(self, site: fx.Node, append: fx.Node) -> None:
         """Rewrite one `ragged_attention` and the `append_kv` before it."""
         for name in sorted(in_use(site.kwargs) - _KEPT - _MASKED):
             raise refuse(site, f"its attribute {name} has no form for a tile of queries")
-        append = self._append(site)
-        query, k_cache, v_cache, offsets, lengths = (argument(site, index) for index in range(5))
-        row_ids, slots = argument(append, 4), argument(append, 5)
+        query, _, _, offsets, lengths = (argument(site, index) for index in range(5))
+        row_ids = argument(append, 4)
         with self.graph.inserting_before(site):
-            given = {"keys": argument(append, 2), "values": argument(append, 3)}
-            new = inline_function(self.graph_module, _mark_broken, (given,), self.fake_mode)
-            caches = [
-                self._update(cache, new[name], row_ids, slots, offsets, lengths)
-                for name, cache in (("keys", k_cache), ("values", v_cache))
-            ]
-            self.graph.erase_node(append)
+            caches = self._write(append, offsets, lengths)
             result = self._attend(site, query, caches, self._tile(offsets, lengths, row_ids))
         result.meta = {**site.meta, **result.meta}
         site.replace_all_uses_with(result)
         self.graph.erase_node(site)
+
+    def append(self, site: fx.Node) -> None:
+        """Rewrite an `append_kv` that no attention follows."""
+        caches, given = argument(site, 0), {"row_ids": argument(site, 4), "slots": argument(site, 5)}
+        with self.graph.inserting_before(site):
+            key = tuple(given.values())
+            if key not in self.rows:
+                count = partial(by_rows, num_rows=caches.meta["val"].shape[0])
+                self.rows[key] = inline_function(self.graph_module, count, (given,), self.fake_mode)
+            self._write(site, **self.rows[key])
+
+    def _write(self, append: fx.Node, offsets: fx.Node, lengths: fx.Node) -> list[fx.Node]:
+        """Update the caches instead of an `append_kv`; their new values, keys first."""
+        k_cache, v_cache, keys, values, row_ids, slots = (argument(append, index) for index in range(6))
+        new = inline_function(self.graph_module, mark_broken, ({"keys": keys, "values": values},), self.fake_mode)
+        caches = [
+            self._update(cache, new[name], row_ids, slots, offsets, lengths)
+            for name, cache in (("keys", k_cache), ("values", v_cache))
+        ]
+        self.graph.erase_node(append)
+        return caches
 
     def move(self, site: fx.Node) -> None:
         """Rewrite a `move_kv`: all nodes of a path are written again, past those that count, where nothing is kept."""
@@ -167,18 +200,9 @@ class _Rewrite:
             for cache in caches:
                 now = self.caches[cache]
                 given = {"cache": now, "starts": starts, "path": path}
-                new = inline_function(self.graph_module, _moved, (given,), self.fake_mode)
+                new = inline_function(self.graph_module, moved, (given,), self.fake_mode)
                 self._update(cache, new["new"], new["row_ids"], new["slots"], new["offsets"], starts)
         self.graph.erase_node(site)
-
-    def _append(self, site: fx.Node) -> fx.Node:
-        """The `append_kv` whose tokens `site` attends with: the last one before it of the same caches."""
-        node = site.prev
-        while node.op != "root":
-            if node.target == append_kv and node.args[:2] == site.args[1:3]:
-                return node
-            node = node.prev
-        raise refuse(site, "an attention reads a KV cache before this step's tokens are written to it")
 
     def _update(self, cache: fx.Node, *arguments: fx.Node) -> fx.Node:
         if cache not in self.caches:
@@ -192,7 +216,7 @@ class _Rewrite:
         key = (offsets, lengths, row_ids)
         if key not in self.tiles:
             given = {"offsets": offsets, "lengths": lengths, "row_ids": row_ids, "row_range": self.row_range}
-            found = inline_function(self.graph_module, _lay_out, (given,), self.fake_mode)
+            found = inline_function(self.graph_module, lay_out, (given,), self.fake_mode)
             self.tiles[key] = _Tile(found["tokens"], found["rows"], found["tile_slots"], found["kv_lengths"])
         return self.tiles[key]
 
@@ -219,8 +243,8 @@ class _Rewrite:
                 "tile_slots": tile.tile_slots,
                 "row_range": self.row_range,
             }
-            pick = partial(_pick, num_rows=len(tile.kv_lengths.meta["val"]), heads=heads)
-            tile.picks[heads] = _Picks(**inline_function(self.graph_module, pick, (given,), self.fake_mode))
+            picks = partial(pick, num_rows=len(tile.kv_lengths.meta["val"]), heads=heads)
+            tile.picks[heads] = _Picks(**inline_function(self.graph_module, picks, (given,), self.fake_mode))
         return tile.picks[heads]
 
     def _take(self, source: fx.Node, index: fx.Node) -> fx.Node:
@@ -245,113 +269,6 @@ class _Rewrite:
         key = (AttentionAttributes(1.0, **reach), slope_bytes, sources)
         if key not in tile.masks:
             cache = k_cache.meta["val"]
-            make = partial(_make_mask, rule=key[0], capacity=cache.shape[2], dtype=cache.dtype)
+            make = partial(make_mask, rule=key[0], capacity=cache.shape[2], dtype=cache.dtype)
             tile.masks[key] = inline_function(self.graph_module, make, (given,), self.fake_mode)["mask"]
         return tile.masks[key]
-
-
-def _mark_broken(given: Tensors) -> Tensors:
-    """Keys and values whose values are finite: where one is not, the key is NaN in its place.
-
-    A weight of 0 does not hide a value that is not finite; a score is hidden whatever it is.
-    """
-    keys, values = given["keys"], given["values"]
-    nothing = (values * 0).sum(-1, keepdim=True)  # 0, or NaN where a value is not finite
-    return {"keys": keys + nothing, "values": torch.where(nothing == 0, values, 0)}
-
-
-def _moved(given: Tensors) -> Tensors:
-    """The keys or values of a path, and where `update_kv` writes them: behind one another, from `starts` on."""
-    cache, starts, path = given["cache"], given["starts"], given["path"]
-    rows, heads, slots, size = cache.shape
-    width = path.shape[1]  # D + 1
-    row, head, depth = (torch.arange(length, device=path.device) for length in (rows, heads, width))
-    source = (starts[:, None] + path).clamp(0, slots - 1)  # [B, D + 1]
-    vectors = (row[:, None, None] * heads + head) * slots + source[:, :, None]  # [B, D + 1, Hkv]
-    return {
-        "new": torch.embedding(cache.reshape(-1, size), vectors.flatten(0, 1)),  # [B * (D + 1), Hkv, size]
-        "row_ids": row[:, None].expand(rows, width).flatten(),
-        "slots": (starts[:, None] + depth).flatten(),
-        "offsets": torch.arange(rows + 1, device=path.device) * width,
-    }
-
-
-def _lay_out(given: Tensors) -> Tensors:
-    """The fields of `_Tile`. Row b's tokens end at tile slot S - 1, so slot i holds token `offsets[b + 1] - S + i`."""
-    offsets, row_ids, row_range = given["offsets"], given["row_ids"], given["row_range"]
-    rows, width = given["lengths"].shape[0], row_range.shape[0]
-    ends = offsets[1:]
-    tokens = (ends[:, None] - width + row_range).clamp(min=0)
-    row = row_ids.clamp(max=rows - 1)
-    packed = torch.arange(row_ids.shape[0], device=row_ids.device)
-    tile_slots = (row + 1) * width - torch.where(row_ids < rows, ends[row] - packed, 1)
-    kv_lengths = (given["lengths"] + ends - offsets[:-1]).clamp(min=1)
-    return {"tokens": tokens.reshape(-1), "rows": row, "tile_slots": tile_slots, "kv_lengths": kv_lengths}
-
-
-def _pick(given: Tensors, num_rows: int, heads: int) -> Tensors:
-    """The fields of `_Picks`."""
-    tokens, width = given["tokens"], given["row_range"].shape[0]
-    head = torch.arange(heads, device=tokens.device)
-    queries = tokens.view(num_rows, 1, width) * heads + head[:, None]
-    # A place is row * width + slot; with heads it is (row * heads + head) * width + slot.
-    results = given["tile_slots"][:, None] + (given["rows"][:, None] * (heads - 1) + head) * width
-    return {"queries": queries, "results": results}
-
-
-def _make_mask(given: Tensors, rule: AttentionAttributes, capacity: int, dtype: torch.dtype) -> Tensors:
-    """Bool `[B, 1, S, C + 1]`, or with ALiBi `slopes[Hq]` what is added to the scores, `[B, Hq, S, C + 1]`."""
-    is_tree = "ancestors" in given
-    visible, own, key_positions = (_tree if is_tree else _chain)(given, capacity)
-    visible = visible & rule.reaches(own, key_positions)
-    if "slopes" in given:
-        bias = given["slopes"].to(torch.float32)[:, None, None] * (key_positions - own)[:, None]
-        # Half of the lowest number: with a score added to it, it is still finite.
-        return {"mask": torch.where(visible[:, None], bias.to(dtype), torch.finfo(dtype).min / 2)}
-    if is_tree:  # a query that sees nothing gets slot 0, since a softmax over nothing may be NaN
-        first = torch.arange(capacity, device=visible.device) == 0
-        visible = visible | (first & ~visible.any(-1, keepdim=True))
-    return {"mask": visible[:, None]}
-
-
-def _chain(given: Tensors, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a query in each tile slot sees, before any window or chunk, where each token follows the one before it.
-
-    Positions of tokens and queries are slots then: the last query's is `kv_lengths - 1`. A tile slot without a token
-    counts as one at position 0.
-
-    Returns:
-        visible: bool `[B, S, C + 1]`.
-        own: `[B, S, 1]`, the position of each query.
-        key_positions: the position of the token in each cache slot, in a shape that broadcasts to `[B, S, C + 1]`.
-    """
-    kv_lengths, row_range = given["kv_lengths"], given["row_range"]
-    slots = torch.arange(capacity, device=kv_lengths.device)
-    own = (kv_lengths[:, None] - row_range.shape[0] + row_range).clamp(min=0)[:, :, None]
-    return slots <= own, own, slots
-
-
-def _tree(given: Tensors, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_chain`, where the row's tokens of this step are a tree: `emssd::ragged_attention` says who sees whom.
-
-    A tile slot without a token sees what the bits of another row's token say, of this row's tokens.
-    """
-    lengths, positions, offsets = given["lengths"], given["positions"], given["offsets"]
-    rows, width = lengths.shape[0], given["row_range"].shape[0]
-    slots = torch.arange(capacity, device=lengths.device)
-    step_index = slots - lengths[:, None]  # [B, C + 1], which token of the row's in this step lies in the slot
-    committed = step_index < 0
-    counts = offsets.diff()[:, None]
-    own_index = counts - width + given["row_range"]  # [B, S], which token of the row's the query is; negative: none
-
-    bits = unpack_ancestors(given["ancestors"].index_select(0, given["tokens"])).view(rows, width, -1)
-    has_bit = step_index < counts.clamp(max=bits.shape[2])
-    index = step_index.clamp(0, bits.shape[2] - 1)[:, None].expand(-1, width, -1)
-    in_order = step_index[:, None] <= own_index[:, :, None]
-    visible = committed[:, None] | (has_bit[:, None] & bits.gather(2, index))
-    visible = visible | ((step_index >= bits.shape[2])[:, None] & in_order)
-
-    step_token = (offsets[:-1, None] + step_index).clamp(0, positions.shape[0] - 1)
-    key_positions = torch.where(committed, slots, positions[step_token])
-    own = positions.index_select(0, given["tokens"]).view(rows, width)
-    return visible, own[:, :, None], key_positions[:, None]

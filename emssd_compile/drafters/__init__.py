@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from emssd_compile.checkpoints import read_names
+from emssd_compile.drafters.block_drafter import BlockDrafter
 from emssd_compile.drafters.corpus import Corpus
 from emssd_compile.drafters.draft_model import DraftModel
 from emssd_compile.drafters.dynamic_tree import DynamicTree
@@ -14,6 +15,7 @@ from emssd_compile.drafters.eagle3 import Eagle3
 from emssd_compile.drafters.early_exit import EarlyExit
 from emssd_compile.drafters.head import DraftHead
 from emssd_compile.drafters.hybrid import Hybrid
+from emssd_compile.drafters.marginal_tree import MarginalTree
 from emssd_compile.drafters.medusa import Medusa
 from emssd_compile.drafters.mlp_speculator import MLPSpeculator
 from emssd_compile.drafters.mtp import MTP
@@ -35,13 +37,14 @@ DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "prompt-lookup": PromptLookup,
     "suffix": SuffixLookup,
 }
-HEADS: tuple[type[DraftHead], ...] = (MTP, Eagle3, MLPSpeculator, Medusa, ParallelEagle, RecurrentDrafter)
+HEADS: tuple[type[DraftHead], ...] = (MTP, BlockDrafter, Eagle3, MLPSpeculator, Medusa, ParallelEagle, RecurrentDrafter)
 """Kinds of draft heads: those that have checkpoints and are trained."""
 
 __all__ = [
     "DRAFTERS",
     "HEADS",
     "MTP",
+    "BlockDrafter",
     "Corpus",
     "Draft",
     "DraftContext",
@@ -53,6 +56,7 @@ __all__ = [
     "EarlyExit",
     "Hybrid",
     "MLPSpeculator",
+    "MarginalTree",
     "Medusa",
     "MultiCandidate",
     "NoDrafter",

@@ -101,15 +101,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """`[..., H]` for tokens `x[..., width]` at `positions[...]`."""
-        widths = (self.head_size * (1 + self.is_gated), self.head_size, self.head_size)
-        projections = zip((self.q_proj, self.k_proj, self.v_proj), widths, strict=True)
-        q, k, v = (projection(x).unflatten(-1, (-1, width)) for projection, width in projections)
+        q = self._heads(self.q_proj, x, self.head_size * (1 + self.is_gated))
         q, gate = q.chunk(2, -1) if self.is_gated else (q, None)  # [..., Hq, D]
-        q, k = self.rotary(self.q_norm(q), positions), self.rotary(self.k_norm(k), positions)
-        attended = attend(q, k, v)  # [..., Hq, D]
+        q = self.rotary(self.q_norm(q), positions)
+        attended = attend(q, *self.keys_and_values(x, positions))  # [..., Hq, D]
         if gate is not None:
             attended = attended * gate.sigmoid()
         result: Tensor = self.o_proj(attended.flatten(-2))
+        return result
+
+    def keys_and_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What others see of tokens `x[..., width]` at `positions[...]`, `[..., Hkv, D]` each."""
+        k = self.rotary(self.k_norm(self._heads(self.k_proj, x, self.head_size)), positions)
+        return k, self._heads(self.v_proj, x, self.head_size)
+
+    def _heads(self, projection: nn.Module, x: Tensor, size: int) -> Tensor:
+        """`[..., heads, size]`."""
+        result: Tensor = projection(x).unflatten(-1, (-1, size))
         return result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from emssd_compile.checkpoints import Checkpoint
+from emssd_compile.checkpoints import CONFIG, Checkpoint
 from emssd_compile.errors import CheckpointError
 
 
@@ -38,6 +38,31 @@ def read_draft_ids(checkpoint: Checkpoint, vocabulary: int) -> Tensor:
         f"{where}: d2t is to hold what is to be added to each draft token to get an id below {vocabulary}, ascending"
         + ("" if known is None else ", and t2d to mark the same ids; they do not go together")
     )
+
+
+def take_draft_ids(checkpoint: Checkpoint, weights: dict[str, Tensor], vocabulary: int, default: int) -> int:
+    """Vd; `draft_ids` takes the place of `d2t` and `t2d` among the weights, if that is less than V.
+
+    Args:
+        checkpoint: what is read.
+        weights: of its tensors; changed.
+        vocabulary: V.
+        default: Vd, where the config does not say it.
+
+    Raises:
+        CheckpointError: the maps do not fit, or are for another number of tokens.
+    """
+    size = checkpoint.get("draft_vocab_size", int, default)
+    for name in ("d2t", "t2d"):
+        weights.pop(name, None)
+    if size < vocabulary:
+        ids = read_draft_ids(checkpoint, vocabulary)
+        if len(ids) != size:
+            raise CheckpointError(
+                f"{checkpoint.folder}: d2t is for {len(ids)} tokens, and {CONFIG} says draft_vocab_size = {size}"
+            )
+        weights["draft_ids"] = ids
+    return size
 
 
 def written_draft_ids(ids: Tensor, vocabulary: int) -> Mapping[str, Tensor]:

@@ -112,7 +112,7 @@ class GrowingTree:
         self.parents.append(beam.numbers.repeat_interleave(width, 1))
         self.scores.append(scores)
         self.probabilities.append(log_q.view_as(scores).exp())
-        best = _ranked(scores, width)  # [B, width]
+        best = ranked(scores, width)  # [B, width]
         origins = best // width
         fed = torch.arange(beam.sees.shape[2], device=best.device)
         own = fed == depth * width + torch.arange(width, device=best.device)[:, None]  # [width, F]
@@ -120,23 +120,11 @@ class GrowingTree:
         self.beam = Beam(tokens.gather(1, best), first + best, scores.gather(1, best), above | own, origins)
 
     def kept(self) -> Kept:
-        """The drafts with the likeliest paths, renumbered; of equals the first, so none comes without its parent."""
+        """The drafts with the likeliest paths."""
         tokens, parents, scores, probabilities = (
             torch.cat(levels, 1) for levels in (self.tokens, self.parents, self.scores, self.probabilities)
         )  # [B, drafts]
-        best = _ranked(scores, self.shape.nodes)  # [B, K]
-        possible = scores.gather(1, best) > -torch.inf
-        # In the order of their numbers, and what cannot be behind them.
-        numbers = torch.where(possible, best, scores.shape[1]).sort(1).values.clamp(max=scores.shape[1] - 1)
-        above = parents.gather(1, numbers)  # [B, K], by the numbers before
-        is_parent = numbers[:, None] + 1 == above[:, :, None]  # [B, child, parent]
-        place = torch.arange(1, self.shape.nodes + 1, device=best.device)
-        return Kept(
-            tokens=tokens.gather(1, numbers),
-            parents=torch.where(is_parent, place, 0).amax(2),
-            probabilities=probabilities.gather(1, numbers),
-            lengths=possible.sum(1),
-        )
+        return likeliest_paths(tokens, parents, scores, probabilities, self.shape.nodes)
 
 
 @dataclass(frozen=True)
@@ -156,6 +144,30 @@ class Kept:
     lengths: Tensor
 
 
-def _ranked(scores: Tensor, count: int) -> Tensor:
+def likeliest_paths(tokens: Tensor, parents: Tensor, scores: Tensor, probabilities: Tensor, count: int) -> Kept:
+    """The drafts with the likeliest paths, renumbered; of equals the first, so none comes without its parent.
+
+    Args:
+        tokens, parents: int64 `[B, drafts]`, numbered from 1 on: a parent before its children.
+        scores: float32 `[B, drafts]`, log-probabilities of their paths, no larger than a parent's; -inf for none.
+        probabilities: float32 `[B, drafts]`, of each where it stands.
+        count: K.
+    """
+    best = ranked(scores, count)  # [B, K]
+    possible = scores.gather(1, best) > -torch.inf
+    # In the order of their numbers, and what cannot be behind them.
+    numbers = torch.where(possible, best, scores.shape[1]).sort(1).values.clamp(max=scores.shape[1] - 1)
+    above = parents.gather(1, numbers)  # [B, K], by the numbers before
+    is_parent = numbers[:, None] + 1 == above[:, :, None]  # [B, child, parent]
+    place = torch.arange(1, count + 1, device=best.device)
+    return Kept(
+        tokens=tokens.gather(1, numbers),
+        parents=torch.where(is_parent, place, 0).amax(2),
+        probabilities=probabilities.gather(1, numbers),
+        lengths=possible.sum(1),
+    )
+
+
+def ranked(scores: Tensor, count: int) -> Tensor:
     """The places of the best `count` scores of each row, `[B, count]`, the best first; of equals the first ones."""
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]

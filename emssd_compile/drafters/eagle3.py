@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from emssd_compile.drafters.autoregressive_head import AutoregressiveHead
 from emssd_compile.drafters.decoder_layer import MLP, Attend, Attention, DecoderLayer, LayerSizes
@@ -15,10 +14,11 @@ from emssd_compile.drafters.dynamic_tree import DynamicTree
 from emssd_compile.drafters.eagle3_config import Eagle3Config, default_taps
 from emssd_compile.drafters.eagle3_layouts import OriginalEagle3, SpeculatorsEagle3
 from emssd_compile.drafters.head import Layout, Recipe
+from emssd_compile.drafters.own_tables import OwnTables
 from emssd_compile.step.drafting import Target
 
 
-class Eagle3(AutoregressiveHead):
+class Eagle3(OwnTables, AutoregressiveHead):
     """Drafts from an early, a middle and a late layer of the target (2503.01840), in chains or in trees.
 
     The outputs of those layers are put side by side and projected to g_p. The first layer attends with
@@ -42,7 +42,6 @@ class Eagle3(AutoregressiveHead):
     recipe = Recipe(learning_rate=1e-4, decay=0.8, distils=True)
 
     config: Eagle3Config
-    draft_ids: Tensor
 
     def __init__(
         self,
@@ -65,14 +64,7 @@ class Eagle3(AutoregressiveHead):
         self.layers = nn.ModuleList([FirstLayer(sizes, adds_normalised=config.adds_normalised)])
         self.layers.extend(DecoderLayer(sizes) for _ in range(config.num_layers - 1))
         self.norm = sizes.norm()
-        if config.owns_embedding:
-            self.embed_tokens = nn.Embedding(config.vocabulary, width)
-        if config.owns_head:
-            self.lm_head = nn.Linear(width, config.draft_vocabulary, bias=False)
-        if config.draft_vocabulary < config.vocabulary:
-            self.register_buffer("draft_ids", torch.arange(config.draft_vocabulary))
-        owned = {"embedding": config.owns_embedding, "head": config.owns_head}
-        self.borrows = tuple(table for table, is_own in owned.items() if not is_own)
+        self.make_tables(config, width)
 
     @classmethod
     def for_target(cls, target: Target, **sizes: Any) -> Self:
@@ -103,27 +95,8 @@ class Eagle3(AutoregressiveHead):
         return self.norm(outputs) if self.config.feeds_on_normalised else outputs
 
     def logits_of(self, outputs: Tensor) -> Tensor:
-        """`[..., Vd]`, by the head's own LM head, or by the rows of the target's for the tokens that are drafted."""
-        normalised = self.norm(outputs)
-        if self.config.owns_head:
-            own: Tensor = self.lm_head(normalised)
-            return own
-        weight, bias = self.tables.head, self.tables.head_bias
-        assert weight is not None, "prepare refuses a target without"
-        if self.config.draft_vocabulary < self.config.vocabulary:
-            weight, bias = weight[self.draft_ids], None if bias is None else bias[self.draft_ids]
-        return F.linear(normalised.to(weight.dtype), weight, bias)
-
-    def table(self) -> Tensor:
-        """The head's own embedding, or the target's."""
-        if self.config.owns_embedding:
-            return self.embed_tokens.weight
-        assert self.tables.embedding is not None, "prepare refuses a target without"
-        return self.tables.embedding
-
-    def ids(self) -> Tensor:
-        """int64 `[Vd]`: the tokens that can be drafted."""
-        return self.draft_ids if self.config.draft_vocabulary < self.config.vocabulary else super().ids()
+        """`[..., Vd]`, of the outputs normalised."""
+        return self.head_logits(self.norm(outputs))
 
 
 class FirstLayer(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from emssd_compile.drafters.decoder_layer import LayerSizes
+from emssd_compile.drafters.taps import choose_taps
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import flag, integer, shown
 
@@ -86,21 +87,11 @@ class Eagle3Config:
         return self.num_taps if self.normalises_taps else 0
 
     def reading(self, taps: Sequence[int] | None) -> Self:
-        """The same, with the layers given, if any are.
-
-        Raises:
-            OptionError: there are none at all, or not as many as the head reads, or one is not a number from 0 on.
-        """
-        chosen = self.taps if taps is None else tuple(taps)
-        if chosen is None:
-            raise OptionError(
-                "nothing says which layers of the target this Eagle3 reads; pass taps=(1, n // 2 - 1, n - 4) for a "
-                "target of n layers, as EAGLE-3 has it, or what it was trained with"
-            )
-        if len(chosen) != self.num_taps:
-            raise OptionError(f"taps={shown(chosen)}: this Eagle3 reads {self.num_taps} layers of the target")
-        numbers = tuple(integer(f"Eagle3 taps[{index}]", tap, least=0) for index, tap in enumerate(chosen))
-        return replace(self, taps=numbers)
+        """The same, with the layers given, if any are. Raises OptionError as `choose_taps`."""
+        advice = (
+            "pass taps=(1, n // 2 - 1, n - 4) for a target of n layers, as EAGLE-3 has it, or what it was trained with"
+        )
+        return replace(self, taps=choose_taps("Eagle3", self.taps, taps, self.num_taps, advice))
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:

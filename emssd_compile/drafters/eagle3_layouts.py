@@ -9,13 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from emssd_compile.checkpoints import CONFIG, Checkpoint
-from emssd_compile.drafters.draft_vocabulary import read_draft_ids, written_draft_ids
+from emssd_compile.drafters.draft_vocabulary import take_draft_ids, written_draft_ids
 from emssd_compile.drafters.eagle3_config import Eagle3Config
 from emssd_compile.drafters.layer_entries import filled, read_layer, written_layer
 from emssd_compile.drafters.layout_checks import configured
-from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, written_entries
-from emssd_compile.errors import CheckpointError
-from emssd_compile.numeric import shown
+from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, read_taps, written_entries
 
 _EMBEDDING, _HEAD, _FC = "embed_tokens.weight", "lm_head.weight", "fc.weight"
 
@@ -57,7 +55,7 @@ class SpeculatorsEagle3:
             "normalises_taps": checkpoint.get("fc_norm", bool, "fc_norm.0.weight" in checkpoint.tensors),
             "feeds_on_normalised": checkpoint.get("norm_output", bool, False),
             "num_layers": checkpoint.get("num_hidden_layers", int, within=entries),
-            "taps": _read_taps(checkpoint),
+            "taps": read_taps(checkpoint, "eagle_aux_hidden_state_layer_ids"),
             "speculative_tokens": read_speculative_tokens(checkpoint, self.speculative_tokens),
         }
         trained = checkpoint.get("embed_requires_grad", bool, self.trains_embedding)
@@ -120,17 +118,6 @@ class OriginalEagle3:
         raise NotImplementedError("an EAGLE-3 head is written in the layout of speculators")
 
 
-def _read_taps(checkpoint: Checkpoint) -> tuple[int, ...] | None:
-    """The layers whose outputs are read."""
-    ids = checkpoint.get("eagle_aux_hidden_state_layer_ids", list, [])
-    if not all(type(number) is int and number >= 1 for number in ids):
-        raise CheckpointError(
-            f"{checkpoint.folder / CONFIG}: eagle_aux_hidden_state_layer_ids = {shown(ids)}; ids count from 1, the "
-            "output of the first layer: heads that read the embedding (0) are not supported"
-        )
-    return tuple(number - 1 for number in ids) or None
-
-
 def _read(
     checkpoint: Checkpoint,
     tensors: Mapping[str, Tensor],
@@ -153,19 +140,9 @@ def _read(
     layer = read_layer(checkpoint, entries)
     hidden_size, weights = sizes["target"] or layer.width, dict(tensors)
     vocabulary = checkpoint.get("vocab_size", int, within=entries)
-    draft_vocabulary = checkpoint.get("draft_vocab_size", int, sizes["draft"])
     if not trains_embedding and layer.width == hidden_size:
         weights.pop(_EMBEDDING, None)
-    for name in ("d2t", "t2d"):
-        weights.pop(name, None)
-    if draft_vocabulary < vocabulary:
-        ids = read_draft_ids(checkpoint, vocabulary)
-        if len(ids) != draft_vocabulary:
-            raise CheckpointError(
-                f"{checkpoint.folder}: d2t is for {len(ids)} tokens, and {CONFIG} says draft_vocab_size = "
-                f"{draft_vocabulary}"
-            )
-        weights["draft_ids"] = ids
+    draft_vocabulary = take_draft_ids(checkpoint, weights, vocabulary, sizes["draft"])
     num_taps = len(options.get("taps") or ()) or _count_taps(weights, hidden_size)
     config = configured(
         checkpoint,

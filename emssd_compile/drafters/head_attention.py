@@ -19,10 +19,17 @@ class Cache:
     keys: Tensor
     values: Tensor
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, lengths: Tensor) -> Tensor:
-        """`[T, Hq, D]`: append the packed tokens behind the `lengths[B]` that count, and attend to what each sees."""
+    def append(self, k: Tensor, v: Tensor, packed: Packed) -> None:
+        """Write keys and values `[T, Hkv, D]` of the packed tokens into their slots."""
         slots = packed.positions if packed.slots is None else packed.slots  # [T]
         append_kv(self.keys, self.values, k, v, packed.row_ids, slots)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, lengths: Tensor, *, window: int = 0) -> Tensor:
+        """`[T, Hq, D]`: append the packed tokens behind the `lengths[B]` that count, and attend to what each sees.
+
+        With a `window`, that is what lies less than so many positions before it.
+        """
+        self.append(k, v, packed)
         result: Tensor = ragged_attention(
             q,
             self.keys,
@@ -31,6 +38,7 @@ class Cache:
             lengths,
             packed.positions,
             scale=q.shape[-1] ** -0.5,
+            window=window,
             ancestors=packed.ancestors,
         )
         return result
@@ -98,3 +106,39 @@ class SelfFedAttention:
         for weight, value in zip(of_own, self.values[1:], strict=True):
             result = result + weight * value
         return result.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """One layer's attention while a head is trained to draft blocks, behind A places of each text at once.
+
+    Attributes:
+        keys, values: of the texts, `[B, S, Hkv, D]`.
+        places: int64 `[A]`, the last token that each block sees of its text.
+        window: how many positions back a token sees; 0 for all.
+        is_causal: whether a token sees only those before it of its block.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    window: int
+    is_causal: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[B, A, n, Hq, D]` for the n tokens of each block: q of that shape, k and v `[B, A, n, Hkv, D]`."""
+        group, count = q.shape[3] // k.shape[3], q.shape[2]
+        keys, values, k, v = (x.repeat_interleave(group, -2) for x in (self.keys, self.values, k, v))
+        slots, index = (torch.arange(size, device=q.device) for size in (keys.shape[1], count))
+        hidden = (slots > self.places[:, None])[:, None]  # [A, 1, S]
+        if self.window:
+            own = self.places[:, None] + 1 + index  # [A, n], positions
+            hidden = hidden | (slots <= own[:, :, None] - self.window)  # [A, n, S]
+        of_text = torch.einsum("banhd,bshd->bhans", q, keys).masked_fill(hidden, -torch.inf)
+        of_block = torch.einsum("banhd,bamhd->bhanm", q, k)
+        if self.is_causal:
+            of_block = of_block.masked_fill(index > index[:, None], -torch.inf)
+        scores = torch.cat([of_text, of_block], -1).float() * q.shape[-1] ** -0.5
+        on_text, on_block = scores.softmax(-1).to(q.dtype).split([len(slots), count], -1)
+        result: Tensor = torch.einsum("bhans,bshd->banhd", on_text, values)
+        return result + torch.einsum("bhanm,bamhd->banhd", on_block, v)

@@ -87,6 +87,21 @@ class InSpeculators:
         raise NotImplementedError(f"a head is written in the layout of {self.layouts[0].name}")
 
 
+def read_taps(checkpoint: Checkpoint, entry: str) -> tuple[int, ...] | None:
+    """The layers whose outputs are read, by an entry whose ids count what goes into layers; None if it is silent.
+
+    Raises:
+        CheckpointError: an id is none, or is 0, the embedding.
+    """
+    ids = checkpoint.get(entry, list, [])
+    if not all(type(number) is int and number >= 1 for number in ids):
+        raise CheckpointError(
+            f"{checkpoint.folder / CONFIG}: {entry} = {shown(ids)}; ids count from 1, the output of the first layer: "
+            "heads that read the embedding (0) are not supported"
+        )
+    return tuple(number - 1 for number in ids) or None
+
+
 def written_entries(kind: str, architecture: str, num_draft_tokens: int) -> dict[str, Any]:
     """The entries that any head has, for one that drafts so many tokens."""
     method = {

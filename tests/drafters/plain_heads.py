@@ -110,10 +110,10 @@ class PlainHead:
     def tree(
         self, text: list[int], tree: DynamicTree, depth: int, shape: Callable[[Tensor], Tensor], noise: Noise
     ) -> list[list[int]]:
-        """The paths of EAGLE-2's tree, in the order in which nodes are made."""
+        """The paths of EAGLE-2's tree of at most that depth, in the order in which nodes are made."""
         beam: list[tuple[float, list[int]]] = [(0.0, [])]
         made: list[tuple[float, list[int]]] = []
-        for _ in range(depth):
+        for _ in range(min(depth, tree.depth)):
             level = []
             for score, path in beam:
                 values, places = self.log_q(text, path, shape, noise).topk(tree.width)

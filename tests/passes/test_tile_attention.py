@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import append_kv, ragged_attention, tiled_attention, update_kv
-from emssd_compile.passes.graph import inputs, output, placeholder, results
+from emssd_compile.passes.graph import call, inputs, output, placeholder, results
 from emssd_compile.passes.manager import PassManager
 from emssd_compile.passes.tile_attention import TileAttention
 from tests.exactness.compiled import assert_exact, rechunked, target
@@ -165,6 +165,32 @@ def test_trees_of_layers_that_see_the_same_share_a_mask():
     assert sunk is first.args[4], "sinks are no mask"
     assert len({first.args[4], windowed, biased, chunked}) == 4
     assert not any(node.kwargs["is_causal"] for node in (first, second, *others))
+
+
+def test_an_append_that_no_attention_follows_is_an_update():
+    """Also where tokens lie row by row, which some runtimes go by: that is found from where each of them lies."""
+    given = step_inputs(tree_batch())
+    graph_module, fake_mode = tree_graph(given)
+    nodes = {str(node.target): node for node in inputs(graph_module.graph)}
+    with graph_module.graph.inserting_before(output(graph_module.graph)):
+        for names in (("k_cache_0", "v_cache_0", "v", "k"), ("k_cache_1", "v_cache_1", "k", "k")):
+            call(graph_module.graph, append_kv, *(nodes[name] for name in (*names, "row_ids", "slots")))
+    graph_module.recompile()
+    tiled = tiled_inputs(given, 43)
+    graph_module(*given.values())  # writes into the caches
+    PassManager(fake_mode)._run(TileAttention(), "tiled", graph_module)
+    updates = [node for node in graph_module.graph.nodes if node.target == update_kv]
+    first, second = updates[-4], updates[-1]
+    assert first.args[4:] == second.args[4:], "found once"
+    results = output(graph_module.graph).args[0]
+    output(graph_module.graph).args = ({**results, "offsets": first.args[4], "lengths": first.args[5]},)  # type: ignore[dict-item]
+    graph_module.recompile()
+    found = graph_module(*tiled.values())
+    for name in ("k_cache_0", "v_cache_0", "k_cache_1", "v_cache_1"):
+        torch.testing.assert_close(found[name][:, :, :-1].transpose(1, 2), given[name], equal_nan=True)
+    assert torch.equal(found["offsets"], given["offsets"])
+    has_tokens = given["offsets"].diff() > 0
+    assert torch.equal(found["lengths"][has_tokens], given["lengths"][has_tokens])
 
 
 def test_a_query_that_sees_nothing_is_given_a_slot():

@@ -1,0 +1,76 @@
+"""Draft heads that may have an embedding and an LM head of their own, the latter for fewer tokens than there are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emssd_compile.drafters.head import DraftHead, HeadSizes
+
+
+class TableSizes(HeadSizes, Protocol):
+    """What the configuration of such a head says of its tables."""
+
+    @property
+    def draft_vocabulary(self) -> int:
+        """Vd, tokens that it can draft."""
+        ...
+
+    @property
+    def owns_embedding(self) -> bool:
+        """Whether it has an embedding of its own, or reads the target's."""
+        ...
+
+    @property
+    def owns_head(self) -> bool:
+        """Whether it has an LM head of its own, or reads the target's."""
+        ...
+
+
+class OwnTables(DraftHead):
+    """The tables of a head, its own or the target's.
+
+    Attributes:
+        draft_ids: int64 `[Vd]`, ascending, the tokens that it can draft; there only where they are not all.
+    """
+
+    config: TableSizes
+    draft_ids: Tensor
+
+    def make_tables(self, config: TableSizes, width: int) -> None:
+        """Make those of its own, for vectors of that width, and say which are borrowed."""
+        if config.owns_embedding:
+            self.embed_tokens = nn.Embedding(config.vocabulary, width)
+        if config.owns_head:
+            self.lm_head = nn.Linear(width, config.draft_vocabulary, bias=False)
+        if config.draft_vocabulary < config.vocabulary:
+            self.register_buffer("draft_ids", torch.arange(config.draft_vocabulary))
+        owned = {"embedding": config.owns_embedding, "head": config.owns_head}
+        self.borrows = tuple(table for table, is_own in owned.items() if not is_own)
+
+    def table(self) -> Tensor:
+        """The embedding, `[V, H]`."""
+        if self.config.owns_embedding:
+            return self.embed_tokens.weight
+        assert self.tables.embedding is not None, "prepare refuses a target without"
+        return self.tables.embedding
+
+    def ids(self) -> Tensor:
+        """int64 `[Vd]`, ascending: the tokens that can be drafted."""
+        if self.config.draft_vocabulary < self.config.vocabulary:
+            return self.draft_ids
+        return torch.arange(self.config.vocabulary, device=next(self.parameters()).device)
+
+    def head_logits(self, normalised: Tensor) -> Tensor:
+        """`[..., Vd]` of `[..., H]`, by the head's own LM head, or by the target's rows for what can be drafted."""
+        if self.config.owns_head:
+            own: Tensor = self.lm_head(normalised)
+            return own
+        weight, bias = self.tables.head, self.tables.head_bias
+        assert weight is not None, "prepare refuses a target without"
+        if self.config.draft_vocabulary < self.config.vocabulary:
+            weight, bias = weight[self.draft_ids], None if bias is None else bias[self.draft_ids]
+        return F.linear(normalised.to(weight.dtype), weight, bias)
