@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -58,8 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "peagle": ("peagle", {"num_layers": 2}, {"num_draft_tokens": 3}),
 }
 
-OFTEN = ("eagle3-tree",)
-"""Tried with all families each time, the others if --long: it has a cache of its own, and trees."""
+OFTEN = tuple(zip(itertools.cycle(FAMILIES), CASES, strict=False))
+"""Tried each time: every case with one family, and so every family. The others if --long."""
 
 
 @functools.cache
@@ -117,7 +118,7 @@ def _drawn(family: str) -> tuple[list[list[int]], list[list[int]]]:
 @pytest.mark.parametrize(
     ("family", "case"),
     [
-        pytest.param(family, case, marks=() if family == FAMILIES[0] or case in OFTEN else pytest.mark.long)
+        pytest.param(family, case, marks=() if (family, case) in OFTEN else pytest.mark.long)
         for family in FAMILIES
         for case in CASES
     ],
