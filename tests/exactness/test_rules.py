@@ -7,6 +7,7 @@ import torch
 
 import emssd_compile
 from emssd_compile.acceptance import RULES
+from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import DraftModel
 from emssd_compile.step.proposals import misfit
 from tests.export.subjects import ROWS, Small, export, prompt
@@ -39,6 +40,7 @@ def test_the_same_tokens_are_drawn(rule, target):
     if target == "onnx":
         pytest.importorskip("onnxruntime")
     eager = emssd_compile.optimize(Small(), _drafter(rule), acceptance=rule, backend="eager", **SIZES)
+    other: Decoder
     if target == "inductor":
         other = emssd_compile.optimize(Small(), _drafter(rule), acceptance=rule, backend="inductor", **SIZES)
     else:
