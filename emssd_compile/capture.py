@@ -122,13 +122,19 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise InvalidInputError if a weight holds NaN or infinite values. Reads each weight once."""
+    """Raise InvalidInputError if a weight holds NaN or infinite values, or none. Reads each weight once."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InvalidInputError(
+                f"weight {name} of the {type(model).__name__} is on the meta device: it was never loaded"
+            )
         if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
             continue  # a quantised weight knows its own values; the comparison with the model reads them
         # A sum is NaN or infinite if any element is, and costs one pass over the weight.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
-            raise InvalidInputError(f"weight {name} holds NaN or infinite values; reload the checkpoint")
+            raise InvalidInputError(
+                f"weight {name} of the {type(model).__name__} holds NaN or infinite values; reload the checkpoint"
+            )
 
 
 def capture(model: nn.Module, longest: int = _EXAMPLE_TOKENS) -> fx.GraphModule:

@@ -118,6 +118,7 @@ def optimize(
     check_state(options.max_batch, options.max_length, _device(model))
     BACKENDS[options.backend].require(_device(model))
     check_weights(model)
+    check_weights(proposer)
     with compiling, neutral(torch.get_default_dtype()):
         step, captured = _compile(model, rule, proposer, options, *others)
         return OptimizedModel(model, step, options, captured)
@@ -374,6 +375,7 @@ class OptimizedModel(Decoder):
                 self._follow()
             except StaleModelError:
                 check_weights(self.model)
+                check_weights(self._step.drafter)
                 step = self._step
                 parts = step.rule, step.drafter, self.options, step.processors, step.probes
                 self._take(self._assemble(*_compile(self.model, *parts)))

@@ -11,7 +11,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import emssd_compile
 from emssd_compile.acceptance import GreedyMatch, Rule
-from emssd_compile.drafters import Drafter, DraftModel, NoDrafter, PromptLookup
+from emssd_compile.drafters import Drafter, DraftModel, MLPSpeculator, NoDrafter, PromptLookup
+from emssd_compile.drafters.mlp_speculator import MLPSpeculatorConfig
 from emssd_compile.errors import (
     CapacityError,
     DrafterError,
@@ -46,7 +47,11 @@ class _Hidden(nn.Module):
 
 NEVER_CAPTURED: dict[str, tuple[Any, type[Exception], str]] = {
     "training mode": (lambda: build("llama").train(), InvalidInputError, r"training mode.*model\.eval\(\)"),
-    "NaN weights": (lambda: _with_nan(build("llama")), InvalidInputError, r"embed_tokens\.weight holds NaN"),
+    "NaN weights": (
+        lambda: _with_nan(build("llama")),
+        InvalidInputError,
+        r"embed_tokens\.weight of the LlamaForCausalLM holds NaN",
+    ),
     "meta weights": (lambda: build("own-positions").to("meta"), InvalidInputError, "meta device"),
     "encoder-decoder": (_t5, UnsupportedModelError, "T5ForConditionalGeneration is an encoder-decoder model"),
     "a class": (lambda: nn.Linear, InvalidInputError, "model is the class Linear; pass an instance of it"),
@@ -60,6 +65,20 @@ def test_a_model_that_cannot_be_meant_is_refused_before_it_is_captured(name, mon
     monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("work was done"))
     with pytest.raises(error, match=message):
         emssd_compile.optimize(make(), max_length=CAPACITY, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_with_nan, r"weight emb\.0\.weight of the MLPSpeculator holds NaN"),
+        (lambda head: head.to("meta"), r"weight emb\.0\.weight of the MLPSpeculator is on the meta device"),
+    ],
+)
+def test_a_head_with_weights_that_are_no_numbers_is_refused_before_anything_is_captured(spoil, message, monkeypatch):
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("work was done"))
+    head = spoil(MLPSpeculator(MLPSpeculatorConfig(64, VOCABULARY)))
+    with pytest.raises(InvalidInputError, match=message):
+        emssd_compile.optimize(build("llama"), head, max_length=CAPACITY, backend="eager")
 
 
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
