@@ -8,7 +8,7 @@ from typing import Self
 
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.drafters.markov_head import MARKOV_HEADS
-from emssd_compile.drafters.taps import choose_taps
+from emssd_compile.drafters.taps import choose_taps, listed
 from emssd_compile.drafters.tree_shape import MOST_NODES
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import flag, integer, shown
@@ -79,9 +79,11 @@ class BlockConfig:
             integer(f"BlockConfig {name}", getattr(self, name), least=least, **bound)
         for name in _SWITCHES:
             flag(f"BlockConfig {name}", getattr(self, name))
+        taps = None if self.taps is None else listed("BlockConfig taps", self.taps)
         open_sizes = {
+            "taps": taps,
             "layer": self.layer or replace(LayerSizes.as_wide_as(self.hidden_size), has_head_norms=True),
-            "num_taps": self.num_taps or len(self.taps or ()) or 5,
+            "num_taps": self.num_taps or len(taps or ()) or 5,
             "draft_vocabulary": self.draft_vocabulary or self.vocabulary,
         }
         for name, value in open_sizes.items():
@@ -101,8 +103,10 @@ class BlockConfig:
         self._check_heads()
 
     def _check_windows(self) -> None:
-        for index, layer in enumerate(self.sliding_layers):
-            integer(f"BlockConfig sliding_layers[{index}]", layer, least=0, most=self.num_layers - 1)
+        layers = tuple(sorted(set(listed("BlockConfig sliding_layers", self.sliding_layers))))
+        object.__setattr__(self, "sliding_layers", layers)
+        for index, layer in enumerate(layers):
+            integer(f"BlockConfig sliding_layers[{index}]", layer, most=self.num_layers - 1)
         if self.sliding_layers and self.sliding_window < self.block_size:
             raise OptionError(
                 f"BlockConfig sliding_window={self.sliding_window} is less than a block of {self.block_size} tokens; "
@@ -110,7 +114,7 @@ class BlockConfig:
             )
 
     def _check_heads(self) -> None:
-        if self.markov_head not in MARKOV_HEADS:
+        if self.markov_head not in list(MARKOV_HEADS):  # which takes what cannot be hashed, too
             raise OptionError(
                 f"BlockConfig markov_head={shown(self.markov_head)} is unknown; choose one of {list(MARKOV_HEADS)}"
             )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from emssd_compile.checkpoints import Checkpoint
-from emssd_compile.drafters.block_config import BlockConfig
+from emssd_compile.drafters.block_config import MOST_LAYERS, BlockConfig
 from emssd_compile.drafters.draft_vocabulary import take_draft_ids
 from emssd_compile.drafters.layer_entries import read_layer
 from emssd_compile.drafters.layout_checks import configured, refused
@@ -101,8 +101,13 @@ def read_sliding(
         checkpoint: what is read.
         entries: of its layers.
         own: `dflash_config`, which may say it, too.
+
+    Raises:
+        CheckpointError: an entry makes no sense, or leaves open in which layers.
     """
     own, count = own or {}, checkpoint.get("num_hidden_layers", int, within=entries)
+    if not 1 <= count <= MOST_LAYERS:
+        raise refused(checkpoint, f"num_hidden_layers = {count}; it is to be from 1 to {MOST_LAYERS}")
     types = checkpoint.get("layer_types", list, [], within=entries)
     if not types:
         if checkpoint.get("use_sliding_window", bool, False, within=entries):

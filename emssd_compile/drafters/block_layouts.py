@@ -39,7 +39,7 @@ class SpeculatorsBlock:
 
     def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By `speculators_model_type`."""
-        return config.get(TYPE) in _ARCHITECTURES
+        return config.get(TYPE) in list(_ARCHITECTURES)
 
     def read(self, checkpoint: Checkpoint) -> tuple[BlockConfig, dict[str, Tensor]]:
         """The head's configuration and weights."""

@@ -26,7 +26,7 @@ def read_draft_ids(checkpoint: Checkpoint, vocabulary: int) -> Tensor:
     if "d2t" not in tensors:
         raise CheckpointError(f"{where} lacks the tensor d2t, which says what tokens its LM head is for")
     offsets = tensors["d2t"].long()
-    if offsets.dim() != 1:
+    if offsets.dim() != 1 or not len(offsets):
         raise CheckpointError(f"{where}: d2t is {list(offsets.shape)}; expected one number for each draft token")
     candidates = [offsets + torch.arange(len(offsets)), offsets]  # some exports hold ids themselves
     known = tensors["t2d"].bool().nonzero().squeeze(1) if "t2d" in tensors else None

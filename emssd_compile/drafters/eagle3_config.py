@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from emssd_compile.drafters.decoder_layer import LayerSizes
-from emssd_compile.drafters.taps import choose_taps
+from emssd_compile.drafters.taps import choose_taps, listed
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import flag, integer, shown
 
@@ -64,9 +64,11 @@ class Eagle3Config:
         integer("Eagle3Config speculative_tokens", self.speculative_tokens, least=1)
         for name in _SWITCHES:
             flag(f"Eagle3Config {name}", getattr(self, name))
+        taps = None if self.taps is None else listed("Eagle3Config taps", self.taps)
         open_sizes = {
+            "taps": taps,
             "layer": self.layer or LayerSizes.as_wide_as(self.hidden_size),
-            "num_taps": self.num_taps or len(self.taps or ()) or 3,
+            "num_taps": self.num_taps or len(taps or ()) or 3,
             "draft_vocabulary": self.draft_vocabulary or self.vocabulary,
         }
         for name, value in open_sizes.items():

@@ -158,8 +158,10 @@ class DraftHead(Drafter):
         layout = cls.layout_of(checkpoint.config, checkpoint.tensors.keys())
         assert layout is not None, "it is of another kind"
         config, weights = layout.read(checkpoint)
+        with torch.device("meta"):  # before memory is taken: a config that lacks a size may mean a large one
+            _check(cls(config, **options), weights, f"{checkpoint.folder} ({layout.name})")
         head = cls(config, **options)
-        _load(head, weights, f"{checkpoint.folder} ({layout.name})")
+        _load(head, weights)
         return head
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -204,8 +206,8 @@ class DraftHead(Drafter):
         raise NotImplementedError
 
 
-def _load(head: DraftHead, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load weights by the head's own names; all of them have to fit."""
+def _check(head: DraftHead, weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError unless there are all weights, by the head's own names, in the shapes that it has."""
     own = head.state_dict()
     if missing := sorted(own.keys() - weights.keys()):
         raise CheckpointError(f"{where} lacks {len(missing)} tensors of a {type(head).__name__}: {_few(missing)}")
@@ -216,6 +218,10 @@ def _load(head: DraftHead, weights: Mapping[str, Tensor], where: str) -> None:
     for name, value in weights.items():
         if value.shape != own[name].shape:
             raise CheckpointError(f"{where}: {name} is {list(value.shape)}; expected {list(own[name].shape)}")
+
+
+def _load(head: DraftHead, weights: Mapping[str, Tensor]) -> None:
+    """Load weights that fit, in the dtype that they have in common, or float32."""
     dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
     head.to(dtype=next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
     head.load_state_dict(dict(weights))

@@ -79,7 +79,7 @@ def read_layer(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> LayerSizes
         CheckpointError: an entry makes no sense, or asks for what the layers do not do.
     """
     where, kind = checkpoint.folder / CONFIG, entries.get("model_type")
-    said = {**(entries.get("rope_parameters") or {}), **entries}
+    said = {**checkpoint.get("rope_parameters", dict, {}, within=entries), **entries}
     for name, value in _NEVER.items():
         if said.get(name, value) != value and (kind, name) != (GATED, "partial_rotary_factor"):
             raise CheckpointError(f"{where}: {name} = {shown(said[name])} is not supported; only {value!r} is")
@@ -125,7 +125,11 @@ def read_layer(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> LayerSizes
 
 def _read_rotary(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> Rotary:
     """Of `rope_theta` and `rope_scaling`, or of `rope_parameters`, which holds both."""
-    given = {**(entries.get("rope_scaling") or {}), **(entries.get("rope_parameters") or {})}
+    given: dict[str, Any] = {
+        name: value
+        for within in ("rope_scaling", "rope_parameters")
+        for name, value in checkpoint.get(within, dict, {}, within=entries).items()
+    }
     theta = checkpoint.get("rope_theta", float, 10000.0, within={**entries, **given})
     default = _DEFAULTS.get(entries.get("model_type") or "llama", {}).get("partial_rotary_factor", 1.0)
     share = checkpoint.get("partial_rotary_factor", float, default, within={**entries, **given})

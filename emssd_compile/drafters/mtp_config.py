@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.errors import OptionError
-from emssd_compile.numeric import integer
+from emssd_compile.numeric import integer, shown
 
 MOST_MODULES = 64
 
@@ -32,6 +32,10 @@ class MTPConfig:
 
     def __post_init__(self) -> None:
         """Raises OptionError if something is out of range, or the layers are of another width."""
+        if self.layer is not None and not isinstance(self.layer, LayerSizes):
+            raise OptionError(f"MTPConfig layer={shown(self.layer)} is no LayerSizes; pass one, or leave it out")
+        for name in ("hidden_size", "vocabulary"):
+            integer(f"MTPConfig {name}", getattr(self, name), least=1)
         integer("MTPConfig num_modules", self.num_modules, least=1, most=MOST_MODULES)
         integer("MTPConfig speculative_tokens", self.speculative_tokens, least=0)
         open_sizes = {

@@ -13,10 +13,11 @@ from torch import Tensor
 from emssd_compile.checkpoints import CONFIG, Checkpoint
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.drafters.layer_entries import GATED, filled, read_layer, written_layer
-from emssd_compile.drafters.layout_checks import configured
+from emssd_compile.drafters.layout_checks import configured, refused
 from emssd_compile.drafters.mtp_config import MTPConfig
 from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, written_entries
 from emssd_compile.errors import CheckpointError
+from emssd_compile.numeric import shown
 
 _OWN = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
 _PARTS = re.compile(r"(model\.mtp_layers\.|mtp_layers\.|model\.layers\.|mtp\.)(\d+\.)?(.+)")
@@ -94,6 +95,8 @@ class _Layout:
         """The head's configuration and weights. Modules are counted, whatever the configuration says."""
         parts = {name: part for name in checkpoint.tensors if (part := _split(name)) is not None}
         numbers = sorted({int(part.module or 0) for part in parts.values()})
+        if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            raise refused(checkpoint, f"its modules are numbered {shown(numbers)}; get those between, too")
         modules: list[dict[str, Tensor]] = [{} for _ in numbers]
         for name, part in parts.items():
             for found, what in _UNSUPPORTED.items():
@@ -142,8 +145,8 @@ class _Layout:
     def sizes(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> LayerSizes:
         """Sizes by the target's configuration, and what there is by the names of tensors."""
         entries = _layers_of(checkpoint.config)
-        query, output = (weights.get(f"layer.self_attn.{kind}_proj.weight") for kind in "qo")
-        is_gated = query is not None and output is not None and query.shape[:1] == (2 * output.shape[-1],)
+        shapes = [weights[name].shape for kind in "qo" if (name := f"layer.self_attn.{kind}_proj.weight") in weights]
+        is_gated = [len(shape) for shape in shapes] == [2, 2] and shapes[0][0] == 2 * shapes[1][1]
         if is_gated and not self.may_be_gated:
             raise CheckpointError(f"{checkpoint.folder}: attention of its layer is gated, which is supported for Qwen")
         sizes = read_layer(checkpoint, {**entries, "model_type": GATED if is_gated else "llama"})
@@ -195,7 +198,8 @@ class MiMoMTP(_Layout):
 
     def changed(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
         """What is projected in the order that the head has."""
-        return torch.cat([*reversed(value.chunk(2, 1))], 1) if name == "input_proj.weight" else value
+        is_projection = name == "input_proj.weight" and value.dim() == 2
+        return torch.cat([*reversed(value.chunk(2, 1))], 1) if is_projection else value
 
 
 class SpeculatorsMTP(_Layout):

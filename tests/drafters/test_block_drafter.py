@@ -252,6 +252,7 @@ def test_a_head_is_trained(tmp_path):
         ("rnn", {"confidence_threshold": 1.5}, "confidence_threshold=1.5 is out of range; pass 0 to 1"),
         ("rnn", {"confidence_threshold": "high"}, "confidence_threshold='high' is not a number"),
         ("dflash", {"taps": (0, 1)}, "this BlockDrafter reads 3 layers"),
+        ("dflash", {"taps": 3}, "BlockDrafter taps=3 is no list of layers; pass their numbers"),
     ],
 )
 def test_options_out_of_range_are_refused(name, options, message):
@@ -272,6 +273,9 @@ def test_options_out_of_range_are_refused(name, options, message):
         ({"num_layers": 65}, "BlockConfig num_layers=65 is out of range"),
         ({"draft_vocabulary": VOCABULARY + 1}, "BlockConfig draft_vocabulary="),
         ({"sample_from_anchor": 1}, "sample_from_anchor=1 is not True or False"),
+        ({"sliding_layers": 5, "sliding_window": 9}, "BlockConfig sliding_layers=5 is no list of layers"),
+        ({"markov_head": []}, r"markov_head=\[\] is unknown"),
+        ({"taps": 1}, "BlockConfig taps=1 is no list of layers"),
         ({"taps": None}, "nothing says which layers of the target this BlockDrafter reads"),
     ],
 )

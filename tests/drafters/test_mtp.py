@@ -243,6 +243,8 @@ def test_what_is_written_is_read(tmp_path):
     ("changed", "message"),
     [
         ({"model.layers.6.enorm.weight": torch.ones(HIDDEN)}, "lacks 15 tensors of a MTP: mtp_layers.1.final_layer"),
+        ({"model.layers.7.enorm.weight": torch.ones(HIDDEN)}, r"modules are numbered \[5, 7\]; get those between"),
+        ({"model.layers.5.self_attn.o_proj.weight": torch.ones(())}, r"o_proj.weight is \[\]; expected \[64, 64\]"),
         ({"model.layers.5.mlp.gate.weight": torch.ones(2, HIDDEN)}, "is of a mixture of experts"),
         ({"model.layers.5.self_attn.kv_a_proj_with_mqa.weight": torch.ones(2, HIDDEN)}, "multi-head latent attention"),
         ({"model.layers.5.e_proj.weight": torch.ones(2)}, "is of hyper-connections"),
@@ -262,7 +264,7 @@ def test_layers_that_are_not_supported_are_refused(tmp_path, changed, message):
         MTP.from_pretrained(_written(tmp_path, tensors))
 
 
-def test_a_target_of_another_size_and_trees_wider_than_the_vocabulary_are_refused():
+def test_a_target_of_another_size_and_trees_wider_than_the_vocabulary_are_refused(tmp_path):
     with pytest.raises(DrafterError, match="of size 64; the target's have 32"):
         head_of().prepare(target_of(None, 2, 96, VOCABULARY, 32))
     with pytest.raises(OptionError, match=f"puts {VOCABULARY + 1} tokens behind a node, and {VOCABULARY} can be"):
@@ -271,3 +273,9 @@ def test_a_target_of_another_size_and_trees_wider_than_the_vocabulary_are_refuse
         head_of(reads_normalised="no")
     with pytest.raises(OptionError, match="an MTP of width 64 cannot read a target of width 32"):
         MTPConfig(32, VOCABULARY, SIZES)
+    with pytest.raises(OptionError, match="MTPConfig hidden_size=0 is out of range"):
+        MTPConfig(0, VOCABULARY)
+    with pytest.raises(OptionError, match="MTPConfig layer=64 is no LayerSizes"):
+        MTPConfig(HIDDEN, VOCABULARY, 64)  # type: ignore[arg-type]  # that is what is tried
+    with pytest.raises(CheckpointError, match=r"input_proj.weight is \[3\]; expected"):
+        MTP.from_pretrained(_written(tmp_path, {**MIMO, "model.mtp_layers.0.input_proj.weight": torch.ones(3)}))
