@@ -109,7 +109,7 @@ def head_of(name: str, seed: int = 0, **options: Any) -> BlockDrafter:
 
 
 def optimized(head: Any, **options: Any) -> Any:
-    sizes = {"max_batch": ROWS, "max_length": 96, "backend": "eager", "layout": "packed", "prefill_chunk": 24}
+    sizes = {"max_batch": ROWS, "max_length": 45 + NEW, "backend": "eager", "layout": "packed", "prefill_chunk": 24}
     return emssd_compile.optimize(target(), head, **{**sizes, **options})
 
 

@@ -79,7 +79,7 @@ def head_of(name: str, *, tree: DynamicTree | None = None, seed: int = 0) -> Eag
 def optimized(head: Any, **options: Any) -> Any:
     given = {
         "max_batch": ROWS,
-        "max_length": 96,
+        "max_length": 45 + NEW,
         "backend": "eager",
         "layout": "packed",
         "prefill_chunk": 24,

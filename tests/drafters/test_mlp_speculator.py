@@ -214,7 +214,8 @@ def test_a_checkpoint_of_ibm_is_read_and_written(tmp_path):
 
 
 def test_the_entries_of_speculators_may_be_around_it(tmp_path):
-    head = load_head(write(tmp_path / "two", in_speculators("mlp_speculator", IBM), _weights()))
+    of_layers = {"transformer_layer_config": {"vocab_size": 99}}  # the head's own entries count
+    head = load_head(write(tmp_path / "two", in_speculators("mlp_speculator", IBM | of_layers), _weights()))
     assert head.config == MLPSpeculatorConfig(4, 12, 3, inner_size=6, scale_input=True, speculative_tokens=2)
     assert (head.num_draft_tokens, head.max_depth) == (2, None)
     head.save_pretrained(tmp_path / "again")

@@ -62,10 +62,15 @@ def check_drafts(
 
             noise = partial(_noise, tensors["seeds"][row], int(plain.ids.max()) + 1 if samples else 0)
             if tree is None:
+                last = drafts
                 assert drafts == plain.chain(text, min(left, drafts_of_a_chain), shape, noise)
             else:
                 paths = paths_of(drafts, tensors["draft_parents"][row, :count].tolist())
+                last = paths[-1]
                 assert paths == plain.tree(text, tree, left, shape, noise)
+            log_q = plain.log_q(text, last[:-1], shape, noise)[plain.ids == last[-1]]
+            eighths = int(tensors["draft_grades"][row, count - 1]) - 8 * float(log_q.exp())
+            assert -1 <= round(eighths, 3) <= 0, "the grade of the last one is its probability, in whole eighths"
             compared += count
         return report
 
