@@ -292,8 +292,9 @@ def test_weights_are_read_once(monkeypatch):
     read: list[object] = []
     monkeypatch.setattr("emssd_compile.optimized_model.check_weights", read.append)
     model, draft = build("own-positions"), build("last-logits")
-    emssd_compile.optimize(model, draft, max_batch=1, max_length=16, backend="eager")
-    assert read == [model, draft]
+    fast = emssd_compile.optimize(model, draft, max_batch=1, max_length=16, backend="eager")
+    assert read == [model, fast.drafter]
+    assert any(held is draft for held in fast.drafter.modules())
 
 
 def test_a_model_that_is_offloaded_is_refused_by_that_name(monkeypatch):

@@ -156,7 +156,8 @@ def test_a_chunk_at_a_time_a_prompt_leaves_what_it_leaves_at_once():
         torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["onnx", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["onnx", "inductor"])
 def test_compiled_and_as_an_artifact_it_makes_the_same_drafts(way, tmp_path):
     """With all that layers may see, and all heads."""
     torch.manual_seed(0)

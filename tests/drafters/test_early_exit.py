@@ -95,7 +95,8 @@ def test_it_needs_no_memory_and_says_what_drafts():
     assert "the target's layers [0, 1] draft" in str(fast.explain())
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_artifacts_give_the_same_tokens(backend, tmp_path):
     """In chains; in trees, together with heads: `tests/exactness/test_heads.py`."""
     model = _model()

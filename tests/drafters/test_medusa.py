@@ -141,7 +141,9 @@ def _hearing(model, **options):
     return head
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(GREEDY, marks=pytest.mark.long, id="greedy"), pytest.param(SAMPLING, id="sampling")]
+)
 def test_tokens_are_the_targets(options):
     model = target()
     plain = fast(model, "none").generate(TEXTS, max_new_tokens=20, **options)

@@ -52,7 +52,7 @@ def test_a_row_whose_text_is_not_read_yet_drafts_nothing():
     assert [row[:K] for row in draft.tokens.tolist()] == [_drafts(model, text, K) for text in texts]
 
 
-@pytest.mark.parametrize("count", [K, 1])
+@pytest.mark.parametrize("count", [K, pytest.param(1, marks=pytest.mark.long)])
 def test_tokens_are_the_models_own(count, tmp_path):
     model, draft = toy_model("gpt2"), toy_model("gpt2", seed=1)
     fast, plain = (

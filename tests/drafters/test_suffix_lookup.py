@@ -205,6 +205,7 @@ def test_only_what_ended_is_added_and_prompts_where_they_are_wanted():
         assert (corpus.tensors["texts"][len(kept) + 2 :] == -1).all()
 
 
+@pytest.mark.long
 def test_an_artifact_drafts_from_the_rows_own_text(reference, tmp_path):
     pytest.importorskip("onnxruntime")
     corpus = Corpus(512)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -177,9 +178,13 @@ class InTurn(Drafter):
         return Draft(tokens, lengths.squeeze(1), gather_tensors(states), parents=parents)
 
 
-def _in_turn(family: str) -> InTurn:
-    """All kinds of heads, trained, and what else has a file of its own and no model to be captured."""
-    heads = {case.replace("-", "_"): _head(family, case) for case in CASES}
+FEW = ("recurrent", "block-tree", "mtp-modules")
+"""What draws beams, attends both ways, and reads again: with them and early exit, all that an artifact has to carry."""
+
+
+def _in_turn(family: str, cases: Sequence[str]) -> InTurn:
+    """Heads, trained, and what else has a file of its own and no model to be captured."""
+    heads = {case.replace("-", "_"): _head(family, case) for case in cases}
     for head in heads.values():
         _learn(head, family)
     suffix = SuffixLookup(4, corpus=Corpus(capacity_tokens=256))
@@ -187,16 +192,20 @@ def _in_turn(family: str) -> InTurn:
 
 
 @pytest.mark.parametrize(
-    "target_name", ["onnx", *(pytest.param(name, marks=pytest.mark.long) for name in ("aot", "inductor"))]
+    ("target_name", "cases"),
+    [
+        pytest.param("onnx", FEW, id="onnx-few"),
+        *(pytest.param(name, tuple(CASES), marks=pytest.mark.long, id=name) for name in ("onnx", "aot", "inductor")),
+    ],
 )
-def test_compiled_and_as_an_artifact_they_make_the_same_drafts(target_name, tmp_path):
-    """All of them in one step, since compiling one takes long."""
-    eager, expected = _eager_in_turn(), _expected(FAMILIES[0])
+def test_compiled_and_as_an_artifact_they_make_the_same_drafts(target_name, cases, tmp_path):
+    """Several in one step, since compiling one takes long; all if --long."""
+    eager, expected = _eager_in_turn(cases), _expected(FAMILIES[0])
     if target_name == "onnx":
         pytest.importorskip("onnxruntime")
     decoder: Decoder
     if target_name == "inductor":
-        decoder = emssd_compile.optimize(eager.model, _in_turn(FAMILIES[0]), backend=target_name, **SIZES)
+        decoder = emssd_compile.optimize(eager.model, _in_turn(FAMILIES[0], cases), backend=target_name, **SIZES)
     else:
         with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to be quick
             getattr(eager, f"export_{target_name}")(tmp_path / "artifact")
@@ -209,9 +218,9 @@ def test_compiled_and_as_an_artifact_they_make_the_same_drafts(target_name, tmp_
 
 
 @functools.cache
-def _eager_in_turn() -> OptimizedModel:
+def _eager_in_turn(cases: tuple[str, ...]) -> OptimizedModel:
     family = FAMILIES[0]
-    return emssd_compile.optimize(target(family, ROWS).model, _in_turn(family), backend="eager", **SIZES)
+    return emssd_compile.optimize(target(family, ROWS).model, _in_turn(family, cases), backend="eager", **SIZES)
 
 
 @pytest.mark.long
@@ -219,7 +228,7 @@ def test_engines_are_built_of_steps_with_heads(tmp_path):
     """Of all of them in one step; their attention is decomposed, for these head sizes have no kernel of TensorRT's."""
     pytest.importorskip("tensorrt_rtx")
     model = toy_model(FAMILIES[0]).to(torch.float16)
-    fast = emssd_compile.optimize(model, _in_turn(FAMILIES[0]), backend="eager", **SIZES)
+    fast = emssd_compile.optimize(model, _in_turn(FAMILIES[0], tuple(CASES)), backend="eager", **SIZES)
     fast.export_tensorrt(tmp_path / "engine", compute_capabilities=["8.0"], attention="decomposed", check=False)
     assert (tmp_path / "engine" / "step.engine").stat().st_size > 2**20
 

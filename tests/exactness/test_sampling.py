@@ -77,7 +77,8 @@ def _sample(fast: OptimizedModel, prompts: Any = PROMPTS, **options: Any) -> Any
     ("architecture", "drafter"),
     [
         *(("gpt2", drafter) for drafter in DRAFTERS),
-        *((other, "draft-model-tree") for other in ("bloom", "gemma", "mistral")),
+        *((other, "draft-model-tree") for other in ("bloom", "mistral")),
+        pytest.param("gemma", "draft-model-tree", marks=pytest.mark.long),
         ("own-positions", "draft-model"),
     ],
 )

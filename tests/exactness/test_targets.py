@@ -31,7 +31,8 @@ CASES = [
     *(("eager", drafter) for drafter in DRAFTERS),
     ("inductor", "target-initialized"),  # trees, and the target's logits; chains: `test_compile.py`
     *(("onnx", drafter) for drafter in (*DRAFTERS, "target-initialized")),
-    *(("aot", drafter) for drafter in ("lookup", "target-initialized", "forks")),
+    *(("aot", drafter) for drafter in ("lookup", "target-initialized")),
+    pytest.param("aot", "forks", marks=pytest.mark.long),
 ]
 
 

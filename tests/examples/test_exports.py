@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("02_export_onnx.py", "onnx", "onnxruntime"),
         ("03_export_aot.py", "aot", "torch"),
-        ("04_export_tensorrt.py", "tensorrt", "tensorrt_rtx"),
+        pytest.param("04_export_tensorrt.py", "tensorrt", "tensorrt_rtx", marks=pytest.mark.long),
     ],
 )
 def test_an_example_writes_a_whole_artifact(script, target, library, tmp_path):
