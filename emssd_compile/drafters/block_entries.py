@@ -10,15 +10,12 @@ from torch import Tensor
 
 from emssd_compile.checkpoints import Checkpoint
 from emssd_compile.drafters.block_config import MOST_LAYERS, BlockConfig
-from emssd_compile.drafters.draft_vocabulary import take_draft_ids
 from emssd_compile.drafters.layer_entries import read_layer
-from emssd_compile.drafters.layout_checks import configured, refused
+from emssd_compile.drafters.layout_checks import refused
+from emssd_compile.drafters.table_entries import read_with_tables
 from emssd_compile.numeric import shown
 
-_EMBEDDING, _HEAD, _MASK, _KEY_NORM = (
-    *("embed_tokens.weight", "lm_head.weight", "mask_embedding"),
-    "layers.0.self_attn.k_norm.weight",
-)
+_MASK, _KEY_NORM = "mask_embedding", "layers.0.self_attn.k_norm.weight"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -45,28 +42,15 @@ def read_block(
     weights = dict(checkpoint.tensors)
     layer = read_layer(checkpoint, {**entries, "layer_types": None, "use_sliding_window": False})
     layer = replace(layer, has_head_norms=_KEY_NORM in weights)  # whatever model_type says, most have them
-    hidden_size = sizes["target"] or layer.width
-    if not trains_embedding and layer.width == hidden_size:
-        weights.pop(_EMBEDDING, None)
     if _MASK in weights:
         weights[_MASK], options["mask_token"] = weights[_MASK].flatten(), None
     elif options["mask_token"] is None:
         raise refused(checkpoint, f"it says no mask_token_id, and holds no {_MASK}: nothing stands for drafts")
-    vocabulary = checkpoint.get("vocab_size", int, within=entries)
-    config = configured(
-        checkpoint,
-        BlockConfig,
-        hidden_size=hidden_size,
-        vocabulary=vocabulary,
-        layer=layer,
-        num_layers=checkpoint.get("num_hidden_layers", int, within=entries),
-        num_taps=len(options["taps"] or ()) or _count_taps(weights, hidden_size),
-        draft_vocabulary=take_draft_ids(checkpoint, weights, vocabulary, sizes["draft"]),
-        owns_embedding=_EMBEDDING in weights,
-        owns_head=_HEAD in weights,
-        **options,
+    options["num_layers"] = checkpoint.get("num_hidden_layers", int, within=entries)
+    sizes = {**sizes, "taps": 5}
+    return read_with_tables(
+        checkpoint, BlockConfig, weights, layer, entries, sizes, trains_embedding=trains_embedding, **options
     )
-    return config, weights
 
 
 def token(checkpoint: Checkpoint, name: str, within: Mapping[str, Any] | None = None) -> int | None:
@@ -153,9 +137,3 @@ def read_causal(checkpoint: Checkpoint, own: Mapping[str, Any], sliding: tuple[i
     if is_causal and len(sliding) < checkpoint.get("num_hidden_layers", int):
         raise refused(checkpoint, "causal = True is supported where all layers have a sliding window")
     return is_causal
-
-
-def _count_taps(weights: Mapping[str, Tensor], hidden_size: int) -> int:
-    """How many layers are read, where nothing says which: as many as are projected."""
-    fc = weights.get("fc.weight")
-    return 5 if fc is None or fc.dim() != 2 else max(1, fc.shape[1] // hidden_size)

@@ -18,7 +18,7 @@ from emssd_compile.drafters.block_entries import (
     token,
     written_sliding,
 )
-from emssd_compile.drafters.draft_vocabulary import written_draft_ids
+from emssd_compile.drafters.draft_vocabulary import with_written_ids
 from emssd_compile.drafters.layer_entries import filled, written_layer
 from emssd_compile.drafters.layout_checks import refused
 from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, read_taps, written_entries
@@ -66,9 +66,6 @@ class SpeculatorsBlock:
     def write(self, config: BlockConfig, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The way back."""
         kind = "dspark" if config.markov_rank or config.has_confidence else "dflash"
-        tensors = dict(weights)
-        if (ids := tensors.pop("draft_ids", None)) is not None:
-            tensors |= written_draft_ids(ids, config.vocabulary)
         entries = {
             **written_entries(kind, _ARCHITECTURES[kind], config.depth),
             "transformer_layer_config": {
@@ -93,7 +90,7 @@ class SpeculatorsBlock:
                 "enable_confidence_head": config.has_confidence,
                 "confidence_head_with_markov": config.confidence_reads_token,
             }
-        return entries, tensors
+        return entries, with_written_ids(weights, config.vocabulary)
 
 
 class ZLabBlock:

@@ -65,8 +65,12 @@ def take_draft_ids(checkpoint: Checkpoint, weights: dict[str, Tensor], vocabular
     return size
 
 
-def written_draft_ids(ids: Tensor, vocabulary: int) -> Mapping[str, Tensor]:
-    """The way back: `d2t` int64 `[Vd]` and `t2d` bool `[V]`."""
+def with_written_ids(weights: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+    """The way back: `d2t` int64 `[Vd]` and `t2d` bool `[V]` in place of `draft_ids`, if that is among the weights."""
+    tensors = dict(weights)
+    ids = tensors.pop("draft_ids", None)
+    if ids is None:
+        return tensors
     marks = torch.zeros(vocabulary, dtype=torch.bool, device=ids.device)
     marks[ids] = True
-    return {"d2t": ids - torch.arange(len(ids), device=ids.device), "t2d": marks}
+    return tensors | {"d2t": ids - torch.arange(len(ids), device=ids.device), "t2d": marks}

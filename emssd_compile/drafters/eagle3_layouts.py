@@ -9,13 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from emssd_compile.checkpoints import CONFIG, Checkpoint
-from emssd_compile.drafters.draft_vocabulary import take_draft_ids, written_draft_ids
+from emssd_compile.drafters.draft_vocabulary import with_written_ids
 from emssd_compile.drafters.eagle3_config import Eagle3Config
 from emssd_compile.drafters.layer_entries import filled, read_layer, written_layer
-from emssd_compile.drafters.layout_checks import configured
 from emssd_compile.drafters.speculators import TYPE, read_speculative_tokens, read_taps, written_entries
-
-_EMBEDDING, _HEAD, _FC = "embed_tokens.weight", "lm_head.weight", "fc.weight"
+from emssd_compile.drafters.table_entries import read_with_tables
 
 
 class SpeculatorsEagle3:
@@ -64,9 +62,6 @@ class SpeculatorsEagle3:
 
     def write(self, config: Eagle3Config, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The way back."""
-        tensors = dict(weights)
-        if (ids := tensors.pop("draft_ids", None)) is not None:
-            tensors |= written_draft_ids(ids, config.vocabulary)
         layer = written_layer(config.layer)
         entries = {
             **written_entries(self.model_type, self.architecture, config.speculative_tokens),
@@ -84,7 +79,7 @@ class SpeculatorsEagle3:
             "norm_output": config.feeds_on_normalised,
             "embed_requires_grad": config.owns_embedding,
         }
-        return entries, tensors
+        return entries, with_written_ids(weights, config.vocabulary)
 
 
 class OriginalEagle3:
@@ -137,29 +132,7 @@ def _read(
         trains_embedding: whether an embedding that is there differs from the target's.
         **options: attributes of the configuration.
     """
-    layer = read_layer(checkpoint, entries)
-    hidden_size, weights = sizes["target"] or layer.width, dict(tensors)
-    vocabulary = checkpoint.get("vocab_size", int, within=entries)
-    if not trains_embedding and layer.width == hidden_size:
-        weights.pop(_EMBEDDING, None)
-    draft_vocabulary = take_draft_ids(checkpoint, weights, vocabulary, sizes["draft"])
-    num_taps = len(options.get("taps") or ()) or _count_taps(weights, hidden_size)
-    config = configured(
-        checkpoint,
-        Eagle3Config,
-        hidden_size=hidden_size,
-        vocabulary=vocabulary,
-        layer=layer,
-        num_taps=num_taps,
-        draft_vocabulary=draft_vocabulary,
-        owns_embedding=_EMBEDDING in weights,
-        owns_head=_HEAD in weights,
-        **options,
+    layer, sizes = read_layer(checkpoint, entries), {**sizes, "taps": 3}
+    return read_with_tables(
+        checkpoint, Eagle3Config, tensors, layer, entries, sizes, trains_embedding=trains_embedding, **options
     )
-    return config, weights
-
-
-def _count_taps(weights: Mapping[str, Tensor], hidden_size: int) -> int:
-    """How many layers are read, where nothing says which: as many as are projected."""
-    fc = weights.get(_FC)
-    return 3 if fc is None or fc.dim() != 2 else max(1, fc.shape[1] // hidden_size)
