@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import copy
 import csv
-import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import emssd_compile
 from emssd_compile.drafters import BlockDrafter, MarginalTree, block_drafter, load_head
 from emssd_compile.drafters.block_config import BlockConfig, default_taps
 from emssd_compile.drafters.decoder_layer import LayerSizes
-from emssd_compile.drafters.head import Features
 from emssd_compile.drafters.rotary import Rotary
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.drafting import TokenTables
 from emssd_compile.training.train import Texts, train
 from tests.drafters.contexts import target_of
+from tests.drafters.llama_heads import (
+    HIDDEN,
+    NEW,
+    PROMPTS,
+    ROWS,
+    SAMPLED,
+    THIRD,
+    features_of,
+    loud,
+    optimized,
+    plainly,
+    prepared,
+    shape,
+    target,
+)
 from tests.drafters.plain_block import PlainBlock
-from tests.drafters.plain_heads import tapped
 from tests.drafters.watched import check_drafts
-from tests.exactness.models import build, prompt
+from tests.exactness.models import prompt
 from tests.training.toys import TEXT, Characters, options, toy_target
 from tests.zoo import VOCABULARY
 
-HIDDEN, ROWS, NEW, MASK = 64, 3, 10, 7
-PROMPTS = [prompt(n) for n in (1, 7, 30, 45)]
-_THIRD = tuple(range(1, VOCABULARY, 3))
+MASK = 7
 _OWN: dict[str, Any] = {"owns_embedding": True, "owns_head": True}
 _NARROW = LayerSizes(32, 48, 4, 2, 16, rotary=Rotary(500.0), has_head_norms=True)
 _DSPARK: dict[str, Any] = {
@@ -55,7 +64,7 @@ CONFIGS = {
         sample_from_anchor=True,
         sliding_window=4,
         sliding_layers=(0, 2),
-        draft_vocabulary=len(_THIRD),
+        draft_vocabulary=len(THIRD),
         has_confidence=True,
     ),
     "vanilla": BlockConfig(HIDDEN, VOCABULARY, _NARROW, block_size=3, sample_from_anchor=True, **_DSPARK, **_OWN),
@@ -66,7 +75,7 @@ CONFIGS = {
         block_size=3,
         sample_from_anchor=True,
         markov_head="gated",
-        draft_vocabulary=len(_THIRD),
+        draft_vocabulary=len(THIRD),
         **_DSPARK,
         **_OWN,
     ),
@@ -91,41 +100,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@functools.cache
-def target() -> Any:
-    return build("llama")
-
-
 def head_of(name: str, seed: int = 0, **options: Any) -> BlockDrafter:
     """A head of random weights, loud enough to draft something else for each text."""
     torch.manual_seed(seed)
-    head = BlockDrafter(CONFIGS[name], **options)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() > 1 else 0.5))
-        if head.config.draft_vocabulary < VOCABULARY:
-            head.draft_ids.copy_(torch.tensor(_THIRD))
-    return head
-
-
-def optimized(head: Any, **options: Any) -> Any:
-    sizes = {"max_batch": ROWS, "max_length": 45 + NEW, "backend": "eager", "layout": "packed", "prefill_chunk": 24}
-    return emssd_compile.optimize(target(), head, **{**sizes, **options})
-
-
-@functools.cache
-def plainly(**options: Any) -> list[list[int]]:
-    """Without drafts."""
-    fast: Any = optimized("none")
-    return fast.generate(PROMPTS, max_new_tokens=NEW, **options)
-
-
-SAMPLED = {"do_sample": True, "seed": 3, "temperature": 1.5, "top_k": 20}
-
-
-def shape(logits: Tensor) -> Tensor:
-    """As `SAMPLED` shapes what is drawn from."""
-    return torch.where(logits >= logits.topk(20).values[-1], logits / 1.5, -torch.inf)
+    return loud(BlockDrafter(CONFIGS[name], **options))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,27 +162,13 @@ def test_compiled_and_as_an_artifact_it_makes_the_same_drafts(way, tmp_path):
     assert 0 < eager.stats.num_draft_tokens < 2 * ROWS * eager.stats.num_steps
 
 
-def _features(texts: list[list[int]], head: BlockDrafter) -> Features:
-    """What the target computes of texts of one length."""
-    computed = [tapped(target(), text, head.taps) for text in texts]
-    taps = {tap: torch.stack([outputs[index] for outputs, _ in computed]) for index, tap in enumerate(head.taps)}
-    return Features(torch.tensor(texts), torch.stack([hidden for _, hidden in computed]), taps)
-
-
-def _prepared(head: BlockDrafter) -> BlockDrafter:
-    model = target()
-    tables = TokenTables(model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach())
-    head.prepare(target_of(None, ROWS, 96, VOCABULARY, HIDDEN, tables))
-    return head
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_it_is_trained_on_what_it_does_when_it_drafts(name, monkeypatch):
     """Of each place in a text, the logits of each draft are those of drafting behind it, drafts being the text's."""
-    head = _prepared(head_of(name))
+    head = prepared(head_of(name))
     plain, texts = PlainBlock(head, target()), [prompt(11), prompt(12)[:11]]
-    features = _features(texts, head)
+    features = features_of(texts, head)
     steps = list(head.rollout(features))
     assert len(steps) == head.num_draft_tokens
     for index, logits in enumerate(steps):

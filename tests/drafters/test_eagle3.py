@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
-from torch import Tensor
-from torch.nn import functional as F
 
-import emssd_compile
 from emssd_compile.drafters import DynamicTree, Eagle3
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.drafters.eagle3_config import Eagle3Config, default_taps
-from emssd_compile.drafters.head import Features
 from emssd_compile.drafters.rotary import Rotary
 from emssd_compile.errors import DrafterError, OptionError
-from emssd_compile.step.drafting import TokenTables
 from tests.drafters.contexts import target_of
-from tests.drafters.plain_heads import plain_eagle3, tapped
+from tests.drafters.llama_heads import (
+    HIDDEN,
+    NEW,
+    PROMPTS,
+    ROWS,
+    SAMPLED,
+    THIRD,
+    TREE,
+    features_of,
+    learn,
+    loud,
+    optimized,
+    plainly,
+    prepared,
+    shape,
+    target,
+)
+from tests.drafters.plain_heads import plain_eagle3
 from tests.drafters.watched import check_drafts
-from tests.exactness.models import build, prompt
+from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY
 
-HIDDEN, ROWS, NEW = 64, 3, 10
-PROMPTS = [prompt(n) for n in (1, 7, 30, 45)]
-TREE = DynamicTree(nodes=7, depth=3, width=3)
-
-_THIRD = tuple(range(1, VOCABULARY, 3))
 CONFIGS = {
     "borrows": Eagle3Config(HIDDEN, VOCABULARY, taps=default_taps(2), speculative_tokens=3),
     "eagle-3": Eagle3Config(
@@ -38,7 +43,7 @@ CONFIGS = {
         VOCABULARY,
         LayerSizes(32, 48, 4, 2, 16, rotary=Rotary(500.0), has_qkv_bias=True, has_output_bias=True),
         taps=(0, 0, 1),
-        draft_vocabulary=len(_THIRD),
+        draft_vocabulary=len(THIRD),
         owns_embedding=True,
         owns_head=True,
         adds_normalised=True,
@@ -51,7 +56,7 @@ CONFIGS = {
         LayerSizes(HIDDEN, 48, 4, 1, 8, has_head_norms=True),
         taps=(1, 0),
         num_layers=2,
-        draft_vocabulary=len(_THIRD),
+        draft_vocabulary=len(THIRD),
         normalises_taps=True,
         feeds_on_normalised=True,
         speculative_tokens=3,
@@ -59,48 +64,10 @@ CONFIGS = {
 }
 
 
-@functools.cache
-def target() -> Any:
-    return build("llama")
-
-
 def head_of(name: str, *, tree: DynamicTree | None = None, seed: int = 0) -> Eagle3:
     """A head of random weights, loud enough to draft something else for each text."""
     torch.manual_seed(seed)
-    head = Eagle3(CONFIGS[name], tree=tree)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() > 1 else 0.5))
-        if head.config.draft_vocabulary < VOCABULARY:
-            head.draft_ids.copy_(torch.tensor(_THIRD))
-    return head
-
-
-def optimized(head: Any, **options: Any) -> Any:
-    given = {
-        "max_batch": ROWS,
-        "max_length": 45 + NEW,
-        "backend": "eager",
-        "layout": "packed",
-        "prefill_chunk": 24,
-        **options,
-    }
-    return emssd_compile.optimize(target(), head, **given)
-
-
-@functools.cache
-def plainly(**options: Any) -> list[list[int]]:
-    """Without drafts."""
-    fast: Any = optimized("none")
-    return fast.generate(PROMPTS, max_new_tokens=NEW, **options)
-
-
-SAMPLED = {"do_sample": True, "seed": 3, "temperature": 1.5, "top_k": 20}
-
-
-def shape(logits: Tensor) -> Tensor:
-    """As `SAMPLED` shapes what is drawn from."""
-    return torch.where(logits >= logits.topk(20).values[-1], logits / 1.5, -torch.inf)
+    return loud(Eagle3(CONFIGS[name], tree=tree))
 
 
 @pytest.mark.parametrize(("name", "tree"), [("eagle-3", None), ("eagle-3.1", TREE)])
@@ -113,36 +80,6 @@ def test_drafts_are_those_of_the_paper_and_tokens_the_targets(name, tree):
     assert check_drafts(fast, plain, PROMPTS, tree=tree, shape=shape, max_new_tokens=NEW, **sampled) > 20
     assert fast.generate(PROMPTS, max_new_tokens=NEW) == plainly()
     assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
-
-
-def features_of(texts: list[list[int]], head: Any) -> Features:
-    """What the target computes of texts of one length."""
-    computed = [tapped(target(), text, head.taps) for text in texts]
-    taps = {tap: torch.stack([outputs[index] for outputs, _ in computed]) for index, tap in enumerate(head.taps)}
-    return Features(torch.tensor(texts), torch.stack([hidden for _, hidden in computed]), taps)
-
-
-def prepared(head: Any) -> Any:
-    model = target()
-    tables = TokenTables(model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach())
-    head.prepare(target_of(None, ROWS, 96, VOCABULARY, HIDDEN, tables))
-    return head
-
-
-def learn(head: Any, texts: list[list[int]]) -> None:
-    """The texts by heart."""
-    read = [features_of([row], head) for row in texts]
-    optimizer = torch.optim.Adam(head.parameters(), 5e-3)
-    for _ in range(60):
-        for features in read:
-            tokens = features.tokens[0, 2:]
-            losses = [
-                F.cross_entropy(logits[0, : len(tokens) - k], tokens[k:])
-                for k, logits in enumerate(head.rollout(features))
-            ]
-            optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
-            optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["eagle-3", "eagle-3.1"])

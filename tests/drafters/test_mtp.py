@@ -18,8 +18,7 @@ from emssd_compile.drafters.mtp_config import MTPConfig
 from emssd_compile.drafters.rotary import Rotary
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from tests.drafters.contexts import target_of
-from tests.drafters.plain_heads import part, plain_modules, plain_mtp
-from tests.drafters.test_eagle3 import (
+from tests.drafters.llama_heads import (
     HIDDEN,
     NEW,
     PROMPTS,
@@ -33,6 +32,7 @@ from tests.drafters.test_eagle3 import (
     shape,
     target,
 )
+from tests.drafters.plain_heads import part, plain_modules, plain_mtp
 from tests.drafters.watched import check_drafts
 from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY

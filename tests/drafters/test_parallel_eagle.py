@@ -16,27 +16,28 @@ from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.step.drafting import TokenTables
 from tests.drafters.contexts import target_of
 from tests.drafters.head_cases import write
-from tests.drafters.plain_heads import plain_parallel_eagle
-from tests.drafters.test_eagle3 import (
+from tests.drafters.llama_heads import (
     HIDDEN,
     NEW,
     PROMPTS,
     SAMPLED,
+    THIRD,
     TREE,
     features_of,
+    loud,
     optimized,
     plainly,
     prepared,
     shape,
     target,
 )
+from tests.drafters.plain_heads import plain_parallel_eagle
 from tests.drafters.test_eagle3_layouts import CONFIG as EAGLE3
 from tests.drafters.test_eagle3_layouts import HT, V, tensors
 from tests.drafters.watched import check_drafts
 from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY
 
-THIRD = tuple(range(1, VOCABULARY, 3))
 CONFIGS = {
     "borrows": ParallelEagleConfig(
         HIDDEN, VOCABULARY, taps=(0, 0, 1), num_layers=1, owns_embedding=False, speculative_tokens=5, mask_token=3
@@ -58,13 +59,7 @@ CONFIGS = {
 def head_of(name: str, **options: Any) -> ParallelEagle:
     """A head of random weights."""
     torch.manual_seed(0)
-    head = ParallelEagle(CONFIGS[name], **options)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() > 1 else 0.5))
-        if head.config.draft_vocabulary < VOCABULARY:
-            head.draft_ids.copy_(torch.tensor(THIRD))
-    return head
+    return loud(ParallelEagle(CONFIGS[name], **options))
 
 
 SAMPLED_TWICE = {**SAMPLED, "num_return_sequences": 2}
