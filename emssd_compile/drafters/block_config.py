@@ -8,6 +8,7 @@ from typing import Self
 
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.drafters.markov_head import MARKOV_HEADS
+from emssd_compile.drafters.own_tables import check_borrowing
 from emssd_compile.drafters.taps import choose_taps, listed
 from emssd_compile.drafters.tree_shape import MOST_NODES
 from emssd_compile.errors import OptionError
@@ -93,12 +94,7 @@ class BlockConfig:
             integer("BlockConfig mask_token", self.mask_token, least=0, most=self.vocabulary - 1)
         if not self.depth:
             raise OptionError("BlockConfig block_size=1 drafts nothing unless sample_from_anchor; pass at least 2")
-        borrowed = not (self.owns_embedding and self.owns_head)
-        if borrowed and self.layer.width != self.hidden_size:
-            raise OptionError(
-                f"a BlockDrafter of width {self.layer.width} cannot read the embedding or LM head of a target of width "
-                f"{self.hidden_size}; it needs both of its own"
-            )
+        check_borrowing("a BlockDrafter", self.layer.width, self)
         self._check_windows()
         self._check_heads()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from emssd_compile.drafters.decoder_layer import LayerSizes
+from emssd_compile.drafters.own_tables import check_borrowing
 from emssd_compile.drafters.taps import choose_taps, listed
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import flag, integer, shown
@@ -74,12 +75,7 @@ class Eagle3Config:
         for name, value in open_sizes.items():
             object.__setattr__(self, name, value)
         integer("Eagle3Config draft_vocabulary", self.draft_vocabulary, least=1, most=self.vocabulary)
-        borrowed = not (self.owns_embedding and self.owns_head)
-        if borrowed and self.layer.width != self.hidden_size:
-            raise OptionError(
-                f"an Eagle3 of width {self.layer.width} cannot read the embedding or LM head of a target of width "
-                f"{self.hidden_size}; it needs both of its own"
-            )
+        check_borrowing("an Eagle3", self.layer.width, self)
         if self.normalises_features and self.normalises_taps:
             raise OptionError("an Eagle3 normalises taps one by one or side by side, not both")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emssd_compile.drafters.head import DraftHead, HeadSizes
+from emssd_compile.errors import OptionError
 
 
 class TableSizes(HeadSizes, Protocol):
@@ -28,6 +29,15 @@ class TableSizes(HeadSizes, Protocol):
     def owns_head(self) -> bool:
         """Whether it has an LM head of its own, or reads the target's."""
         ...
+
+
+def check_borrowing(kind: str, width: int, config: TableSizes) -> None:
+    """Raises OptionError if a head borrows a table, and its layers are not as wide as the target."""
+    if width != config.hidden_size and not (config.owns_embedding and config.owns_head):
+        raise OptionError(
+            f"{kind} of width {width} cannot read the embedding or LM head of a target of width {config.hidden_size}; "
+            "it needs both of its own"
+        )
 
 
 class OwnTables(DraftHead):
