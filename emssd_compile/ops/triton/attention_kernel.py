@@ -187,7 +187,9 @@ def _attend_slots(
     first_slots = first_slot.to(tl.int64) + block
     keys += first_slots[None, :] * k_strides[1] + head_dims[:, None] * k_strides[3]
     values += first_slots[:, None] * v_strides[1] + value_dims[None, :] * v_strides[3]
-    for start in range(first_slot, stop_slot, BLOCK_SLOTS):
+    # The words of ancestors are loaded query by slot: to prefetch those would take more shared memory than there is.
+    STAGES: tl.constexpr = 1 if MASKED and ancestors is not None else None
+    for start in tl.range(first_slot, stop_slot, BLOCK_SLOTS, num_stages=STAGES):
         slots = start + block
         key_mask = (head_dims < HEAD_SIZE)[:, None]
         value_mask = (value_dims < VALUE_SIZE)[None, :]
