@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from emssd_compile.ops.triton.launch import Processors
 from tests.ops.ragged import Batch
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton, of the dev extra")
@@ -62,7 +63,7 @@ def _attend(batch: Batch, changes: dict[str, int]) -> Tensor:
     from emssd_compile.ops.triton import launch, ragged_attention
 
     sizes = ragged_attention.check_arguments(*batch.tensors)
-    planned = launch.plan_launch(sizes, ragged_attention.num_processors(batch.q.device))
+    planned = launch.plan_launch(sizes, _processors or ragged_attention.processors_of(batch.q.device))
     group = sizes.num_heads // sizes.num_kv_heads
     block_queries = changes.get("block_queries", planned.block_queries)
     tiles = launch.max_tiles(sizes.num_tokens, sizes.num_rows, group, block_queries)
@@ -114,7 +115,11 @@ def interpret() -> None:
     interpreter._patch_lang_tensor = patch_tensor_and_index
 
 
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+"""Bytes that a program may have, by compute capability, as CUDA's programming guide has them."""
+
 _launched: list[Launched] = []
+_processors: Processors | None = None
 
 
 def _take_launched() -> list[Launched]:
@@ -142,8 +147,10 @@ class _Driver:
 
 
 def _compile_for(capability: int) -> None:
+    global _processors
     from triton.runtime import driver, jit
 
+    _processors = Processors(132, SHARED_MEMORY[capability])
     driver.set_active(_Driver(capability))
     run = jit.JITFunction.run
 

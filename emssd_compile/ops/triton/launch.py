@@ -4,7 +4,7 @@ So a launch can be captured in a CUDA graph and replayed for any offsets and len
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,9 +13,24 @@ import torch
 _BLOCK_BYTES = {2: 16 * 1024, 4: 8 * 1024}
 # Elements of a tile's sums, which lie in registers: found by compiling for sm_90 until next to nothing was spilled.
 _TILE_ELEMENTS = {2: 128 * 128, 4: 16 * 128}
+_LEAST_BLOCK = 16  # of tensor cores
+_OVERHEAD_BYTES = 4096  # of shared memory: barriers, and what reductions exchange
 _PROGRAMS_PER_PROCESSOR = 2
 _MIN_BLOCKS_PER_SPLIT = 2  # with fewer, starting and merging a split costs more than the split saves
 _MAX_SPLITS = 64  # the merge holds a query's partial results of all splits in registers
+
+
+@dataclass(frozen=True)
+class Processors:
+    """What a launch is planned for.
+
+    Attributes:
+        count: SMs of the device.
+        shared_memory: bytes that one program may have.
+    """
+
+    count: int
+    shared_memory: int
 
 
 @dataclass(frozen=True)
@@ -63,10 +78,21 @@ class LaunchConfig:
     num_warps: int = 4
     num_stages: int = 3
 
+    def shared_memory(self, sizes: AttentionSizes) -> int:
+        """Bytes that a program needs at most, as Triton was seen to allot them.
+
+        For queries and results, the blocks of keys and values that are loaded ahead, and the weights of a block;
+        without tensor cores one more block goes through it.
+        """
+        head, item = block_size(max(sizes.head_size, sizes.value_size)), sizes.dtype.itemsize
+        blocks = 2 * (self.num_stages - 1) + (item == 4)
+        elements = self.block_queries * (2 * head + self.block_slots) + blocks * self.block_slots * head
+        return elements * item + _OVERHEAD_BYTES
+
 
 @functools.lru_cache(maxsize=1024)
-def plan_launch(sizes: AttentionSizes, num_processors: int) -> LaunchConfig:
-    """A launch that keeps `num_processors` SMs busy and reads each key once per KV head and tile.
+def plan_launch(sizes: AttentionSizes, processors: Processors) -> LaunchConfig:
+    """A launch that keeps all SMs busy, fits into their shared memory and reads each key once per KV head and tile.
 
     Splits follow Flash-Decoding (https://pytorch.org/blog/flash-decoding): few rows with long contexts leave SMs idle
     unless the slots of a row are spread over several programs.
@@ -76,21 +102,35 @@ def plan_launch(sizes: AttentionSizes, num_processors: int) -> LaunchConfig:
     queries_per_row = -(-sizes.num_tokens // rows) * group
     block_head = block_size(max(sizes.head_size, sizes.value_size))
     item = sizes.dtype.itemsize
-    block_slots = min(max(_BLOCK_BYTES[item] // (block_head * item), 16), 128)
-    block_queries = min(block_size(queries_per_row), max(_TILE_ELEMENTS[item] // block_head, 16), 128)
-    tiles_in_use = rows * -(-queries_per_row // block_queries)
-    return LaunchConfig(
-        block_queries=block_queries,
-        block_slots=block_slots,
-        num_tiles=max_tiles(sizes.num_tokens, sizes.num_rows, group, block_queries),
-        num_splits=_num_splits(tiles_in_use * sizes.num_kv_heads, sizes.capacity, block_slots, num_processors),
-        num_warps=8 if block_queries >= 64 else 4,
+    block_slots = min(max(_BLOCK_BYTES[item] // (block_head * item), _LEAST_BLOCK), 128)
+    block_queries = min(block_size(queries_per_row), max(_TILE_ELEMENTS[item] // block_head, _LEAST_BLOCK), 128)
+    blocks = _fitting(LaunchConfig(block_queries, block_slots, 1, 1), sizes, processors.shared_memory)
+    tiles_in_use = rows * -(-queries_per_row // blocks.block_queries)
+    return replace(
+        blocks,
+        num_tiles=max_tiles(sizes.num_tokens, sizes.num_rows, group, blocks.block_queries),
+        num_splits=_num_splits(tiles_in_use * sizes.num_kv_heads, sizes.capacity, blocks.block_slots, processors.count),
+        num_warps=8 if blocks.block_queries >= 64 else 4,
     )
 
 
+def _fitting(launch: LaunchConfig, sizes: AttentionSizes, shared_memory: int) -> LaunchConfig:
+    """Less is loaded ahead, then fewer slots and then fewer queries at once, until the shared memory suffices."""
+    while launch.shared_memory(sizes) > shared_memory:
+        if launch.num_stages > 2:
+            launch = replace(launch, num_stages=launch.num_stages - 1)
+        elif launch.block_slots > _LEAST_BLOCK:
+            launch = replace(launch, block_slots=launch.block_slots // 2)
+        elif launch.block_queries > _LEAST_BLOCK:
+            launch = replace(launch, block_queries=launch.block_queries // 2)
+        else:
+            break  # Triton will say so
+    return launch
+
+
 def block_size(size: int) -> int:
-    """The extent of a block that holds `size` elements: a power of two, and at least 16, as tensor cores need."""
-    return max(16, 1 << (size - 1).bit_length())
+    """The extent of a block that holds `size` elements: a power of two, and as many as tensor cores need."""
+    return max(_LEAST_BLOCK, 1 << (size - 1).bit_length())
 
 
 def max_tiles(num_tokens: int, num_rows: int, group: int, block_queries: int) -> int:

@@ -1,5 +1,6 @@
 """``emssd::ragged_attention`` by the Triton kernels."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from emssd_compile.ops._scores import AttentionAttributes
 from emssd_compile.ops.triton.attention_kernel import attend
-from emssd_compile.ops.triton.launch import AttentionSizes, LaunchConfig, block_size, plan_launch
+from emssd_compile.ops.triton.launch import AttentionSizes, LaunchConfig, Processors, block_size, plan_launch
 from emssd_compile.ops.triton.merge_kernel import merge_splits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +46,7 @@ def ragged_attention_triton(
     """
     rule = AttentionAttributes(**attributes)
     sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, rule=rule, ancestors=ancestors)
-    launch = launch or plan_launch(sizes, num_processors(q.device))
+    launch = launch or plan_launch(sizes, processors_of(q.device))
     query_shape = (sizes.num_tokens, sizes.num_heads)
     out = q.new_empty(*query_shape, sizes.value_size)
     if out.numel() == 0:
@@ -141,9 +142,14 @@ def check_arguments(
     return AttentionSizes(num_tokens, num_rows, capacity, num_heads, num_kv_heads, head_size, value_size, q.dtype)
 
 
-def num_processors(device: torch.device) -> int:
-    """SMs of the device; 1 for a CPU, where only Triton's interpreter runs the kernels."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+@functools.cache
+def processors_of(device: torch.device) -> Processors:
+    """Those of the device; for a CPU, where only Triton's interpreter runs the kernels, one like an H100's."""
+    if device.type != "cuda":
+        return Processors(1, 227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # in no stub yet
+    return Processors(properties.multi_processor_count, shared_memory)
 
 
 def _check(fits: bool, what: str, *tensors: Tensor) -> None:
