@@ -129,7 +129,7 @@ class InTurn(Drafter):
             draft = drafter(replace(context, state=tensors_of(name, context.state)))
             states[name] = draft.state
             missing = self.num_draft_tokens - draft.tokens.shape[1]
-            parents = torch.arange(draft.tokens.shape[1]).expand_as(draft.tokens)
+            parents = torch.arange(draft.tokens.shape[1], device=turn.device).expand_as(draft.tokens)
             parents = F.pad(parents if draft.parents is None else draft.parents, (0, missing))
             each = (F.pad(draft.tokens, (0, missing)), parents, draft.lengths[:, None])
             taken = [torch.where(turn == number, *pair) for pair in zip(each, taken or each, strict=True)]

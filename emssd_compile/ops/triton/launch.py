@@ -15,7 +15,7 @@ _BLOCK_BYTES = {2: 16 * 1024, 4: 8 * 1024}
 _TILE_ELEMENTS = {2: 128 * 128, 4: 16 * 128}
 _LEAST_BLOCK = 16  # of tensor cores
 _OVERHEAD_BYTES = 4096  # of shared memory: barriers, and what reductions exchange
-_PROGRAMS_PER_PROCESSOR = 2
+_WARPS_PER_PROCESSOR = 8  # two programs of four warps; where a second of eight had to be split off, an H100 took 1.6x
 _MIN_BLOCKS_PER_SPLIT = 2  # with fewer, starting and merging a split costs more than the split saves
 _MAX_SPLITS = 64  # the merge holds a query's partial results of all splits in registers
 
@@ -105,12 +105,14 @@ def plan_launch(sizes: AttentionSizes, processors: Processors) -> LaunchConfig:
     block_slots = min(max(_BLOCK_BYTES[item] // (block_head * item), _LEAST_BLOCK), 128)
     block_queries = min(block_size(queries_per_row), max(_TILE_ELEMENTS[item] // block_head, _LEAST_BLOCK), 128)
     blocks = _fitting(LaunchConfig(block_queries, block_slots, 1, 1), sizes, processors.shared_memory)
-    tiles_in_use = rows * -(-queries_per_row // blocks.block_queries)
+    num_warps = 8 if blocks.block_queries >= 64 else 4
+    programs = rows * -(-queries_per_row // blocks.block_queries) * sizes.num_kv_heads
+    at_once = processors.count * _WARPS_PER_PROCESSOR // num_warps
     return replace(
         blocks,
         num_tiles=max_tiles(sizes.num_tokens, sizes.num_rows, group, blocks.block_queries),
-        num_splits=_num_splits(tiles_in_use * sizes.num_kv_heads, sizes.capacity, blocks.block_slots, processors.count),
-        num_warps=8 if blocks.block_queries >= 64 else 4,
+        num_splits=_num_splits(programs, at_once, sizes.capacity, blocks.block_slots),
+        num_warps=num_warps,
     )
 
 
@@ -142,6 +144,6 @@ def max_tiles(num_tokens: int, num_rows: int, group: int, block_queries: int) ->
     return num_tokens * group // block_queries + num_rows + 1
 
 
-def _num_splits(programs: int, capacity: int, block_slots: int, num_processors: int) -> int:
-    wanted = _PROGRAMS_PER_PROCESSOR * num_processors // programs if programs else 1
+def _num_splits(programs: int, at_once: int, capacity: int, block_slots: int) -> int:
+    wanted = at_once // programs if programs else 1
     return max(1, min(wanted, capacity // (block_slots * _MIN_BLOCKS_PER_SPLIT), _MAX_SPLITS))
