@@ -15,25 +15,21 @@ class Part:
         command: what follows `python -m`.
         limit_seconds: it is killed after so long.
         writes_json: whether it takes `--json PATH`.
-        passing: exit codes that mean that all is well.
-        skipping: exit codes that mean that there was nothing to do.
     """
 
     name: str
     command: tuple[str, ...]
     limit_seconds: float
     writes_json: bool = True
-    passing: tuple[int, ...] = (0,)
-    skipping: tuple[int, ...] = ()
 
 
 def full(device: str) -> list[Part]:
     """What is run on a large GPU, the most important parts first.
 
-    Compiling is what takes time: some 60 s a step of 32 layers, 20 s one of 8. Expected are, in order, 110, 35, 35, 30,
-    20, 60, 190, 60 and 45 s: the tables fill the suite's own limit, and what is behind them may have to be asked for
-    with `--parts`. A part's limit is what it may take at the cost of those behind it. Commands without these arguments
-    measure more.
+    Compiling is what takes time. Beside an H100 on 16 cores the tests took 125 s in 15 processes and the kernels 15 s;
+    the speed-up had not come to its first figure after 75 s, and exactness to its end after 150 s beside the tests.
+    What the suite's own limit leaves no time for may be asked for with `--parts`. A part's limit is what it may take at
+    the cost of those behind it. Commands without these arguments measure more.
     """
     heads = "32/8/128 32/32/128"  # Llama-3-8B, OPT-6.7b
     kernels = f"--dtype bfloat16 --rows 1 8 32 --contexts 512 4096 --heads {heads} --repeats 3"
@@ -45,16 +41,16 @@ def full(device: str) -> list[Part]:
     )
     scaling = "--batches 1 4 16 64 --contexts 64 256 900 --drafts 7 --steps 32 --repeats 3"
     return [
-        _bench("exactness", 150, "gpu_suite.exactness", device),
-        _bench("synchronisations", 60, "gpu_suite.syncs", device),
+        _tests("tests", 240),
+        _bench("exactness", 240, "gpu_suite.exactness", device),
+        _bench("synchronisations", 120, "gpu_suite.syncs", device),
         _bench("attention kernels", 60, "kernels", device, kernels),
         _bench("tree attention", 60, "gpu_suite.trees", device),
         _bench("moves of accepted tokens", 45, "gpu_suite.moves", device, "--repeats 3"),
         _bench("roofline, 8 layers of llama-3-8b", 100, "roofline", device, f"{roofline} --steps 32 --repeats 2"),
         _bench("EMS-SD table, opt-6.7b", 270, "ems_table", device, ems),
-        _bench("speed-up, demo", 100, "speedup", device, speedup),
+        _bench("speed-up, demo", 240, "speedup", device, speedup),
         _bench("scaling, demo", 90, "scaling", device, scaling),
-        _tests("tests", 120),
         _bench("artifacts, tensorrt", 60, "gpu_suite.artifacts", device, "--target tensorrt"),
         _bench("artifacts, onnx", 60, "gpu_suite.artifacts", device, "--target onnx"),
         _bench("artifacts, aot", 120, "gpu_suite.artifacts", device, "--target aot"),
@@ -71,6 +67,7 @@ def smoke(device: str) -> list[Part]:
     speedup = f"{toy} --shape tiny-llama {rows}"
     scaling = f"{toy} --shapes tiny-llama {places} --at-batch 3 --at-context 20 --at-drafts 2"
     return [
+        _tests("tests", 150),
         _bench("exactness", 150, "gpu_suite.exactness", device, "--smoke"),
         _bench("synchronisations", 150, "gpu_suite.syncs", device, "--smoke"),
         _bench("attention kernels", 150, "kernels", device, kernels),
@@ -80,7 +77,6 @@ def smoke(device: str) -> list[Part]:
         _bench("EMS-SD table", 150, "ems_table", device, ems),
         _bench("speed-up", 150, "speedup", device, speedup),
         _bench("scaling", 150, "scaling", device, scaling),
-        _tests("tests", 150, "tests/ops", "tests/runtime"),
         _bench("artifacts, tensorrt", 150, "gpu_suite.artifacts", device, "--target tensorrt --smoke"),
         _bench("artifacts, onnx", 150, "gpu_suite.artifacts", device, "--target onnx --smoke"),
         _bench("artifacts, aot", 150, "gpu_suite.artifacts", device, "--target aot --smoke"),
@@ -91,19 +87,11 @@ def _bench(name: str, limit: float, module: str, device: str, arguments: str = "
     return Part(name, (f"bench.{module}", "--device", device, *arguments.split()), limit)
 
 
-def _tests(name: str, limit: float, *folders: str) -> Part:
-    """Tests that say they need a GPU. Exit code 5 is pytest's for "none found"."""
-    pytest = (
-        "pytest",
-        *(folders or ("tests",)),
-        "--ignore",
-        "tests/bench",
-        "-k",
-        "cuda or gpu or triton_forms",
-        "-q",
-        "--no-header",
-    )
-    return Part(name, (*pytest, "-p", "no:cacheprovider"), limit, writes_json=False, skipping=(5,))
+def _tests(name: str, limit: float) -> Part:
+    """Those that need a GPU, side by side."""
+    files = ("tests/ops/test_triton_forms.py", "tests/runtime/test_cuda.py", "tests/runtime/test_cuda_parts.py")
+    options = ("-q", "--no-header", "-p", "no:cacheprovider", "--numprocesses", "auto", "--dist", "worksteal")
+    return Part(name, ("pytest", *files, *options), limit, writes_json=False)
 
 
 PARTS: dict[bool, Callable[[str], list[Part]]] = {False: full, True: smoke}

@@ -81,7 +81,7 @@ def run(part: Part, limit_seconds: float) -> Outcome:
                 _kill(process)
         seconds = time.monotonic() - started
         record = _read(path)
-        status = _status(part, code, record)
+        status = _status(code, record)
         lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
     tail = [line.rstrip() for line in lines if line.strip()][-_TAIL_LINES.get(status, _FAILED_TAIL_LINES) :]
     return Outcome(part.name, " ".join(part.command), status, seconds, tail, record)
@@ -96,12 +96,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def _status(part: Part, code: int | None, record: dict[str, Any] | None) -> str:
+def _status(code: int | None, record: dict[str, Any] | None) -> str:
     if code is None:
         return "timed out"
-    if code in part.skipping or (code == 0 and record is not None and "skipped" in record):
-        return "skipped"
-    return "passed" if code in part.passing else "failed"
+    if code != 0:
+        return "failed"
+    return "skipped" if record is not None and "skipped" in record else "passed"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
