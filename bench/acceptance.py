@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     console = make_console()
     target, draft = load(options)
-    prompts = (shapes.demo_prompts(options.target) * options.batch)[:: max(1, 32 // options.batch)][: options.batch]
+    prompts = shapes.spread(shapes.prompts_for(options.target), options.batch)
     sampling = {"do_sample": True, "top_k": 0, "temperature": options.temperature}
     with console.status("compiling"):
         alone = compile_with(target, "none", "match", options)

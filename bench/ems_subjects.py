@@ -75,7 +75,7 @@ class Subjects:
 
 
 def _build(options: argparse.Namespace, positions: int) -> PreTrainedModel:
-    if options.shape in shapes.SHIPPED:
+    if options.shape in shapes.TRAINED:
         return shapes.build(options.shape, options.device, options.dtype)
     model = shapes.build(options.shape, options.device, options.dtype, positions=positions)
     plant_continuation(model)

@@ -113,8 +113,7 @@ class Subject:
 
     def __init__(self, model: str, drafter: str, options: argparse.Namespace) -> None:
         self.model, self.drafter, self.options = model, drafter, options
-        prompts = shapes.demo_prompts()
-        self.prompts = (prompts * options.batch)[:: max(1, 32 // options.batch)][: options.batch]
+        self.prompts = shapes.spread(shapes.prompts(model), options.batch)
         self.eager = self._optimize(torch.float32, "eager")
         self.compiled = self._optimize(torch.float32, "inductor")
         self.expected = self._tokens(self.eager)

@@ -83,12 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, measure, print, save, draw."""
     options = parse_arguments(arguments)
     console, model = make_console(), load(options)
-    prompts = shapes.demo_prompts(options.model)
+    prompts = shapes.prompts_for(options.model)
     with console.status("compiling"):
         compiled = {name: compile_with(model, make(), options) for name, make in drafters(options).items()}
     rows: list[Row] = []
     for batch in options.batches:
-        chosen = [prompts[index * len(prompts) // batch] for index in range(batch)]
+        chosen = shapes.spread(prompts, batch)
         with console.status(f"decoding at batch {batch}"):
             how = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
             ways = {name: partial(decode, fast, chosen, options.tokens, how) for name, fast in compiled.items()}

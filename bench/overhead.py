@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fast = emssd_compile.optimize(model, max_batch=options.batch, max_length=1024, backend=options.backend)
     with console.status("compiling"):
         fast.warmup()
-    prompts = (shapes.demo_prompts() * options.batch)[:: max(1, 32 // options.batch)][: options.batch]
+    prompts = shapes.spread(shapes.prompts(options.shape), options.batch)
     with console.status("decoding"):
         decodings = [decode(fast, prompts, options.tokens) for _ in range(options.repeats + 1)][1:]
         profile = profile_ops(fast, prompts, options.tokens)

@@ -144,7 +144,7 @@ def compile_steps(options: argparse.Namespace) -> dict[int, OptimizedModel]:
     """The model compiled for plain decoding and for verification, by K."""
     length = max(options.contexts) + options.drafts + 2 + options.steps
     model = shapes.build(options.shape, options.device, options.dtype, positions=length, layers=options.layers)
-    if options.shape not in shapes.SHIPPED:
+    if options.shape not in shapes.TRAINED:
         plant_continuation(model)
     drafters: dict[int, str | nn.Module] = {0: "none", options.drafts: FullWidthDrafter(options.drafts)}
     found = {}

@@ -97,7 +97,7 @@ def measure(console: Console, shape: str, options: argparse.Namespace, bandwidth
     length = max(context for _, context in places) + max(drafts) + 2 + options.steps
     with console.status(f"building {shape}"):
         model = shapes.build(shape, options.device, options.dtype, positions=length)
-    if shape not in shapes.SHIPPED:
+    if shape not in shapes.TRAINED:
         plant_continuation(model)
 
     def compile_step(count: int) -> OptimizedModel:

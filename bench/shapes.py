@@ -7,8 +7,9 @@ drafts are therefore those of the demo model, or say where their drafts come fro
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -21,9 +22,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from bench.real_models import smollm2
 from emssd_compile.errors import OptionError
 
+Value = TypeVar("Value")
+
 DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
+CHAT_PROMPTS = DEMO_MODEL.with_name("chat_prompts.json")
 
 
 def _opt(hidden: int, layers: int, heads: int, **other: int) -> PreTrainedConfig:
@@ -56,6 +61,8 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, **othe
 
 
 SHIPPED = {"demo": "target", "demo-draft": "draft"}
+SMOLLM2 = "smollm2"
+TRAINED = (*SHIPPED, SMOLLM2)
 CONFIGS = {
     "opt-2.7b": lambda: _opt(2560, 32, 32),
     "opt-6.7b": lambda: _opt(4096, 32, 32),
@@ -64,7 +71,7 @@ CONFIGS = {
     "tiny-opt": lambda: _opt(64, 2, 4, vocab_size=4096),
     "tiny-llama": lambda: _llama(64, 2, 4, 2, 128, vocab_size=4096, max_position_embeddings=2048),
 }
-NAMES = (*SHIPPED, *CONFIGS)
+NAMES = (*TRAINED, *CONFIGS)
 
 
 def build(
@@ -89,13 +96,13 @@ def build(
         layers: how many, if not as many as were published.
 
     Raises:
-        OptionError: there is no model of that name, or it has trained weights and cannot be given more positions or
-            other layers.
+        OptionError: there is no model of that name, it has trained weights and cannot be given more positions or other
+            layers, or it is not shipped and what it comes from is not installed.
     """
-    if name in SHIPPED:
+    if name in TRAINED:
         if layers is not None:
             raise OptionError(f"{name} is trained: it keeps its layers")
-        model = _shipped(SHIPPED[name], device, dtype)
+        model = pretrained(smollm2() if name == SMOLLM2 else DEMO_MODEL / SHIPPED[name], device, dtype)
         if positions is not None and positions > model.config.max_position_embeddings:
             raise OptionError(
                 f"{name} is trained for {model.config.max_position_embeddings} positions, not {positions}"
@@ -116,17 +123,35 @@ def build(
     return model.eval()
 
 
-def _shipped(folder: str, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        DEMO_MODEL / folder, dtype=dtype, attn_implementation="sdpa"
-    )
-    return model.eval().to(device)
-
-
 def pretrained(folder: Path, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of transformers from a folder, in eval mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    """A model of transformers from a folder, in eval mode and with SDPA attention."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()
+
+
+def prompts(name: str) -> list[list[int]]:
+    """What a model of `NAMES` is asked to continue."""
+    return prompts_for(smollm2() if name == SMOLLM2 else None)
+
+
+def prompts_for(model: Path | None = None) -> list[list[int]]:
+    """`chat_prompts` for the folder of a model that has a chat template, `demo_prompts` for others and none."""
+    is_chat = model is not None and AutoTokenizer.from_pretrained(model).chat_template is not None
+    return chat_prompts(model) if model is not None and is_chat else demo_prompts(model)
+
+
+def spread(values: Sequence[Value], count: int) -> list[Value]:
+    """`count` of them, from all parts of the list; each several times where there are fewer."""
+    return [values[index * len(values) // count] for index in range(count)]
+
+
+def chat_prompts(model: Path) -> list[list[int]]:
+    """Token ids of eight questions of four kinds, 40 to 250 tokens each, as the model's chat template has them."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [prompt["text"] for prompt in json.loads(CHAT_PROMPTS.read_text())]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    ids: list[list[int]] = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    return ids
 
 
 def demo_prompts(model: Path | None = None) -> list[list[int]]:

@@ -34,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, time, print, save, plot; returns 1 if a candidate got a token wrong in float32."""
     options = parse_arguments(arguments)
     console = command.make_console()
-    prompts = shapes.demo_prompts()
+    prompts = shapes.prompts(options.shape)
     tables: dict[int, list[Figures]] = {}
     with command.make_progress(console) as progress:
         attempts, expected = prepare(options, prompts, progress)
         for batch in options.batches:
-            chosen = spread(len(prompts), batch)
+            chosen = shapes.spread(range(len(prompts)), batch)
             rows, right = [prompts[i] for i in chosen], [expected[i] for i in chosen]
             tables[batch] = measure(attempts, rows, right, options, progress)
             speedup_report.show(console, batch, tables[batch], options)
@@ -103,17 +103,12 @@ def prepare(
         name: Attempt(partial(CANDIDATES[name], task))
         for name in progress.track(options.candidates, description="compiling")
     }
-    needed = sorted({index for batch in options.batches for index in spread(len(prompts), batch)})
+    needed = sorted({index for batch in options.batches for index in shapes.spread(range(len(prompts)), batch)})
     expected = {
         index: hf_generate.run(model, [prompts[index]], max_new_tokens=options.tokens).tokens[0]
         for index in progress.track(needed, description="decoding each prompt alone, for comparison")
     }
     return attempts, expected
-
-
-def spread(count: int, batch: int) -> list[int]:
-    """`batch` of `count` indices, evenly spread."""
-    return [index * count // batch for index in range(batch)]
 
 
 def measure(

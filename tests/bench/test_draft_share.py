@@ -5,7 +5,8 @@ import json
 import torch
 
 from bench import draft_share, shapes
-from emssd_compile.drafters.medusa import Medusa, MedusaConfig
+from emssd_compile.drafters.medusa import Medusa
+from emssd_compile.drafters.medusa_config import MedusaConfig
 from tests.export.subjects import VOCABULARY, WIDTH, Small
 
 

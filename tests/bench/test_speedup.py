@@ -99,8 +99,8 @@ def test_a_slow_candidate_is_left_out_of_larger_batches(candidates, tmp_path):
 
 
 def test_rows_are_spread_over_the_prompts():
-    assert speedup.spread(32, 4) == [0, 8, 16, 24]
-    assert speedup.spread(2, 4) == [0, 0, 1, 1]
+    assert shapes.spread(range(32), 4) == [0, 8, 16, 24]
+    assert shapes.spread("ab", 4) == ["a", "a", "b", "b"]
 
 
 @pytest.mark.parametrize(
