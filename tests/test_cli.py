@@ -1,3 +1,4 @@
+import io
 import json
 import runpy
 import shlex
@@ -156,7 +157,7 @@ def test_sizes_are_positive_integers(models, capsys, value):
 )
 def test_prompt_files(tmp_path, name, content, prompts):
     (tmp_path / name).write_text(content)
-    assert read_prompts(["zero"], [tmp_path / name]) == ["zero", *prompts]
+    assert [prompt.text for prompt in read_prompts(["zero"], [tmp_path / name])] == ["zero", *prompts]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,8 @@ def test_prompt_files(tmp_path, name, content, prompts):
         ("p.json", "[", OptionError, "cannot be read"),
         ("p.json", '{"text": "one"}', InvalidInputError, "holds no list"),
         ("p.json", '["one", {"prompt": "two"}]', InvalidInputError, "entry 1"),
+        ("p.jsonl", '{"messages": ["hello"]}', InvalidInputError, "entry 0"),
+        ("p.jsonl", '"one"\n\n{"text": \n', OptionError, "line 3: "),
         ("p.txt", "", InvalidInputError, "prompt 1 of 1 is empty"),
     ],
 )
@@ -172,6 +175,64 @@ def test_bad_prompt_files(tmp_path, name, content, error, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(error, match=said):
         read_prompts([], [tmp_path / name])
+
+
+def test_json_lines_come_back_with_all_that_was_in_them(models, tmp_path, capsys, monkeypatch):
+    lines = [{"id": 7, "text": PROMPTS[0]}, {"text": PROMPTS[1], "tags": ["é"]}]
+    given = "".join(json.dumps(line) + "\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+    assert main(generate(models, "--prompt-file", "-", "--format", "jsonl")) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{name: value for name, value in each.items() if name in ("id", "text", "tags")} for each in found] == lines
+    for each in found:
+        assert each["text"] + each["completion"] == own_text(models / "target", each["text"])
+        assert each["num_new_tokens"] == NEW_TOKENS
+
+
+def test_a_chat_is_answered_and_streamed(models, tmp_path, capsys):
+    folder = shutil.copytree(models / "target", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'] }} A:{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    said = f"Q: {PROMPTS[2]} A:"
+    expected = own_text(folder, said).removeprefix(said)
+    (tmp_path / "chat.json").write_text(json.dumps([{"messages": [{"role": "user", "content": PROMPTS[2]}]}]))
+    options = ["--model", str(folder), "--backend", "eager", "--max-new-tokens", str(NEW_TOKENS)]
+    for given in (["--chat", "--prompt", PROMPTS[2]], ["--prompt-file", str(tmp_path / "chat.json"), "--stream"]):
+        assert main(["generate", *options, *given]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_tokens_are_drawn_and_texts_end_at_a_stop(models, capsys):
+    drawing = ["--temperature", "2.0", "--top-k", "50", "--top-p", "0.95", "--seed", "3"]
+    command = generate(models, "--prompt", PROMPTS[0])
+    texts = []
+    for options in (drawing, drawing, [*drawing[:-1], "4"]):
+        assert main([*command, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    whole = own_text(models / "target", PROMPTS[0])
+    stop = whole[len(PROMPTS[0]) + 4 : len(PROMPTS[0]) + 7]
+    assert main([*command, "--stop", stop]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    assert whole.startswith(text)
+    assert stop in text[len(PROMPTS[0]) :]
+    assert len(text) < len(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompt", "x", "--top-p", "0.9"], "--top-p is for tokens that are drawn; pass --temperature"),
+        (["--prompt", "x", "--prompt", "y", "--stream"], "--stream prints one prompt's text"),
+        (["--prompt", "x", "--chat"], "no chat template"),
+        (["--prompt", "x", "--max-length", "3"], "--max-length 3 is less than the 1 tokens of prompt 1 and 9 new"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_model_is_loaded(models, capsys, monkeypatch, options, said):
+    monkeypatch.setattr("emssd_compile.cli.generate.load_model", None)
+    assert main(generate(models, *options)) == 1
+    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("epilog", [command.EXAMPLES for command in cli.COMMANDS.values()])
