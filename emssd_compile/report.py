@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from emssd_compile.passes.manager import PassRecord
 
 
@@ -58,11 +60,19 @@ class Explanation:
         return next(r for r in self.records if r.name == name)
 
     def __str__(self) -> str:
+        return self._recorded().export_text()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a cell's last value."""
+        return self._recorded().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _recorded(self) -> Console:
         from rich.console import Console
 
-        console = Console(width=120, record=True, file=io.StringIO())
+        # In a notebook rich would also show at once what is only recorded.
+        console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
         self.print(console)
-        return console.export_text()
+        return console
 
     def print(self, console: object | None = None) -> None:
         """Print the tables, to `console` (a `rich.console.Console`) or the terminal."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from html import escape
 
 _CHANGING = threading.Lock()  # one for all stats: it is held briefly, and a lock in each could not be copied
 
@@ -54,6 +55,13 @@ class Stats:
     def mean_acceptance_length(self) -> float:
         """Tokens emitted a row and step in decoding, the correction or bonus token included; at least 1."""
         return 1.0 + self.num_accepted_draft_tokens / self.num_row_steps if self.num_row_steps else 1.0
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a cell's last value."""
+        shown = {**asdict(self), "mean_acceptance_length": f"{self.mean_acceptance_length:.2f}"}
+        shown["draft_acceptance_rate"] = f"{self.draft_acceptance_rate:.0%}"
+        rows = "".join(f"<tr><th>{name}</th><td>{escape(str(value))}</td></tr>" for name, value in shown.items())
+        return f"<table>{rows}</table>"
 
     def add(self, counters: dict[str, int], histogram: list[int]) -> None:
         """Add what a run counted."""

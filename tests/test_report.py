@@ -5,6 +5,7 @@ import pytest
 import emssd_compile
 from emssd_compile.passes.manager import PassRecord, Refusal
 from emssd_compile.report import Explanation
+from emssd_compile.stats import Stats
 from tests.passes.graphs import model_with_attention
 
 
@@ -44,3 +45,21 @@ def test_a_refusal_is_shown_with_its_node_and_reason():
 
 def test_padding_ops_are_counted():
     assert Explanation((), {"aten._nested_to_padded.default": 2, "aten.pad_sequence.default": 1}).padding_ops == 3
+
+
+def test_a_notebook_is_shown_it_once_and_as_html(explanation, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    shown = []
+    monkeypatch.setattr("rich.jupyter.display", lambda *what: shown.append(what))
+    text, html = str(explanation), explanation._repr_html_()
+    assert not shown, "making a text shows nothing"
+    assert "raise_attention" in text
+    assert "<pre>" in html
+    assert "raise_attention" in html
+
+
+def test_a_notebook_shows_stats_as_a_table():
+    stats = Stats(num_steps=3, num_row_steps=4, num_draft_tokens=8, num_accepted_draft_tokens=2)
+    html = stats._repr_html_()
+    for name, value in {"num_steps": "3", "mean_acceptance_length": "1.50", "draft_acceptance_rate": "25%"}.items():
+        assert f"<th>{name}</th><td>{value}</td>" in html
