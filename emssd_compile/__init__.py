@@ -4,7 +4,7 @@ fast = emssd_compile.optimize(model)
 out = fast.generate(inputs, max_new_tokens=128)
 """
 
-from emssd_compile import drafters, errors, grammar
+from emssd_compile import drafters, errors, grammar, hf
 from emssd_compile.dumping import dump
 from emssd_compile.loading import LoadedModel, load
 from emssd_compile.optimized_model import OptimizedModel, optimize
@@ -12,4 +12,4 @@ from emssd_compile.stats import Stats
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadedModel", "OptimizedModel", "Stats", "drafters", "dump", "errors", "grammar", "load", "optimize"]
+__all__ = ["LoadedModel", "OptimizedModel", "Stats", "drafters", "dump", "errors", "grammar", "hf", "load", "optimize"]

@@ -1,0 +1,107 @@
+"""The compiled model behind transformers' own `generate`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emssd_compile.errors import OptionError
+from emssd_compile.optimized_model import OptimizedModel
+
+_CARRIED_OUT = ("MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria", "MaxTimeCriteria")
+"""Criteria that transformers makes of options which the compiled model knows itself."""
+_OF_ITS_OWN_DECODING = ("use_cache", "logits_to_keep", "past_key_values", "position_ids", "cache_position")
+
+
+def generate(fast: OptimizedModel) -> Callable[..., Any]:
+    """What to pass as `custom_generate` to the `generate` of the model that `fast` was compiled from.
+
+        model.generate(**inputs, max_new_tokens=64, custom_generate=emssd_compile.hf.generate(fast))
+
+    transformers reads the options, and `fast` decodes with them; so pipelines and other code that calls
+    `model.generate` can have it decode. `seed`, `grammar`, `logits_hook` and `tokenizer` (for `stop_strings`) may be
+    passed as well, as to `fast.generate`. transformers hands no streamer on to a `custom_generate`: for one, call
+    `fast.generate`.
+
+    Args:
+        fast: made by `emssd_compile.optimize`.
+
+    Raises:
+        OptionError: in `model.generate`: the model is another one, a KV cache was passed that is not empty, or a
+            processor was passed beside an option that asks for the same kind of processor; and what `fast.generate`
+            raises.
+    """
+
+    def decode(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Iterable[Any] = (),
+        stopping_criteria: Iterable[Any] = (),
+        generation_config: Any = None,
+        *,
+        seed: int | None = None,
+        grammar: Any = None,
+        logits_hook: Any = None,
+        tokenizer: Any = None,
+        **others: Any,
+    ) -> Any:
+        if model is not fast.model:
+            raise OptionError(
+                f"custom_generate: this {type(model).__name__} is not the model that was compiled; call generate of "
+                "that one, or compile this one"
+            )
+        others = {name: value for name, value in others.items() if not _is_of_its_own_decoding(name, value)}
+        config = copy.deepcopy(generation_config)
+        config.num_return_sequences = 1  # the prompts came expanded
+        config.max_new_tokens = None  # it went into max_length
+        return fast.generate(
+            input_ids,
+            config,
+            seed=seed,
+            grammar=grammar,
+            logits_hook=logits_hook,
+            tokenizer=tokenizer,
+            logits_processor=_of_the_user(model, logits_processor, generation_config, input_ids),
+            stopping_criteria=[each for each in stopping_criteria if type(each).__name__ not in _CARRIED_OUT],
+            **others,
+        )
+
+    return decode
+
+
+def _is_of_its_own_decoding(name: str, value: Any) -> bool:
+    """Whether transformers passes it to every way of decoding, and it says nothing."""
+    if name == "past_key_values" and value is not None and value.get_seq_length() > 0:
+        raise OptionError("past_key_values holds tokens; the compiled step keeps its own KV cache: pass the whole text")
+    return name in _OF_ITS_OWN_DECODING
+
+
+def _of_the_user(model: Any, prepared: Iterable[Any], config: Any, input_ids: Tensor) -> list[Any]:
+    """The processors that do not come from options, which the compiled step carries out itself.
+
+    Raises:
+        OptionError: one stands in for that of an option.
+    """
+    made = {type(each): each for each in model._get_logits_processor(config, input_ids_seq_length=input_ids.shape[1])}
+    found = []
+    for each in prepared:
+        if type(each) not in made:
+            found.append(each)
+        elif not _same(vars(each), vars(made[type(each)])):
+            raise OptionError(
+                f"logits_processor holds a {type(each).__name__}, which an option asks for, too, with other values; "
+                "leave one of them out"
+            )
+    return found
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
+    return bool(first == second)

@@ -1,0 +1,107 @@
+"""transformers' own `generate`, with the compiled model in its place."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="it is transformers' own generate that is tested")
+
+import transformers
+
+import emssd_compile
+from emssd_compile import hf
+from emssd_compile.errors import OptionError
+from tests.exactness.models import build, prompt
+
+NEW = 9
+PROMPTS = [prompt(n) for n in (7, 3, 12)]
+WIDEST = max(map(len, PROMPTS))
+INPUTS = {
+    "input_ids": torch.tensor([[0] * (WIDEST - len(ids)) + ids for ids in PROMPTS]),
+    "attention_mask": torch.tensor([[0] * (WIDEST - len(ids)) + [1] * len(ids) for ids in PROMPTS]),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lengths": {"min_new_tokens": 4, "eos_token_id": [86, 157], "pad_token_id": 0},
+    "processors": {"repetition_penalty": 1.4, "bad_words_ids": [[11]], "no_repeat_ngram_size": 2},
+    "several": {"num_return_sequences": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def fast():
+    model = build("llama")
+    return emssd_compile.optimize(model, "prompt-lookup", max_batch=3, max_length=64, backend="eager", layout="packed")
+
+
+@pytest.fixture
+def other(fast):
+    """`custom_generate`; the test fails if the compiled model is not what decodes."""
+    fast.stats.reset()
+    yield hf.generate(fast)
+    assert fast.stats.num_emitted_tokens > 0
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_tokens_are_those_of_transformers(fast, other, options):
+    how = {"max_new_tokens": NEW, "pad_token_id": 0, "num_beams": 1, "do_sample": False, **options}
+    if "num_return_sequences" in how:
+        found = fast.model.generate(**INPUTS, **{**how, "do_sample": True}, seed=5, custom_generate=other)
+        assert found.shape == (len(PROMPTS) * 2, WIDEST + NEW)
+        expected = fast.generate(**INPUTS, **{**how, "do_sample": True, "top_k": 50}, seed=5)
+        assert torch.equal(found, expected)
+        return
+    found = fast.model.generate(**INPUTS, **how, custom_generate=other)
+    assert torch.equal(found, fast.model.generate(**INPUTS, **how))
+
+
+class _Ban(transformers.LogitsProcessor):  # type: ignore[misc]
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([86, 157]), -torch.inf)
+
+
+class _Enough(transformers.StoppingCriteria):  # type: ignore[misc]
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= WIDEST + 4)
+
+
+def test_processors_and_criteria_of_the_user_are_called(fast, other):
+    how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    how |= {"logits_processor": [_Ban()], "stopping_criteria": [_Enough()]}
+    found = fast.model.generate(**INPUTS, **how, custom_generate=other)
+    assert found.shape == (3, WIDEST + 4)
+    assert torch.equal(found, fast.model.generate(**INPUTS, **how))
+
+
+def test_a_prompt_alone(fast, other):
+    ids = torch.tensor([PROMPTS[2]])
+    assert torch.equal(
+        fast.model.generate(ids, max_new_tokens=NEW, do_sample=False, custom_generate=other),
+        fast.model.generate(ids, max_new_tokens=NEW, do_sample=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"num_beams": 2}, "num_beams"),
+        (
+            {"repetition_penalty": 1.2, "logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(1.3)]},
+            "RepetitionPenaltyLogitsProcessor, which an option asks for",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused(fast, how, said):
+    with pytest.raises((OptionError, NotImplementedError), match=said):
+        fast.model.generate(**INPUTS, max_new_tokens=NEW, **how, custom_generate=hf.generate(fast))
+
+
+def test_another_model_and_a_full_cache_are_refused(fast):
+    another: Any = build("llama")
+    with pytest.raises(OptionError, match="is not the model that was compiled"):
+        another.generate(**INPUTS, max_new_tokens=NEW, custom_generate=hf.generate(fast))
+    cache = fast(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+    longer = torch.tensor([[*PROMPTS[0], 5]])
+    with pytest.raises(OptionError, match="past_key_values holds tokens"):
+        fast.model.generate(longer, past_key_values=cache, max_new_tokens=2, custom_generate=hf.generate(fast))
