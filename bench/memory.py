@@ -44,8 +44,7 @@ def peak_memory(fast: OptimizedModel, work: Callable[[], object]) -> Memory | No
     """Memory while `work` decodes with `fast`, which should be the only thing on its GPU; `work` runs once before.
 
     On CUDA the peak is what torch had allocated, CUDA graphs included. On a CPU, where a process holds much else, it is
-    weights and KV cache and what the resident set grew by: the second, packed copy of the matrices that Inductor has
-    there is made before, and not counted. `None` where the system does not tell (Linux does).
+    weights and KV cache and what the resident set grew by. `None` where the system does not tell (Linux does).
     """
     weights = sum(p.numel() * p.element_size() for p in fast.model.parameters())
     kv = kv_bytes(fast)

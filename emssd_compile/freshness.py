@@ -14,7 +14,7 @@ reads those tensors of which the step holds something derived.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from emssd_compile.errors import StaleModelError
-from emssd_compile.ops import fingerprint, follow_packed, packed_linear
+from emssd_compile.ops import fingerprint
 from emssd_compile.structure import Structure
 
 
@@ -55,7 +55,6 @@ class Freshness:
         known = [place for tensor in looked_at if (place := find(tensor)) is not None]
         known += [_Place(name, [], tensor) for name, tensor in structure.tensors.items()]
         self._looked_at = [(place, int(fingerprint(place.tensor))) for place in known]
-        self._packed = [[str(n.target) for n in site] for site in _packed_sites(self._graph_modules[0])]
 
     def follow(self) -> bool:
         """Take over what can be taken over; returns whether a weight now lies elsewhere in memory.
@@ -71,8 +70,6 @@ class Freshness:
             if int(fingerprint(place.found())) != bits:
                 raise StaleModelError(f"the values of {place.name} are others, and the step holds what they meant")
         moved = [weight.take_over(tensor) for weight, tensor in zip(self._weights, found, strict=True)]
-        for names in self._packed:
-            follow_packed([getattr(self._graph_modules[0], name) for name in names])
         return any(moved)
 
 
@@ -179,12 +176,3 @@ class _PlaceFinder:
     @staticmethod
     def _memory(tensor: Tensor) -> tuple[object, ...]:
         return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _packed_sites(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:
-    for node in graph_module.graph.nodes:
-        if node.target == packed_linear:
-            parameters, num_weights = node.args[1:]
-            assert isinstance(parameters, (list, tuple))
-            assert isinstance(num_weights, int)
-            yield [weight for weight in parameters[:num_weights] if isinstance(weight, fx.Node)]

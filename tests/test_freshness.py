@@ -157,7 +157,7 @@ def test_a_tensor_that_is_no_buffer_is_looked_at_anew():
 
 
 def test_inductor_follows_too(model):
-    """Its packed copies, its compiled function, and the tensors that were replaced."""
+    """Its compiled function, and the tensors that were replaced."""
     fast = compiled(model, backend="inductor")
     assert_follows(fast, model)
     for name in ("in place", "weight.data.mul_", "weight.data =", "load_state_dict(assign=True)", "optimizer.step"):

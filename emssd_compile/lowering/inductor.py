@@ -83,10 +83,10 @@ def require(device: torch.device) -> None:
 
 
 def passes(device: torch.device) -> tuple[Pass, ...]:
-    """Packed weights on a CPU; on a GPU, Inductor's own choices are good."""
-    from emssd_compile.passes.pack_linears import PackLinears  # brings sympy: not needed to import the package
+    """Our own products on a CPU; on a GPU, Inductor's own choices are good."""
+    from emssd_compile.passes.group_linears import GroupLinears  # brings sympy: not needed to import the package
 
-    return (PackLinears(),) if device.type == "cpu" else ()
+    return (GroupLinears(),) if device.type == "cpu" else ()
 
 
 def lower(graph_module: fx.GraphModule, deterministic: bool = False) -> InductorStep:

@@ -11,9 +11,9 @@ from emssd_compile.ops._ancestors import WORD_BITS, pack_ancestors
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
 from emssd_compile.ops._fingerprint import fingerprint
+from emssd_compile.ops._grouped_linear import grouped_linear
 from emssd_compile.ops._kept_threshold import kept_threshold
 from emssd_compile.ops._move_kv import move_kv
-from emssd_compile.ops._packed_linear import follow_packed, packed_linear
 from emssd_compile.ops._ragged_attention import ragged_attention
 from emssd_compile.ops._tiled_attention import tiled_attention
 from emssd_compile.ops._update_kv import update_kv
@@ -27,7 +27,7 @@ __all__ = [
     "cpu_kernel_status",
     "cuda_kernel_status",
     "fingerprint",
-    "follow_packed",
+    "grouped_linear",
     "kept_threshold",
     "kernel_status",
     "load_cpu_kernels",
@@ -35,7 +35,6 @@ __all__ = [
     "load_kernels",
     "move_kv",
     "pack_ancestors",
-    "packed_linear",
     "ragged_attention",
     "source_hash",
     "tiled_attention",

@@ -37,10 +37,9 @@ _INSTRUCTION_SETS = {
 _OPS = (
     "append_kv",
     "fingerprint",
-    "follow_packed",
+    "grouped_linear",
     "kept_threshold",
     "move_kv",
-    "packed_linear",
     "ragged_attention",
 )
 """Those that library.cpp implements."""
@@ -145,7 +144,7 @@ def _build(definitions: str = "") -> tuple[Path | None, bytes]:
         raise CannotBuildError(f"the C++ kernels are built on Linux only, this is {sys.platform}")
     compiler = _compiler()
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = [*_COMPILE_FLAGS, *_INSTRUCTION_SETS.get(capability, ()), *_capability_macros(capability)]
+    flags = [*_COMPILE_FLAGS, *_instruction_sets(capability), *_capability_macros(capability)]
     library = cache_folder() / f"emssd_{_key(compiler, flags, definitions)}.so"
     content = _read_whole(library)
     if content is not None:
@@ -195,6 +194,14 @@ def _compiler() -> list[str]:
         if command and shutil.which(command[0]):
             return command
     raise CannotBuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install g++ or set CXX")
+
+
+def _instruction_sets(capability: str) -> list[str]:
+    """Flags of the compiler; products of bfloat16 are an extension of AVX512 that torch has no level for."""
+    found = list(_INSTRUCTION_SETS.get(capability, ()))
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        found.append("-mavx512bf16")
+    return found
 
 
 def _capability_macros(capability: str) -> list[str]:

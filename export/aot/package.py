@@ -19,8 +19,8 @@ from emssd_compile.lowering.unbacked import OPTIONS, unbacked
 from emssd_compile.ops import load_cpu_kernels, load_kernels, source_hash
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
 from emssd_compile.passes.fuse_projections import FuseProjections
+from emssd_compile.passes.group_linears import GroupLinears
 from emssd_compile.passes.manager import Pass
-from emssd_compile.passes.pack_linears import PackLinears
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.step.signature import Binding, Signature
 
@@ -37,8 +37,8 @@ def require(options: object, device: torch.device, runs: bool) -> None:
 
 
 def passes(sizes: Sequence[StepSizes], options: object) -> tuple[Pass, ...]:
-    """As for Inductor, weights on a CPU are packed. Those elsewhere the pass leaves alone; they are merged."""
-    return (PackLinears(), FuseProjections())
+    """As for Inductor, products on a CPU are our own. Layers elsewhere the pass leaves alone; they are merged."""
+    return (GroupLinears(), FuseProjections())
 
 
 def write_package(

@@ -78,7 +78,7 @@ STANDALONE_PROGRAM = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 schemas = [str(getattr(torch.ops.emssd, name).default._schema) for name in ("append_kv", "move_kv", "ragged_attention")]
-print(schemas, torch.ops.emssd.packed_linear(torch.ones(2, 3), [torch.ones(4, 3)], 1).sum().item())
+print(schemas, torch.ops.emssd.grouped_linear(torch.ones(2, 3), [torch.ones(4, 3)], 1).sum().item())
 """
 
 PREBUILT_PROGRAM = """
@@ -87,7 +87,7 @@ from pathlib import Path
 from emssd_compile import ops
 library = Path(sys.argv[1])
 print(ops.load_cpu_kernels(), ops.load_cpu_kernels(library.read_bytes, library), ops.load_cpu_kernels())
-print(ops.cpu_kernel_status(), ops.packed_linear(torch.ones(2, 3), [torch.ones(4, 3)], 1).sum().item())
+print(ops.cpu_kernel_status(), ops.grouped_linear(torch.ones(2, 3), [torch.ones(4, 3)], 1).sum().item())
 """
 
 

@@ -3,17 +3,16 @@
 
 #include "append_kv.h"
 #include "fingerprint.h"
+#include "grouped_linear.h"
 #include "kept_threshold.h"
 #include "move_kv.h"
-#include "packed_linear.h"
 #include "ragged_attention.h"
 
 TORCH_LIBRARY_IMPL(emssd, CPU, m) {
   m.impl("append_kv", emssd::append_kv);
   m.impl("fingerprint", emssd::fingerprint);
-  m.impl("follow_packed", emssd::follow_packed);
+  m.impl("grouped_linear", emssd::grouped_linear);
   m.impl("kept_threshold", emssd::kept_threshold);
   m.impl("move_kv", emssd::move_kv);
-  m.impl("packed_linear", emssd::packed_linear);
   m.impl("ragged_attention", emssd::ragged_attention);
 }

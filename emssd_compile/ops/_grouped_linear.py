@@ -1,4 +1,4 @@
-"""``emssd::packed_linear``: linear layers whose weights are held in the layout that this machine multiplies fastest."""
+"""``emssd::grouped_linear``: linear layers that read the same input, as one product."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 torch.library.define(
-    "emssd::packed_linear",
+    "emssd::grouped_linear",
     "(Tensor x, Tensor[] parameters, int num_weights) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.define("emssd::follow_packed", "(Tensor[] weights) -> bool")
 
 
 def reference(x: Tensor, parameters: Sequence[Tensor], num_weights: int) -> Tensor:
-    """``x @ cat(weights).T + cat(biases)``: layers that read the same input, as one product.
+    """``x @ cat(weights).T + cat(biases)``; nothing is concatenated but results.
 
-    The C++ form keeps a packed copy of the weights it has seen for as long as they live. It packs anew when a weight
-    has moved or its version counter has; what else was changed in place shows when `follow_packed` is called.
+    The C++ form reads each weight once, from where it lies. Up to 64 tokens, what it gives for one of them has the same
+    bits whatever the others are, how many there are, and however many threads there are: if the weights' rows are
+    contiguous, and in float32 or bfloat16. Sums are in float32.
 
     Args:
         x: ``[..., in]``.
@@ -35,22 +35,12 @@ def reference(x: Tensor, parameters: Sequence[Tensor], num_weights: int) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def follow_reference(weights: Sequence[Tensor]) -> bool:
-    """Forget the packed copy of `weights` if their values are no longer those it was made of; whether that was so.
-
-    Costs one reading of the weights.
-    """
-    return False  # there are no copies but those of the C++ form
+torch.library.impl("emssd::grouped_linear", "default", reference)
 
 
-torch.library.impl("emssd::packed_linear", "default", reference)
-torch.library.impl("emssd::follow_packed", "default", follow_reference)
-
-
-@torch.library.register_fake("emssd::packed_linear")
+@torch.library.register_fake("emssd::grouped_linear")
 def _fake(x: Tensor, parameters: Sequence[Tensor], num_weights: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in parameters[:num_weights])))
 
 
-packed_linear: OpOverload = torch.ops.emssd.packed_linear.default
-follow_packed: OpOverload = torch.ops.emssd.follow_packed.default
+grouped_linear: OpOverload = torch.ops.emssd.grouped_linear.default

@@ -1,10 +1,9 @@
-"""`pack_linears`: products with packed weights."""
+"""`group_linears`: linear layers of one input as one product."""
 
 import torch
 import torch.nn.functional as F
 
-from emssd_compile.passes import pack_linears
-from emssd_compile.passes.pack_linears import PackLinears
+from emssd_compile.passes.group_linears import GroupLinears
 from tests.passes.graphs import (
     COMMITTED,
     ROWS,
@@ -20,19 +19,19 @@ from tests.passes.graphs import (
 )
 
 
-def test_packs_every_layer_and_says_how_many():
+def test_replaces_every_layer_and_says_how_many():
     graph_module, _ = unpadded(model_with_attention())
     layers = ops(graph_module)["linear"]
-    (record,) = apply(graph_module, PackLinears())
+    (record,) = apply(graph_module, GroupLinears())
     assert (record.changed, record.refusals) == (layers, ())
-    assert ops(graph_module)["packed_linear"] == layers - 2 > 0  # q, k and v are packed as one
+    assert ops(graph_module)["grouped_linear"] == layers - 2 > 0  # q, k and v are one
     assert not ops(graph_module)["linear"]
 
 
-def test_what_is_packed_as_one_gives_what_the_model_gives_also_after_a_weight_has_changed():
+def test_what_is_one_product_gives_what_the_model_gives_also_after_a_weight_has_changed():
     model = model_with_attention()
     graph_module, _ = unpadded(model)
-    apply(graph_module, PackLinears())
+    apply(graph_module, GroupLinears())
     for _ in range(2):
         torch.testing.assert_close(run_packed(graph_module, ROWS, COMMITTED)[1], alone(model))
         with torch.no_grad():
@@ -42,7 +41,7 @@ def test_what_is_packed_as_one_gives_what_the_model_gives_also_after_a_weight_ha
 
 def test_gives_what_the_model_gives_also_with_a_bias_and_after_a_weight_has_changed():
     model = TinyModel(lambda m, x, ids: m.dense(x))
-    graph_module, _ = capture_and_apply(model, PackLinears())
+    graph_module, _ = capture_and_apply(model, GroupLinears())
     for _ in range(2):
         ids = torch.randint(32, (1, 5), generator=torch.Generator().manual_seed(5))
         torch.testing.assert_close(run(graph_module, 5), model(ids).detach())
@@ -51,28 +50,20 @@ def test_gives_what_the_model_gives_also_with_a_bias_and_after_a_weight_has_chan
 
 
 def test_changes_nothing_the_second_time():
-    graph_module, _ = capture_and_apply(TinyModel(), PackLinears())
-    (record,) = apply(graph_module, PackLinears())
+    graph_module, _ = capture_and_apply(TinyModel(), GroupLinears())
+    (record,) = apply(graph_module, GroupLinears())
     assert record.changed == 0
 
 
 def test_leaves_a_computed_weight_alone_and_says_why():
-    _, (record,) = capture_and_apply(TinyModel(lambda m, x, ids: F.linear(x, m.q.weight * 2)), PackLinears())
+    _, (record,) = capture_and_apply(TinyModel(lambda m, x, ids: F.linear(x, m.q.weight * 2)), GroupLinears())
     assert record.changed == 1  # the head
     assert [refusal.reason for refusal in record.refusals] == ["its weight is computed"]
-
-
-def test_leaves_all_alone_if_the_copies_would_not_fit(monkeypatch):
-    weights = 4 * 32 * 16  # bytes of the LM head
-    monkeypatch.setattr(pack_linears, "available_memory", lambda device: 2 * weights - 1)
-    _, (record,) = capture_and_apply(TinyModel(), PackLinears())
-    assert record.changed == 0
-    assert "more than half of what is available" in record.refusals[0].reason
 
 
 def test_leaves_weights_on_other_devices_alone():
     graph_module, _ = capture_and_apply(TinyModel())
     graph_module.to("meta")
-    packing = PackLinears()
-    assert packing.run(graph_module) == 0
-    assert [refusal.reason for refusal in packing.refusals] == ["its weight is on meta"]
+    grouping = GroupLinears()
+    assert grouping.run(graph_module) == 0
+    assert [refusal.reason for refusal in grouping.refusals] == ["its weight is on meta"]

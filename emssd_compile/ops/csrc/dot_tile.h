@@ -1,0 +1,134 @@
+// Dot products of a few rows of a weight with a few tokens, in registers.
+//
+// Each of them is a chain of its own: a lane takes in every element that falls to it, in order, then the lanes are added
+// in pairs. Neither depends on what else is in the tile: a token gets the same bits in any company.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <iterator>
+#include <cstdint>
+#include <tuple>
+
+namespace emssd {
+
+using Sums = at::vec::Vectorized<float>;
+
+// The rows of a tile by its tokens: the sums fill most of the registers and leave room for what is multiplied.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kRowsOfTile[] = {0, 8, 8, 8, 6, 4, 4, 3, 3};
+#else
+constexpr int kRowsOfTile[] = {0, 8, 4, 3, 3};
+#endif
+constexpr int kTileTokens = std::size(kRowsOfTile) - 1;
+
+// How a vector of elements is multiplied with another, and added to sums in float32.
+template <typename scalar_t>
+struct Dot;
+
+template <>
+struct Dot<float> {
+  using Operand = Sums;
+  static constexpr int64_t kStep = Sums::size();
+  static Operand load(const float* from, int64_t count) { return Operand::loadu(from, count); }
+  static void add(Sums& sum, const Operand& w, const Operand& x) { sum = at::vec::fmadd(w, x, sum); }
+  static void hold(Operand& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+    asm("" : "+v"(x.values));  // else GCC reads it from memory again for each row
+#endif
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<at::BFloat16> {  // products are exact, sums rounded to float32; denormals count as 0
+  using Operand = __m512i;
+  static constexpr int64_t kStep = 32;
+  static Operand load(const at::BFloat16* from, int64_t count) {
+    return count == kStep ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, from);
+  }
+  static void add(Sums& sum, const Operand& w, const Operand& x) {
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+  static void hold(Operand& x) { asm("" : "+v"(x)); }
+};
+#else
+template <>
+struct Dot<at::BFloat16> {
+  using Operand = std::tuple<Sums, Sums>;
+  static constexpr int64_t kStep = 2 * Sums::size();
+  static Operand load(const at::BFloat16* from, int64_t count) {
+    return at::vec::convert_to_float<at::BFloat16>(at::vec::Vectorized<at::BFloat16>::loadu(from, count));
+  }
+  static void add(Sums& sum, const Operand& w, const Operand& x) {
+    sum = at::vec::fmadd(std::get<0>(w), std::get<0>(x), sum);
+    sum = at::vec::fmadd(std::get<1>(w), std::get<1>(x), sum);
+  }
+  static void hold(Operand&) {}
+};
+#endif
+
+// Lane i of the result is what the lanes of sums[i] add up to. kCount is at most the number of lanes.
+template <int kCount>
+inline Sums add_lanes(const Sums* sums) {
+  Sums folded[kCount];
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) folded[i] = sums[i];
+  int count = kCount;
+#pragma GCC unroll 4
+  for (int lanes = Sums::size(); lanes > 1; lanes /= 2) {
+    const int last = count - 1;
+    count = (count + 1) / 2;
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      const auto [even, odd] = at::vec::deinterleave2(folded[2 * i], folded[std::min(2 * i + 1, last)]);
+      folded[i] = even + odd;
+    }
+  }
+  return folded[0];
+}
+
+// y[kTokens][kRows] = x[kTokens][depth] * w[kRows][depth]^T. Asks for rows that are needed later, the same number of
+// them at `ahead`, as it goes.
+template <typename scalar_t, int kTokens, int kRows>
+void multiply_rows(const scalar_t* w, int64_t w_stride, const scalar_t* ahead, const scalar_t* x, int64_t x_stride,
+                   int64_t depth, float* y, int64_t y_stride) {
+  using Operand = typename Dot<scalar_t>::Operand;
+  constexpr int kSums = kTokens * kRows, kLanes = Sums::size();
+  constexpr int64_t kStep = Dot<scalar_t>::kStep;
+  Sums sums[kSums];
+#pragma GCC unroll 32
+  for (int i = 0; i < kSums; ++i) sums[i] = Sums(0);
+  const auto add = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+    Operand rows[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) rows[r] = Dot<scalar_t>::load(w + r * w_stride + k, count);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      Operand token = Dot<scalar_t>::load(x + t * x_stride + k, count);
+      Dot<scalar_t>::hold(token);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) Dot<scalar_t>::add(sums[t * kRows + r], rows[r], token);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kStep <= depth; k += kStep) {
+    if (ahead != nullptr) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * w_stride + k, /*write=*/0, /*locality: L2*/ 2);
+    }
+    add(k, kStep);
+  }
+  if (k < depth) add(k, depth - k);
+  float products[(kSums + kLanes - 1) / kLanes * kLanes];
+#pragma GCC unroll 32
+  for (int i = 0; i + kLanes <= kSums; i += kLanes) add_lanes<kLanes>(sums + i).store(products + i);
+  constexpr int kRest = kSums % kLanes;
+  if constexpr (kRest > 0) add_lanes<kRest>(sums + kSums - kRest).store(products + kSums - kRest);
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) std::copy_n(products + t * kRows, kRows, y + t * y_stride);
+}
+
+}  // namespace emssd
