@@ -17,8 +17,8 @@ _is_dtype_changed = False
 
 
 @contextlib.contextmanager
-def neutral(default_dtype: torch.dtype) -> Iterator[None]:
-    """No gradients, no inference mode, no autocast, the CPU as default device, and a given default dtype.
+def neutral(default_dtype: torch.dtype | None) -> Iterator[None]:
+    """No gradients, no inference mode, no autocast, the CPU as default device, and a given default dtype, if any.
 
     Tensors made in inference mode could not be written outside of it, and views made there would turn the user's
     weights into such tensors. Autocast would change the dtypes that a graph was made for.
@@ -31,7 +31,7 @@ def neutral(default_dtype: torch.dtype) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device() != torch.device("cpu"):
             stack.enter_context(torch.device("cpu"))
-        if _is_dtype_changed or torch.get_default_dtype() != default_dtype:
+        if default_dtype is not None and (_is_dtype_changed or torch.get_default_dtype() != default_dtype):
             stack.enter_context(_with_default_dtype(default_dtype))
         yield
 

@@ -6,28 +6,24 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from emssd_compile.ambient import neutral
+from emssd_compile.calls import Call, Terms, read_call
 from emssd_compile.errors import OptionError
-from emssd_compile.generation import GenerateOptions, merge_configs, own_options, resolve_options, row_seeds
+from emssd_compile.generation import own_options
 from emssd_compile.grammar import Grammar
-from emssd_compile.grammar_logits import GrammarLogits, grammar_of_each
-from emssd_compile.numeric import shown
 from emssd_compile.progress import progress_bar, working
-from emssd_compile.python_logits import PythonLogits
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.containers import Array
 from emssd_compile.runtime.engine import Engine
-from emssd_compile.runtime.inputs import PromptBatch, parse_prompts
-from emssd_compile.runtime.outputs import GenerateOutput, arrange, limit_rows
-from emssd_compile.runtime.requests import Request
+from emssd_compile.runtime.outputs import GenerateOutput
 from emssd_compile.runtime.turns import Turns
+from emssd_compile.session import Session
 from emssd_compile.stats import Stats
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.probe import ReadingSpec
@@ -45,6 +41,7 @@ class Decoder(ABC):
         stats: what decoding did since `stats.reset()`.
     """
 
+    _has_hooks = False  # whether there is a form of the step with a place for Python
     input_modalities, output_modalities = "text", ("text",)  # read by `repr` of a `transformers.pipeline`
 
     def __init__(self, engine: Engine, *, guarantee: str) -> None:
@@ -61,28 +58,12 @@ class Decoder(ABC):
     def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
         """Take over what has changed since the step was made, or raise StaleModelError."""
 
-    def _select(self, used: Collection[str], *, hooked: bool) -> None:
-        """Drive the form of the step that honours these options of rows; an artifact holds one form."""
-        if hooked:
-            raise NotImplementedError(
-                "logits_hook, logits_processor, prefix_allowed_tokens_fn, grammar: an artifact's step is one graph, "
-                "with no place for Python in it; use optimize"
-            )
+    def _select(self, used: Collection[str], *, hooked: bool) -> None:  # noqa: B027  (an artifact holds one form)
+        """Drive the form of the step that honours these options of rows."""
 
     def _calling(self, hooks: tuple[LogitsHook, ...]) -> AbstractContextManager[None]:
         """Within it, steps of a form with a place for Python call the hooks."""
         return contextlib.nullcontext()
-
-    def _hook(self, chosen: GenerateOptions, own: LogitsHook | None) -> LogitsHook | None:
-        """What is to be called between the halves of each step, if anything."""
-        processors, allowed = chosen.logits_processor, chosen.prefix_allowed_tokens_fn
-        if own is not None and not callable(own):
-            raise OptionError(f"logits_hook={shown(own)} cannot be called; pass a function of a LogitContext")
-        if not processors and allowed is None:
-            return own
-        if own is not None:
-            raise OptionError("logits_hook, and logits_processor or prefix_allowed_tokens_fn: pass one of them")
-        return PythonLogits(processors, allowed, lambda: self._engine.requests)
 
     @property
     @abstractmethod
@@ -284,122 +265,75 @@ class Decoder(ABC):
                 something that is no answer.
             GrammarError: a text has nothing to go on with under its grammar and the other options.
             ReentryError: the call was made from inside another one, by its stopping criterion or streamer.
+            SessionError: a session of this object is open, and decodes.
             NotImplementedError: an option of Hugging Face that is not supported; says which.
         """
         with neutral(self._default_dtype):
-            return self._generate(
+            call = read_call(
+                self._terms,
                 inputs,
                 generation_config,
-                attention_mask,
-                input_ids,
-                token_type_ids,
-                logits_hook,
-                grammar,
-                seed,
-                progress,
                 options,
+                attention_mask=attention_mask,
+                input_ids=input_ids,
+                token_type_ids=token_type_ids,
+                logits_hook=logits_hook,
+                grammar=grammar,
+                seed=seed,
+                rows=lambda: self._engine.requests,
             )
+            with self._turns.take("generate"):
+                self._follow()
+                self._select(call.used, hooked=bool(call.hooks))
+                if not self._is_warm:
+                    self._warm_up(progress=False)
+                with self._calling(call.hooks):
+                    self._decode(call, progress)
+                if call.masks is not None:
+                    call.masks.settle()
+            return call.result(self.readings)
 
-    def _generate(
-        self,
-        inputs: object,
-        generation_config: object | None,
-        attention_mask: object,
-        input_ids: object,
-        token_type_ids: object,
-        logits_hook: LogitsHook | None,
-        grammar: Grammar | Sequence[Grammar | None] | None,
-        seed: int | Sequence[int] | None,
-        progress: bool,
-        options: dict[str, Any],
-    ) -> Any:
-        vocabulary, capacity = self._vocabulary, self._engine.capacity
-        known = self.row_options
-        configs = generation_config if isinstance(generation_config, (list, tuple)) else [generation_config]
-        if not configs:
-            raise OptionError("generation_config is an empty list; pass one for each prompt, or one for all")
-        settings = {"stored": self.generation_config, "vocab_size": vocabulary, "of_parts": known}
-        each = [
-            *map(partial(resolve_options, kwargs=options, **settings), configs)
-        ]  # no frame more: warnings count them
-        chosen = merge_configs(each, options) if len(each) > 1 else each[0]
-        prompts = parse_prompts(
-            inputs,
-            attention_mask,
-            vocab_size=vocabulary,
-            capacity=capacity,
-            pad_token_id=chosen.prompt_pad_token_id,
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
+    @property
+    def _terms(self) -> Terms:
+        return Terms(
+            self._vocabulary,
+            self._engine.capacity,
+            self.row_options,
+            self.readings,
+            self.generation_config,
+            self._has_hooks,
         )
-        if len(each) not in (1, len(prompts)):
-            raise OptionError(f"generation_config is {len(each)} configs for {len(prompts)} prompts; pass one for each")
-        own_hook, grammars = self._hook(chosen, logits_hook), grammar_of_each(grammar, len(prompts))
-        times = chosen.num_return_sequences
-        prompts = prompts.repeated(times)
-        of_rows = [own for own in each for _ in range(times)] if len(each) > 1 else []
-        limits = limit_rows(chosen, prompts, capacity, of_rows)
-        given = {**chosen.of_parts, "min_new_tokens": limits.min_new_tokens[::times]}  # one for each prompt
-        if "min_new_tokens" not in known:
-            del given["min_new_tokens"]
-            if any(limits.min_new_tokens):
-                raise NotImplementedError(
-                    "min_new_tokens, or min_length: this artifact does not honour it; name it in row_options when you "
-                    "export"
-                )
-        own = own_options(known, given, len(prompts) // times, vocabulary, asked=options)
-        self._check_shown(own, chosen)
-        draws = [bool(row.get("do_sample")) for row in own]
-        if times > 1 and not all(draws):
-            raise OptionError(
-                f"num_return_sequences={times}, but prompt {draws.index(False)} does not sample: its sequences would "
-                "all be the same; pass do_sample=True"
-            )
-        seeds = row_seeds(seed, len(own), times, draws=any(draws))
-        texts = prompts.values.split(prompts.lengths)
-        requests = [
-            Request(i, ids, most, own[i // times], group=i // times, seed=seeds[i])
-            for i, (ids, most) in enumerate(zip(texts, limits.max_new_tokens, strict=True))
-        ]
-        masks = GrammarLogits.of(grammars, times, chosen.eos_token_ids, lambda: self._engine.requests)
-        hooks = tuple(hook for hook in (own_hook, masks) if hook is not None)
-        with self._turns.take("generate"):
-            self._follow()
-            self._select({name for options in own for name in options}, hooked=bool(hooks))
-            if not self._is_warm:
-                self._warm_up(progress=False)
-            with self._calling(hooks):
-                self._decode(prompts, requests, chosen, progress)
-            if masks is not None:
-                masks.settle()
-        sequences = prompts.restore([r.output for r in requests], chosen.pad_token_id)
-        if not chosen.return_dict_in_generate:
-            return sequences
-        return GenerateOutput(sequences, **arrange(self.readings, requests, prompts.device))
 
-    def _check_shown(self, own: Sequence[Mapping[str, object]], chosen: GenerateOptions) -> None:
-        """Refuse to tell something that would not be returned."""
-        by = {spec.asked_by for spec in self.readings.values()}
-        asked = sorted({name for row in own for name in row} & by)
-        if asked and not chosen.return_dict_in_generate:
-            raise OptionError(
-                f"{asked[0]}: the sequences alone would be returned; pass return_dict_in_generate=True as well"
-            )
-
-    def _decode(self, prompts: PromptBatch, requests: list[Request], chosen: GenerateOptions, progress: bool) -> None:
+    def _decode(self, call: Call, progress: bool) -> None:
         """Run the requests to their ends. However that ends, what was counted is in the stats, and no row is busy."""
-        total = sum(request.max_new_tokens for request in requests)
-        consumer = Consumer(prompts, requests, chosen)
+        total = sum(request.max_new_tokens for request in call.requests)
+        consumer = Consumer(call.prompts, call.requests, call.chosen)
         try:
             with (
                 progress_bar(progress, total) as advance,
-                contextlib.closing(self._engine.run(requests, chosen.eos_token_ids)) as run,
+                contextlib.closing(self._engine.run(call.requests, call.chosen.eos_token_ids)) as run,
             ):
                 for request in run:
                     advance(consumer.take(request))
         finally:
             self.stats.add(*self._engine.counters())
         consumer.end()
+
+    def session(self, *, max_queue: int = 64) -> Session:
+        """Take requests while others decode: `with fast.session() as session: stream = session.submit(prompt)`.
+
+        A thread of its own decodes, until the session is closed; `generate`, `warmup`, `refresh` and the exports are
+        refused meanwhile. It waits for a `generate` of another thread that is not over.
+
+        Args:
+            max_queue: most requests that wait for a row; a `submit` beyond raises QueueFullError, or waits for room.
+
+        Raises:
+            SessionError: a session of this object is open already.
+            ReentryError: the call was made from inside a `generate`, by its stopping criterion or streamer.
+            OptionError: `max_queue` is no number of requests.
+        """
+        return Session(self, max_queue=max_queue)
 
     def can_generate(self) -> bool:
         """True: `transformers.pipeline` asks."""

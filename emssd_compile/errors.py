@@ -64,6 +64,14 @@ class ReentryError(EmssdError, RuntimeError):
     """A call was made from inside another call of the same object, such as `generate` in a stopping criterion."""
 
 
+class SessionError(EmssdError, RuntimeError):
+    """A session is closed and takes no more requests, or is open and has the model for itself."""
+
+
+class QueueFullError(SessionError):
+    """As many requests wait in a session as may."""
+
+
 class StaleModelError(EmssdError):
     """The model is not what it was when it was compiled, in a way that the compiled step cannot follow by itself.
 

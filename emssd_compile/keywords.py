@@ -121,7 +121,7 @@ _REASON_UNSUPPORTED = _by_name(_UNSUPPORTED)
 _REASON_WITHOUT_EFFECT = _by_name(_WITHOUT_EFFECT)
 KNOWN = (*_HONOURED.split(), *_REASON_UNSUPPORTED, *_REASON_WITHOUT_EFFECT, *_HARMLESS)
 """The names of all options."""
-NO_OPTIONS = frozenset((*_HONOURED.split(), *_HARMLESS)) - {"min_new_tokens"}
+NO_OPTIONS = frozenset((*_HONOURED.split(), *_HARMLESS, "deadline", "timeout")) - {"min_new_tokens"}
 """Names that no part can give to an option of its own."""
 
 

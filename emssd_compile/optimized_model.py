@@ -225,6 +225,8 @@ class OptimizedModel(Decoder):
         config, generation_config, device, dtype: those of the model.
     """
 
+    _has_hooks = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -313,20 +315,21 @@ class OptimizedModel(Decoder):
                 form = self._lower_halves(step) if key[1] else self._lower(step)
                 self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
             self._forms[key] = form
-        self._halves = self._forms[key].halves
         if self._engine.variant is not self._forms[key].variant:
             switch(self._engine, self._forms[key].variant)
+        self._halves = self._forms[key].halves
 
     @contextlib.contextmanager
     def _calling(self, hooks: tuple[LogitsHook, ...]) -> Iterator[None]:
-        if self._halves is None:
+        halves = self._halves
+        if halves is None:
             yield
             return
-        self._halves.hooks = hooks
+        halves.hooks = hooks
         try:
             yield
         finally:
-            self._halves.hooks = ()
+            halves.hooks = ()
 
     @property
     def _parts(self) -> tuple[Part, ...]:
@@ -369,6 +372,7 @@ class OptimizedModel(Decoder):
             InvalidInputError, UnsupportedModelError, DrafterError, CapacityError: as `optimize`. What was compiled
                 before is kept, and remains stale.
             ReentryError: it was called from inside a `generate` of this object.
+            SessionError: a session of this object is open.
         """
         with self._turns.take("refresh"), compiling, neutral(self._default_dtype):
             check_model(self.model)

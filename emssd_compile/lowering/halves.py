@@ -48,14 +48,18 @@ class HalvedStep:
         read = forward(*(given[name] for name in names))
         context = with_named(self._form, {n.removeprefix(SEAM): v for n, v in read.items() if n.startswith(SEAM)})
         for hook in self.hooks:
-            context = replace(context, logits=_called(hook, context))
+            context = replace(context, logits=call_hook(hook, context))
         read[f"{SEAM}logits"] = context.logits.contiguous()  # as compiled code reads it
         decide, names = self._decide
         return decide(*(read[name] if name in read else given[name] for name in names))
 
 
-def _called(hook: LogitsHook, context: LogitContext) -> Tensor:
-    """What a hook makes of the logits, on their device."""
+def call_hook(hook: LogitsHook, context: LogitContext) -> Tensor:
+    """What a hook makes of the logits, on their device.
+
+    Raises:
+        ProcessorError: it returned something else than logits like those that it was given.
+    """
     before, logits = context.logits, hook(mapped(torch.clone, context))
     if not isinstance(logits, Tensor) or (logits.shape, logits.dtype) != (before.shape, before.dtype):
         found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

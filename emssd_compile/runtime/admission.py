@@ -1,11 +1,33 @@
-"""Which requests start next: those of one prompt share its reading."""
+"""Which requests start next: first come, first served; those of one prompt share its reading."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from emssd_compile.runtime.requests import Request, Row
+
+
+class Admission:
+    """Requests that wait for a row. The engine asks before each step: more may have come, and some may have been ended.
+
+    Args:
+        requests: those that wait from the start, in order.
+    """
+
+    def __init__(self, requests: Iterable[Request] = ()) -> None:
+        self._requests = deque(requests)
+
+    def __bool__(self) -> bool:
+        """Whether any request waits that can start in this run."""
+        return bool(self._requests)
+
+    def update(self) -> None:
+        """A step comes next: end requests here, running ones too, and their rows are free in it."""
+
+    def take(self, rows: Sequence[Row | None], most: int) -> list[Request]:
+        """Take up to `most` requests that are to start; `rows` is what each row decodes, None where it is free."""
+        return next_requests(self._requests, rows, most)
 
 
 def next_requests(waiting: deque[Request], rows: Sequence[Row | None], most: int) -> list[Request]:

@@ -67,7 +67,7 @@ def make_variant(
 
 
 def switch(engine: Engine, variant: Variant) -> None:
-    """Let the engine, in which no row is busy, drive another form of its step, which shares its tensors.
+    """Let the engine drive another form of its step, which shares its tensors.
 
     Raises:
         CapacityError: what only this form has does not fit into memory.

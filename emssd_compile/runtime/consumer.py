@@ -52,7 +52,7 @@ class Consumer:
     def _stop(self, request: Request, start: int) -> None:
         """End a row at the first new token for which a criterion of single rows holds, or when its time is over."""
         if self._ends_at is not None and time.monotonic() > self._ends_at:
-            request.end(start + 1)
+            request.end(start + 1, "deadline")
         if not self._row_criteria:
             return
         ids = request.prompt.tolist() + request.output[:start]

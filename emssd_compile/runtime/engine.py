@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from emssd_compile.layouts import PackedLayout
-from emssd_compile.runtime.admission import next_requests, row_with_prompt
+from emssd_compile.runtime.admission import Admission, row_with_prompt
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
@@ -19,6 +19,7 @@ from emssd_compile.runtime.host_parts import HostParts
 from emssd_compile.runtime.launch import Launcher, Report, Variant
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
+from emssd_compile.runtime.rows import first_values, option_values
 from emssd_compile.runtime.step_times import StepTimes, assumed_times, sizes_to_measure
 from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.drafting import most_unread
@@ -74,16 +75,17 @@ class Engine:
         self._num_observed = 0
         self._rows: list[Row | None] = [None] * self.num_rows
 
-    def run(self, requests: Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Generator[Request]:
+    def run(self, requests: Admission | Sequence[Request], eos_token_ids: Sequence[int] = ()) -> Generator[Request]:
         """Decode `requests`, as many at a time as there are rows; yields a request whenever it has new tokens.
 
-        The consumer may end any of them early, not only the one it was handed; see `Request.end`.
+        The consumer may end any of them early, not only the one it was handed; see `Request.end`. The run is over when
+        no request waits and none runs.
         """
         if self.deterministic:
             self._forget()
         self._set_eos(eos_token_ids)
         self.parts.give()
-        waiting = deque(requests)
+        waiting = requests if isinstance(requests, Admission) else Admission(requests)
         launched: deque[RunningStep] = deque()
         try:
             while waiting or launched or any(self._rows):
@@ -97,9 +99,22 @@ class Engine:
             self._clear()
 
     def use(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
-        """Drive another form of the step, while no row is busy; `tensors` are those that only it has."""
+        """Drive another form of the step; `tensors` are those that only it has.
+
+        Rows that are busy go on, but for the drafts that they hold: another form may have made them in another way.
+        """
+        before = self._row_state
         self.launcher.use(variant, tensors)
         self._note_roles()
+        busy = {b: row.request for b, row in enumerate(self._rows) if row}
+        if busy:
+            rows, requests = self.launcher.upload(torch.tensor([*busy])), [*busy.values()]
+            values = option_values(requests, self._options)
+            self._write(rows, {**values, "draft_lengths": torch.zeros(len(busy), dtype=torch.int64)})
+            self._zero(rows, [name for name in self._row_state if name not in before])
+            self.parts.give()
+        for row in filter(None, self._rows):
+            row.draft_length = 0
 
     def _note_roles(self) -> None:
         self.variant = self.launcher.variant  # the form that is driven, also while steps without its drafter run
@@ -181,10 +196,12 @@ class Engine:
         is_eos[list(eos_token_ids)] = True
         self.launcher.assign("is_eos", self.launcher.upload(is_eos))
 
-    def _admit(self, waiting: deque[Request]) -> None:
+    def _admit(self, waiting: Admission) -> None:
         """Start waiting requests in free rows."""
+        waiting.update()
+        self._release()
         free = [b for b, row in enumerate(self._rows) if row is None]
-        started = next_requests(waiting, self._rows, len(free))
+        started = waiting.take(self._rows, len(free))
         if not started:
             return
         free = free[: len(started)]
@@ -193,34 +210,22 @@ class Engine:
             request.num_read if source is None else len(request.prompt) - 1
             for request, source in zip(started, sources, strict=True)
         ]
-        history = torch.zeros((len(free), self.capacity), dtype=torch.int64)
-        for place, request in enumerate(started):
-            history[place, : len(request.prompt)] = request.prompt
-        lengths = torch.tensor([len(r.prompt) for r in started])
-        values = {
-            "history": history,
-            "known": lengths,
-            "lengths": torch.tensor(read),
-            "draft_lengths": torch.zeros_like(lengths),
-            "active": torch.ones_like(lengths, dtype=torch.bool),
-            "limits": lengths + torch.tensor([r.max_new_tokens for r in started]),
-            "prompt_lengths": lengths,
-            "groups": torch.tensor([r.index if r.group is None else r.group for r in started]),
-            "seeds": torch.tensor([r.seed for r in started]),
-        }
-        for name, binding in self._options.items():
-            assert binding.option is not None
-            of_each = [r.options.get(name.removeprefix("option_"), binding.option.default) for r in started]
-            values[name] = binding.option.lines(of_each)
         rows = self.launcher.upload(torch.tensor(free))
-        for name, value in values.items():
-            self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))
-        for name in self._row_state:
-            self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
+        self._write(rows, {**first_values(started, read, self.capacity), **option_values(started, self._options)})
+        self._zero(rows, self._row_state)
         for b, request, source, count in zip(free, started, sources, read, strict=True):
             if source is not None:
                 self.launcher.copy_row(self._caches, source, b, count)
             self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count)
+
+    def _write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Give some rows, `[n]`, these values, `[n, ...]` each."""
+        for name, value in values.items():
+            self.launcher.assign(name, self.tensors[name].index_copy(0, rows, self.launcher.upload(value)))
+
+    def _zero(self, rows: Tensor, names: Iterable[str]) -> None:
+        for name in names:
+            self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
 
     def _launch(self, launched: Collection[RunningStep]) -> RunningStep:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
@@ -278,7 +283,7 @@ class Engine:
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request or request.finished:
                 continue  # the row was empty then, or has ended since
-            read = row.pending
+            read, drafts = row.pending, row.draft_length
             count, active, row.pending, row.draft_length, _ = line[:columns]
             if launch.drafted:
                 caught_up = min(row.unseen, max(spare, 0))
@@ -286,6 +291,8 @@ class Engine:
             else:
                 row.unseen += read + count - row.pending
             request.take(line[columns : columns + count], self._told(launch.report, b, count, request))
+            if count and read == 1:
+                request.count_step(count, drafts)
             row.is_active = bool(active)
             request.finished = not row.is_active
             if count:
@@ -295,7 +302,7 @@ class Engine:
         """What the request asked to be told of its `count` new tokens. Copies: a report holds much else."""
         specs = self.variant.signature.readings if count else {}
         asked = [name for name, spec in specs.items() if not spec.asked_by or spec.asked_by in request.options]
-        return {name: report.readings[name][row, :count].clone() for name in asked}
+        return {name: report.readings[name][row, :count].clone() for name in asked if name in report.readings}
 
     def _record_wanted_drafts(self, launch: RunningStep, lines: list[list[int]]) -> None:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""

@@ -28,6 +28,10 @@ class Request:
         output: tokens emitted so far.
         told: what probes told of them, by the names of results: pieces `[n, ...]`, in order.
         finished: whether it has ended.
+        finish_reason: why its caller ended it; empty where it came to its end by an EOS or its limit.
+        num_steps: steps in which it emitted tokens, its prompt being read.
+        num_draft_tokens: drafts that these verified.
+        num_accepted_draft_tokens: those of them that other tokens of the same step followed, so they were accepted.
     """
 
     index: int
@@ -40,6 +44,10 @@ class Request:
     output: list[int] = field(default_factory=list)
     told: dict[str, list[Tensor]] = field(default_factory=dict)
     finished: bool = False
+    finish_reason: str = ""
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
 
     def take(self, tokens: list[int], readings: Mapping[str, Tensor]) -> None:
         """Have new tokens, and what is told of them: a line for each."""
@@ -51,10 +59,16 @@ class Request:
         """`[n, ...]`: what was told of each token of its output, which is not empty."""
         return torch.cat(self.told[name])[: len(self.output)]
 
-    def end(self, count: int) -> None:
+    def count_step(self, num_emitted: int, num_drafts: int) -> None:
+        """Note a step that verified so many drafts and emitted so many tokens, at least one."""
+        self.num_steps += 1
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_draft_tokens += num_emitted - 1
+
+    def end(self, count: int, reason: str = "stop") -> None:
         """End it after `count` tokens; what it has emitted beyond them is forgotten."""
         del self.output[count:]
-        self.finished = True
+        self.finished, self.finish_reason = True, reason
 
 
 @dataclass

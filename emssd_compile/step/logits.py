@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from emssd_compile.step.fields import holds_tensors
+from emssd_compile.step.fields import holds_tensors, mapped
 from emssd_compile.step.nodes import Lineage, Nodes
 from emssd_compile.step.parts import Part, PartSizes
 
@@ -51,6 +51,24 @@ class LogitContext:
         none = torch.empty(0, device="meta")
         draft = Nodes(none, none, none, None if sizes.max_depth is None else none, sizes.depth)
         return cls(none, none, none, none, none, none, none, none, draft, none)
+
+    def of_row(self, row: int, places: Tensor) -> LogitContext:
+        """What one row alone would see: its logits are those at `places`, `[n]` of R, and it is row 0."""
+        first, after = row, row + 1
+        return replace(
+            self,
+            logits=self.logits[places],
+            row_ids=torch.zeros_like(places),
+            nodes=self.nodes[places],
+            positions=self.positions[places],
+            history=self.history[first:after],
+            known=self.known[first:after],
+            prompt_lengths=self.prompt_lengths[first:after],
+            limits=self.limits[first:after],
+            draft=mapped(lambda tensor: tensor[first:after], self.draft),
+            options={name: value[first:after] for name, value in self.options.items()},
+            state={},
+        )
 
     def option(self, name: str) -> Tensor:
         """`[R]`, or `[R, *shape]`: what the row of each logit sets."""

@@ -2,13 +2,14 @@
 
 import functools
 import itertools
-from collections import deque
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emssd_compile.runtime.admission import Admission
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.requests import Request
@@ -127,6 +128,65 @@ def test_nothing_to_do_launches_nothing(engine):
     assert list(engine.run([])) == []
 
 
+class _Later(Admission):
+    """Requests that come while others run, and ends."""
+
+    def __init__(self, requests: list[Request], updates: dict[int, Callable[[], object]]) -> None:
+        super().__init__(requests)
+        self._updates, self._count = updates, 0
+
+    def add(self, *requests: Request) -> None:
+        self._requests.extend(requests)
+
+    def update(self) -> None:
+        self._updates.get(self._count, lambda: None)()
+        self._count += 1
+
+
+def test_requests_come_in_the_middle_of_a_run_and_an_ended_one_makes_room_in_the_same_step(engine):
+    lengths = (40, 5, 17, 33)
+    requests = _requests(*lengths)
+    rows_of_step: list[tuple[Request | None, ...]] = []
+    launch = engine.launcher.launch
+
+    def noted(sizes: StepSizes) -> object:
+        rows_of_step.append(engine.requests)
+        return launch(sizes)
+
+    engine.launcher.launch = noted
+    waiting = _Later(
+        requests[:2],
+        {3: lambda: requests[0].end(len(requests[0].output), "cancelled"), 4: lambda: waiting.add(requests[3])},
+    )
+    waiting.add(requests[2])
+    list(engine.run(waiting))
+    assert [row.index for row in rows_of_step[2] if row] == [0, 1]
+    assert [row.index for row in rows_of_step[3] if row] == [2, 1]
+    assert [r.output for r in requests[1:]] == _expected(*lengths[1:])
+    assert requests[0].output == _expected(40)[0][: len(requests[0].output)]
+    assert requests[0].finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_rows_go_on_in_another_form_of_the_step(lag):
+    compiled = target("llama", ROWS)
+    fast = compiled.optimize(compiled.drafter("sometimes-wrong"))
+    fast._engine.lag = lag
+    requests = _requests(5, 17, most=20)
+    requests[1].options = {"min_new_tokens": 20}
+    fast._select({"min_new_tokens"}, hooked=False)  # a row that was busy in it left its own behind
+    list(fast._engine.run([Request(0, torch.tensor(prompt(3)), 4, {"min_new_tokens": 4})]))
+    fast._select((), hooked=False)
+    eos = target("llama", ROWS).reference(prompt(5), 20)[9:10]
+    waiting = _Later(
+        requests[:1], {3: lambda: (fast._select({"min_new_tokens"}, hooked=False), waiting.add(requests[1]))}
+    )
+    list(fast._engine.run(waiting, eos))
+    reference = target("llama", ROWS).reference
+    assert requests[0].output == reference(prompt(5), 20, eos)
+    assert requests[1].output == reference(prompt(17), 20, eos, 20)
+
+
 BATCH = 3
 
 
@@ -214,7 +274,7 @@ def test_a_request_inherits_nothing_that_was_learnt_of_the_one_before_it():
     list(engine.run(_requests(5, 33, 17)))
     names = ("policy_row_tried", "policy_row_accepted")
     assert all(engine.tensors[name].any() for name in names)
-    engine._admit(deque(_requests(5, 2)))
+    engine._admit(Admission(_requests(5, 2)))
     assert all(not engine.tensors[name][:2].any() and engine.tensors[name][2:].any() for name in names)
     engine._clear()
 

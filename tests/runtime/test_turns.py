@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from emssd_compile.errors import EmssdError, ReentryError
+from emssd_compile.errors import EmssdError, ReentryError, SessionError
 from emssd_compile.runtime.turns import Turns
 
 
@@ -63,6 +63,35 @@ def test_two_objects_have_turns_of_their_own():
     with Turns().take("it"), Turns().take("it"):
         _enter(Turns())
     assert issubclass(ReentryError, EmssdError)
+
+
+def test_whoever_keeps_the_turn_has_others_refused_until_it_leaves_in_another_thread():
+    turns, outcomes = Turns(), []
+
+    def wait() -> None:
+        with pytest.raises(SessionError, match="it: busy"), turns.take("it"):
+            pass
+        outcomes.append("refused")
+
+    turn = turns.enter("it")
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not turns._free._waiters:  # type: ignore[attr-defined]
+        pass
+    turns.keep(turn, "busy")
+    waiting.join(10)
+    assert outcomes == ["refused"], "who waits already, too"
+
+    def adopt() -> None:
+        turn.adopt()
+        turn.refusal = ""
+        with pytest.raises(ReentryError), turns.take("it"):
+            pass
+        turns.leave()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(adopt).result(10)
+    _enter(turns)
 
 
 def test_threads_that_would_wait_for_one_another_for_ever_are_told():

@@ -1,0 +1,300 @@
+"""The thread of a session: it owns the engine, starts what waits in free rows, and hands tokens over."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Literal
+
+from emssd_compile.ambient import neutral
+from emssd_compile.calls import Call
+from emssd_compile.errors import QueueFullError, ReentryError, SessionError
+from emssd_compile.row_hooks import RowHooks
+from emssd_compile.runtime.admission import Admission
+from emssd_compile.runtime.consumer import Consumer
+from emssd_compile.runtime.requests import Request, Row
+from emssd_compile.stream import FinishReason, Ticket
+
+if TYPE_CHECKING:
+    from emssd_compile.decoder import Decoder
+
+_REFUSAL = (
+    "a session of this object is open and decodes in a thread of its own; submit to it, close it first, or load or "
+    "optimize a second object"
+)
+_EXIT_SECONDS = 10  # how long the end of the process waits for a step
+_started: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+class Scheduler(Admission):
+    """Decodes what is put, first come, first served, in a thread of its own.
+
+    All that ends a request is done by this thread, between two steps. What it needs to know is told by attributes and a
+    bell, which need no lock: a finalizer may run anywhere.
+
+    Args:
+        decoder: has the engine; its turn is kept from `open` until the thread ends.
+        max_queue: most tickets that wait while all rows are busy.
+    """
+
+    def __init__(self, decoder: Decoder, max_queue: int) -> None:
+        super().__init__()
+        self._decoder, self._max_queue = decoder, max_queue
+        self.terms = decoder._terms
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, Ticket] = {}  # by the number of the request
+        self._room = threading.Condition()  # guards the two, and the number of requests
+        self._num_requests = 0
+        self._closing: Literal["", "finish", "cancel"] = ""
+        self._failure: BaseException | None = None
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="emssd_compile.session", daemon=True)
+        self._eos: tuple[int, ...] = ()
+        self._used: frozenset[str] | None = None  # options that the form of the step honours; None before any
+        self._hooked = False
+        self._row_hooks = RowHooks(
+            lambda: self._engine.requests,
+            lambda request: self._running[_number(request)].call.hooks,
+            lambda request, error: self._end(self._running[_number(request)], "error", error),
+        )
+
+    def open(self) -> None:
+        """Take the decoder's turn and start. Raises what `Turns.enter` does."""
+        turns = self._decoder._turns
+        self._turn = turns.enter("session")
+        self._engine = self._decoder._engine  # no other from now on: a refresh would be refused
+        turns.keep(self._turn, _REFUSAL)
+        try:
+            self._thread.start()
+        except BaseException:
+            turns.leave()
+            raise
+        _started.add(self)
+
+    def put(self, ticket: Ticket, timeout: float | None) -> None:
+        """Let it wait for a row, behind all others; see `Session.submit`."""
+        with self._room:
+            if not self._has_room() and timeout != 0:
+                if self.is_inside():
+                    raise ReentryError(
+                        "submit: the queue is full, and the session's own thread would wait for itself; pass timeout=0"
+                    )
+                self._room.wait_for(self._has_room, timeout)
+            if self._closing or self._failure:
+                why = f"a step of it failed: {self._failure!r}" if self._failure else "open another one"
+                raise SessionError(f"submit: the session is closed; {why}") from self._failure
+            if not self._has_room():
+                raise QueueFullError(
+                    f"submit: {self._max_queue} requests wait for a row already (max_queue); try again later, or pass "
+                    "timeout=... to wait for room"
+                )
+            ticket.request.group = self._num_requests  # a prompt of its own
+            self._num_requests += 1
+            self._waiting.append(ticket)
+        self.wake()
+
+    def close(self, wait: bool) -> None:
+        """Take no more; return when the thread has ended, unless it is the thread that asks."""
+        if wait:
+            self._closing = self._closing or "finish"
+            self.wake()
+        else:
+            self.stop()
+        with self._room:
+            self._room.notify_all()
+        if self.is_inside():
+            return
+        try:
+            self._thread.join()
+        except BaseException:  # whoever does not want to wait any more wants no more tokens, either
+            self.stop()
+            raise
+        if wait and self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Cancel all with the next step, and end. Takes no lock."""
+        self._closing = "cancel"
+        self._turn.refusal = ""  # others may wait again
+        self.wake()
+
+    def wake(self) -> None:
+        """Something has changed."""
+        self._bell.put(None)
+
+    def is_inside(self) -> bool:
+        """Whether the thread itself asks."""
+        return threading.current_thread() is self._thread
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it takes no more."""
+        return bool(self._closing) or self._failure is not None
+
+    def _work(self) -> None:  # this and what follows is done by the thread
+        self._turn.adopt()
+        try:
+            while self._wait_for_work():
+                self._decode()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._end_all()
+            self._decoder._turns.leave()
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to decode; False if nothing will be any more."""
+        while True:
+            self.update()
+            if self._waiting:
+                return True
+            if self._closing:
+                return False
+            self._bell.get()
+
+    def _decode(self) -> None:
+        """Decode until there is nothing to do, or what waits ends with other tokens."""
+        decoder, first = self._decoder, self._waiting[0].call
+        self._eos, self._used, self._hooked = first.chosen.eos_token_ids, None, False
+        with ExitStack() as self._hooks:
+            with neutral(decoder._default_dtype):
+                decoder._follow()
+                if not decoder._is_warm:
+                    with contextlib.suppress(Exception):  # raised to the request when it starts
+                        self._suit(first)
+                    decoder._warm_up(progress=False)
+            try:
+                with contextlib.closing(self._engine.run(self, self._eos)) as run:
+                    while self._advance(run):
+                        pass
+            finally:
+                decoder.stats.add(*self._engine.counters())
+
+    def _advance(self, run: Generator[Request]) -> bool:
+        with neutral(self._decoder._default_dtype):
+            request = next(run, None)
+            if request is not None:
+                self._hand_over(self._running[_number(request)])
+        return request is not None
+
+    def _hand_over(self, ticket: Ticket) -> None:
+        """Let new tokens go through the request's consumer to its readers."""
+        request, masks = ticket.request, ticket.call.masks
+        assert ticket.consumer is not None
+        try:
+            ticket.consumer.take(request)
+            if request.finished and masks is not None:
+                masks.settle()
+        except BaseException as error:
+            self._end(ticket, "error", error)
+            return
+        ticket.deliver()
+        if request.finished:
+            self._end(ticket, _reason(ticket))
+
+    def __bool__(self) -> bool:
+        """Whether the first that waits ends with the same tokens as those that run."""
+        with self._room:
+            return bool(self._waiting) and self._waiting[0].call.chosen.eos_token_ids == self._eos
+
+    def update(self) -> None:
+        """End what was cancelled, and what is over its deadline."""
+        while not self._bell.empty():
+            self._bell.get()
+        now = time.monotonic()
+        with self._room:
+            tickets = [*self._waiting, *self._running.values()]
+        for ticket in tickets:
+            if ticket.is_cancelled or self._closing == "cancel":
+                self._end(ticket, "cancelled")
+            elif ticket.ends_at is not None and now >= ticket.ends_at:
+                self._end(ticket, "deadline")
+
+    def take(self, rows: Sequence[Row | None], most: int) -> list[Request]:
+        """Start the first that wait."""
+        started: list[Request] = []
+        while len(started) < most and self:
+            with self._room:
+                ticket = self._waiting.popleft()
+                self._running[_number(ticket.request)] = ticket
+            if self._start(ticket):
+                started.append(ticket.request)
+        return started
+
+    def _start(self, ticket: Ticket) -> bool:
+        """Whether there is a step for it, and its consumer is ready."""
+        try:
+            self._suit(ticket.call)
+            ticket.consumer = Consumer(ticket.call.prompts, ticket.call.requests, ticket.call.chosen)
+        except BaseException as error:
+            self._end(ticket, "error", error)
+            return False
+        return True
+
+    def _suit(self, call: Call) -> None:
+        """Drive a form of the step that honours what this call sets, and all that was set since nothing ran."""
+        used, hooked = call.used | (self._used or frozenset()), self._hooked or bool(call.hooks)
+        if (used, hooked) != (self._used, self._hooked):
+            self._decoder._select(used, hooked=hooked)
+            self._hooks.enter_context(self._decoder._calling((self._row_hooks,)))
+            self._used, self._hooked = used, hooked
+
+    def _end(self, ticket: Ticket, reason: FinishReason, error: BaseException | None = None) -> None:
+        """Free its place, and tell its readers."""
+        request = ticket.request
+        if not request.finished:
+            request.end(len(ticket.tokens), reason)
+        with self._room:
+            if self._running.pop(_number(request), None) is None:
+                self._waiting.remove(ticket)
+            self._room.notify_all()
+        streamer = ticket.call.chosen.streamer
+        if streamer is not None and error is None:
+            try:
+                streamer.end()
+            except BaseException as raised:
+                reason, error = "error", raised
+        ticket.finish(reason, error)
+
+    def _end_all(self) -> None:
+        with self._room:
+            self._closing = self._closing or "finish"  # from here on nothing is put
+            tickets = [*self._waiting, *self._running.values()]
+            self._room.notify_all()
+        for ticket in tickets:
+            self._end(ticket, "error" if self._failure else "cancelled", self._failure)
+
+    def _has_room(self) -> bool:
+        """Whether one more may wait; or it is no longer worth asking."""
+        busy = len(self._waiting) + len(self._running)
+        return self.is_closing or busy < self._max_queue + self._engine.num_rows
+
+
+def _number(request: Request) -> int:
+    """Of a request among those of its session."""
+    assert request.group is not None
+    return request.group
+
+
+def _reason(ticket: Ticket) -> FinishReason:
+    request, eos = ticket.request, ticket.call.chosen.eos_token_ids
+    if request.output and request.output[-1] in eos:
+        return "eos"
+    return "length" if not request.finish_reason else "deadline" if request.finish_reason == "deadline" else "stop"
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Let no thread be in the middle of a step when Python is taken down."""
+    started = [*_started]
+    for scheduler in started:
+        scheduler.stop()
+    for scheduler in started:
+        scheduler._thread.join(_EXIT_SECONDS)
