@@ -18,8 +18,8 @@ def test_the_examples_are_two_and_short():
 
 
 def test_the_examples_give_the_tokens_of_generate():
-    prompts, printed = [prompt(n) for n in (3, 8, 5)], []
-    variables: dict[str, Any] = {"fast": fast(), "prompts": prompts, "asyncio": asyncio, "print": printed.append}
+    prompts, printed = [prompt(n) for n in (3, 8, 5)], list[Any]()
+    variables: dict[str, Any] = {"fast": fast(), "prompts": prompts, "asyncio": asyncio}
     variables["print"] = lambda *values: printed.append(values)
     for example in EXAMPLES:
         exec(example, variables)

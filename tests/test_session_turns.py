@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ async def _read(stream: Any) -> list[int]:
 def test_other_calls_are_refused_by_name_as_long_as_a_session_is_open():
     model = fast()
     with model.session() as session:
-        for what, call in {
+        calls: dict[str, Callable[[], object]] = {
             "generate": lambda: model.generate([prompt(3)], max_new_tokens=1),
             "warmup": model.warmup,
             "refresh": model.refresh,
             "session": model.session,
-        }.items():
+        }
+        for what, call in calls.items():
             with pytest.raises(SessionError, match=f"{what}: a session of this object is open"):
                 call()
         assert session.submit(prompt(3), max_new_tokens=NEW).result(WAIT) == alone(prompt(3))
@@ -86,7 +88,7 @@ def test_calls_from_inside_the_sessions_thread_are_refused_and_not_waited_for():
             (lambda: asyncio.run(_read(full)), ReentryError),
             (lambda: session.submit(prompt(2), max_new_tokens=1, timeout=None), ReentryError),
         ):
-            with pytest.raises(error) as caught:  # type: ignore[call-overload]
+            with pytest.raises(error) as caught:
                 attempt()
             seen.append(type(caught.value).__name__)
         session.close(wait=True)
@@ -108,9 +110,12 @@ def test_a_session_that_is_dropped_gives_the_turn_back():
     assert stream.result(WAIT) == alone(prompt(9)), "a stream keeps its session"
     del stream
     session, reached, go = model.session(), threading.Event(), threading.Event()
-    session.submit(
-        prompt(5), max_new_tokens=50, stopping_criteria=[lambda ids, scores: reached.set() or not go.wait(WAIT)]
-    )
+
+    def waits(ids: object, scores: object) -> bool:
+        reached.set()
+        return not go.wait(WAIT)
+
+    session.submit(prompt(5), max_new_tokens=50, stopping_criteria=[waits])
     session.submit(prompt(3), max_new_tokens=50)
     scheduler = session._scheduler
     assert reached.wait(WAIT)

@@ -178,9 +178,12 @@ def test_rows_go_on_in_another_form_of_the_step(lag):
     list(fast._engine.run([Request(0, torch.tensor(prompt(3)), 4, {"min_new_tokens": 4})]))
     fast._select((), hooked=False)
     eos = target("llama", ROWS).reference(prompt(5), 20)[9:10]
-    waiting = _Later(
-        requests[:1], {3: lambda: (fast._select({"min_new_tokens"}, hooked=False), waiting.add(requests[1]))}
-    )
+
+    def change() -> None:
+        fast._select({"min_new_tokens"}, hooked=False)
+        waiting.add(requests[1])
+
+    waiting = _Later(requests[:1], {3: change})
     list(fast._engine.run(waiting, eos))
     reference = target("llama", ROWS).reference
     assert requests[0].output == reference(prompt(5), 20, eos)
