@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "dot_tile.h"
 
@@ -114,17 +115,18 @@ inline at::Tensor multiply_by_onednn(const at::Tensor& x, const at::Tensor& weig
   return op.call(x, weight, bias, "none", Scalars(), "");
 }
 
-// Each product is put to where its columns are.
-inline void multiply_many(const at::Tensor& x, at::TensorList weights, at::TensorList biases, const at::Tensor& y) {
-  int64_t offset = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const auto bias = biases.empty() ? std::nullopt : std::optional(biases[i]);
-    const bool by_onednn = at::hasMKLDNN() && x.scalar_type() == at::kFloat && x.numel() > 0 &&
-                           weights[i].scalar_type() == at::kFloat && weights[i].is_contiguous();
-    const at::Tensor part = y.narrow(1, offset, weights[i].size(0));
-    part.copy_(by_onednn ? multiply_by_onednn(x, weights[i], bias) : at::linear(x, weights[i], bias));
-    offset += weights[i].size(0);
-  }
+inline at::Tensor multiply_many(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const bool by_onednn = at::hasMKLDNN() && x.scalar_type() == at::kFloat && x.numel() > 0 &&
+                         weight.scalar_type() == at::kFloat && weight.is_contiguous();
+  return by_onednn ? multiply_by_onednn(x, weight, bias) : at::linear(x, weight, bias);
+}
+
+// The products side by side.
+inline at::Tensor multiply_many(const at::Tensor& x, at::TensorList weights, at::TensorList biases) {
+  std::vector<at::Tensor> parts;
+  for (size_t i = 0; i < weights.size(); ++i)
+    parts.push_back(multiply_many(x, weights[i], biases.empty() ? std::nullopt : std::optional(biases[i])));
+  return parts.size() == 1 ? parts[0] : at::cat(parts, -1);
 }
 
 // Whether the weights can be streamed as they lie, and for so few tokens that this is the fastest.
@@ -152,13 +154,13 @@ inline at::Tensor grouped_linear(const at::Tensor& x, at::TensorList parameters,
   const at::AutoDispatchBelowADInplaceOrView guard;  // parameters may require gradients; none are computed
   at::DimVector sizes(x.sizes());
   sizes.back() = columns;
-  at::Tensor y = at::empty(sizes, x.options());
-  if (y.numel() == 0) return y;
+  const int64_t outputs = c10::multiply_integers(sizes);
+  if (outputs == 0) return at::empty(sizes, x.options());
   const at::Tensor input = x.contiguous();
-  if (!is_streamed(x, parameters, weights)) {
-    const int64_t tokens = y.numel() / columns;
-    multiply_many(input.view({tokens, x.size(-1)}), weights, biases, y.view({tokens, columns}));
-  } else if (x.scalar_type() == at::kFloat) {
+  if (!is_streamed(x, parameters, weights))
+    return multiply_many(input.view({outputs / columns, x.size(-1)}), weights, biases).view(sizes);
+  at::Tensor y = at::empty(sizes, x.options());
+  if (x.scalar_type() == at::kFloat) {
     multiply_few<float>(input, weights, biases, y);
   } else {
     multiply_few<at::BFloat16>(input, weights, biases, y);
