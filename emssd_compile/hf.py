@@ -23,9 +23,9 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
         model.generate(**inputs, max_new_tokens=64, custom_generate=emssd_compile.hf.generate(fast))
 
     transformers reads the options, and `fast` decodes with them; so pipelines and other code that calls
-    `model.generate` can have it decode. `seed`, `grammar`, `logits_hook` and `tokenizer` (for `stop_strings`) may be
-    passed as well, as to `fast.generate`. transformers hands no streamer on to a `custom_generate`: for one, call
-    `fast.generate`.
+    `model.generate` can have it decode. `seed`, `grammar` and `logits_hook` may be passed as well, as to
+    `fast.generate`. transformers hands neither a streamer nor the tokenizer that `stop_strings` needs on to a
+    `custom_generate`: for these, call `fast.generate`.
 
     Args:
         fast: made by `emssd_compile.optimize`.
@@ -46,7 +46,6 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
         seed: int | None = None,
         grammar: Any = None,
         logits_hook: Any = None,
-        tokenizer: Any = None,
         **others: Any,
     ) -> Any:
         if model is not fast.model:
@@ -64,7 +63,6 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
             seed=seed,
             grammar=grammar,
             logits_hook=logits_hook,
-            tokenizer=tokenizer,
             logits_processor=_of_the_user(model, logits_processor, generation_config, input_ids),
             stopping_criteria=[each for each in stopping_criteria if type(each).__name__ not in _CARRIED_OUT],
             **others,

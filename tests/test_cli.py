@@ -169,6 +169,7 @@ def test_prompt_files(tmp_path, name, content, prompts):
         ("p.jsonl", '{"messages": ["hello"]}', InvalidInputError, "entry 0"),
         ("p.jsonl", '"one"\n\n{"text": \n', OptionError, "line 3: "),
         ("p.txt", "", InvalidInputError, "prompt 1 of 1 is empty"),
+        ("p.jsonl", '"one"\n"\\ud83d"\n', InvalidInputError, "prompt 2 of 2 is no text"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, content, error, said):

@@ -52,6 +52,10 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
     for index, prompt in enumerate(prompts):
         if not prompt.text and not prompt.messages:
             raise InvalidInputError(f"prompt {index + 1} of {len(prompts)} is empty; give it at least one word")
+        try:
+            prompt.text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(f"prompt {index + 1} of {len(prompts)} is no text: {error}") from error
     return prompts
 
 

@@ -76,6 +76,14 @@ def test_a_token_that_is_not_finite_stays_by_itself():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [3, FEW + 1])
+def test_biases_may_lie_in_any_way(dtype, tokens):
+    x, weight = torch.randn(tokens, 7, dtype=dtype), torch.randn(8, 7, dtype=dtype)
+    for bias in (torch.randn(16, dtype=dtype)[::2], torch.randn(1, dtype=dtype).expand(8)):
+        assert_is_product(grouped_linear(x, [weight], [bias]), x, [weight], [bias])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [3, FEW + 1])
 def test_weights_and_tokens_may_lie_in_any_way(dtype, tokens):
     both, x = torch.randn(40, 64, dtype=dtype), torch.randn(64, tokens, dtype=dtype).T
     weights = [both[:8, :40], both[::2, 3:43], both[:, :30].T, both[:1, :40].expand(5, 40), both[:6, ::2]]

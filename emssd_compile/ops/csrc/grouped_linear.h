@@ -141,7 +141,9 @@ inline at::Tensor grouped_linear(const at::Tensor& x, at::TensorList parameters,
   const auto given = static_cast<int64_t>(parameters.size());
   TORCH_CHECK(num_weights > 0 && (given == num_weights || given == 2 * num_weights), "emssd::grouped_linear: ",
               num_weights, " weights among ", given, " parameters");
-  const at::TensorList weights = parameters.slice(0, num_weights), biases = parameters.slice(num_weights);
+  const at::TensorList weights = parameters.slice(0, num_weights), given_biases = parameters.slice(num_weights);
+  std::vector<at::Tensor> biases(given_biases.begin(), given_biases.end());
+  for (at::Tensor& bias : biases) bias = bias.contiguous();  // they are read without strides
   int64_t columns = 0;
   for (int64_t i = 0; i < num_weights; ++i) {
     const at::Tensor& weight = weights[i];
