@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import emssd_compile
 from bench import shapes
 from bench.command import argument_parser, at_least, describe, hardware, make_console, parse, save, timed, versions
-from bench.heads import SHIPPED
+from bench.heads import shipped_heads
 from bench.timing import alternate
 from emssd_compile import OptimizedModel
 from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftHead, load_head
@@ -102,7 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--tokens", type=at_least(_FEW + 1), default=64, help="new tokens of a row (%(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     options = parse(parser, arguments)
-    options.heads = options.heads or sorted(path for path in SHIPPED.iterdir() if path.is_dir())
+    options.heads = options.heads or shipped_heads()
     return options
 
 
@@ -116,7 +116,7 @@ def compile_with(model: PreTrainedModel, drafter: Drafter, options: argparse.Nam
 
 def measure(name: str, fast: OptimizedModel, stand_in: OptimizedModel, batch: int, options: argparse.Namespace) -> Row:
     """A head and its stand-in at one batch size."""
-    prompts = shapes.demo_prompts()[:batch]
+    prompts = shapes.spread(shapes.demo_prompts(), batch)
     step_seconds(fast, prompts, options.tokens)
     verified = fast.stats.num_draft_tokens / fast.stats.num_spec_steps
     assert isinstance(stand_in.drafter, StandIn)

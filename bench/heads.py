@@ -35,6 +35,11 @@ SHIPPED = shapes.DEMO_MODEL / "heads"
 TREE = (3, 2, 1)
 
 
+def shipped_heads() -> list[Path]:
+    """Folders of the heads that are shipped with the demo model."""
+    return sorted(path for path in SHIPPED.iterdir() if path.is_dir())
+
+
 @dataclass(frozen=True)
 class Run:
     """One run.
@@ -128,7 +133,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parse(parser, arguments)
     is_demo = options.model is None
     if options.heads is None:
-        options.heads = sorted(path for path in SHIPPED.iterdir() if path.is_dir()) if is_demo else []
+        options.heads = shipped_heads() if is_demo else []
     return options
 
 

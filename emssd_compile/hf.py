@@ -12,8 +12,6 @@ from torch import Tensor
 from emssd_compile.errors import OptionError
 from emssd_compile.optimized_model import OptimizedModel
 
-_CARRIED_OUT = ("MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria", "MaxTimeCriteria")
-"""Criteria that transformers makes of options which the compiled model knows itself."""
 _OF_ITS_OWN_DECODING = ("use_cache", "logits_to_keep", "past_key_values", "position_ids", "cache_position")
 
 
@@ -64,7 +62,7 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
             grammar=grammar,
             logits_hook=logits_hook,
             logits_processor=_of_the_user(model, logits_processor, generation_config, input_ids),
-            stopping_criteria=[each for each in stopping_criteria if type(each).__name__ not in _CARRIED_OUT],
+            stopping_criteria=_criteria_of_the_user(model, stopping_criteria, generation_config),
             **others,
         )
 
@@ -95,6 +93,22 @@ def _of_the_user(model: Any, prepared: Iterable[Any], config: Any, input_ids: Te
                 "leave one of them out"
             )
     return found
+
+
+def _criteria_of_the_user(model: Any, prepared: Iterable[Any], config: Any) -> list[Any]:
+    """The criteria that do not say what options say, which the compiled step carries out itself."""
+    made = {type(each): each for each in model._get_stopping_criteria(config, [])}
+    timed = "max_time" if config.max_time is not None else None  # the start of another clock does not matter
+    return [
+        each
+        for each in prepared
+        if not (type(each) in made and (_same(vars(each), vars(made[type(each)])) or _says(each, timed, config)))
+    ]
+
+
+def _says(criterion: Any, name: str | None, config: Any) -> bool:
+    """Whether it holds the option of that name."""
+    return name is not None and getattr(criterion, name, None) == getattr(config, name)
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -74,6 +74,18 @@ def test_processors_and_criteria_of_the_user_are_called(fast, other):
     assert torch.equal(found, fast.model.generate(**INPUTS, **how))
 
 
+def test_a_time_that_is_an_option_is_none_of_the_users_criteria(fast, other):
+    how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "max_time": 100.0}
+    found = fast.model.generate(**INPUTS, **how, custom_generate=other)
+    assert torch.equal(found, fast.model.generate(**INPUTS, **how))
+
+
+def test_a_criterion_in_the_place_of_an_option_is_not_ignored(fast):
+    criteria = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(max_length=WIDEST + 3)])
+    with pytest.raises(NotImplementedError, match="MaxLengthCriteria: pass max_length instead"):
+        fast.model.generate(**INPUTS, max_new_tokens=NEW, stopping_criteria=criteria, custom_generate=hf.generate(fast))
+
+
 def test_a_prompt_alone(fast, other):
     ids = torch.tensor([PROMPTS[2]])
     assert torch.equal(
