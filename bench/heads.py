@@ -3,10 +3,11 @@
     python -m bench.heads
     python -m bench.heads --batches 1 4 8 16 --json heads.json --plot heads.png
     python -m bench.heads --temperature 1
-    python -m bench.heads --model models/smollm2 --heads models/smollm2-eagle3 --draft models/small
+    python -m bench.heads --shape smollm2 --exit 20
+    python -m bench.heads --model models/llama --heads models/llama-eagle3 --draft models/small
 
-The demo model has its own draft model and the heads that are shipped with it (`examples/demo_model/heads`). All decode
-the same prompts without EOS, greedily, or drawing the same tokens by the same seeds, which repeat less; runs alternate,
+The demo model has its own draft model; heads that are shipped with a model are in `examples`. All decode the same
+prompts without EOS, greedily, or drawing the same tokens by the same seeds, which repeat less; runs alternate,
 prompts are read in each of them. `layout="auto"`, as in `optimize`: a drafter that is not worth it is left out as far
 as the policy notices.
 """
@@ -27,17 +28,18 @@ from transformers import PreTrainedModel
 import emssd_compile
 from bench import plots, shapes
 from bench.command import argument_parser, at_least, describe, hardware, make_console, parse, save, timed, versions
+from bench.real_models import smollm2
 from bench.timing import alternate, median_ratio
 from emssd_compile import OptimizedModel
 from emssd_compile.drafters import Drafter, DraftModel, EarlyExit, Hybrid, SuffixLookup, load_head
 
-SHIPPED = shapes.DEMO_MODEL / "heads"
+SHIPPED = {"demo": shapes.DEMO_MODEL / "heads", shapes.SMOLLM2: shapes.DEMO_MODEL.with_name("smollm2_heads")}
 TREE = (3, 2, 1)
 
 
-def shipped_heads() -> list[Path]:
-    """Folders of the heads that are shipped with the demo model."""
-    return sorted(path for path in SHIPPED.iterdir() if path.is_dir())
+def shipped_heads(shape: str) -> list[Path]:
+    """Folders of the heads that are shipped for a model of that name."""
+    return sorted(path for path in SHIPPED[shape].iterdir() if path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = shapes.prompts_for(options.model)
     with console.status("compiling"):
         compiled = {name: compile_with(model, make(), options) for name, make in drafters(options).items()}
+    title = f"{options.model.name if options.model else 'demo model'}, {options.backend}, layout {options.layout}, " + (
+        f"temperature {options.temperature:g}" if options.temperature else "greedy"
+    )
     rows: list[Row] = []
     for batch in options.batches:
         chosen = shapes.spread(prompts, batch)
@@ -98,13 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             how = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
             ways = {name: partial(decode, fast, chosen, options.tokens, how) for name, fast in compiled.items()}
             rows += summed_up(compiled, batch, alternate(ways, options.repeats, options.least_seconds))
-    title = f"{options.model.name if options.model else 'demo model'}, {options.backend}, layout {options.layout}, " + (
-        f"temperature {options.temperature:g}" if options.temperature else "greedy"
-    )
+        if options.json:
+            save(options.json, "bench.heads", [{"title": title, "rows": [asdict(row) for row in rows]}])
     console.print(table(rows, title))
     console.print(f"{describe(hardware())}\n{describe(versions())}")
-    if options.json:
-        save(options.json, "bench.heads", [{"title": title, "rows": [asdict(row) for row in rows]}])
     if options.plot:
         names = list(compiled)
         lines = {name: {row.batch: row.speedup for row in rows if row.drafter == name} for name in names}
@@ -117,10 +119,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argument_parser(__doc__, repeats=3)
     number = at_least(1)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a model of transformers (default: the demo's)")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--shape", choices=SHIPPED, help="a model that heads are shipped for (default: demo)")
+    target.add_argument("--model", type=Path, metavar="DIR", help="a model of transformers")
     parser.add_argument("--draft", type=Path, metavar="DIR", help="its draft model (default: the demo's, or none)")
     parser.add_argument(
-        "--heads", type=Path, nargs="*", metavar="DIR", help="checkpoints of heads (default: the demo's, or none)"
+        "--heads", type=Path, nargs="*", metavar="DIR", help="checkpoints of heads (default: those shipped, or none)"
     )
     parser.add_argument("--exit", type=number, metavar="E", help="layers that draft by early exit (default: a quarter)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these drafters only")
@@ -131,9 +135,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--layout", choices=("auto", "packed"), default="auto")
     options = parse(parser, arguments)
-    is_demo = options.model is None
     if options.heads is None:
-        options.heads = shipped_heads() if is_demo else []
+        options.heads = [] if options.model else shipped_heads(options.shape or "demo")
+    if options.shape == shapes.SMOLLM2:
+        options.model = smollm2()
     return options
 
 

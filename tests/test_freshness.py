@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CompileConfig
 
 from emssd_compile.errors import StaleModelError
 from tests.exactness.models import build
@@ -58,6 +59,10 @@ FOLLOWED: dict[str, Callable[[Any], object]] = {
     "another generation_config": lambda model: setattr(model.generation_config, "top_k", 7),
     "a padding token": lambda model: setattr(model.config, "pad_token_id", 3),
     "used itself": lambda model: model.generate(torch.tensor([PROMPT]), max_new_tokens=3),
+    "used itself with a static cache": lambda model: model.generate(
+        torch.tensor([PROMPT]), max_new_tokens=3, cache_implementation="static", disable_compile=True
+    ),
+    "compiled by transformers, too": lambda model: model.get_compiled_call(CompileConfig()),
     "train and back": lambda model: model.train().eval(),
 }
 

@@ -16,6 +16,11 @@ def over_all(logits: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
     return logits.new_full((*logits.shape[:-1], vocabulary), -torch.inf).scatter(-1, ids.expand_as(logits), logits)
 
 
+def most_frequent(counts: Tensor, size: int) -> Tensor:
+    """The tokens of the highest counts `[V]`, the lower id first where they are the same: int64 `[size]`, ascending."""
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
+
+
 def read_draft_ids(checkpoint: Checkpoint, vocabulary: int) -> Tensor:
     """The target's id of each draft token, int64 `[Vd]`, ascending, of `d2t` (offsets to be added) and `t2d`.
 

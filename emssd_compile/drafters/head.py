@@ -190,6 +190,13 @@ class DraftHead(Drafter):
         self._read_tables = target.read_tables
         self.to(device=target.device, dtype=target.dtype)
 
+    def begin(self, counts: Tensor) -> None:
+        """For training: called once, after `prepare`, on a head with fresh weights, to choose where it begins.
+
+        Args:
+            counts: int64 `[V]`, how often the text to learn from says each token.
+        """
+
     @property
     def tables(self) -> TokenTables:
         """The target's, as they are now; empty until `prepare`."""

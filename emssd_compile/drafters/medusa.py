@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emssd_compile.drafters.draft_vocabulary import over_all
+from emssd_compile.drafters.draft_vocabulary import most_frequent, over_all
 from emssd_compile.drafters.drawing import over
 from emssd_compile.drafters.guesses import guess, in_eighths
 from emssd_compile.drafters.head import DraftHead, Features, Recipe
@@ -72,16 +72,11 @@ class Medusa(DraftHead):
         self.depths: Tensor
         self.places: Tensor
 
-    @classmethod
-    def for_target(cls, target: Target, **sizes: Any) -> Self:
-        """A head to be trained: each of its heads predicts what the target does, until it has learned.
-
-        W1 and b are 0, and W2 is the target's LM head, or where that is not found, random. `sizes` are fields of the
-        config. Of a draft vocabulary the tokens are the first ones; for others, set `token_map` and `start_from` anew.
-        """
-        head = super().for_target(target, **sizes)
-        head.start_from(target.tables)
-        return head
+    def begin(self, counts: Tensor) -> None:
+        """Each of the heads predicts what the target does, until it has learned; of fewer tokens, those said most."""
+        if self.config.draft_vocabulary:
+            self.token_map.copy_(most_frequent(counts, self.config.draft_vocabulary))
+        self.start_from(self.tables)
 
     @torch.no_grad()
     def start_from(self, tables: TokenTables) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emssd_compile.drafters.draft_vocabulary import most_frequent
 from emssd_compile.drafters.head import DraftHead, HeadSizes
 from emssd_compile.errors import OptionError
 
@@ -61,6 +62,16 @@ class OwnTables(DraftHead):
         owned = {"embedding": config.owns_embedding, "head": config.owns_head}
         self.borrows = tuple(table for table, is_own in owned.items() if not is_own)
 
+    @torch.no_grad()
+    def begin(self, counts: Tensor) -> None:
+        """Draft what the text says most; tables of its own begin as the target's, where those are as wide."""
+        if self.config.draft_vocabulary < self.config.vocabulary:
+            self.draft_ids.copy_(most_frequent(counts, self.config.draft_vocabulary))
+        if self.config.owns_embedding:
+            _take(self.embed_tokens.weight, self.tables.embedding)
+        if self.config.owns_head:
+            _take(self.lm_head.weight, self.tables.head, self.ids())
+
     def table(self) -> Tensor:
         """The embedding, `[V, H]`."""
         if self.config.owns_embedding:
@@ -84,3 +95,13 @@ class OwnTables(DraftHead):
         if self.config.draft_vocabulary < self.config.vocabulary:
             weight, bias = weight[self.draft_ids], None if bias is None else bias[self.draft_ids]
         return F.linear(normalised.to(weight.dtype), weight, bias)
+
+
+def _take(own: Tensor, target: Tensor | None, ids: Tensor | None = None) -> None:
+    """Copy the rows `ids` of the target's table `[V, H]`, or all, if it has one of that width with as many."""
+    if target is None or target.shape[1] != own.shape[1]:
+        return
+    if ids is None and len(target) == len(own):
+        own.copy_(target)
+    elif ids is not None and int(ids[-1]) < len(target):
+        own.copy_(target[ids.to(target.device)])

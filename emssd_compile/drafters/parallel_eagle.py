@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -140,15 +140,6 @@ class ParallelEagle(Eagle3):
         if self.num_draft_tokens > 1:
             # As a tree without branches: a row takes up to K tokens at a time here, where a chain's drafter takes two.
             self.max_depth = self.num_draft_tokens
-
-    @classmethod
-    def for_target(cls, target: Target, **sizes: Any) -> Self:
-        """A head to be trained, as for `Eagle3`; an embedding of its own begins as the target's."""
-        head, table = super().for_target(target, **sizes), target.tables.embedding
-        if head.config.owns_embedding and table is not None and head.embed_tokens.weight.shape == table.shape:
-            with torch.no_grad():
-                head.embed_tokens.weight.copy_(table)
-        return head
 
     def prepare(self, target: Target) -> None:
         """See the target.

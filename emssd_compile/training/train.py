@@ -119,6 +119,7 @@ def train(
         made = Continuations(model, work.continuations, options, processes, shows=shows_progress)
         windows, held_out = made.of(windows, "training"), made.of(held_out, "held-out")
 
+    head.begin(torch.bincount(windows.tokens[windows.counts], minlength=target.vocabulary)[: head.config.vocabulary])
     own = next((p.dtype for p in model.parameters()), torch.float32)
     autocast = own if own in (torch.bfloat16, torch.float16) else None
     trainer = Trainer(head, target, windows, held_out, options, processes, work, autocast)

@@ -159,7 +159,9 @@ def test_a_fresh_head_expects_again_what_the_target_has_just_chosen_from(options
     model = target()
     with torch.no_grad():
         model.embed.weight.copy_(model.embed.weight[:1].expand(VOCABULARY, HIDDEN))
-    head = Medusa.for_target(target_of(None, 2, 48, VOCABULARY, HIDDEN, TokenTables(head=model.lm_head.weight)))
+    head = Medusa(MedusaConfig(HIDDEN, VOCABULARY, 3))
+    head.prepare(target_of(None, 2, 48, VOCABULARY, HIDDEN, TokenTables(head=model.lm_head.weight)))
+    head.begin(torch.zeros(VOCABULARY, dtype=torch.int64))
     drafted = fast(model, head)
     tokens = 1 + 4 * (1 + head.tree.depth)
     plain = fast(model, "none").generate(TEXTS, max_new_tokens=tokens, **options)

@@ -99,7 +99,10 @@ def test_it_is_trained_on_what_it_does_when_it_drafts(name):
 def test_a_head_to_be_trained_begins_with_the_targets_embedding():
     table = torch.randn(VOCABULARY, HIDDEN)
     tables = TokenTables(table, torch.randn(VOCABULARY, HIDDEN))
-    head = ParallelEagle.for_target(target_of(None, 1, 8, VOCABULARY, HIDDEN, tables), num_layers=1)
+    target = target_of(None, 1, 8, VOCABULARY, HIDDEN, tables)
+    head = ParallelEagle.for_target(target, num_layers=1)
+    head.prepare(target)
+    head.begin(torch.zeros(VOCABULARY, dtype=torch.int64))
     assert torch.equal(head.embed_tokens.weight, table)
     assert (head.config.mask_token, head.num_draft_tokens, head.borrows) == (VOCABULARY - 1, 8, ("head",))
 

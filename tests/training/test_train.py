@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import emssd_compile
+from emssd_compile.drafters import Eagle3
 from emssd_compile.errors import InvalidInputError, OptionError
 from emssd_compile.training.features import FrozenTarget
 from emssd_compile.training.train import Texts, train
@@ -138,3 +139,10 @@ def test_texts_that_are_held_out_are_those_given(model):
     windows, held_out = Texts([TEXT], [other], Characters()).windows(options())
     assert bytes(held_out.tokens.flatten().tolist()).decode() == other[: held_out.tokens.numel()]
     assert len(windows) == len(TEXT) // 24
+
+
+def test_a_smaller_draft_vocabulary_is_what_the_text_says_most(model, tmp_path):
+    chosen = options(sizes={"draft_vocabulary": 5, "owns_head": True, "taps": (0,)}, epochs=1)
+    train(model, Eagle3, texts(), tmp_path, chosen)
+    most = sorted(ord(character) for character in " teah")
+    assert Eagle3.from_pretrained(tmp_path).draft_ids.tolist() == most
