@@ -85,8 +85,9 @@ def require(device: torch.device) -> None:
 def passes(device: torch.device) -> tuple[Pass, ...]:
     """Our own products on a CPU; on a GPU, Inductor's own choices are good."""
     from emssd_compile.passes.group_linears import GroupLinears  # brings sympy: not needed to import the package
+    from emssd_compile.passes.raise_linears import RaiseLinears
 
-    return (GroupLinears(),) if device.type == "cpu" else ()
+    return (RaiseLinears(), GroupLinears()) if device.type == "cpu" else ()
 
 
 def lower(graph_module: fx.GraphModule, deterministic: bool = False) -> InductorStep:
