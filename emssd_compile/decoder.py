@@ -71,6 +71,11 @@ class Decoder(ABC):
         """What each request may set for the parts of the step, by the keyword of `generate`."""
 
     @property
+    def _assisted(self) -> dict[str, object]:
+        """What `Drafter.assisted` says; of an artifact nothing but the drafter's name is known."""
+        return {}
+
+    @property
     @abstractmethod
     def readings(self) -> dict[str, ReadingSpec]:
         """What probes may tell of each token, by the names of results."""
@@ -302,6 +307,7 @@ class Decoder(ABC):
             self.readings,
             self.generation_config,
             self._has_hooks,
+            self._assisted,
         )
 
     def _decode(self, call: Call, progress: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emssd_compile import keywords
 from emssd_compile.errors import OptionError
 from emssd_compile.optimized_model import OptimizedModel
 
@@ -22,8 +23,8 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
 
     transformers reads the options, and `fast` decodes with them; so pipelines and other code that calls
     `model.generate` can have it decode. `seed`, `grammar` and `logits_hook` may be passed as well, as to
-    `fast.generate`. transformers hands neither a streamer nor the tokenizer that `stop_strings` needs on to a
-    `custom_generate`: for these, call `fast.generate`.
+    `fast.generate`. transformers hands a function neither a streamer, nor `assistant_model`, nor the tokenizer that
+    `stop_strings` needs: for these, call `fast.generate`, or write a folder with `save_custom_generate`.
 
     Args:
         fast: made by `emssd_compile.optimize`.
@@ -52,6 +53,7 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
                 "that one, or compile this one"
             )
         others = {name: value for name, value in others.items() if not _is_of_its_own_decoding(name, value)}
+        others |= _of_assistants(model, generation_config)
         config = copy.deepcopy(generation_config)
         config.num_return_sequences = 1  # the prompts came expanded
         config.max_new_tokens = None  # it went into max_length
@@ -67,6 +69,14 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
         )
 
     return decode
+
+
+def _of_assistants(model: Any, config: Any) -> dict[str, Any]:
+    """What the call says of assisted decoding: what is neither the model's own nor transformers' default."""
+    defaults = config._get_default_generation_params()
+    given = {name: getattr(config, name, None) for name in keywords.OF_ASSISTANTS}
+    own = {name: getattr(model.generation_config, name, None) for name in keywords.OF_ASSISTANTS}
+    return {name: value for name, value in given.items() if value not in (None, own[name], defaults.get(name))}
 
 
 def _is_of_its_own_decoding(name: str, value: Any) -> bool:

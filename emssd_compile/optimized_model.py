@@ -336,6 +336,10 @@ class OptimizedModel(Decoder):
         step = self._step
         return (step.rule, step.drafter, step.policy, *step.processors, *step.probes)
 
+    @property
+    def _assisted(self) -> dict[str, object]:
+        return self.drafter.assisted()
+
     def _served_with(self, used: Collection[str]) -> frozenset[str]:
         """These options, and the others of the parts that they belong to: which of them are set needs no other form."""
         options = [part.options().keys() for part in self._parts]

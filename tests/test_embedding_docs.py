@@ -1,5 +1,6 @@
 """What docs/embedding.md shows behind sessions is true: its examples run, are short, and give what the model gives."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="it is code for transformers that is shown")
 
 import emssd_compile
+from emssd_compile.drafters import DraftModel
 from tests.exactness.models import build, prompt
 
 _, *SECTIONS = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text().split("\n## ")
@@ -41,3 +43,11 @@ def test_logits_and_losses(fast):
     expected = fast.model(ids, labels=ids)
     assert torch.equal(found["logits"], expected.logits)
     assert torch.equal(found["loss"], expected.loss)
+
+
+def test_options_of_assisted_decoding(fast):
+    optimize = functools.partial(emssd_compile.optimize, max_length=64, backend="eager", layout="packed")
+    given = {"optimize": optimize, "DraftModel": DraftModel, "model": fast.model, "assistant": build("llama")}
+    found = _run("transformers' own names", 0, **given, prompts=PROMPTS)
+    assert found["texts"] == fast.generate(PROMPTS, max_new_tokens=16)
+    assert found["assisted"].stats.num_draft_tokens > 0
