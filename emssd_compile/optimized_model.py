@@ -420,6 +420,11 @@ class OptimizedModel(Decoder):
         return getattr(self.model, "generation_config", None)
 
     @property
+    def _prepare_generation_config(self) -> Any:
+        """The model's own, if it has one: `transformers.pipeline` merges its defaults with it."""
+        return self.model._prepare_generation_config
+
+    @property
     def dtype(self) -> torch.dtype:
         """Element type of the weights."""
         return next((p.dtype for p in self.model.parameters()), torch.float32)
