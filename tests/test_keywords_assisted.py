@@ -62,10 +62,10 @@ def test_a_config_may_say_how_to_draft_but_not_who_does():
 
 
 def test_how_many_drafts_are_verified_is_no_option():
-    assert resolve(**NEW, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0) == resolve(
-        **NEW
-    )
-    for name, value in {"num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.4}.items():
+    off: dict[str, Any] = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    assert resolve(**NEW, **off) == resolve(**NEW)
+    on: dict[str, Any] = {"num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.4}
+    for name, value in on.items():
         with pytest.raises(OptionError, match=f"{name}=.*layout='auto'"):
             resolve(**NEW, **{name: value})
 
@@ -85,7 +85,7 @@ def fast():
 
 def test_the_assistant_that_was_compiled_drafts(fast):
     ids = [prompt(7), prompt(4)]
-    how = {"assistant_model": fast.drafter.model, "num_assistant_tokens": 3}
+    how: dict[str, Any] = {"assistant_model": fast.drafter.model, "num_assistant_tokens": 3}
     fast.stats.reset()
     assert fast.generate(ids, **NEW, **how) == fast.generate(ids, **NEW)
     assert fast.stats.num_draft_tokens > 0

@@ -285,7 +285,8 @@ def test_a_call_is_the_models_forward_on_the_weights_as_they_are():
         found.loss.backward()
         with torch.no_grad():
             for parameter in fast.parameters():
-                parameter -= parameter.grad
+                assert parameter.grad is not None
+                parameter.sub_(parameter.grad)
     assert not torch.equal(fast(ids, **given).loss, expected.loss)
 
 
