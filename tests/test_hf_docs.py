@@ -86,6 +86,15 @@ def test_pipelines_and_streamers(fast):
     assert streamed == others
 
 
+def test_continuous_batching(fast):
+    printed: list[Any] = []
+    given = {"GenerationConfig": transformers.GenerationConfig, "print": printed.append}
+    _run("transformers' own names", 3, **given, fast=fast, prompts=PROMPTS)
+    whole = fast.generate(PROMPTS, max_new_tokens=16)
+    new = [row[len(ids) :] for row, ids in zip(whole, PROMPTS, strict=True)]
+    assert printed == [new, *new[0], new[0][-1]]  # the last result says that it is the last
+
+
 def test_rollouts():
     given = {"Rollouts": Rollouts, "GRPOTrainer": dict, "model": {}, "reward": None, "args": None, "data": None}
     made = _run("Weights that change", 0, **given)  # tests/examples/test_grpo.py has a trainer
