@@ -82,8 +82,11 @@ def test_a_request_that_is_refused_leaves_no_trace():
         with pytest.raises(OptionError, match="'bad': a request of that name"):
             manager.add_request(PROMPTS[0], request_id="bad")
         assert manager.get_result(timeout=0.01) is None
+        manager.add_request(PROMPTS[1], request_id="cancelled")
+        manager.cancel_request("cancelled")
     manager.stop()
-    assert manager.get_result().generated_tokens == _new(PROMPTS[0])
+    assert manager.get_result("bad").generated_tokens == _new(PROMPTS[0])
+    assert manager.get_result("cancelled").generated_tokens == []
     with pytest.raises(InvalidInputError):
         fast().generate_batch([PROMPTS[0], [999]], CONFIG)
     assert fast().generate([PROMPTS[0]], max_new_tokens=NEW) == [alone(PROMPTS[0])]
