@@ -37,6 +37,7 @@ class Terms:
         readings: what probes may tell of each token, by the names of results.
         generation_config: defaults of the options, if there are any.
         has_hooks: whether its step has a place for Python.
+        assisted: what transformers' options of assisted decoding would have to say to ask for its drafter.
     """
 
     vocabulary: int
@@ -45,6 +46,7 @@ class Terms:
     readings: Mapping[str, ReadingSpec]
     generation_config: object
     has_hooks: bool
+    assisted: Mapping[str, object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +109,7 @@ def read_call(
         stored=terms.generation_config,
         vocab_size=terms.vocabulary,
         of_parts=known,
+        assisted=terms.assisted,
     )
     each = [*map(resolve, configs)]  # no frame more: warnings count them
     chosen = merge_configs(each, options) if len(each) > 1 else each[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from emssd_compile.ambient import neutral
 from emssd_compile.calls import Call, Terms, read_call
+from emssd_compile.continuous_batching import ContinuousBatching
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import own_options
 from emssd_compile.grammar import Grammar
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 KindT = TypeVar("KindT", Tensor, list[list[int]], list[Tensor], Array, list[Array])
 
 
-class Decoder(ABC):
+class Decoder(ContinuousBatching, ABC):
     """What decodes: `generate`, `stats` and `explain`, whatever runs the steps.
 
     Attributes:
@@ -55,10 +57,10 @@ class Decoder(ABC):
         self._vocabulary = len(engine.tensors["is_eos"])
         self._is_warm = False
 
-    def _follow(self) -> None:  # noqa: B027  (what was loaded has no model that could change)
+    def _follow(self) -> None:
         """Take over what has changed since the step was made, or raise StaleModelError."""
 
-    def _select(self, used: Collection[str], *, hooked: bool) -> None:  # noqa: B027  (an artifact holds one form)
+    def _select(self, used: Collection[str], *, hooked: bool) -> None:
         """Drive the form of the step that honours these options of rows."""
 
     def _calling(self, hooks: tuple[LogitsHook, ...]) -> AbstractContextManager[None]:
@@ -69,6 +71,11 @@ class Decoder(ABC):
     @abstractmethod
     def row_options(self) -> dict[str, RowOption]:
         """What each request may set for the parts of the step, by the keyword of `generate`."""
+
+    @property
+    def _assisted(self) -> dict[str, object]:
+        """What `Drafter.assisted` says; of an artifact nothing but the drafter's name is known."""
+        return {}
 
     @property
     @abstractmethod
@@ -302,6 +309,7 @@ class Decoder(ABC):
             self.readings,
             self.generation_config,
             self._has_hooks,
+            self._assisted,
         )
 
     def _decode(self, call: Call, progress: bool) -> None:
@@ -336,5 +344,9 @@ class Decoder(ABC):
         return Session(self, max_queue=max_queue)
 
     def can_generate(self) -> bool:
-        """True: `transformers.pipeline` asks."""
+        """True: `transformers.pipeline` asks, and then looks the class up among those that it knows by name."""
+        known = getattr(sys.modules.get("transformers.pipelines.base"), "SUPPORTED_PEFT_TASKS", {})
+        names = known.get("text-generation", [])
+        if type(self).__name__ not in names:
+            names.append(type(self).__name__)
         return True

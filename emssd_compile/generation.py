@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -251,6 +252,7 @@ def resolve_options(
     stored: object | None = None,
     vocab_size: int,
     of_parts: Collection[str] = (),
+    assisted: Mapping[str, object] = MappingProxyType({}),
 ) -> GenerateOptions:
     """Merge the options of a `generate` call and check each of them.
 
@@ -260,6 +262,7 @@ def resolve_options(
         stored: the model's own config of the same kind.
         vocab_size: ids that the model can emit are below it.
         of_parts: what the parts of the step take as options of their own.
+        assisted: options that say what the drafter of the step does anyway, and their values.
 
     Raises:
         NotImplementedError: an option is known but not supported.
@@ -270,6 +273,7 @@ def resolve_options(
     merged = {name: _lookup(name, kwargs, generation_config, stored) for name in {*keywords.KNOWN, *of_parts}}
     keywords.refuse_unsupported(merged, kwargs, of_parts)
     keywords.refuse_without_effect(kwargs, of_parts)
+    keywords.refuse_other_drafters(merged, kwargs, assisted)
     keywords.check_harmless(kwargs)
     eos = keywords.token_ids("eos_token_id", merged["eos_token_id"])
     if "eos_token_id" in kwargs and not all(0 <= token < vocab_size for token in eos):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emssd_compile import keywords
 from emssd_compile.errors import OptionError
-from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.numeric import shown
+from emssd_compile.optimized_model import OptimizedModel, optimize
 
 _OF_ITS_OWN_DECODING = ("use_cache", "logits_to_keep", "past_key_values", "position_ids", "cache_position")
 
@@ -22,8 +26,8 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
 
     transformers reads the options, and `fast` decodes with them; so pipelines and other code that calls
     `model.generate` can have it decode. `seed`, `grammar` and `logits_hook` may be passed as well, as to
-    `fast.generate`. transformers hands neither a streamer nor the tokenizer that `stop_strings` needs on to a
-    `custom_generate`: for these, call `fast.generate`.
+    `fast.generate`. transformers hands a function neither a streamer, nor `assistant_model`, nor the tokenizer that
+    `stop_strings` needs: for these, call `fast.generate`, or write a folder with `save_custom_generate`.
 
     Args:
         fast: made by `emssd_compile.optimize`.
@@ -52,6 +56,7 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
                 "that one, or compile this one"
             )
         others = {name: value for name, value in others.items() if not _is_of_its_own_decoding(name, value)}
+        others |= _of_assistants(model, generation_config)
         config = copy.deepcopy(generation_config)
         config.num_return_sequences = 1  # the prompts came expanded
         config.max_new_tokens = None  # it went into max_length
@@ -67,6 +72,78 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
         )
 
     return decode
+
+
+def save_custom_generate(folder: str | Path, **options: Any) -> None:
+    """Write a folder with which transformers has any of its models compiled and decode.
+
+        emssd_compile.hf.save_custom_generate("fast", max_batch=4, max_length=1024)
+        model.generate(**inputs, max_new_tokens=64, custom_generate="fast", trust_remote_code=True)
+
+    A model is compiled when it first generates so, and its compiled form lasts as long as the model. Arguments of
+    `generate` are read by `fast.generate`: streamers, `assistant_model` and stop strings work, too. The file is
+    `custom_generate/generate.py`; the folder may be that of a model's checkpoint.
+
+    Args:
+        folder: where; it may exist.
+        **options: of `emssd_compile.optimize`, each a text, a number or a bool.
+
+    Raises:
+        OptionError: an option is none of them, or cannot be written down; or the folder has such a file already.
+    """
+    known = inspect.signature(optimize).parameters.keys() - {"model", "processors", "probes"}
+    for name, value in options.items():
+        if name not in known or not isinstance(value, (str, int, bool, type(None))):
+            raise OptionError(
+                f"save_custom_generate: {name}={shown(value)} cannot be written down; it takes a text, number or bool "
+                f"for each of {', '.join(sorted(known))}"
+            )
+    place = Path(folder) / "custom_generate" / "generate.py"
+    if place.exists():
+        raise OptionError(f"save_custom_generate: {place} exists; remove it, or choose another folder")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(_CUSTOM_GENERATE.format(options=options))
+
+
+def compiled(model: Any, options: Mapping[str, Any]) -> OptimizedModel:
+    """The model, compiled with these options of `optimize`; once, as long as they are the same."""
+    kept = vars(model).setdefault("_emssd_compiled", _Compiled())
+    if kept.fast is None or kept.options != options:
+        kept.fast, kept.options = None, {**options}  # the KV caches of the last one make room
+        kept.fast = optimize(model, **options)
+    fast: OptimizedModel = kept.fast
+    return fast
+
+
+class _Compiled:
+    """What was compiled of a model, kept with it; a copy of the model has nothing of its own yet."""
+
+    def __init__(self) -> None:
+        self.fast: OptimizedModel | None = None
+        self.options: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type[_Compiled], tuple[()]]:
+        return _Compiled, ()
+
+
+_CUSTOM_GENERATE = '''"""Decodes by emssd_compile: generate(..., custom_generate=FOLDER, trust_remote_code=True)."""
+
+from emssd_compile import hf
+
+OPTIONS = {options!r}
+
+
+def generate(model, inputs=None, generation_config=None, **arguments):
+    return hf.compiled(model, OPTIONS).generate(inputs, generation_config, **arguments)
+'''
+
+
+def _of_assistants(model: Any, config: Any) -> dict[str, Any]:
+    """What the call says of assisted decoding: what is neither the model's own nor transformers' default."""
+    defaults = config._get_default_generation_params()
+    given = {name: getattr(config, name, None) for name in keywords.OF_ASSISTANTS}
+    own = {name: getattr(model.generation_config, name, None) for name in keywords.OF_ASSISTANTS}
+    return {name: value for name, value in given.items() if value not in (None, own[name], defaults.get(name))}
 
 
 def _is_of_its_own_decoding(name: str, value: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import flag, integer, plain, shown
@@ -34,9 +34,10 @@ _UNSUPPORTED = {
     "the artifact was exported without what tells it; export it with row_options=[...]": "output_scores output_logits",
     "a fused step hands out tokens, not its inner values; to get them run the model itself on the result": """
         output_attentions output_hidden_states""",
-    "who drafts is chosen when compiling; use optimize(model, drafter=...)": """
-        assistant_model assistant_tokenizer prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight
-        speculation_type use_mtp is_assistant""",
+    "who drafts is chosen when compiling; use optimize(model, drafter=...)": "speculation_type is_assistant",
+    "drafts are tokens of the model's own vocabulary; take an assistant with the same tokenizer": "assistant_tokenizer",
+    "it changes what the model says; optimize(model, acceptance=...) takes rules that do, by name": """
+        assistant_ensemble_weight""",
     "the compiled step takes token ids and keeps its own KV cache; pass the whole prompt as ids": """
         past_key_values inputs_embeds position_ids cache_position logits_to_keep encoder_outputs decoder_input_ids
         decoder_attention_mask""",
@@ -50,10 +51,28 @@ _WITHOUT_EFFECT = {
     "it only matters when sampling, and decoding is greedy": """
         temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits""",
     "it only matters for beam search, and decoding is greedy": "early_stopping length_penalty diversity_penalty",
-    "it only matters for transformers' assisted generation; use optimize(model, drafter=...)": """
-        num_assistant_tokens num_assistant_tokens_schedule max_matching_ngram_size assistant_confidence_threshold
-        assistant_lookbehind target_lookbehind""",
+    "it only matters for an assistant with another tokenizer": "assistant_lookbehind target_lookbehind",
+    "layout='auto' verifies as many drafts as measured times and acceptance say": """
+        num_assistant_tokens_schedule assistant_confidence_threshold""",
 }
+
+# Who drafts is part of the step: a request may say what is so anyway, and where to get it otherwise is said here. The
+# first ask for assisted decoding wherever they are set, the others in the call only: configs set some whoever drafts.
+_WHO_DRAFTS = {
+    "assistant_model": "DraftModel(assistant_model)",
+    "prompt_lookup_num_tokens": "PromptLookup(prompt_lookup_num_tokens)",
+    "assistant_early_exit": "EarlyExit(assistant_early_exit)",
+    "use_mtp": "MTP.from_pretrained(folder)",
+}
+_HOW_IT_DRAFTS = {
+    "num_assistant_tokens": "DraftModel(assistant_model, num_assistant_tokens)",
+    "max_matching_ngram_size": "PromptLookup(max_ngram=max_matching_ngram_size)",
+}
+OF_ASSISTANTS = (
+    *_HOW_IT_DRAFTS,
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+)
+"""Names of options of assisted decoding that do not by themselves ask for it."""
 
 # The values, besides None, with which an option of the two tables asks for nothing.
 _OFF: dict[str, tuple[object, ...]] = {
@@ -70,6 +89,8 @@ _OFF: dict[str, tuple[object, ...]] = {
         ((1,), "num_beams num_beam_groups length_penalty temperature top_p typical_p"),
         ((1,), "repetition_penalty encoder_repetition_penalty guidance_scale"),
         (([],), "bad_words_ids suppress_tokens begin_suppress_tokens"),
+        ((0,), "assistant_confidence_threshold"),
+        (("constant",), "num_assistant_tokens_schedule"),
     )
     for name in names.split()
 }
@@ -119,7 +140,14 @@ def _by_name(table: Mapping[str, str]) -> dict[str, str]:
 
 _REASON_UNSUPPORTED = _by_name(_UNSUPPORTED)
 _REASON_WITHOUT_EFFECT = _by_name(_WITHOUT_EFFECT)
-KNOWN = (*_HONOURED.split(), *_REASON_UNSUPPORTED, *_REASON_WITHOUT_EFFECT, *_HARMLESS)
+KNOWN = (
+    *_HONOURED.split(),
+    *_REASON_UNSUPPORTED,
+    *_REASON_WITHOUT_EFFECT,
+    *_WHO_DRAFTS,
+    *_HOW_IT_DRAFTS,
+    *_HARMLESS,
+)
 """The names of all options."""
 NO_OPTIONS = frozenset((*_HONOURED.split(), *_HARMLESS, "deadline", "timeout")) - {"min_new_tokens"}
 """Names that no part can give to an option of its own."""
@@ -163,6 +191,31 @@ def refuse_without_effect(kwargs: Mapping[str, object], of_parts: Collection[str
             raise OptionError(f"{name}={shown(value)} would have no effect: {reason}; leave it out")
 
 
+def refuse_other_drafters(
+    merged: Mapping[str, object], kwargs: Mapping[str, object], assisted: Mapping[str, object]
+) -> None:
+    """Refuse to draft in another way than the step does; `assisted` is what `Drafter.assisted` says of it."""
+    asked = {**{name: merged[name] for name in _WHO_DRAFTS}, **{name: kwargs.get(name) for name in _HOW_IT_DRAFTS}}
+    for name, value in asked.items():
+        if not _is_off(name, value) and not (name in assisted and _is_same(value, assisted[name])):
+            own = ", ".join(f"{key}={_brief(each)}" for key, each in assisted.items()) or "nothing of that kind"
+            origin = "" if name in kwargs else f", set in generation_config (generate({name}=None) overrides it),"
+            raise NotImplementedError(
+                f"{name}={_brief(value)}{origin} is not supported: who drafts was chosen when compiling ({own}); leave "
+                "it out, which changes no token, or use optimize(model, drafter="
+                f"{(_WHO_DRAFTS | _HOW_IT_DRAFTS)[name]})"
+            )
+
+
+def _is_same(value: object, own: object) -> bool:
+    value = plain(value)
+    return value is own or (isinstance(value, int) and type(value) is type(own) and value == own)
+
+
+def _brief(value: object) -> str:
+    return f"(a {type(value).__name__})" if isinstance(value, nn.Module) else shown(value)
+
+
 def check_harmless(kwargs: Mapping[str, object]) -> None:
     """Refuse a keyword argument that changes no token, but is nothing that transformers takes."""
     for name, value in kwargs.items():
@@ -174,6 +227,6 @@ def _is_off(name: str, value: object) -> bool:
     value = plain(value)
     # Only plain values are compared: the == of a tensor is no bool. And True is 1 to Python.
     return value is None or (
-        isinstance(value, (bool, int, float, list))
+        isinstance(value, (bool, int, float, str, list))
         and any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF.get(name, ()))
     )

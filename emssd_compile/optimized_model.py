@@ -336,6 +336,10 @@ class OptimizedModel(Decoder):
         step = self._step
         return (step.rule, step.drafter, step.policy, *step.processors, *step.probes)
 
+    @property
+    def _assisted(self) -> dict[str, object]:
+        return self.drafter.assisted()
+
     def _served_with(self, used: Collection[str]) -> frozenset[str]:
         """These options, and the others of the parts that they belong to: which of them are set needs no other form."""
         options = [part.options().keys() for part in self._parts]
@@ -414,6 +418,11 @@ class OptimizedModel(Decoder):
     def generation_config(self) -> Any:
         """The model's generation defaults, if it has any."""
         return getattr(self.model, "generation_config", None)
+
+    @property
+    def _prepare_generation_config(self) -> Any:
+        """The model's own, if it has one: `transformers.pipeline` merges its defaults with it."""
+        return self.model._prepare_generation_config
 
     @property
     def dtype(self) -> torch.dtype:

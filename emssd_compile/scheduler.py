@@ -53,7 +53,7 @@ class Scheduler(Admission):
         self._room = threading.Condition()  # guards the two, and the number of requests
         self._num_requests = 0
         self._closing: Literal["", "finish", "cancel"] = ""
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="emssd_compile.session", daemon=True)
         self._eos: tuple[int, ...] = ()
@@ -87,9 +87,9 @@ class Scheduler(Admission):
                         "submit: the queue is full, and the session's own thread would wait for itself; pass timeout=0"
                     )
                 self._room.wait_for(self._has_room, timeout)
-            if self._closing or self._failure:
-                why = f"a step of it failed: {self._failure!r}" if self._failure else "open another one"
-                raise SessionError(f"submit: the session is closed; {why}") from self._failure
+            if self._closing or self.failure:
+                why = f"a step of it failed: {self.failure!r}" if self.failure else "open another one"
+                raise SessionError(f"submit: the session is closed; {why}") from self.failure
             if not self._has_room():
                 raise QueueFullError(
                     f"submit: {self._max_queue} requests wait for a row already (max_queue); try again later, or pass "
@@ -116,8 +116,8 @@ class Scheduler(Admission):
         except BaseException:  # whoever does not want to wait any more wants no more tokens, either
             self.stop()
             raise
-        if wait and self._failure is not None:
-            raise self._failure
+        if wait and self.failure is not None:
+            raise self.failure
 
     def stop(self) -> None:
         """Cancel all with the next step, and end. Takes no lock."""
@@ -136,7 +136,7 @@ class Scheduler(Admission):
     @property
     def is_closing(self) -> bool:
         """Whether it takes no more."""
-        return bool(self._closing) or self._failure is not None
+        return bool(self._closing) or self.failure is not None
 
     def _work(self) -> None:  # this and what follows is done by the thread
         self._turn.adopt()
@@ -144,7 +144,7 @@ class Scheduler(Admission):
             while self._wait_for_work():
                 self._decode()
         except BaseException as error:
-            self._failure = error
+            self.failure = error
         finally:
             self._end_all()
             self._decoder._turns.leave()
@@ -269,7 +269,7 @@ class Scheduler(Admission):
             tickets = [*self._waiting, *self._running.values()]
             self._room.notify_all()
         for ticket in tickets:
-            self._end(ticket, "error" if self._failure else "cancelled", self._failure)
+            self._end(ticket, "error" if self.failure else "cancelled", self.failure)
 
     def _has_room(self) -> bool:
         """Whether one more may wait; or it is no longer worth asking."""

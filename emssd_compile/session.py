@@ -113,6 +113,11 @@ class Session:
         return self._scheduler.is_closing
 
     @property
+    def failure(self) -> BaseException | None:
+        """The exception of a step, if one has closed it."""
+        return self._scheduler.failure
+
+    @property
     def readings(self) -> Mapping[str, ReadingSpec]:
         """What probes may tell of each token, by the names of results."""
         return self._scheduler.terms.readings

@@ -23,13 +23,15 @@ from emssd_compile.step.parts import Part
 
 _HARMLESS_OF_MODULES = frozenset(
     {
-        *("generation_config", "name_or_path", "_compiled_call_impl"),
+        *("generation_config", "name_or_path", "_compiled_call_impl", "_emssd_compiled"),
         *("_compiled_call", "_last_compile_config", "_previous_max_cache_length"),  # of transformers' generate
         *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks"),
         *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+        *("_require_grads_hooks", "_require_grads_hook", "gradient_checkpointing", "_gradient_checkpointing_func"),
     }
 )
-"""Attributes of modules that no forward computes with: names, and hooks that a forward does not call."""
+"""Attributes of modules that change no value of a forward: names, hooks that it does not call, and what is kept for the
+backward pass."""
 
 _HARMLESS_OF_CONFIGS = frozenset(
     {
@@ -197,7 +199,8 @@ class _Container:
             pass
         if not isinstance(live, Mapping):
             return None if _same(live, self.copy) else f"{self.path} has changed"
-        keys = [k for k in {**self.copy, **live} if k not in self.harmless]
+        every = {**self.copy, **live}
+        keys = [k for k, value in every.items() if k not in self.harmless and not _only_asks_for_gradients(value)]
         for key in keys:
             if key not in live:
                 return f"{self.path}.{key} is gone"
@@ -223,10 +226,18 @@ def _tensors(store: dict[str, Any]) -> set[str]:
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
+    if isinstance(a, torch.dtype) or isinstance(b, torch.dtype):  # transformers' save_pretrained writes its name
+        return str(a).removeprefix("torch.") == str(b).removeprefix("torch.")
     try:
         return bool(a == b)
     except (RuntimeError, ValueError, TypeError):
         return False
+
+
+def _only_asks_for_gradients(hook: Any) -> bool:
+    """Whether it is the hook of transformers that trainers set and remove again and again, for checkpointing."""
+    name: str = getattr(hook, "__qualname__", "")
+    return name.endswith("enable_input_require_grads.<locals>.make_inputs_require_grads")
 
 
 def _values(before: Any, after: Any) -> str:

@@ -1,6 +1,9 @@
 """`transformers.pipeline` takes an optimized model for a model of its own."""
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers", reason="its pipeline is what is tested")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 import emssd_compile
 
@@ -58,3 +61,41 @@ def test_what_is_not_supported_is_refused_through_the_pipeline_too(pipelines):
 
 def test_a_pipeline_can_be_printed(pipelines):
     assert "OptimizedModel" in repr(pipelines[0])
+
+
+def test_the_class_is_known_and_defaults_are_those_of_the_pipeline(pipelines, caplog):
+    fast, plain = pipelines
+    with caplog.at_level(logging.WARNING), _propagating("transformers"):
+        again = pipeline("text-generation", model=fast.model, tokenizer=fast.tokenizer)
+    assert "not supported" not in caplog.text
+    own, expected = (each.generation_config.to_dict() for each in (again, plain))
+    assert own == expected
+    assert own["max_new_tokens"] > 20
+    found = again(PROMPTS[0], do_sample=False, return_full_text=False)
+    assert found == plain(PROMPTS[0], do_sample=False, return_full_text=False)
+
+
+@contextlib.contextmanager
+def _propagating(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
+
+
+def test_what_a_pipeline_saves_is_the_model(pipelines, tmp_path):
+    fast, plain = pipelines
+    fast.save_pretrained(tmp_path)
+    saved = pipeline("text-generation", model=str(tmp_path), dtype=torch.float32)
+    assert saved(PROMPTS[1], **OPTIONS) == plain(PROMPTS[1], **OPTIONS)
+
+
+def test_text_streamers_of_several_prompts_at_once(pipelines):
+    fast, plain = pipelines
+    tokenizer = fast.tokenizer
+    streamers = [TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60) for _ in PROMPTS]
+    with fast.model.session() as session:
+        for text, streamer in zip(PROMPTS, streamers, strict=True):
+            session.submit(tokenizer(text)["input_ids"], streamer=streamer, **OPTIONS)
+        texts = ["".join(streamer) for streamer in streamers]
+    assert texts == [plain(text, return_full_text=False, **OPTIONS)[0]["generated_text"] for text in PROMPTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import CompileConfig
 
+import emssd_compile
 from emssd_compile.errors import StaleModelError
 from tests.exactness.models import build
 from tests.followed import NEW, PROMPT, assert_follows, compiled, query
@@ -168,3 +170,22 @@ def test_inductor_follows_too(model):
     for name in ("in place", "weight.data.mul_", "weight.data =", "load_state_dict(assign=True)", "optimizer.step"):
         FOLLOWED[name](model)
         assert_follows(fast, model)
+
+
+def test_the_model_may_be_let_go_of_and_a_part_of_it_may_not():
+    model: Any = build("llama")
+    fast = emssd_compile.optimize(model, "none", max_batch=1, max_length=32, backend="eager")
+    expected = fast.generate([[5, 6, 7]], max_new_tokens=4)
+    layer = model.model.layers[1]
+    del model
+    gc.collect()
+    assert fast.generate([[5, 6, 7]], max_new_tokens=4) == expected
+    weight = layer.mlp.up_proj.weight
+    del layer.mlp.up_proj.weight
+    with pytest.raises(StaleModelError, match="weight"):
+        fast.generate([[5, 6, 7]], max_new_tokens=4)
+    layer.mlp.up_proj.weight = weight
+    assert fast.generate([[5, 6, 7]], max_new_tokens=4) == expected
+    layer.half()
+    with pytest.raises(StaleModelError, match=r"its dtype is torch\.float16"):
+        fast.generate([[5, 6, 7]], max_new_tokens=4)

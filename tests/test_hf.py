@@ -1,5 +1,8 @@
 """transformers' own `generate`, with the compiled model in its place."""
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -117,3 +120,60 @@ def test_another_model_and_a_full_cache_are_refused(fast):
     longer = torch.tensor([[*PROMPTS[0], 5]])
     with pytest.raises(OptionError, match="past_key_values holds tokens"):
         fast.model.generate(longer, past_key_values=cache, max_new_tokens=2, custom_generate=hf.generate(fast))
+
+
+def test_a_folder_has_any_model_compiled_and_decode(tmp_path):
+    model: Any = build("llama")
+    options = {"drafter": "suffix", "max_batch": 3, "max_length": 64, "backend": "eager", "layout": "packed"}
+    hf.save_custom_generate(tmp_path, **options)
+    where: dict[str, Any] = {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    how: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False, "repetition_penalty": 1.2}
+    for _ in range(2):
+        found = model.generate(**INPUTS, **how, **where)
+        assert torch.equal(found, model.generate(**INPUTS, **how))
+    fast = hf.compiled(model, options)
+    assert fast.stats.num_emitted_tokens == 2 * len(PROMPTS) * NEW
+    with pytest.raises(NotImplementedError, match=r"assistant_model=\(a LlamaForCausalLM\)"):
+        model.generate(**INPUTS, **how, **where, assistant_model=build("llama"))
+
+    class Seen(transformers.generation.BaseStreamer):  # type: ignore[misc]
+        def __init__(self):
+            self.ids: list[int] = []
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ids.append(-1)
+
+    seen = Seen()
+    (row,) = model.generate(torch.tensor([PROMPTS[1]]), **how, **where, streamer=seen)
+    assert seen.ids == [*row.tolist(), -1]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1.0)
+    assert torch.equal(model.generate(**INPUTS, **how, **where), model.generate(**INPUTS, **how))
+
+
+def test_what_was_compiled_lasts_as_long_as_the_model():
+    model: Any = build("llama")
+    options = {"drafter": "none", "max_batch": 1, "max_length": 16, "backend": "eager"}
+    first = hf.compiled(model, options)
+    assert hf.compiled(model, options) is first
+    longer = hf.compiled(model, {**options, "max_length": 20})
+    assert len(longer.generate([[5, 6]], max_new_tokens=18)[0]) == 20
+    assert first.generate([[5, 6]], max_new_tokens=4) == longer.generate([[5, 6]], max_new_tokens=4)
+    assert vars(copy.deepcopy(model))["_emssd_compiled"].fast is None
+    gone = weakref.ref(longer)
+    del model, first, longer
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="processors"):
+        hf.save_custom_generate(tmp_path, processors=[3])
+    with pytest.raises(OptionError, match="drafter="):
+        hf.save_custom_generate(tmp_path, drafter=build("llama"))
+    hf.save_custom_generate(tmp_path)
+    with pytest.raises(OptionError, match="exists"):
+        hf.save_custom_generate(tmp_path)

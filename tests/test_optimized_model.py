@@ -273,6 +273,23 @@ def test_the_model_can_be_reached_through_it(model, fast, tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
+def test_a_call_is_the_models_forward_on_the_weights_as_they_are():
+    model = build("llama")
+    fast = emssd_compile.optimize(model, "none", max_batch=1, max_length=32, backend="eager")
+    ids = torch.tensor([[0, 0, *prompt(5)], prompt(7)])
+    given = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]), "labels": ids}
+    for _ in range(2):
+        found, expected = fast(ids, **given), model(ids, **given)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.loss, expected.loss)
+        found.loss.backward()
+        with torch.no_grad():
+            for parameter in fast.parameters():
+                assert parameter.grad is not None
+                parameter.sub_(parameter.grad)
+    assert not torch.equal(fast(ids, **given).loss, expected.loss)
+
+
 def test_a_model_that_cannot_save_itself_says_so():
     plain = emssd_compile.optimize(build("own-positions"), "none", max_batch=1, max_length=16, backend="eager")
     assert plain.name_or_path == ""

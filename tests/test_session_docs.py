@@ -1,4 +1,4 @@
-"""What docs/embedding.md shows is true: its examples run, are short, and give the tokens of `generate`."""
+"""What docs/embedding.md shows of sessions is true: its examples run, are short, and give the tokens of `generate`."""
 
 import asyncio
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from tests.export.subjects import prompt
 from tests.sessions import WAIT, alone, fast
 
-TEXT = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text()
+TEXT, *_ = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text().split("\n## ")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -22,6 +24,10 @@ COMMANDS = {
 }
 
 
+CLOSED_PIPE = 141
+"""The status that a shell gives a command that SIGPIPE has ended: `head` has read enough."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
     parser = argparse.ArgumentParser(
@@ -37,11 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, or 1 after an error that is explained on standard error."""
+    """Run a command; returns its exit status.
+
+    0, or 1 after an error that is explained on standard error, or `CLOSED_PIPE` where nobody reads what it writes.
+    """
     arguments = build_parser().parse_args(argv)
     notes = Console(stderr=True)
     try:
         COMMANDS[arguments.command].run(arguments, notes)
+        sys.stdout.flush()  # here and not when Python ends, where it could no longer be told
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
+        return CLOSED_PIPE
+    except UnicodeEncodeError as error:
+        notes.print(f"error: standard output cannot hold the text: {error}; set PYTHONIOENCODING=utf-8", soft_wrap=True)
+        return 1
     except (EmssdError, NotImplementedError) as error:
         notes.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         return 1

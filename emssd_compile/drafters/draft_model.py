@@ -84,6 +84,10 @@ class DraftModel(CausalDrafter):
             *([f"vocabularies of {packed.vocabulary} and {vocabulary}: taken for padding"] if padding else []),
         )
 
+    def assisted(self) -> dict[str, object]:
+        """The model, and K."""
+        return {"assistant_model": self.model, "num_assistant_tokens": self.num_draft_tokens}
+
     def notes(self) -> tuple[str, ...]:
         """In what the draft model and the target differ."""
         return self._notes

@@ -46,6 +46,11 @@ class EarlyExit(CausalDrafter):
         super().__init__(num_draft_tokens, tree)
         self.layers = _numbers(layers)
 
+    def assisted(self) -> dict[str, object]:
+        """The layer that is left early, if it is the first ones that draft; and K."""
+        first = {"assistant_early_exit": len(self.layers)} if self.layers == (*range(len(self.layers)),) else {}
+        return {**first, "num_assistant_tokens": self.num_draft_tokens}
+
     def prepare(self, target: Target) -> None:
         """Leave the other layers out.
 

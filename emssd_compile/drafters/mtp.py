@@ -141,6 +141,10 @@ class MTP(AutoregressiveHead):
         assert self.tables.embedding is not None, "prepare refuses a target without"
         return self.tables.embedding
 
+    def assisted(self) -> dict[str, object]:
+        """That the model's own modules draft, and K."""
+        return {"use_mtp": True, "num_assistant_tokens": self.num_draft_tokens}
+
     def forward(self, context: DraftContext) -> Draft:
         """Read what is new, then draft: tokens, grades and of trees parents `[B, K]`, lengths `[B]`."""
         if self.last_read is None:

@@ -41,6 +41,10 @@ class PromptLookup(Drafter):
         lengths = torch.where(start > 0, (known - start).clamp(0, self.num_draft_tokens), 0)
         return Draft(tokens, lengths, grades=matched[:, None].expand(tokens.shape))
 
+    def assisted(self) -> dict[str, object]:
+        """K, and the longest match."""
+        return {"prompt_lookup_num_tokens": self.num_draft_tokens, "max_matching_ngram_size": self.max_ngram}
+
     def _continuation(self, history: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Where the text after the best match begins, and how long the match is; [B] each, 0 where there is none."""
         capacity = history.shape[1]

@@ -228,6 +228,10 @@ class Drafter(Part):
         """Draft all rows at once."""
         raise NotImplementedError
 
+    def assisted(self) -> dict[str, object]:
+        """What transformers' options of assisted decoding have to be to ask for this drafter, by name."""
+        return {}
+
 
 def check_drafter(drafter: Drafter) -> Drafter:
     """The drafter, if its attributes make sense. Raises DrafterError saying which does not."""

@@ -1,0 +1,150 @@
+"""transformers' interface of continuous batching: the tokens of `generate` for each prompt alone."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="its results are what is given")
+
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from emssd_compile.errors import InvalidInputError, OptionError, SessionError
+from tests.export.subjects import prompt
+from tests.sessions import NEW, WAIT, alone, fast, held
+
+PROMPTS = [prompt(n) for n in (3, 8, 5, 11, 4)]
+CONFIG = GenerationConfig(max_new_tokens=NEW, do_sample=False)
+
+
+def _new(ids: list[int], **options: Any) -> list[int]:
+    return alone(ids, **options)[len(ids) :]
+
+
+def test_a_batch_by_names_in_order():
+    found = fast().generate_batch(PROMPTS, CONFIG, record_timestamps=True)
+    assert [*found] == [f"req_{index}" for index in range(5)]
+    assert [each.prompt_ids for each in found.values()] == PROMPTS
+    assert [each.generated_tokens for each in found.values()] == [*map(_new, PROMPTS)]
+    assert all(each.is_finished() and each.error is None for each in found.values())
+    times = found["req_3"].timestamps
+    assert len(times) == NEW
+    assert times == sorted(times)
+    assert fast().generate_batch([]) == {}
+
+
+def test_options_of_the_call_and_of_the_batching():
+    eos = _new(PROMPTS[0])[3]
+    found = fast().generate_batch(PROMPTS[:2], max_new_tokens=7, eos_token_id=eos)
+    assert found["req_0"].generated_tokens == _new(PROMPTS[0], max_new_tokens=7, eos_token_id=eos)
+    sampled = GenerationConfig(max_new_tokens=NEW, do_sample=True, top_k=0)
+    batching = ContinuousBatchingConfig(return_logprobs=True, seed=11, max_queue_size=1)
+    found = fast().generate_batch(PROMPTS, sampled, batching)
+    for index, ids in enumerate(PROMPTS):
+        how: dict[str, Any] = {"do_sample": True, "top_k": 0, "seed": 11 + index}
+        whole = fast().generate([ids], max_new_tokens=NEW, logprobs=True, return_dict_in_generate=True, **how)
+        assert found[f"req_{index}"].generated_tokens == whole.sequences[0][len(ids) :]
+        assert found[f"req_{index}"].logprobs == pytest.approx(whole.logprobs[0].tolist(), abs=1e-4)
+
+
+def test_streaming_cancelling_and_results_of_one_request():
+    with fast().continuous_batching_context_manager(CONFIG) as manager:
+        (other,) = manager.add_requests(PROMPTS[:1])
+        name = manager.add_request(PROMPTS[1], request_id="mine", max_new_tokens=40, streaming=True, eos_token_id=-1)
+        results = manager.request_id_iter(name)
+        first = next(results)
+        assert first.generated_tokens == _new(PROMPTS[1], max_new_tokens=40)[:1]
+        assert not first.is_finished()
+        manager.cancel_request(name)
+        *_, last = results
+        assert last.is_finished()
+        count = len(last.generated_tokens)
+        assert last.generated_tokens == _new(PROMPTS[1], max_new_tokens=40)[:count]
+        assert manager.get_result("mine", timeout=0) is None
+        assert [each.request_id for each in manager] == [other]
+    assert not manager.is_running()
+    assert manager.get_result() is None
+
+
+def test_a_request_that_is_refused_leaves_no_trace():
+    manager = fast().init_continuous_batching(CONFIG)
+    with pytest.raises(SessionError, match="start"):
+        manager.add_request(PROMPTS[0])
+    manager.start()
+    with pytest.raises(InvalidInputError):
+        manager.add_request([999], request_id="bad")
+    assert manager.background_thread_status.fatal_error is None
+    assert manager._session is not None
+    with held(manager._session):
+        manager.add_request(PROMPTS[0], request_id="bad")
+        with pytest.raises(OptionError, match="'bad': a request of that name"):
+            manager.add_request(PROMPTS[0], request_id="bad")
+        assert manager.get_result(timeout=0.01) is None
+        manager.add_request(PROMPTS[1], request_id="cancelled")
+        manager.cancel_request("cancelled")
+    manager.stop()
+    assert manager.get_result("bad").generated_tokens == _new(PROMPTS[0])
+    assert manager.get_result("cancelled").generated_tokens == []
+    with pytest.raises(InvalidInputError):
+        fast().generate_batch([PROMPTS[0], [999]], CONFIG)
+    assert fast().generate([PROMPTS[0]], max_new_tokens=NEW) == [alone(PROMPTS[0])]
+
+
+def test_a_stop_that_does_not_wait_cancels():
+    manager = fast().init_continuous_batching(CONFIG)
+    manager.start()
+    assert manager._session is not None
+    with held(manager._session):
+        manager.add_requests(PROMPTS)
+        stopping = threading.Thread(target=manager.stop, kwargs={"hard_stop": True})
+        stopping.start()
+    stopping.join(WAIT)
+    assert not stopping.is_alive()
+    results = [*manager]
+    assert len(results) == len(PROMPTS)
+    assert all(len(each.generated_tokens) < NEW for each in results[-2:])
+
+
+def test_the_server_of_transformers_decodes_with_it():
+    serving = pytest.importorskip("transformers.cli.serving.utils", reason="it is the server's manager that is used")
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
+
+    async def ask(manager: Any) -> list[Any]:
+        asked = (
+            manager.generate_non_streaming(fast(), tokenizer, {"input_ids": ids}, CONFIG, f"r{len(ids)}")
+            for ids in PROMPTS
+        )
+        return await asyncio.gather(*asked)
+
+    manager = serving.CBGenerateManager()
+    manager.init_cb(fast(), CONFIG)
+    try:
+        assert manager.is_alive()
+        answers = asyncio.run(ask(manager))
+    finally:
+        manager.stop()
+    assert [ids for _, _, ids in answers] == [*map(_new, PROMPTS)]
+
+
+def test_a_handler_gets_what_came_before_it():
+    async def hear(manager: Any) -> list[Any]:
+        heard, done = list[Any](), asyncio.Event()
+        manager.add_request(PROMPTS[2], request_id="early", streaming=True)
+        while manager._open:
+            await asyncio.sleep(0.01)
+
+        def take(result: Any) -> None:
+            heard.append(result)
+            if result.is_finished():
+                done.set()
+
+        manager.register_result_handler("early", take)
+        await asyncio.wait_for(done.wait(), WAIT)
+        return heard
+
+    with fast().continuous_batching_context_manager(CONFIG) as manager:
+        heard = asyncio.run(hear(manager))
+    whole = _new(PROMPTS[2])
+    assert [each.generated_tokens for each in heard] == [whole[: n + 1] for n in range(NEW)] + [whole]

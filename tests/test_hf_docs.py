@@ -1,0 +1,101 @@
+"""What docs/embedding.md shows behind sessions is true: its examples run, are short, and give what the model gives."""
+
+import functools
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="it is code for transformers that is shown")
+
+import transformers
+
+import emssd_compile
+from emssd_compile import hf
+from emssd_compile.drafters import DraftModel
+from emssd_compile.rollouts import Rollouts
+from tests.exactness.models import prompt
+
+_, *SECTIONS = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text().split("\n## ")
+EXAMPLES = {
+    section.splitlines()[0]: re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    for section in SECTIONS
+}
+TARGET = Path(__file__).parents[1] / "examples" / "demo_model" / "target"
+PROMPTS = [prompt(n) for n in (7, 3, 12)]
+
+
+def test_the_examples_are_short():
+    assert all(len(example.splitlines()) < 15 for examples in EXAMPLES.values() for example in examples)
+
+
+def _model() -> Any:
+    """The demo model's first layer."""
+    return transformers.AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return emssd_compile.optimize(_model(), max_batch=3, max_length=96, backend="eager", layout="packed")
+
+
+def _run(section: str, number: int, **variables: Any) -> dict[str, Any]:
+    exec(EXAMPLES[section][number], variables)
+    return variables
+
+
+def test_logits_and_losses(fast):
+    ids = torch.tensor([PROMPTS[0]])
+    section = "Logits, losses and evaluation harnesses"
+    found = _run(section, 0, torch=torch, fast=fast, input_ids=ids, attention_mask=torch.ones_like(ids))
+    expected = fast.model(ids, labels=ids)
+    assert torch.equal(found["logits"], expected.logits)
+    assert torch.equal(found["loss"], expected.loss)
+
+
+def test_options_of_assisted_decoding(fast):
+    optimize = functools.partial(emssd_compile.optimize, max_length=64, backend="eager", layout="packed")
+    given = {"optimize": optimize, "DraftModel": DraftModel, "model": fast.model, "assistant": _model()}
+    found = _run("transformers' own names", 0, **given, prompts=PROMPTS)
+    assert found["texts"] == fast.generate(PROMPTS, max_new_tokens=16)
+    assert found["assisted"].stats.num_draft_tokens > 0
+
+
+def test_a_folder_for_generate(fast, tmp_path):
+    write = functools.partial(hf.save_custom_generate, backend="eager")
+    given: dict[str, Any] = {"hf": SimpleNamespace(save_custom_generate=write), "folder": str(tmp_path)}
+    inputs = {"input_ids": torch.tensor([PROMPTS[0]])}
+    found = _run("transformers' own names", 1, **given, model=_model(), inputs=inputs)
+    assert found["texts"].tolist() == fast.generate([PROMPTS[0]], max_new_tokens=16)
+
+
+def test_pipelines_and_streamers(fast):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TARGET)
+    printed: list[Any] = []
+    given = {"pipeline": transformers.pipeline, "TextIteratorStreamer": transformers.TextIteratorStreamer}
+    given |= {"fast": fast, "tokenizer": tokenizer, "prompts": PROMPTS, "print": printed.append}
+    _run("transformers' own names", 2, **given)
+    (written,), *streamed = printed
+    ids = tokenizer("def add(")["input_ids"]
+    whole = fast.generate([ids, *PROMPTS], max_new_tokens=16)
+    first, *others = (tokenizer.decode(row[len(ids) :]) for row, ids in zip(whole, [ids, *PROMPTS], strict=True))
+    assert written["generated_text"] == f"def add({first}"
+    assert streamed == others
+
+
+def test_continuous_batching(fast):
+    printed: list[Any] = []
+    given = {"GenerationConfig": transformers.GenerationConfig, "print": printed.append}
+    _run("transformers' own names", 3, **given, fast=fast, prompts=PROMPTS)
+    whole = fast.generate(PROMPTS, max_new_tokens=16)
+    new = [row[len(ids) :] for row, ids in zip(whole, PROMPTS, strict=True)]
+    assert printed == [new, *new[0], new[0][-1]]  # the last result says that it is the last
+
+
+def test_rollouts():
+    given = {"Rollouts": Rollouts, "GRPOTrainer": dict, "model": {}, "reward": None, "args": None, "data": None}
+    made = _run("Weights that change", 0, **given)  # tests/examples/test_grpo.py has a trainer
+    assert made["trainer"]["rollout_func"] is made["rollouts"]
