@@ -87,22 +87,22 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         raise OptionError(f'serve needs more ({error}): pip install "emssd_compile[serve]"') from error
     limits = Limits(arguments.max_queue, arguments.max_body_size, arguments.max_tokens, arguments.deadline)
     warmed_options(arguments.warmup)  # a wrong name is told before the model is loaded
-    place = _bound(arguments.host, arguments.port)
-    tokenizer = load_tokenizer(arguments.model)
-    model = load_model(arguments.model, arguments.dtype, "--model")
-    with notes.status("compiling"):
-        app = create_app(
-            optimize(model, arguments),
-            tokenizer,
-            name=arguments.name or arguments.model.resolve().name,
-            api_key=arguments.api_key or os.environ.get(KEY),
-            limits=limits,
-            warmup=arguments.warmup,
-        )
-    host, port, *_ = place.getsockname()
-    notes.print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_GRACE)).run(sockets=[place])
+    with _bound(arguments.host, arguments.port) as place:
+        tokenizer = load_tokenizer(arguments.model)
+        model = load_model(arguments.model, arguments.dtype, "--model")
+        with notes.status("compiling"):
+            app = create_app(
+                optimize(model, arguments),
+                tokenizer,
+                name=arguments.name or arguments.model.resolve().name,
+                api_key=arguments.api_key or os.environ.get(KEY),
+                limits=limits,
+                warmup=arguments.warmup,
+            )
+        host, port, *_ = place.getsockname()
+        notes.print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_GRACE)).run(sockets=[place])
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -84,8 +84,7 @@ def _v1_routes(service: Service, route_class: type[APIRoute]) -> APIRouter:
     @router.post("/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         asked = await asyncio.to_thread(service.completion, body)
-        echoes = [service.tokenizer.decode(prompt) for prompt in asked.prompts] if body.echo else []
-        return await answer(request, asked, CompletionForm(echoes, body.n))
+        return await answer(request, asked, CompletionForm(asked.echoes, body.n))
 
     @router.post("/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:

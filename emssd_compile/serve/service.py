@@ -33,6 +33,7 @@ class Asked:
         max_tokens: new tokens of a text; None: as many as there may be.
         logprobs: how many of the likeliest tokens are told in the place of each; None if nothing is told.
         options: more of `Session.submit`.
+        echoes: the text of each prompt, where it is to be shown.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -40,6 +41,7 @@ class Asked:
     max_tokens: int | None
     logprobs: int | None
     options: dict[str, Any] = field(default_factory=dict)
+    echoes: Sequence[str] = ()
 
 
 class Service:
@@ -80,7 +82,11 @@ class Service:
         several = [given] if is_one else given
         prompts = [self.tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in several]
         limit = self._limits.max_tokens or _COMPLETION_TOKENS
-        return Asked(prompts, body, body.max_tokens or min(limit, _COMPLETION_TOKENS), body.logprobs)
+        most = body.max_tokens or min(limit, _COMPLETION_TOKENS)
+        texts = (
+            [each if isinstance(each, str) else self.tokenizer.decode(each) for each in several] if body.echo else ()
+        )
+        return Asked(prompts, body, most, body.logprobs, echoes=texts)
 
     def chat(self, body: ChatBody) -> Asked:
         """Read a request to `/v1/chat/completions`."""

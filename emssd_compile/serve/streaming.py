@@ -105,4 +105,4 @@ class Delivery:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    return b"data: " + json.dumps(content, allow_nan=False).encode() + b"\n\n"

@@ -1,6 +1,7 @@
 """The two endpoints, asked by OpenAI's client, say what `generate` gives."""
 
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -47,9 +48,7 @@ def test_each_option_means_what_it_means_to_generate(openai_client, fields, extr
     if "seed" in fields:
         options = {"do_sample": True, "seed": fields["seed"], **options}
     tokens = new_tokens("the cat", max_new_tokens=NEW, **options)
-    answer = openai_client.completions.create(
-        model=NAME, prompt="the cat", max_tokens=NEW, extra_body=extra, **fields
-    )
+    answer = openai_client.completions.create(model=NAME, prompt="the cat", max_tokens=NEW, extra_body=extra, **fields)
     (choice,) = answer.choices
     assert (choice.text, choice.finish_reason) == (text_of(tokens), reason_of(tokens))
     assert answer.usage.model_dump(exclude_none=True) == {
@@ -126,7 +125,7 @@ def test_a_stop_text_ends_the_text_before_it(openai_client):
 
 
 def test_log_probabilities_are_those_of_generate(openai_client):
-    out = twin().generate(
+    out: Any = twin().generate(
         [ids_of("the cat")],
         max_new_tokens=NEW,
         logprobs=True,
@@ -146,7 +145,7 @@ def test_log_probabilities_are_those_of_generate(openai_client):
 
 
 def test_log_probabilities_of_a_chat(openai_client):
-    out = twin().generate(
+    out: Any = twin().generate(
         [ids_of(CHAT)],
         max_new_tokens=NEW,
         logprobs=True,

@@ -37,7 +37,9 @@ def test_counters_are_those_of_decoding():
     assert found["spec_decode_num_draft_tokens_total"] == 2 * stats.num_draft_tokens
     accepted = found["spec_decode_num_accepted_tokens_total"]
     assert 0 <= 2 * stats.num_accepted_draft_tokens - accepted <= 2, "the last may be followed by none"
-    places = [value for name, value in found.items() if name.startswith("spec_decode_num_accepted_tokens_per_pos_total")]
+    places = [
+        value for name, value in found.items() if name.startswith("spec_decode_num_accepted_tokens_per_pos_total")
+    ]
     assert sum(places) == accepted > 0
     assert places == sorted(places, reverse=True)
     assert places[0] == 2 * sum(histogram[1:])
