@@ -1,5 +1,6 @@
 """`serve` on the command line."""
 
+import copy
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from tests.serve.servers import NAME, WAIT, client, new_tokens, text_of, tokeniz
 def folder(tmp_path_factory) -> Path:
     """The toy, saved."""
     found: Path = tmp_path_factory.mktemp("models") / NAME
-    toy().save_pretrained(found)
+    copy.deepcopy(toy()).save_pretrained(found)  # which notes its dtype in it
     tokenizer().save_pretrained(found)
     return found
 

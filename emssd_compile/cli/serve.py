@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--warmup",
         metavar="FIELD",
-        nargs="+",
+        nargs="*",
         default=["temperature"],
         help="fields of requests that steps are compiled for at the start: temperature, top_p, top_k, min_p, "
         "repetition_penalty, presence_penalty, frequency_penalty, logit_bias, logprobs, response_format "

@@ -56,7 +56,7 @@ class ApiError(HTTPException):
         """What is told of an error: its text if the request is the reason, and none of our internals otherwise."""
         if isinstance(error, cls):
             return error
-        if isinstance(error, (*_OF_REQUESTS, NotImplementedError)):
+        if isinstance(error, _OF_REQUESTS):
             return cls(400, str(error))
         if isinstance(error, QueueFullError):
             return cls(429, "as many requests wait as may; try again later", code="queue_full", headers=RETRY)
@@ -75,7 +75,8 @@ def add_handlers(app: FastAPI) -> None:
     """Answer every error of the app in this form."""
     app.add_exception_handler(HTTPException, _of_http)
     app.add_exception_handler(RequestValidationError, _of_validation)
-    for kind in (EmssdError, NotImplementedError, Exception):
+    app.add_exception_handler(NotImplementedError, _of_refused_option)
+    for kind in (EmssdError, Exception):
         app.add_exception_handler(kind, _of_any)
 
 
@@ -91,12 +92,16 @@ async def _of_validation(request: Request, error: Exception) -> JSONResponse:
     said: dict[str, list[str]] = {}
     for each in error.errors():
         _, *place = each["loc"]
-        name = str(place[0]) if place and each["type"] != "json_invalid" else ""
-        where = ".".join(map(str, place)) if each["type"] != "json_invalid" else ""
+        place = [] if each["type"] == "json_invalid" else place
+        name, where = str(place[0]) if place else "", ".".join(map(str, place))
         text = refusal(name) if each["type"] == "extra_forbidden" and len(place) == 1 else each["msg"]
         said.setdefault(name, []).append(f"{where}: {text}" if where else text)
     message = "; ".join(text for texts in said.values() for text in dict.fromkeys(texts))
     return await _of_http(request, ApiError(400, message, param=next(iter(said)) or None))
+
+
+async def _of_refused_option(request: Request, error: Exception) -> JSONResponse:
+    return await _of_http(request, ApiError(400, str(error)))
 
 
 async def _of_any(request: Request, error: Exception) -> JSONResponse:

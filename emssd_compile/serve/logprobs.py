@@ -60,9 +60,8 @@ class LogprobReader:
 
 def token_text(tokenizer: Any, token: int) -> str:
     """What a token is within a text: its second appearance, since some tokenizers drop a text's first space."""
-    once, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
-    text: str = twice.removeprefix(once)
-    return text
+    twice: str = tokenizer.decode([token, token])
+    return twice[len(tokenizer.decode([token])) :]
 
 
 def as_completion(tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:

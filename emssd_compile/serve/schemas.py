@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from emssd_compile.serve.refusals import without_harmless
 
 MOST_LOGPROBS = 20  # tokens shown in the place of one
+MOST_STOPS = 16
+_StopText = Annotated[str, Field(min_length=1)]
 
 
 class _Body(BaseModel):
@@ -46,7 +48,7 @@ class SamplingBody(_Body):
     frequency_penalty: float | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,18}$")], float] | None = None
     seed: int | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] = []
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=MOST_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
 

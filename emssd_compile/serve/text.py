@@ -76,5 +76,5 @@ class StopTexts:
 
     def _begun(self, text: str) -> int:
         """How many characters at the end may be the beginning of a stop text."""
-        lengths = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(lengths, default=0)
+        lengths = ((stop, n) for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)))
+        return max((n for stop, n in lengths if text.endswith(stop[:n])), default=0)

@@ -60,6 +60,7 @@ def test_fields_that_are_not_supported_are_refused_by_name(address, path, name):
         ("completions", {"n": 100}, None, "from 1 to 68 texts"),
         ("completions", {"stop": ""}, "stop", "at least 1 character"),
         ("completions", {"stop": ["a", ""]}, "stop", "at least 1 character"),
+        ("completions", {"stop": ["a"] * 17}, "stop", "at most 16 items"),
         ("completions", {"logit_bias": {"x": 1}}, "logit_bias", "pattern"),
         ("completions", {"logit_bias": {"99999": 1}}, None, "logit_bias: 99999 is no id"),
         ("completions", {"logprobs": 21}, "logprobs", "less than or equal to 20"),
@@ -165,7 +166,7 @@ def test_a_full_queue_refuses_all_of_a_request_and_says_when_to_come_again(app, 
 def test_what_is_told_of_errors():
     told = {
         OptionError("n=0"): (400, "n=0"),
-        NotImplementedError("num_beams"): (400, "num_beams"),
+        NotImplementedError("of torch"): (500, "the server failed; its log says more"),
         QueueFullError("submit: 3 requests"): (429, "as many requests wait as may; try again later"),
         StaleModelError("a hook"): (500, "the server failed; its log says more"),
         RuntimeError("secret"): (500, "the server failed; its log says more"),
@@ -173,6 +174,15 @@ def test_what_is_told_of_errors():
     for error, (status, message) in told.items():
         shown = ApiError.of(error)
         assert (shown.status_code, shown.detail) == (status, message)
+
+
+def test_an_option_that_is_known_and_not_supported_is_refused(address, app, monkeypatch):
+    def submit(*args: object, **options: object) -> None:
+        raise NotImplementedError("logprobs: this artifact does not honour it")
+
+    monkeypatch.setattr(app.state.service.session, "submit", submit)
+    refused = post(address, "completions", logprobs=1)
+    assert (refused.status_code, refused.json()["error"]["message"][:8]) == (400, "logprobs")
 
 
 def test_a_server_that_is_shut_down_says_so():

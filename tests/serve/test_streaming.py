@@ -17,7 +17,6 @@ from emssd_compile.serve.streaming import Delivery
 from emssd_compile.serve.text import Detokenizer, StopTexts
 from tests.serve.servers import (
     NAME,
-    ROWS,
     WAIT,
     client,
     ids_of,
@@ -113,7 +112,7 @@ def test_a_client_that_leaves_frees_its_rows(app, address, stream):
     _until(lambda: session.num_requests == (0, 0))
     _until(lambda: sum(_ended(address).values()) == sum(before.values()) + 20)
     after = _ended(address)
-    assert after["abort"] - before.get("abort", 0) >= 20 - ROWS, "those that waited gave nothing"
+    assert after["abort"] - before.get("abort", 0) > 10, "most waited then"
 
 
 def _ended(address: str) -> dict[str, float]:
