@@ -10,6 +10,7 @@ from emssd_compile.errors import OptionError, QueueFullError, StaleModelError
 from emssd_compile.serve import Limits, create_app
 from emssd_compile.serve.errors import ApiError
 from emssd_compile.serve.refusals import UNSUPPORTED
+from emssd_compile.stream import Stream
 from tests.serve.servers import LENGTH, NAME, WAIT, client, served, spare, spare_server, tokenizer
 from tests.sessions import held
 
@@ -149,18 +150,26 @@ def test_limits():
         assert (short.usage.completion_tokens, chat.usage.completion_tokens) == (12, 12)
 
 
-def test_a_full_queue_refuses_all_of_a_request_and_says_when_to_come_again(app, address):
-    session = app.state.service.session
-    most = 64 + session.num_rows
+def test_a_full_queue_refuses_all_of_a_request_and_says_when_to_come_again(app, address, monkeypatch):
+    session, begun = app.state.service.session, list[Stream]()
+    most, submit = 64 + session.num_rows, session.submit
+
+    def noted(*args: Any, **options: Any) -> Stream:
+        begun.append(submit(*args, **options))
+        return begun[-1]
+
     with held(session):
         for _ in range(most - 3):
-            session.submit([5], max_new_tokens=1)
+            submit([5], max_new_tokens=1)
+        monkeypatch.setattr(session, "submit", noted)
         refused = post(address, "completions", n=3)
+        monkeypatch.undo()
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert refused.headers["retry-after"] == "1"
         assert sum(session.num_requests) == most
     assert post(address, "completions").status_code == 200, "behind all that waited"
     assert session.num_requests == (0, 0)
+    assert [stream.finish_reason for stream in begun] == ["cancelled"] * 2
 
 
 def test_what_is_told_of_errors():
