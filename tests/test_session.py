@@ -13,7 +13,7 @@ import torch
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError, QueueFullError
 from emssd_compile.stream import Stream
 from tests.export.subjects import prompt
-from tests.sessions import LENGTH, NEW, ROWS, SAMPLED, WAIT, alone, fast, held, twin
+from tests.sessions import LENGTH, NEW, ROWS, SAMPLED, WAIT, alone, fast, held, optimized, twin
 
 
 def _orders(count: int, seed: int) -> list[tuple[list[int], dict[str, Any]]]:
@@ -280,19 +280,20 @@ def test_ten_thousand_requests():
 
 
 def test_options_of_a_session_are_in_its_steps_from_the_start():
-    with fast().session(do_sample=True, repetition_penalty=2.0) as session:
+    fresh = optimized()
+    with fresh.session(do_sample=True, repetition_penalty=2.0) as session:
         greedy = session.submit(prompt(6), max_new_tokens=NEW)
         assert greedy.result() == alone(prompt(6))
-        forms = len(fast()._forms)
+        forms = len(fresh._forms)
         streams = [session.submit(prompt(n), max_new_tokens=NEW, seed=n, **SAMPLED) for n in (3, 4)]
         penalised = session.submit(prompt(5), max_new_tokens=NEW, repetition_penalty=1.3)
         assert [stream.result() for stream in streams] == [alone(prompt(n), seed=n, **SAMPLED) for n in (3, 4)]
         assert penalised.result() == alone(prompt(5), repetition_penalty=1.3)
-        assert len(fast()._forms) == forms, "no other form was compiled"
+        assert len(fresh._forms) == forms, "no other form was compiled"
     for options, message in (({"max_new_tokens": 3}, "asks for no form"), ({"top_p": 0.5}, "without do_sample=True")):
         with pytest.raises(OptionError, match=message):
-            fast().session(**options)
-    fast().generate([prompt(1)], max_new_tokens=1)  # no session was left open
+            fresh.session(**options)
+    fresh.generate([prompt(1)], max_new_tokens=1)  # no session was left open
 
 
 def test_what_probes_tell_comes_with_each_token():
