@@ -18,6 +18,7 @@ from emssd_compile.continuous_batching import ContinuousBatching
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import own_options
 from emssd_compile.grammar import Grammar
+from emssd_compile.numeric import flag
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.consumer import Consumer
@@ -108,28 +109,38 @@ class Decoder(ContinuousBatching, ABC):
     def explain(self) -> Explanation:
         """What each pass did and refused, and which ops the step holds; prints as tables."""
 
-    def warmup(self, *, progress: bool = False, **options: Any) -> None:
+    def warmup(self, *, progress: bool = False, hooks: bool = False, **options: Any) -> None:
         """Compile and measure now rather than in the first `generate`.
 
         Args:
             progress: show what is going on.
+            hooks: compile the form in two halves, which calls with a `grammar`, a `logits_hook` or a
+                `logits_processor` take.
             **options: those of `generate` that later calls will set: what honours them is compiled into a form of the
                 step of its own, which is compiled here rather than when a call sets them first.
 
         Raises:
             OptionError: an option is none of a row's, out of range, or without effect by itself.
+            NotImplementedError: hooks, of an artifact, which has one form.
         """
+        used = self._used_by(options)
+        if flag("hooks", hooks) and not self._has_hooks:
+            raise NotImplementedError("warmup: an artifact's step is one graph, with no place for hooks; use optimize")
+        with self._turns.take("warmup"), neutral(self._default_dtype):
+            self._follow()
+            self._select(used, hooked=hooks)
+            self._warm_up(progress)
+
+    def _used_by(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """Those of these options of rows that ask for something, and what they imply."""
         unknown = sorted(options.keys() - self.row_options.keys())
         if unknown:
             raise OptionError(
-                f"warmup: {unknown[0]} asks for no form of the step of its own; those that do: "
+                f"{unknown[0]} asks for no form of the step of its own; those that do: "
                 f"{', '.join(self.row_options) or 'none'}"
             )
         (used,) = own_options(self.row_options, options, 1, self._vocabulary, asked=options)
-        with self._turns.take("warmup"), neutral(self._default_dtype):
-            self._follow()
-            self._select(used, hooked=False)
-            self._warm_up(progress)
+        return frozenset(used)
 
     def _warm_up(self, progress: bool) -> None:
         with working("compiling the step", shown=progress):
@@ -327,7 +338,7 @@ class Decoder(ContinuousBatching, ABC):
             self.stats.add(*self._engine.counters())
         consumer.end()
 
-    def session(self, *, max_queue: int = 64) -> Session:
+    def session(self, *, max_queue: int = 64, **options: Any) -> Session:
         """Take requests while others decode: `with fast.session() as session: stream = session.submit(prompt)`.
 
         A thread of its own decodes, until the session is closed; `generate`, `warmup`, `refresh` and the exports are
@@ -335,13 +346,15 @@ class Decoder(ContinuousBatching, ABC):
 
         Args:
             max_queue: most requests that wait for a row; a `submit` beyond raises QueueFullError, or waits for room.
+            **options: as of `warmup`: what honours them is in every step, so no request that sets them waits for
+                another form to be compiled. They change no token of those that do not, and take a little time.
 
         Raises:
             SessionError: a session of this object is open already.
             ReentryError: the call was made from inside a `generate`, by its stopping criterion or streamer.
-            OptionError: `max_queue` is no number of requests.
+            OptionError: `max_queue` is no number of requests, or an option is as `warmup` refuses it.
         """
-        return Session(self, max_queue=max_queue)
+        return Session(self, max_queue=max_queue, options=options)
 
     def can_generate(self) -> bool:
         """True: `transformers.pipeline` asks, and then looks the class up among those that it knows by name."""

@@ -42,12 +42,13 @@ class Scheduler(Admission):
     Args:
         decoder: has the engine; its turn is kept from `open` until the thread ends.
         max_queue: most tickets that wait while all rows are busy.
+        options: those that every step honours, whether a request sets them or not.
     """
 
-    def __init__(self, decoder: Decoder, max_queue: int) -> None:
+    def __init__(self, decoder: Decoder, max_queue: int, options: frozenset[str]) -> None:
         super().__init__()
-        self._decoder, self._max_queue = decoder, max_queue
-        self.terms = decoder._terms
+        self._decoder, self._max_queue, self._options = decoder, max_queue, options
+        self.terms, self.num_rows = decoder._terms, decoder._engine.num_rows
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}  # by the number of the request
         self._room = threading.Condition()  # guards the two, and the number of requests
@@ -132,6 +133,11 @@ class Scheduler(Admission):
     def is_inside(self) -> bool:
         """Whether the thread itself asks."""
         return threading.current_thread() is self._thread
+
+    def num_requests(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+        with self._room:
+            return len(self._running), len(self._waiting)
 
     @property
     def is_closing(self) -> bool:
@@ -240,7 +246,7 @@ class Scheduler(Admission):
 
     def _suit(self, call: Call) -> None:
         """Drive a form of the step that honours what this call sets, and all that was set since nothing ran."""
-        used, hooked = call.used | (self._used or frozenset()), self._hooked or bool(call.hooks)
+        used, hooked = call.used | (self._used or self._options), self._hooked or bool(call.hooks)
         if (used, hooked) != (self._used, self._hooked):
             self._decoder._select(used, hooked=hooked)
             self._hooks.enter_context(self._decoder._calling((self._row_hooks,)))
@@ -274,7 +280,7 @@ class Scheduler(Admission):
     def _has_room(self) -> bool:
         """Whether one more may wait; or it is no longer worth asking."""
         busy = len(self._waiting) + len(self._running)
-        return self.is_closing or busy < self._max_queue + self._engine.num_rows
+        return self.is_closing or busy < self._max_queue + self.num_rows
 
 
 def _number(request: Request) -> int:

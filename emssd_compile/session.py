@@ -35,9 +35,9 @@ class Session:
     all of its streams.
     """
 
-    def __init__(self, decoder: Decoder, *, max_queue: int) -> None:
+    def __init__(self, decoder: Decoder, *, max_queue: int, options: Mapping[str, Any]) -> None:
         most = integer("max_queue", max_queue, least=0)
-        self._scheduler = Scheduler(decoder, most)
+        self._scheduler = Scheduler(decoder, most, decoder._used_by(options))
         self._scheduler.open()
         self._close_when_dropped = weakref.finalize(self, self._scheduler.stop)
 
@@ -116,6 +116,21 @@ class Session:
     def failure(self) -> BaseException | None:
         """The exception of a step, if one has closed it."""
         return self._scheduler.failure
+
+    @property
+    def num_requests(self) -> tuple[int, int]:
+        """How many requests have a row, and how many wait for one."""
+        return self._scheduler.num_requests()
+
+    @property
+    def num_rows(self) -> int:
+        """How many requests can have a row at a time."""
+        return self._scheduler.num_rows
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens a row can hold, prompt and new ones together."""
+        return self._scheduler.terms.capacity
 
     @property
     def readings(self) -> Mapping[str, ReadingSpec]:

@@ -10,10 +10,13 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import Tensor
+
 from emssd_compile.calls import Call
 from emssd_compile.errors import ReentryError
 from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.requests import Request
+from emssd_compile.step.probe import READING
 
 if TYPE_CHECKING:
     from emssd_compile.session import Session
@@ -32,6 +35,7 @@ class StreamStats:
         num_steps: steps in which it got tokens, its prompt being read.
         num_draft_tokens: drafts that these verified.
         num_accepted_draft_tokens: drafts that were accepted, and followed by another token of their step.
+        acceptance_histogram: element i is how many steps that verified drafts accepted exactly i of them.
         time_to_first_token: seconds from `submit` to its first token, waiting included; None before.
         seconds: from `submit` to its end, or until now.
     """
@@ -40,6 +44,7 @@ class StreamStats:
     num_steps: int
     num_draft_tokens: int
     num_accepted_draft_tokens: int
+    acceptance_histogram: tuple[int, ...]
     time_to_first_token: float | None
     seconds: float
 
@@ -133,6 +138,7 @@ class Ticket:
                 request.num_steps,
                 request.num_draft_tokens,
                 request.num_accepted_draft_tokens,
+                (*request.acceptance_histogram,),
                 None if self._first is None else self._first - self._submitted,
                 now - self._submitted,
             )
@@ -207,6 +213,15 @@ class Stream:
         self._raise_error()
         found = self._ticket.call.result(self._session.readings)
         return found if self._ticket.call.chosen.return_dict_in_generate else found[0]
+
+    def told(self, name: str) -> Iterator[Tensor]:
+        """What a probe tells of each token, in order: take one for each token that the stream gave, and not before.
+
+        Args:
+            name: of the reading, as it is called in a `GenerateOutput`, such as "logprobs". The request asks for it.
+        """
+        for lines in self._ticket.request.told[f"{READING}{name}"]:
+            yield from lines
 
     def cancel(self) -> None:
         """End the request: its row is free in the next step. Without effect if it has ended."""

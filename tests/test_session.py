@@ -13,7 +13,7 @@ import torch
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError, QueueFullError
 from emssd_compile.stream import Stream
 from tests.export.subjects import prompt
-from tests.sessions import LENGTH, NEW, ROWS, SAMPLED, WAIT, alone, fast, held
+from tests.sessions import LENGTH, NEW, ROWS, SAMPLED, WAIT, alone, fast, held, optimized, twin
 
 
 def _orders(count: int, seed: int) -> list[tuple[list[int], dict[str, Any]]]:
@@ -270,10 +270,75 @@ def test_memory_is_flat_over_many_requests():
         _many(session, 300)
         grown = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
-    assert grown < 60_000, "bytes; a kept request would be some thousands each"
+    assert grown < 120_000, "bytes; a kept request would be some thousands each"
 
 
 @pytest.mark.long
 def test_ten_thousand_requests():
     with fast().session(max_queue=8) as session:
         _many(session, 10_000)
+
+
+def test_options_of_a_session_are_in_its_steps_from_the_start():
+    fresh = optimized()
+    with fresh.session(do_sample=True, repetition_penalty=2.0) as session:
+        greedy = session.submit(prompt(6), max_new_tokens=NEW)
+        assert greedy.result() == alone(prompt(6))
+        forms = len(fresh._forms)
+        streams = [session.submit(prompt(n), max_new_tokens=NEW, seed=n, **SAMPLED) for n in (3, 4)]
+        penalised = session.submit(prompt(5), max_new_tokens=NEW, repetition_penalty=1.3)
+        assert [stream.result() for stream in streams] == [alone(prompt(n), seed=n, **SAMPLED) for n in (3, 4)]
+        assert penalised.result() == alone(prompt(5), repetition_penalty=1.3)
+        assert len(fresh._forms) == forms, "no other form was compiled"
+    for options, message in (({"max_new_tokens": 3}, "asks for no form"), ({"top_p": 0.5}, "without do_sample=True")):
+        with pytest.raises(OptionError, match=message):
+            fresh.session(**options)
+    fresh.generate([prompt(1)], max_new_tokens=1)  # no session was left open
+
+
+def test_what_probes_tell_comes_with_each_token():
+    asked: dict[str, Any] = {
+        "logprobs": True,
+        "top_logprobs": 2,
+        "return_dict_in_generate": True,
+        "max_new_tokens": NEW,
+    }
+    with fast().session() as session:
+        stream = session.submit(prompt(5), **asked)
+        lines = []
+        for count, _ in enumerate(stream):
+            if count == 0:
+                told = zip(stream.told("logprobs"), stream.told("top_logprobs"), strict=True)
+            lines.append(next(told))
+        out = stream.result()
+    assert len(lines) == NEW
+    assert torch.stack([line for line, _ in lines]).equal(out.logprobs[0])
+    assert torch.stack([top[:2] for _, top in lines]).equal(out.top_logprobs[0])
+
+
+def test_a_session_says_how_many_run_and_wait():
+    with fast().session() as session:
+        assert (session.num_rows, session.capacity, session.num_requests) == (ROWS, LENGTH, (0, 0))
+        with held(session):
+            for _ in range(3):
+                session.submit(prompt(2), max_new_tokens=1)
+            assert session.num_requests == (1, 3)
+    assert session.num_requests == (0, 0)
+
+
+def test_how_many_drafts_were_accepted_in_a_step_is_counted():
+    ids, bias = prompt(6), {7: 100.0}  # the same token again and again, which prompt lookup drafts
+    twin().stats.reset()
+    twin().generate([ids], max_new_tokens=NEW, logit_bias=bias)
+    with fast().session() as session:
+        stream = session.submit(ids, max_new_tokens=NEW, logit_bias=bias)
+    stats, own = stream.stats, twin().stats
+    histogram = stats.acceptance_histogram
+    assert sum(histogram) == own.num_spec_steps
+    assert sum(i * count for i, count in enumerate(histogram)) == stats.num_accepted_draft_tokens > 0
+    last = {
+        i: a - b
+        for i, (a, b) in enumerate(zip(own.acceptance_histogram, [*histogram, *[0] * 9], strict=False))
+        if a != b
+    }
+    assert len(last) in (0, 2), "but for a last draft that no token followed"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 import emssd_compile
-from emssd_compile.cli import explain, export, generate, inspect, train_drafter
+from emssd_compile.cli import explain, export, generate, inspect, serve, train_drafter
 from emssd_compile.cli.models import PROGRAM
 from emssd_compile.errors import EmssdError
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "explain": explain,
     "export": export,
     "inspect": inspect,
+    "serve": serve,
     "train-drafter": train_drafter,
 }
 

@@ -32,6 +32,7 @@ class Request:
         num_steps: steps in which it emitted tokens, its prompt being read.
         num_draft_tokens: drafts that these verified.
         num_accepted_draft_tokens: those of them that other tokens of the same step followed, so they were accepted.
+        acceptance_histogram: element i is how many steps that verified drafts accepted exactly i of them.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Request:
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
+    acceptance_histogram: list[int] = field(default_factory=list)
 
     def take(self, tokens: list[int], readings: Mapping[str, Tensor]) -> None:
         """Have new tokens, and what is told of them: a line for each."""
@@ -64,6 +66,9 @@ class Request:
         self.num_steps += 1
         self.num_draft_tokens += num_drafts
         self.num_accepted_draft_tokens += num_emitted - 1
+        if num_drafts:
+            self.acceptance_histogram += [0] * (num_emitted - len(self.acceptance_histogram))
+            self.acceptance_histogram[num_emitted - 1] += 1
 
     def end(self, count: int, reason: str = "stop") -> None:
         """End it after `count` tokens; what it has emitted beyond them is forgotten."""

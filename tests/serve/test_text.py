@@ -1,0 +1,80 @@
+"""Pieces of text: whole characters, nothing of a stop text, and together what the whole is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from emssd_compile.serve.text import Detokenizer, StopTexts
+from tests.serve.servers import ids_of, text_of, tokenizer
+
+TOKENS = st.lists(st.integers(1, len(tokenizer()) - 1), max_size=30)
+PLAIN = st.text(st.sampled_from("ab🙂"), max_size=12)
+
+
+def pieces_of(tokens: list[int], prompt: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer(), prompt)
+    return [*map(detokenizer.push, tokens), detokenizer.end()]
+
+
+@given(TOKENS)
+def test_pieces_of_any_tokens_make_up_the_whole_text(tokens):
+    assert "".join(pieces_of(tokens, [])) == text_of(tokens)
+
+
+@given(st.text(min_size=1), st.text(max_size=5))
+def test_a_piece_of_a_text_holds_whole_characters_and_comes_as_early_as_it_can(text, before):
+    tokens = ids_of(text)
+    pieces = pieces_of(tokens, ids_of(before))
+    assert "".join(pieces) == text
+    for count in range(1, len(tokens) + 1):
+        so_far = text_of(tokens[:count])
+        assert "".join(pieces[:count]) == so_far or so_far.endswith("\ufffd")
+
+
+def test_a_prompt_may_end_within_a_character():
+    first, *rest = ids_of("🙂")
+    assert rest, "it takes several tokens"
+    assert "".join(pieces_of([*rest, *ids_of("a")], [*ids_of("x"), first])) == "🙂a"
+    assert pieces_of([], [first]) == [""]
+
+
+def test_the_first_space_is_kept_that_a_text_alone_would_lose():
+    words = {"▁the": 0, "▁cat": 1, "s": 2}
+    made = Tokenizer(models.WordLevel(words, unk_token="s"))
+    made.decoder = decoders.Metaspace()
+    sentencepiece = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert sentencepiece.decode([1, 2]) == "cats"
+    detokenizer = Detokenizer(sentencepiece, [0])
+    assert [detokenizer.push(1), detokenizer.push(2), detokenizer.end()] == [" cat", "s", ""]
+
+
+@given(PLAIN, st.lists(st.text(st.sampled_from("ab🙂"), min_size=1, max_size=4), max_size=3), st.data())
+def test_no_part_of_a_stop_text_is_let_through(text, stops, data):
+    finder, pieces, left = StopTexts(stops), [], text
+    while left and not finder.found:
+        size = data.draw(st.integers(1, 3))
+        pieces.append(finder.push(left[:size]))
+        left = left[size:]
+    read = text[: len(text) - len(left)]
+    ends = [read.find(stop) for stop in stops if stop in read]
+    assert finder.found == bool(ends)
+    assert "".join(pieces) + finder.end() == (read[: min(ends)] if ends else read)
+    for count in range(1, len(pieces) + 1):
+        shown = "".join(pieces[:count])
+        assert not any(stop in shown for stop in stops)
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "shown"),
+    [
+        (["stop"], ["a st", "o", "p b"], ["a ", "", ""]),
+        (["stop"], ["a st", "o", "re"], ["a ", "", "store"]),
+        (["aab"], ["aa", "a", "b"], ["", "a", ""]),
+        (["xyz", "y"], ["x", "y"], ["", "x"]),
+    ],
+)
+def test_what_may_be_the_beginning_of_a_stop_text_waits(stops, pieces, shown):
+    finder = StopTexts(stops)
+    assert [finder.push(piece) for piece in pieces] == shown
