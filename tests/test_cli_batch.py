@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 
 from emssd_compile.batch.output import Output
 from emssd_compile.cli import main
+from tests.test_session_docs import COMMANDS
 from tests.zoo import toy_model
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +115,7 @@ BAD = [
         ([BAD[0], BAD[0]], ["--skip-errors"], 'line 2 has the id "a", as line 1 has'),
         ([{"id": 3, "prompt": "x"}], [], "line 1: neither a string nor an object"),
         ([BAD[0]], ["--top-k", "3"], "--top-k is for tokens that are drawn"),
+        ([BAD[0]], ["--ray-address", "auto"], "--ray-address are for --workers N"),
     ],
 )
 def test_what_is_wrong_is_said_before_any_work_and_leaves_no_output(
@@ -172,6 +175,28 @@ def test_an_interrupted_command_says_how_to_go_on(model, tmp_path, capsys, monke
     assert main(_command(model, tmp_path, "--max-new-tokens", "2")) == 0
     assert [line["id"] for line in _results(tmp_path)][:1] == written
     assert sorted(line["id"] for line in _results(tmp_path)) == [1, 2, 3]
+
+
+def test_the_command_of_the_docs(model, tmp_path, capsys, monkeypatch):
+    (command,) = COMMANDS
+    (tmp_path / "prompts.jsonl").write_text('"x = 1"\n')
+    (tmp_path / "llama").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(command)[1:], "--backend", "eager"]) == 0
+    assert [line["num_new_tokens"] for line in _results(tmp_path)] == [32]
+
+
+@pytest.mark.long
+def test_on_ray(model, tmp_path, capsys):
+    pytest.importorskip("ray.data", reason="not installed: pip install 'emssd_compile[ray]'")
+    _write(tmp_path, [{"id": f"p{n}", "text": f"x{n} = {n}"} for n in range(40)])
+    options = ["--max-new-tokens", "5", "--max-batch", "2", "--temperature", "1.5", "--seed", "3"]
+    assert main(_command(model, tmp_path, *options, "--workers", "2")) == 0
+    texts = {line["id"]: line["completion"] for line in _results(tmp_path)}
+    assert len(_results(tmp_path)) == 40
+    for line in _generated(model, tmp_path, capsys, *options):
+        assert texts[line["id"]] == line["completion"]
+    assert {each.name for each in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.job"}
 
 
 def _lines(path: Path) -> int:

@@ -9,12 +9,15 @@ from tests.export.subjects import prompt
 from tests.sessions import WAIT, alone, fast
 
 TEXT = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+ALL = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+RAY = [example for example in ALL if "emssd_compile.ray" in example]  # run by test_ray.py, where a cluster is
+COMMANDS = re.findall(r"^```bash\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)  # by test_cli_batch.py
+EXAMPLES = [example for example in ALL if example not in RAY]
 
 
-def test_the_examples_are_two_and_short():
-    assert len(EXAMPLES) == 2
-    assert all(len(example.splitlines()) < 15 for example in EXAMPLES)
+def test_the_examples_are_few_and_short():
+    assert (len(EXAMPLES), len(RAY), len(COMMANDS)) == (2, 1, 1)
+    assert all(len(example.splitlines()) < 15 for example in (*ALL, *COMMANDS))
 
 
 def test_the_examples_give_the_tokens_of_generate():

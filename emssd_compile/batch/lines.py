@@ -22,6 +22,7 @@ class Line:
     Attributes:
         number: counted from 1, blank lines, too.
         index: among those that are not blank, from 0.
+        text: as it is written; what is no text there is replaced.
         id: what its result is told by: `"id"` or `"custom_id"` of its object, or else its number.
         entry: its object; empty if there is none.
         prompt: what `read` made of it; None if it is bad.
@@ -31,6 +32,7 @@ class Line:
 
     number: int
     index: int
+    text: str
     id: int | str
     entry: dict[str, Any] = field(default_factory=dict)
     prompt: Any = None
@@ -54,21 +56,22 @@ def read_lines(path: Path, read: Read) -> Iterator[Line]:
             index = 0
             for number, text in enumerate(file, 1):
                 if text.strip():
-                    yield _read_line(text, Line(number, index, number), read)
+                    yield parse_line(text, number, index, read)
                     index += 1
     except OSError as error:
         raise OptionError(f"--input {path} cannot be read: {error}") from error
 
 
-def _read_line(text: bytes, line: Line, read: Read) -> Line:
-    where = f"line {line.number}"
+def parse_line(text: bytes, number: int, index: int, read: Read) -> Line:
+    """One of them, bad or not."""
+    line, where = Line(number, index, text.decode(errors="replace"), number), f"line {number}"
     try:
         try:
             entry = json.loads(text.decode())
         except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"{where}: {error}") from error
         if isinstance(entry, dict):
-            line = replace(line, entry=entry, id=_find_id(entry, line.number))
+            line = replace(line, entry=entry, id=_find_id(entry, number))
         prompt, tokens = read(entry, where)
         return replace(line, prompt=prompt, tokens=tokens)
     except EmssdError as error:

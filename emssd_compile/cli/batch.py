@@ -8,6 +8,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from emssd_compile.cli.models import (
     load_model,
     load_tokenizer,
     optimize,
+    positive,
 )
 from emssd_compile.cli.prompts import NO_TEMPLATE, Prompt, check_prompt, parse_prompt
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from emssd_compile.length import length_limit_of_config, text_config
+from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.progress import progress_bar
 
 EXAMPLES = f"""
@@ -38,6 +41,10 @@ examples:
       when it was broken off, by whatever, the same command goes on where it was: each prompt is there once
   {PROGRAM} batch --model llama/ --input chats.jsonl --output out.jsonl --chat --max-batch 32 --skip-errors
       texts are what a user says; what is wrong with a line is its result
+  {PROGRAM} batch --model llama/ --input prompts.jsonl --output out.jsonl --workers 2
+      two processes on Ray, each with the model; one that dies is replaced, and its prompts are decoded again
+  {PROGRAM} batch --model /shared/llama --input in.jsonl --output /shared/out.jsonl --workers 8 --ray-address auto
+      on a cluster: the folders of the model and of the output are where all its machines see them
 
 The input has a JSON value a line: a string, a list of token ids, or an object with "text", with "messages" for a chat,
 or with "input_ids". Its "id" or "custom_id" tells which result is whose; without one that is the line's number.
@@ -58,12 +65,20 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--skip-errors", action="store_true", help="a line that is bad gets its error as result, and ends nothing"
     )
+    parser.add_argument("--workers", metavar="N", type=positive, help="decode in so many processes, on Ray")
+    parser.add_argument("--worker-cpus", metavar="N", type=positive, help="threads of each of them (default: 1)")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a cluster that they run on (default: this machine)"
+    )
     add_decoding(parser)
 
 
 def run(arguments: argparse.Namespace, notes: Console) -> None:
     """Run the command."""
     how = sampling(arguments)
+    if arguments.workers is None and (arguments.worker_cpus or arguments.ray_address):
+        raise OptionError("--worker-cpus and --ray-address are for --workers N; pass that, too, or leave them out")
+    decode = _here if arguments.workers is None else _on_ray
     tokenizer = load_tokenizer(arguments.model)
     if arguments.chat and tokenizer.chat_template is None:
         raise OptionError(NO_TEMPLATE)
@@ -79,10 +94,14 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         arguments.max_length = arguments.max_length or found.longest + arguments.max_new_tokens
         arguments.seed = output.job["--seed"]
         lines = (line for line in read_lines(arguments.input, read) if not found.index.is_done(line.key))
+        options = _options(arguments, tokenizer, how)
         started = time.perf_counter()
         try:
-            for line, now in _shown(_here(lines, arguments, tokenizer, how, notes), done, found.count):
-                output.write(_result(line, now, tokenizer))
+            for line, now in _shown(decode(lines, read, arguments, options, notes), done, found.count):
+                if now.error and not arguments.skip_errors:
+                    raise InvalidInputError(f"line {line.number}: {now.error}")
+                if found.index.finish(line.key):
+                    output.write(_result(line, now, tokenizer))
         except KeyboardInterrupt:
             where = f"what is done is in {output.partial}; the same command goes on from there"
             notes.print(f"interrupted: {where}", soft_wrap=True)
@@ -125,24 +144,55 @@ def _reader(arguments: argparse.Namespace, tokenizer: Any) -> Read:
     return read
 
 
-def _here(
-    lines: Iterator[Line], arguments: argparse.Namespace, tokenizer: Any, how: dict[str, Any], notes: Console
-) -> Iterator[tuple[Line, Continuation]]:
-    """Decode in this process."""
-    model = load_model(arguments.model, arguments.dtype, "--model")
-    drawing = {name: value for name, value in how.items() if name != "seed"}
-    with notes.status("compiling"):
-        fast = optimize(model, arguments)
-        fast.warmup(**drawing)
-    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, **drawing}
+def _options(arguments: argparse.Namespace, tokenizer: Any, how: dict[str, Any]) -> dict[str, Any]:
+    """Of `continued`."""
+    given = {**how, "seed": arguments.seed if how else None, "max_new_tokens": arguments.max_new_tokens}
     if arguments.stop:
         from transformers import StopStringCriteria
 
         # One for all: making it reads the whole vocabulary.
-        options["stopping_criteria"] = [StopStringCriteria(tokenizer, arguments.stop)]
-    seed = arguments.seed if how else None
+        given["stopping_criteria"] = [StopStringCriteria(tokenizer, arguments.stop)]
+    return given
+
+
+def _here(
+    lines: Iterator[Line], read: Read, arguments: argparse.Namespace, options: dict[str, Any], notes: Console
+) -> Iterator[tuple[Line, Continuation]]:
+    """Decode in this process."""
+    with notes.status("compiling"):
+        fast = _compiled(arguments)
     with fast.session(max_queue=arguments.max_batch) as session:
-        yield from continued(session, lines, at_a_time=2 * arguments.max_batch, seed=seed, **options)
+        yield from continued(session, lines, at_a_time=2 * arguments.max_batch, **options)
+
+
+def _on_ray(
+    lines: Iterator[Line], read: Read, arguments: argparse.Namespace, options: dict[str, Any], notes: Console
+) -> Iterator[tuple[Line, Continuation]]:
+    """Decode in processes on Ray; each loads and compiles the model."""
+    import emssd_compile.ray
+
+    own = argparse.Namespace(**{**vars(arguments), "model": arguments.model.resolve()})
+    if Path(own.drafter).is_dir():
+        own.drafter = str(Path(own.drafter).resolve())
+    notes.print(f"starting {own.workers} processes")
+    yield from emssd_compile.ray.continued(
+        lines,
+        read,
+        partial(_compiled, own),
+        own.output.with_name(f"{own.output.name}.pending"),
+        workers=own.workers,
+        cpus=own.worker_cpus or 1,
+        address=own.ray_address,
+        at_a_time=8 * own.max_batch,
+        **options,
+    )
+
+
+def _compiled(arguments: argparse.Namespace) -> OptimizedModel:
+    """The model with its drafter, ready for what the options of decoding ask for."""
+    fast = optimize(load_model(arguments.model, arguments.dtype, "--model"), arguments)
+    fast.warmup(**{name: value for name, value in sampling(arguments).items() if name != "seed"})
+    return fast
 
 
 def _shown(

@@ -12,7 +12,7 @@ from tests.sessions import NEW, SAMPLED, alone, fast, twin
 
 
 def _lines(count: int) -> Iterator[Line]:
-    return (Line(n + 1, n, n, tokens=prompt(n + 1)) for n in range(count))
+    return (Line(n + 1, n, "", n, tokens=prompt(n + 1)) for n in range(count))
 
 
 def test_each_line_gets_its_tokens_and_few_are_read_ahead():
@@ -36,7 +36,7 @@ def test_a_long_one_holds_up_no_other():
     def lengths(ids: Any, scores: Any) -> bool:
         return ids.shape[1] > 8  # ends all but the first early
 
-    lines = [Line(1, 0, 0, tokens=prompt(1)), *(Line(n, n, n, tokens=prompt(8)) for n in range(1, 10))]
+    lines = [Line(1, 0, "", 0, tokens=prompt(1)), *(Line(n, n, "", n, tokens=prompt(8)) for n in range(1, 10))]
     with fast().session(max_queue=3) as session:
         options: dict[str, Any] = {"max_new_tokens": 50, "stopping_criteria": [lengths]}
         order = [line.id for line, _ in continued(session, lines, at_a_time=5, seed=None, **options)]
@@ -60,7 +60,7 @@ def test_bad_lines_and_what_a_request_raises_are_results_of_their_own():
             raise ZeroDivisionError("here")
         return False
 
-    lines = [*_lines(4), Line(5, 4, 4, error="line 5: bad")]
+    lines = [*_lines(4), Line(5, 4, "", 4, error="line 5: bad")]
     with fast().session(max_queue=1) as session:
         options: dict[str, Any] = {"max_new_tokens": NEW, "stopping_criteria": [criterion]}
         found = {

@@ -19,7 +19,7 @@ JOB: dict[str, object] = {"--input": "aa", "--max-new-tokens": 8, "--stop": None
 def _index(count: int = 4) -> Index:
     index = Index()
     for number in range(1, count + 1):
-        index.add(Line(number, number - 1, f"p{number}"))
+        index.add(Line(number, number - 1, "", f"p{number}"))
     return index
 
 
