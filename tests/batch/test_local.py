@@ -1,5 +1,6 @@
 """Lines go through a session a few at a time, and come back as they end."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from emssd_compile.batch.lines import Line
 from emssd_compile.batch.local import continued
 from tests.export.subjects import prompt
-from tests.sessions import NEW, SAMPLED, alone, fast, twin
+from tests.sessions import NEW, SAMPLED, WAIT, alone, fast, twin
 
 
 def _lines(count: int) -> Iterator[Line]:
@@ -73,11 +74,18 @@ def test_bad_lines_and_what_a_request_raises_are_results_of_their_own():
 
 
 def test_a_step_that_fails_is_no_fault_of_a_line(monkeypatch):
+    submitted = threading.Event()
+
     def broken(sizes: Any) -> Any:
+        assert submitted.wait(WAIT)
         raise RuntimeError("the step")
+
+    def lines() -> Iterator[Line]:
+        yield from _lines(9)
+        submitted.set()
 
     session = fast().session(max_queue=9)
     monkeypatch.setattr(fast()._engine.launcher, "launch", broken)
-    with pytest.raises(RuntimeError, match="the step"):
-        list(continued(session, _lines(9), at_a_time=9, seed=None, max_new_tokens=NEW))
+    with pytest.raises(RuntimeError, match="^the step$"):
+        list(continued(session, lines(), at_a_time=10, seed=None, max_new_tokens=NEW))
     session.close()
