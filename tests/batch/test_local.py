@@ -86,6 +86,6 @@ def test_a_step_that_fails_is_no_fault_of_a_line(monkeypatch):
 
     session = fast().session(max_queue=9)
     monkeypatch.setattr(fast()._engine.launcher, "launch", broken)
-    with pytest.raises(RuntimeError, match="^the step$"):
+    with pytest.raises(RuntimeError, match=r"^the step$"):
         list(continued(session, lines(), at_a_time=10, seed=None, max_new_tokens=NEW))
     session.close()
