@@ -38,7 +38,7 @@ _UNSUPPORTED = {
         assistant_model assistant_tokenizer prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight
         speculation_type use_mtp is_assistant""",
     "the compiled step takes token ids and keeps its own KV cache; pass the whole prompt as ids": """
-        past_key_values inputs_embeds position_ids cache_position logits_to_keep encoder_outputs decoder_input_ids
+        past_key_values cache inputs_embeds position_ids cache_position logits_to_keep encoder_outputs decoder_input_ids
         decoder_attention_mask""",
     "the step runs on one device; leave it out": "synced_gpus",
 }

@@ -366,6 +366,7 @@ def test_every_default_of_transformers_passes():
         ({"prompt_lookup_num_tokens": 3}, r"optimize\(model, drafter="),
         ({"forced_eos_token_id": 0}, "logits"),
         ({"past_key_values": torch.zeros(2)}, "KV cache"),
+        ({"cache": torch.zeros(2)}, "KV cache"),
         ({"cache_implementation": "quantized"}, "as they are"),
         ({"stopping_criteria": [MaxLengthCriteria(9)]}, "pass max_length"),
         ({"stopping_criteria": [EosTokenCriteria(9)]}, "pass eos_token_id"),
