@@ -1,4 +1,4 @@
-"""A session on compiled code: requests join and leave, and each gets what the same object's `generate` gives it alone."""
+"""A session on compiled code: requests join and leave, and each gets what `generate` gives it alone."""
 
 import random
 import time
