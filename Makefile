@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format
+.PHONY: help demo test versions lint format
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*##/make \1 -/p' $(MAKEFILE_LIST)
@@ -22,6 +22,14 @@ demo: $(INSTALLED)  ## Decode held-out prompts with the shipped model: plain, un
 
 test: $(INSTALLED)  ## Run every test (JOBS=2 processes)
 	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal --durations 10
+
+# What is not named in WITH is taken from .venv.
+VERSIONED := .venv-versions
+versions: $(INSTALLED)  ## Run quick tests with other versions, as in WITH="transformers==5.24.0"
+	@$(BIN)/python -m venv --clear --without-pip $(VERSIONED)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VERSIONED)/lib/python3*/site-packages)/base.pth
+	@$(BIN)/pip --python $(VERSIONED)/bin/python install -qq $(WITH)
+	$(VERSIONED)/bin/python -m pytest tests/test_hf.py tests/test_session.py
 
 lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/ruff check .

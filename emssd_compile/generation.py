@@ -242,7 +242,12 @@ def row_seeds(seed: object, prompts: int, sequences: int, *, draws: bool) -> lis
 
 
 def _spread(first: int, count: int) -> list[int]:
-    return [(first + row * _SPREAD - INT64_MIN) % (1 << 64) + INT64_MIN for row in range(count)]
+    return [nth_seed(first, row) for row in range(count)]
+
+
+def nth_seed(first: int, row: int) -> int:
+    """The seed of a row, where `first` is that of the first."""
+    return (first + row * _SPREAD - INT64_MIN) % (1 << 64) + INT64_MIN
 
 
 def resolve_options(

@@ -16,7 +16,8 @@ from emssd_compile.errors import OptionError
 from emssd_compile.numeric import shown
 from emssd_compile.optimized_model import OptimizedModel, optimize
 
-_OF_ITS_OWN_DECODING = ("use_cache", "logits_to_keep", "past_key_values", "position_ids", "cache_position")
+_CACHES = ("past_key_values", "cache")  # the one name and, since transformers 5.24, the other
+_OF_ITS_OWN_DECODING = (*_CACHES, "use_cache", "logits_to_keep", "position_ids", "cache_position")
 
 
 def generate(fast: OptimizedModel) -> Callable[..., Any]:
@@ -66,7 +67,9 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
             seed=seed,
             grammar=grammar,
             logits_hook=logits_hook,
-            logits_processor=_of_the_user(model, logits_processor, generation_config, input_ids),
+            logits_processor=_of_the_user(
+                model, logits_processor, generation_config, input_ids, others.get("attention_mask")
+            ),
             stopping_criteria=_criteria_of_the_user(model, stopping_criteria, generation_config),
             **others,
         )
@@ -148,18 +151,23 @@ def _of_assistants(model: Any, config: Any) -> dict[str, Any]:
 
 def _is_of_its_own_decoding(name: str, value: Any) -> bool:
     """Whether transformers passes it to every way of decoding, and it says nothing."""
-    if name == "past_key_values" and value is not None and value.get_seq_length() > 0:
-        raise OptionError("past_key_values holds tokens; the compiled step keeps its own KV cache: pass the whole text")
+    if name in _CACHES and value is not None and value.get_seq_length() > 0:
+        raise OptionError(f"{name} holds tokens; the compiled step keeps its own KV cache: pass the whole text")
     return name in _OF_ITS_OWN_DECODING
 
 
-def _of_the_user(model: Any, prepared: Iterable[Any], config: Any, input_ids: Tensor) -> list[Any]:
+def _of_the_user(
+    model: Any, prepared: Iterable[Any], config: Any, input_ids: Tensor, attention_mask: Tensor | None
+) -> list[Any]:
     """The processors that do not come from options, which the compiled step carries out itself.
 
     Raises:
         OptionError: one stands in for that of an option.
     """
-    made = {type(each): each for each in model._get_logits_processor(config, input_ids_seq_length=input_ids.shape[1])}
+    of_options = model._get_logits_processor(
+        config, input_ids_seq_length=input_ids.shape[1], model_kwargs={"attention_mask": attention_mask}
+    )
+    made = {type(each): each for each in of_options}
     found = []
     for each in prepared:
         if type(each) not in made:

@@ -39,7 +39,7 @@ _UNSUPPORTED = {
     "it changes what the model says; optimize(model, acceptance=...) takes rules that do, by name": """
         assistant_ensemble_weight""",
     "the compiled step takes token ids and keeps its own KV cache; pass the whole prompt as ids": """
-        past_key_values inputs_embeds position_ids cache_position logits_to_keep encoder_outputs decoder_input_ids
+        past_key_values cache inputs_embeds position_ids cache_position logits_to_keep encoder_outputs decoder_input_ids
         decoder_attention_mask""",
     "the step runs on one device; leave it out": "synced_gpus",
 }

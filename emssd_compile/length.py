@@ -19,7 +19,7 @@ def resolve_length(model: nn.Module, max_length: int | None) -> int:
         OptionError: neither says; or it is no number, or more than the model allows.
     """
     if max_length is None:
-        limit = _trained_length(model)
+        limit = _trained_length(getattr(model, "config", None))
         if limit is None:
             raise OptionError("max_length is needed: the model's config states no longest sequence")
         return limit
@@ -32,21 +32,26 @@ def resolve_length(model: nn.Module, max_length: int | None) -> int:
 
 def length_limit(model: nn.Module) -> int | None:
     """The longest sequence that the model's config allows: scaling of positions may reach farther than training did."""
-    trained = _trained_length(model)
+    return length_limit_of_config(getattr(model, "config", None))
+
+
+def length_limit_of_config(config: Any) -> int | None:
+    """The same, of a config."""
+    trained = _trained_length(config)
     if trained is None:
         return None
-    scalings = _rotary_scalings(_text_config(getattr(model, "config", None)))
+    scalings = _rotary_scalings(text_config(config))
     return max([trained, *(_scaled_length(scaling, trained) for scaling in scalings)])
 
 
-def _trained_length(model: nn.Module) -> int | None:
-    """The longest sequence that the model's config names, if it says."""
-    config = _text_config(getattr(model, "config", None))
-    found = [getattr(config, name, None) for name in _LENGTH_ATTRIBUTES]
+def _trained_length(config: Any) -> int | None:
+    """The longest sequence that the config names, if it says."""
+    text = text_config(config)
+    found = [getattr(text, name, None) for name in _LENGTH_ATTRIBUTES]
     return next((value for value in found if _is_length(value)), None)
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
     """The part of a multimodal config that is about text; a config without parts itself."""
     find = getattr(config, "get_text_config", None)
     return find(decoder=True) if callable(find) else getattr(config, "text_config", config)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,8 @@ from emssd_compile.step.probe import READING
 
 if TYPE_CHECKING:
     from emssd_compile.session import Session
+
+_logger = logging.getLogger(__name__)
 
 FinishReason = Literal["eos", "length", "stop", "cancelled", "deadline", "error"]
 """Why a request ended: an EOS, its limit of tokens, a stop string or stopping criterion, `cancel` or the session's end,
@@ -84,6 +87,7 @@ class Ticket:
         self._ended: float | None = None
         self._changed = threading.Condition()
         self._sleepers: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
+        self._calls: list[Callable[[], object]] = []
 
     @property
     def request(self) -> Request:
@@ -104,6 +108,17 @@ class Ticket:
             self.consumer = None
             self.error, self.finish_reason, self._ended = error, reason, time.monotonic()
             self._wake()
+            calls, self._calls = self._calls, []
+        for call in calls:
+            _call(call)
+
+    def when_ended(self, call: Callable[[], object]) -> None:
+        """Call it once, when the request has ended; at once if it has."""
+        with self._changed:
+            if self.finish_reason is None:
+                self._calls.append(call)
+                return
+        _call(call)
 
     def wait(self, count: int | None, timeout: float | None = None) -> None:
         """Wait until there are more than `count` tokens, or it has ended; None: until it has ended.
@@ -152,6 +167,13 @@ class Ticket:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody sleeps there any more
                 loop.call_soon_threadsafe(_wake_up, future)
         self._sleepers.clear()
+
+
+def _call(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except Exception:
+        _logger.exception("a callback of a stream that has ended raised; nobody else hears of it")
 
 
 def _wake_up(future: asyncio.Future[None]) -> None:
@@ -227,6 +249,14 @@ class Stream:
         """End the request: its row is free in the next step. Without effect if it has ended."""
         self._ticket.is_cancelled = True
         self._session.wake()
+
+    def add_done_callback(self, call: Callable[[Stream], object]) -> None:
+        """Have `call(stream)` called once the request has ended, as `concurrent.futures.Future` does.
+
+        The session's thread calls it, so it should be quick; if the request has ended already, this call does. What it
+        raises is logged.
+        """
+        self._ticket.when_ended(lambda: call(self))
 
     @property
     def tokens(self) -> list[int]:

@@ -152,6 +152,7 @@ def test_sizes_are_positive_integers(models, capsys, value):
     [
         ("p.json", '["one", {"text": "two", "module": "m.py"}]', ["one", "two"]),
         ("p.jsonl", '"one"\n\n{"text": "two"}\n', ["one", "two"]),
+        ("p.jsonl", '[1, 2]\n{"input_ids": [3]}\n', ["", ""]),
         ("p.txt", '["one"]\ntwo\n', ['["one"]\ntwo\n']),
     ],
 )
@@ -176,6 +177,11 @@ def test_bad_prompt_files(tmp_path, name, content, error, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(error, match=said):
         read_prompts([], [tmp_path / name])
+
+
+def test_standard_input_is_read_once():
+    with pytest.raises(OptionError, match="--prompt-file - is given twice"):
+        read_prompts([], [Path("-"), Path("-")])
 
 
 def test_json_lines_come_back_with_all_that_was_in_them(models, tmp_path, capsys, monkeypatch):

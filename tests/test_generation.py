@@ -368,6 +368,7 @@ def test_every_default_of_transformers_passes():
         ({"assistant_tokenizer": 3}, "the same tokenizer"),
         ({"forced_eos_token_id": 0}, "logits"),
         ({"past_key_values": torch.zeros(2)}, "KV cache"),
+        ({"cache": torch.zeros(2)}, "KV cache"),
         ({"cache_implementation": "quantized"}, "as they are"),
         ({"stopping_criteria": [MaxLengthCriteria(9)]}, "pass max_length"),
         ({"stopping_criteria": [EosTokenCriteria(9)]}, "pass eos_token_id"),

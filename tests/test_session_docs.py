@@ -8,13 +8,17 @@ from typing import Any
 from tests.export.subjects import prompt
 from tests.sessions import WAIT, alone, fast
 
-TEXT, *_ = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text().split("\n## ")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+TEXT = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text()
+SESSIONS, *_ = TEXT.split("\n## ")
+PYTHON = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+ALL, EXAMPLES = PYTHON.findall(TEXT), PYTHON.findall(SESSIONS)  # the others are run where what they need is
+RAY = [example for example in ALL if "emssd_compile.ray" in example]
+COMMANDS = re.findall(r"^```bash\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_examples_are_two_and_short():
-    assert len(EXAMPLES) == 2
-    assert all(len(example.splitlines()) < 15 for example in EXAMPLES)
+def test_the_examples_are_few_and_short():
+    assert (len(EXAMPLES), len(RAY), len(COMMANDS)) == (2, 1, 1)
+    assert all(len(example.splitlines()) < 15 for example in (*ALL, *COMMANDS))
 
 
 def test_the_examples_give_the_tokens_of_generate():

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.text import Text
 
 import emssd_compile
-from emssd_compile.cli import explain, export, generate, inspect, serve, train_drafter
+from emssd_compile.cli import batch, explain, export, generate, inspect, serve, train_drafter
 from emssd_compile.cli.models import PROGRAM
 from emssd_compile.errors import EmssdError
 
 COMMANDS = {
     "generate": generate,
+    "batch": batch,
     "explain": explain,
     "export": export,
     "inspect": inspect,

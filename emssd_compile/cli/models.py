@@ -128,6 +128,11 @@ def load_model(folder: Path, dtype: str, option: str) -> nn.Module:
     return model.eval()
 
 
+def load_config(folder: Path) -> Any:
+    """A model's configuration."""
+    return _load("AutoConfig", folder, "--model")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer beside a model."""
     return _load("AutoTokenizer", folder, "--model")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from emssd_compile.errors import InvalidInputError, OptionError
 
 STDIN = Path("-")
+NO_TEMPLATE = "--model has no chat template; leave --chat out, and write prompts as texts"
 
 
 @dataclass(frozen=True)
@@ -19,44 +20,73 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        text: what is to be continued; empty for a chat.
-        messages: of a chat, as chat templates take them; empty for a text.
+        text: what is to be continued; empty for the two others.
+        messages: of a chat, as chat templates take them.
+        ids: tokens.
         entry: the object that it came in, with whatever else was in it.
     """
 
     text: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     entry: dict[str, Any] = field(default_factory=dict)
 
     def as_chat(self) -> Prompt:
-        """The text as what a user says."""
-        messages = self.messages or [{"role": "user", "content": self.text}]
-        return Prompt("", messages, self.entry)
+        """A text as what a user says."""
+        return replace(self, text="", messages=[{"role": "user", "content": self.text}]) if self.text else self
+
+    def tokens(self, tokenizer: Any) -> list[int]:
+        """Its ids; those of a chat end where the answer begins. Raises InvalidInputError if there are none."""
+        found = self.ids or (self._chat_tokens(tokenizer) if self.messages else tokenizer(self.text)["input_ids"])
+        if not found:
+            raise InvalidInputError("the tokenizer makes no token of it; give it at least one word")
+        return list(found)
+
+    def _chat_tokens(self, tokenizer: Any) -> list[int]:
+        if tokenizer.chat_template is None:
+            raise OptionError(NO_TEMPLATE)
+        try:
+            found: list[int] = tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)["input_ids"]
+        except Exception as error:  # a template raises what it likes
+            raise InvalidInputError(f"the model's chat template takes no such messages: {error}") from error
+        return found
+
+    def completed(self, new: Sequence[int], tokenizer: Any) -> dict[str, Any]:
+        """The object that it came in, with what follows it: as ids, too, if it was ids."""
+        found = {"completion": tokenizer.decode(new, skip_special_tokens=True), "num_new_tokens": len(new)}
+        return self.entry | found | ({"completion_ids": [*new]} if self.ids else {})
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
     """The prompts given as texts, then those of the files in order.
 
-    A `.json` file is a list of prompts; a `.jsonl` file, and standard input for `-`, has one a line. Each is a string
-    or an object with `"text"` or `"messages"`; any other file is one prompt.
+    A `.json` file is a list of prompts; a `.jsonl` file, and standard input for `-`, has one a line. Each is as
+    `parse_prompt` takes it; any other file is one prompt.
 
     Raises:
         OptionError: no prompt was given, or a file cannot be read.
         InvalidInputError: a prompt is empty or no text; says which.
     """
+    if [*files].count(STDIN) > 1:
+        raise OptionError(f"--prompt-file {STDIN} is given twice, and standard input can be read once; leave one out")
     prompts = [Prompt(text, entry={"text": text}) for text in texts]
     for file in files:
         prompts += _read_file(file)
     if not prompts:
         raise OptionError("no prompt: pass --prompt TEXT or --prompt-file FILE")
     for index, prompt in enumerate(prompts):
-        if not prompt.text and not prompt.messages:
-            raise InvalidInputError(f"prompt {index + 1} of {len(prompts)} is empty; give it at least one word")
-        try:
-            prompt.text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"prompt {index + 1} of {len(prompts)} is no text: {error}") from error
+        check_prompt(prompt, f"prompt {index + 1} of {len(prompts)}")
     return prompts
+
+
+def check_prompt(prompt: Prompt, where: str) -> None:
+    """Raises InvalidInputError if it is empty, or no text that could be encoded."""
+    if not (prompt.text or prompt.messages or prompt.ids):
+        raise InvalidInputError(f"{where} is empty; give it at least one word")
+    try:
+        prompt.text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"{where} is no text: {error}") from error
 
 
 def _read_file(file: Path) -> Iterable[Prompt]:
@@ -72,7 +102,7 @@ def _read_file(file: Path) -> Iterable[Prompt]:
         raise OptionError(f"--prompt-file {file} cannot be read: {error}") from error
     if not isinstance(entries, list):
         raise InvalidInputError(f'{file} holds no list; write ["a prompt", ...] or [{{"text": "a prompt"}}, ...]')
-    return [_prompt(entry, f"{file}, entry {index}") for index, entry in enumerate(entries)]
+    return [parse_prompt(entry, f"{file}, entry {index}") for index, entry in enumerate(entries)]
 
 
 def _parse(line: str, number: int) -> object:
@@ -82,15 +112,28 @@ def _parse(line: str, number: int) -> object:
         raise ValueError(f"line {number}: {error}") from error
 
 
-def _prompt(entry: object, where: str) -> Prompt:
+def parse_prompt(entry: object, where: str) -> Prompt:
+    """A prompt of what JSON has for it.
+
+    That is a string, a list of token ids, or an object with a string `"text"`, with `"messages"`, a list of objects, or
+    with `"input_ids"`, a list of token ids.
+
+    Raises:
+        InvalidInputError: it is none of these; begins with `where`.
+    """
     if isinstance(entry, str):
-        return Prompt(entry, entry={"text": entry})
-    if isinstance(entry, dict) and isinstance(text := entry.get("text"), str):
-        return Prompt(text, entry=entry)
-    messages = entry.get("messages") if isinstance(entry, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InvalidInputError(
-            f'{where}: neither a string nor an object with a string "text" or with "messages", a list of objects'
-        )
-    assert isinstance(entry, dict)
-    return Prompt(messages=messages, entry=entry)
+        entry = {"text": entry}
+    elif isinstance(entry, list):
+        entry = {"input_ids": entry}
+    if isinstance(entry, dict):
+        text, messages, ids = (entry.get(name) for name in ("text", "messages", "input_ids"))
+        if isinstance(text, str):
+            return Prompt(text, entry=entry)
+        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            return Prompt(messages=messages, entry=entry)
+        if isinstance(ids, list) and all(type(token) is int for token in ids):
+            return Prompt(ids=ids, entry=entry)
+    raise InvalidInputError(
+        f'{where}: neither a string nor an object with a string "text", with "messages", a list of objects, or with '
+        '"input_ids", a list of token ids'
+    )

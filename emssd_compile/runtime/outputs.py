@@ -184,7 +184,7 @@ class GenerateOutput(Mapping[str, Any], Generic[Kind]):
 
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
-    attentions = hidden_states = past_key_values = None  # transformers' outputs have them
+    attentions = hidden_states = past_key_values = cache = None  # transformers' outputs have them
 
     def __init__(self, sequences: Kind, **readings: Reading) -> None:
         self.sequences = sequences
