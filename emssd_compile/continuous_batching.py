@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from emssd_compile.errors import OptionError, SessionError
+from emssd_compile.generation import nth_seed
 from emssd_compile.numeric import shown
 from emssd_compile.progress import progress_bar as progress_bar_of
 from emssd_compile.session import Session
@@ -53,12 +54,13 @@ class BatchingManager:
         self._handlers: dict[str, tuple[Callable[[Any], None], asyncio.AbstractEventLoop]] = {}
         self._changed = threading.Condition()  # guards what is above
         self._num_requests = 0
+        self._stopping = False
 
     def start(self) -> None:
         """Open the session. Raises what `Decoder.session` does."""
         if self.is_running():
             return
-        self._session = self._decoder.session(max_queue=self._max_queue)
+        self._session, self._stopping = self._decoder.session(max_queue=self._max_queue), False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="emssd_compile.results", daemon=True)
         self._thread.start()
@@ -84,20 +86,25 @@ class BatchingManager:
         """
         if self._session is None:
             return
+        self._stopping = True
         if not block:
             threading.Thread(target=self.stop, args=(True, timeout, False, hard_stop), daemon=True).start()
             return
-        if not hard_stop:
-            with self._changed:
-                hard_stop = not self._changed.wait_for(lambda: not self._open, timeout)
-        session, self._session = self._session, None
-        session.close(wait=not hard_stop)
         with self._changed:
-            self._changed.wait_for(lambda: not self._open)
+            if not hard_stop:
+                hard_stop = not self._changed.wait_for(lambda: not self._open, timeout)
+            session, self._session = self._session, None
+        if session is None:  # another stop was first
+            return
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            session.close(wait=not hard_stop)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._open)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     @property
     def background_thread_status(self) -> SimpleNamespace:
@@ -134,7 +141,7 @@ class BatchingManager:
             Exception: as `Session.submit`.
         """
         session = self._session
-        if session is None:
+        if session is None or self._stopping:
             raise SessionError("add_request: the manager does not run; call start() first")
         given = {"max_new_tokens": max_new_tokens, "eos_token_id": None if eos_token_id == -1 else eos_token_id}
         options |= {name: value for name, value in given.items() if value is not None}
@@ -148,11 +155,14 @@ class BatchingManager:
             if name in self._open:
                 raise OptionError(f"request_id={shown(name)}: a request of that name has not ended yet")
             self._open.add(name)
-        seed = None if self._seed is None else self._seed + number
+        own = None if self._seed is None else self._seed + number
+        seed = options.pop("seed", own)
         try:
             stream = session.submit([*input_ids], self._config, seed=seed, timeout=None, **options)
         except BaseException:
-            self._open.discard(name)
+            with self._changed:
+                self._open.discard(name)
+                self._changed.notify_all()
             raise
         with self._changed:
             self._streams[name] = stream
@@ -163,8 +173,10 @@ class BatchingManager:
         return name
 
     def add_requests(self, inputs: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """`add_request` of each; returns their names in order."""
-        return [self.add_request(ids, **options) for ids in inputs]
+        """`add_request` of each; returns their names in order. A `seed` gives each its own, as in `generate`."""
+        if (seed := options.pop("seed", None)) is None:
+            return [self.add_request(ids, **options) for ids in inputs]
+        return [self.add_request(ids, seed=nth_seed(seed, number), **options) for number, ids in enumerate(inputs)]
 
     def cancel_request(self, request_id: str) -> None:
         """End a request with what it has; without effect if it has ended."""
@@ -233,6 +245,7 @@ class BatchingManager:
     def _put(self, output: Any, status: Any) -> None:
         result = self._kinds.GenerationOutput(**vars(output) | {"status": status})
         result.generated_tokens = [*output.generated_tokens]
+        result.timestamps = None if output.timestamps is None else [*output.timestamps]
         with self._changed:
             if result.is_finished():
                 del self._streams[result.request_id]

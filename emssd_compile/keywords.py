@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor, nn
 
+from emssd_compile.drafters.assisted import HOW_IT_DRAFTS, WHO_DRAFTS
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import flag, integer, plain, shown
 
@@ -58,18 +59,8 @@ _WITHOUT_EFFECT = {
 
 # Who drafts is part of the step: a request may say what is so anyway, and where to get it otherwise is said here. The
 # first ask for assisted decoding wherever they are set, the others in the call only: configs set some whoever drafts.
-_WHO_DRAFTS = {
-    "assistant_model": "DraftModel(assistant_model)",
-    "prompt_lookup_num_tokens": "PromptLookup(prompt_lookup_num_tokens)",
-    "assistant_early_exit": "EarlyExit(assistant_early_exit)",
-    "use_mtp": "MTP.from_pretrained(folder)",
-}
-_HOW_IT_DRAFTS = {
-    "num_assistant_tokens": "DraftModel(assistant_model, num_assistant_tokens)",
-    "max_matching_ngram_size": "PromptLookup(max_ngram=max_matching_ngram_size)",
-}
 OF_ASSISTANTS = (
-    *_HOW_IT_DRAFTS,
+    *HOW_IT_DRAFTS,
     *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
 )
 """Names of options of assisted decoding that do not by themselves ask for it."""
@@ -144,8 +135,8 @@ KNOWN = (
     *_HONOURED.split(),
     *_REASON_UNSUPPORTED,
     *_REASON_WITHOUT_EFFECT,
-    *_WHO_DRAFTS,
-    *_HOW_IT_DRAFTS,
+    *WHO_DRAFTS,
+    *HOW_IT_DRAFTS,
     *_HARMLESS,
 )
 """The names of all options."""
@@ -195,7 +186,7 @@ def refuse_other_drafters(
     merged: Mapping[str, object], kwargs: Mapping[str, object], assisted: Mapping[str, object]
 ) -> None:
     """Refuse to draft in another way than the step does; `assisted` is what `Drafter.assisted` says of it."""
-    asked = {**{name: merged[name] for name in _WHO_DRAFTS}, **{name: kwargs.get(name) for name in _HOW_IT_DRAFTS}}
+    asked = {**{name: merged[name] for name in WHO_DRAFTS}, **{name: kwargs.get(name) for name in HOW_IT_DRAFTS}}
     for name, value in asked.items():
         if not _is_off(name, value) and not (name in assisted and _is_same(value, assisted[name])):
             own = ", ".join(f"{key}={_brief(each)}" for key, each in assisted.items()) or "nothing of that kind"
@@ -203,7 +194,7 @@ def refuse_other_drafters(
             raise NotImplementedError(
                 f"{name}={_brief(value)}{origin} is not supported: who drafts was chosen when compiling ({own}); leave "
                 "it out, which changes no token, or use optimize(model, drafter="
-                f"{(_WHO_DRAFTS | _HOW_IT_DRAFTS)[name]})"
+                f"{(WHO_DRAFTS | HOW_IT_DRAFTS)[name]})"
             )
 
 

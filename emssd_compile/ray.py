@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ def continued(
         seed: what `generate` would be given with all prompts; None where nothing is drawn.
         options: of `submit`.
     """
+    if folder.exists() and not all(re.fullmatch(r"[0-9]{6,}[.]txt", each.name) for each in folder.iterdir()):
+        raise OptionError(f"{folder} exists, and no batch has made it; pass another --output, or move it away")
     with _started(address, workers * cpus + 1):
         try:
             yield from _write(lines, folder, seed)

@@ -15,8 +15,8 @@ class Rollouts:
     """What to pass as `rollout_func` to `trl.GRPOTrainer`.
 
     The trainer's model is compiled in the first rollout, and its weights are shared: each rollout samples with them as
-    they are by then. The trainer's `generation_config` says how. Each sequence has a seed of its own, so that the
-    members of a group differ, and a run is repeatable.
+    they are by then. The trainer's `generation_config` says how. Each sequence has a seed of its own, on any
+    process, so that the members of a group differ, and a run is repeatable.
 
     Args:
         seed: of all sequences of all rollouts.
@@ -49,6 +49,8 @@ class Rollouts:
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
         ids = [_tokens(prompt, trainer.processing_class) for prompt in prompts]
+        ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        seeds = torch.randint(-(2**63), 2**63 - 1, (ranks, len(ids)), generator=self._seeds)[rank]
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
@@ -57,7 +59,7 @@ class Rollouts:
             found: Any = self.fast.generate(
                 ids,
                 trainer.generation_config,
-                seed=torch.randint(-(2**63), 2**63 - 1, (len(ids),), generator=self._seeds).tolist(),
+                seed=seeds.tolist(),
                 logprobs=True,
                 return_dict_in_generate=True,
             )

@@ -23,14 +23,18 @@ class RaiseLinears:
         """Replace products; returns how many."""
         replaced = 0
         for node in graph_module.graph.nodes:
-            biased = node.target == aten.addmm.default and not node.kwargs and len(shape(argument(node, 0)) or ()) == 1
+            biased = node.target == aten.addmm.default and not node.kwargs
             if not biased and node.target != aten.mm.default:
                 continue
             source, transposed = argument(node, biased), argument(node, 1 + biased)
-            if _is_transposed_weight(transposed):
-                node.args = (source, argument(transposed, 0), *node.args[:biased])
-                node.target = aten.linear.default
-                replaced += 1
+            if not _is_transposed_weight(transposed):
+                continue
+            weight = argument(transposed, 0)
+            if biased and shape(argument(node, 0)) != (shape(weight) or ())[:1]:  # one number for all, or one a token
+                continue
+            node.args = (source, weight, *node.args[:biased])
+            node.target = aten.linear.default
+            replaced += 1
         return replaced
 
 

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from emssd_compile.batch.output import Output
 from emssd_compile.cli import main
+from emssd_compile.cli.models import load_model
 from tests.test_session_docs import COMMANDS
 from tests.zoo import toy_model
 
@@ -145,6 +146,19 @@ def test_bad_lines_are_skipped_when_asked_and_told_under_their_ids(model, tmp_pa
     }
     assert "line 2 is empty" in found["b"]["error"]
     assert "completion" not in found["d"]
+
+
+def test_an_input_that_changes_meanwhile_is_not_said_to_be_done(model, tmp_path, capsys, monkeypatch):
+    _write(tmp_path, [{"text": "x = 1"}, {"text": "y = 2"}])
+
+    def shortened(*given):
+        _write(tmp_path, [{"text": "x = 1"}])
+        return load_model(*given)
+
+    monkeypatch.setattr("emssd_compile.cli.batch.load_model", shortened)
+    assert main(_command(model, tmp_path, "--max-new-tokens", "2")) == 1
+    assert "was changed while it was read" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_changed_input_or_another_option_is_refused(model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,30 @@ def test_options_of_the_call_and_of_the_batching():
         whole = fast().generate([ids], max_new_tokens=NEW, logprobs=True, return_dict_in_generate=True, **how)
         assert found[f"req_{index}"].generated_tokens == whole.sequences[0][len(ids) :]
         assert found[f"req_{index}"].logprobs == pytest.approx(whole.logprobs[0].tolist(), abs=1e-4)
+
+
+def test_a_seed_is_that_of_generate():
+    how: dict[str, Any] = {"do_sample": True, "top_k": 0, "seed": 7, "max_new_tokens": NEW}
+    found = fast().generate_batch(PROMPTS[:2], **how)
+    whole = fast().generate(PROMPTS[:2], **how)
+    assert [each.prompt_ids + each.generated_tokens for each in found.values()] == whole
+
+
+def test_nothing_is_taken_once_it_stops_and_a_refused_request_holds_nothing_up():
+    manager = fast().init_continuous_batching(CONFIG)
+    manager.start()
+    manager.add_request(PROMPTS[0])
+    with pytest.raises(InvalidInputError):
+        manager.add_request([99999])
+    manager.stop(block=False)
+    with pytest.raises(SessionError, match="does not run"):
+        manager.add_request(PROMPTS[1])
+    manager.stop(timeout=WAIT)
+    deadline = time.monotonic() + WAIT
+    while manager.is_running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not manager.is_running()
+    assert manager.get_result().generated_tokens == _new(PROMPTS[0])
 
 
 def test_streaming_cancelling_and_results_of_one_request():

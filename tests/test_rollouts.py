@@ -30,10 +30,10 @@ class Letters:
         return {"input_ids": [1, *(token for each in messages for token in self(each["content"])["input_ids"]), 2]}
 
 
-def _trainer(model: Any) -> Any:
+def _trainer(model: Any, rank: int = 0) -> Any:
     config = GenerationConfig(max_new_tokens=NEW, do_sample=True, temperature=TEMPERATURE, top_k=0, pad_token_id=0)
     return SimpleNamespace(
-        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
+        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped, num_processes=2, process_index=rank),
         generation_config=config,
         model=model,
         processing_class=Letters(),
@@ -74,6 +74,12 @@ def test_a_rollout_is_of_the_weights_as_they_are():
     again = Rollouts(seed=3, **OPTIONS)
     assert again(PROMPTS, trainer) == first
     assert again(PROMPTS, trainer)["completion_ids"] != first["completion_ids"]
+
+
+def test_processes_draw_other_members_of_a_group():
+    model: Any = build("llama")
+    found = [Rollouts(seed=3, **OPTIONS)(PROMPTS[:2], _trainer(model, rank))["completion_ids"] for rank in (0, 1)]
+    assert len({tuple(new) for new in found[0] + found[1]}) == 4
 
 
 def test_what_trainers_do_for_the_backward_pass_is_no_change_of_the_model():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -47,7 +46,7 @@ def continued(
     """
     waiting, ended, running = iter(lines), SimpleQueue[tuple[Line, Stream]](), 0
     while True:
-        for line in islice(waiting, at_a_time - running):
+        while running < at_a_time and (line := next(waiting, None)):
             if line.error:
                 yield line, Continuation([], "error", line.error)
                 continue

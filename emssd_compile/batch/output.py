@@ -60,11 +60,31 @@ class Output:
     def _begin(self, job: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:
         assert self._job_file is not None
         _lock(self._job_file, self.path)
-        self.is_complete, is_begun = self.path.exists(), self.partial.exists()
+        self.is_complete, is_begun = self.path.exists(), self._is_begun()
         earlier = self._read_job() if self.is_complete or is_begun else {}
+        if not earlier:
+            self._check_own()
         self.job = {**job, **{name: earlier.get(name, value) for name, value in drawn.items()}}
         if self.is_complete or is_begun:
             self._compare(earlier)
+
+    def _is_begun(self) -> bool:
+        """Whether there is a result: a command that was refused before the first is no other command."""
+        return self.partial.exists() and self.partial.stat().st_size > 0
+
+    def _check_own(self) -> None:
+        """Raise OptionError if the file that is to say what job it is holds something else."""
+        assert self._job_file is not None
+        self._job_file.seek(0)
+        held = self._job_file.read()
+        try:
+            is_own = not held or json.loads(held).keys() >= {"--input", "--model"}
+        except (ValueError, AttributeError):
+            is_own = False
+        if not is_own:
+            raise OptionError(
+                f"{self._job_file.name} exists, and no batch has written it; pass another --output, or move it away"
+            )
 
     def _read_job(self) -> dict[str, Any]:
         assert self._job_file is not None
@@ -97,7 +117,7 @@ class Output:
         """
         assert self._job_file is not None
         with _explained(self.partial, "cannot be written"):
-            if not self.partial.exists():  # only once it is known whose it is
+            if not self._is_begun():  # only once it is known whose it is
                 self._job_file.truncate(0)
                 self._job_file.write(json.dumps(self.job, indent=1).encode())
                 self._job_file.flush()

@@ -55,6 +55,9 @@ where that is the reason. It is there when all are; until then FILE.partial is, 
 """
 
 
+_OF_RESULTS = ("completion", "completion_ids", "num_new_tokens")
+
+
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "batch", "continue all prompts of a file, each exactly once", EXAMPLES)
@@ -78,6 +81,10 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     how = sampling(arguments)
     if arguments.workers is None and (arguments.worker_cpus or arguments.ray_address):
         raise OptionError("--worker-cpus and --ray-address are for --workers N; pass that, too, or leave them out")
+    if not arguments.input.is_file():
+        raise OptionError(
+            f"--input {arguments.input} is no file; prompts are read more than once, so write them to one"
+        )
     decode = _here if arguments.workers is None else _on_ray
     tokenizer = load_tokenizer(arguments.model)
     if arguments.chat and tokenizer.chat_template is None:
@@ -95,17 +102,22 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         arguments.seed = output.job["--seed"]
         lines = (line for line in read_lines(arguments.input, read) if not found.index.is_done(line.key))
         options = _options(arguments, tokenizer, how)
-        started = time.perf_counter()
+        started, written = time.perf_counter(), done
         try:
             for line, now in _shown(decode(lines, read, arguments, options, notes), done, found.count):
                 if now.error and not arguments.skip_errors:
                     raise InvalidInputError(f"line {line.number}: {now.error}")
                 if found.index.finish(line.key):
                     output.write(_result(line, now, tokenizer))
+                    written += 1
         except KeyboardInterrupt:
             where = f"what is done is in {output.partial}; the same command goes on from there"
             notes.print(f"interrupted: {where}", soft_wrap=True)
             raise SystemExit(130) from None
+        if written != found.count or fingerprint(arguments.input) != output.job["--input"]:
+            raise InvalidInputError(
+                f"--input {arguments.input} was changed while it was read; remove {output.partial} and begin anew"
+            )
         output.finish()
     took = f"{found.count - done} prompts in {time.perf_counter() - started:.0f} s"
     notes.print(f"{arguments.output} is written: {took}", soft_wrap=True)
@@ -212,7 +224,8 @@ def _shown(
 def _result(line: Line, found: Continuation, tokenizer: Any) -> dict[str, Any]:
     """What is written of a line."""
     if found.error:
-        return {**line.entry, "id": line.id, "finish_reason": "error", "error": found.error}
+        entry = {name: value for name, value in line.entry.items() if name not in _OF_RESULTS}  # of an earlier try
+        return {**entry, "id": line.id, "finish_reason": "error", "error": found.error}
     completed = line.prompt.completed(found.tokens, tokenizer)
     completed.pop("error", None)  # of an earlier try, if this is its output
     return {**completed, "id": line.id, "finish_reason": found.finish_reason}

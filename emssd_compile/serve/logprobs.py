@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emssd_compile.stream import Stream
 
-_LEAST = -9999.0  # for -inf, which JSON has not
+_LEAST = -9999.0  # for -inf and NaN, which JSON has not
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,14 @@ class LogprobReader:
         top = zip(*(line[: self._top].tolist() for line in likeliest), strict=True) if likeliest else ()
         return TokenLogprobs(
             token_text(self._tokenizer, token),
-            max(float(logprob), _LEAST),
-            tuple((token_text(self._tokenizer, each), max(value, _LEAST)) for value, each in top),
+            _number(float(logprob)),
+            tuple((token_text(self._tokenizer, each), _number(value)) for value, each in top),
             offset,
         )
+
+
+def _number(logprob: float) -> float:
+    return logprob if logprob > _LEAST else _LEAST
 
 
 def token_text(tokenizer: Any, token: int) -> str:

@@ -18,17 +18,18 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
-    "user": ("",),
     "verbosity": (),
     "web_search_options": (),
 }
 """By name: the values that ask for nothing."""
+
+_OF_THE_CLIENT = frozenset({"safety_identifier", "user"})
+"""They tell OpenAI who asks, and change no answer."""
 
 
 def without_harmless(given: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,9 @@ def without_harmless(given: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in given.items()
-        if value is not None and not any(value == nothing for nothing in UNSUPPORTED.get(name, ()))
+        if value is not None
+        and name not in _OF_THE_CLIENT
+        and not any(value == nothing for nothing in UNSUPPORTED.get(name, ()))
     }
 
 

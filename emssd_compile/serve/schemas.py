@@ -11,6 +11,7 @@ from emssd_compile.serve.refusals import without_harmless
 MOST_LOGPROBS = 20  # tokens shown in the place of one
 MOST_STOPS = 16
 _StopText = Annotated[str, Field(min_length=1)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Body(BaseModel):
@@ -46,7 +47,7 @@ class SamplingBody(_Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,18}$")], float] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], _Bias] | None = None
     seed: int | None = None
     stop: _StopText | Annotated[list[_StopText], Field(max_length=MOST_STOPS)] = []
     stream: bool = False
@@ -71,6 +72,13 @@ class CompletionBody(SamplingBody):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> Self:
+        for text in [self.prompt] if isinstance(self.prompt, str) else self.prompt:
+            if isinstance(text, str) and not text.isascii() and text.encode(errors="ignore").decode() != text:
+                raise ValueError("prompt: half of a surrogate pair is no text")
+        return self
 
     @model_validator(mode="after")
     def _check_echo(self) -> Self:

@@ -80,12 +80,11 @@ class Service:
         given: Any = body.prompt
         is_one = isinstance(given, str) or (given and isinstance(given[0], int))
         several = [given] if is_one else given
+        self._check_count(len(several), body.n)
         prompts = [self.tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in several]
         limit = self._limits.max_tokens or _COMPLETION_TOKENS
         most = body.max_tokens or min(limit, _COMPLETION_TOKENS)
-        texts = (
-            [each if isinstance(each, str) else self.tokenizer.decode(each) for each in several] if body.echo else ()
-        )
+        texts = [each if isinstance(each, str) else self._text(each) for each in several] if body.echo else ()
         return Asked(prompts, body, most, body.logprobs, echoes=texts)
 
     def chat(self, body: ChatBody) -> Asked:
@@ -117,8 +116,7 @@ class Service:
             Exception: what `Session.submit` does; the request's own errors name the prompt.
         """
         body, count = asked.body, len(asked.prompts)
-        if not 1 <= count * body.n <= self._most_texts:
-            raise OptionError(f"{count} prompts with n={body.n}: a request has from 1 to {self._most_texts} texts here")
+        self._check_count(count, body.n)
         options = row_options(body, self._defaults) | asked.options
         if asked.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": asked.logprobs, "return_dict_in_generate": True}
@@ -134,6 +132,16 @@ class Service:
                 choice.abandon()
             raise
         return choices
+
+    def _check_count(self, count: int, n: int) -> None:
+        """Raises OptionError if a request has no text, or more than may ever wait and run."""
+        if not 1 <= count * n <= self._most_texts:
+            raise OptionError(f"{count} prompts with n={n}: a request has from 1 to {self._most_texts} texts here")
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Of a prompt; ids that are none have no text, and are refused when it is submitted."""
+        text: str = self.tokenizer.decode([token for token in ids if 0 <= token < len(self.tokenizer)])
+        return text
 
     def _room(self, asked: Asked, number: int) -> int:
         """How many tokens may follow a prompt."""

@@ -73,6 +73,14 @@ def test_bad_lines_and_what_a_request_raises_are_results_of_their_own():
     assert found == dict.fromkeys((0, 1, 3), ("", "length"))
 
 
+def test_any_number_of_bad_lines_is_no_end():
+    bad = [Line(number, number, "", number, error="bad") for number in range(1, 6)]
+    with fast().session(max_queue=1) as session:
+        lines = [*bad, *_lines(2), *bad]
+        found = [now.finish_reason for _, now in continued(session, lines, at_a_time=2, seed=None, max_new_tokens=NEW)]
+    assert sorted(found) == ["error"] * 10 + ["length"] * 2
+
+
 def test_a_step_that_fails_is_no_fault_of_a_line(monkeypatch):
     submitted = threading.Event()
 

@@ -13,7 +13,7 @@ from emssd_compile.batch.lines import Index, Line
 from emssd_compile.batch.output import Output, fingerprint
 from emssd_compile.errors import OptionError
 
-JOB: dict[str, object] = {"--input": "aa", "--max-new-tokens": 8, "--stop": None}
+JOB: dict[str, object] = {"--input": "aa", "--model": "bb", "--max-new-tokens": 8, "--stop": None}
 
 
 def _index(count: int = 4) -> Index:
@@ -66,7 +66,7 @@ def test_the_output_of_another_command_is_refused_with_what_differs(tmp_path, is
     if is_complete:
         (tmp_path / "out.jsonl.partial").replace(path)
     with pytest.raises(OptionError, match="--input held something else; --max-new-tokens was 8, and is 9"):
-        Output(path, {"--input": "bb", "--max-new-tokens": 9, "--stop": None}, {"--seed": 2})
+        Output(path, {**JOB, "--input": "bb", "--max-new-tokens": 9}, {"--seed": 2})
     with pytest.raises(OptionError, match=r"--stop was null, and is \[\"x\"\]\. Give"):
         Output(path, {**JOB, "--stop": ["x"]}, {"--seed": 2})
     with _open(path) as output:
@@ -86,6 +86,7 @@ def test_a_job_of_which_nothing_is_there_any_more_is_no_hindrance(tmp_path):
     index = _index()
     with _open(path, job={**JOB, "--stop": ["x"]}) as output:
         assert output.resume(index) == 0
+        output.write(_result(1))
     with pytest.raises(OptionError, match="--stop was"):
         Output(path, JOB, {})
 
@@ -103,6 +104,23 @@ def test_a_file_that_no_batch_wrote_is_left_alone(tmp_path, name):
     with pytest.raises(OptionError, match=f"{name} exists, and no batch says what is in it"):
         Output(tmp_path / "out.jsonl", JOB, {})
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [(name, "mine")]
+
+
+@pytest.mark.parametrize("mine", ['"precious"\n', "[1]", '{"--input": 1}', "text"])
+def test_nor_is_one_in_the_place_of_the_job(tmp_path, mine):
+    (tmp_path / "out.jsonl.job").write_text(mine)
+    with pytest.raises(OptionError, match=r"out.jsonl.job exists, and no batch has written it"):
+        Output(tmp_path / "out.jsonl", JOB, {})
+    assert (tmp_path / "out.jsonl.job").read_text() == mine
+
+
+def test_a_command_without_a_result_does_not_bind_the_next(tmp_path):
+    _begin(tmp_path / "out.jsonl")
+    with _open(tmp_path / "out.jsonl", job={**JOB, "--stop": ["x"]}) as output:
+        assert output.resume(_index()) == 0
+        output.write(_result(1))
+    with pytest.raises(OptionError, match="--stop was"):
+        Output(tmp_path / "out.jsonl", JOB, {})
 
 
 @pytest.mark.parametrize("line", ['{"id": "p9"}', '{"id": "p1"}', "[]", "mine"])

@@ -26,7 +26,7 @@ def _noisy(model: torch.nn.Module) -> torch.nn.Module:
     return noisy
 
 
-@pytest.mark.parametrize("drafter", [pytest.param("prompt-lookup", marks=pytest.mark.long), "draft-model"])
+@pytest.mark.parametrize("drafter", ["prompt-lookup", pytest.param("draft-model", marks=pytest.mark.long)])
 def test_inductor_compiles_once_and_is_exact_at_every_size(drafter):
     model = build("llama")
     reference = Reference(model)

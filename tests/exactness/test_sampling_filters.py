@@ -66,8 +66,8 @@ def _decoder(target: str, drafter: str, folder: Path) -> Decoder:
     ("target", "drafter"),
     [
         *(("eager", drafter) for drafter in ("none", "lookup", "draft-model", "forks")),
-        *((target, "lookup") for target in ("inductor", "onnx")),
-        pytest.param("aot", "lookup", marks=pytest.mark.long),
+        ("onnx", "lookup"),
+        *(pytest.param(target, "lookup", marks=pytest.mark.long) for target in ("inductor", "aot")),
     ],
 )
 def test_tokens_are_those_that_transformers_processors_lead_to(target, drafter, expected, tmp_path):

@@ -31,8 +31,8 @@ CASES = [
     *(("eager", drafter) for drafter in DRAFTERS),
     ("inductor", "target-initialized"),  # trees, and the target's logits; chains: `test_compile.py`
     *(("onnx", drafter) for drafter in (*DRAFTERS, "target-initialized")),
-    *(("aot", drafter) for drafter in ("lookup", "target-initialized")),
-    pytest.param("aot", "forks", marks=pytest.mark.long),
+    ("aot", "lookup"),
+    *(pytest.param("aot", drafter, marks=pytest.mark.long) for drafter in ("target-initialized", "forks")),
 ]
 
 
@@ -69,7 +69,7 @@ def _check_told(found: Any, expected: Any) -> None:
         assert len(ids) == NEW
 
 
-@pytest.mark.parametrize("target", ["onnx", "aot"])
+@pytest.mark.parametrize("target", ["onnx", pytest.param("aot", marks=pytest.mark.long)])
 def test_an_artifact_honours_the_options_that_it_was_exported_with(target):
     if target == "onnx":
         pytest.importorskip("onnxruntime")

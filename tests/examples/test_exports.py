@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
     ("script", "target", "library"),
     [
         ("02_export_onnx.py", "onnx", "onnxruntime"),
-        ("03_export_aot.py", "aot", "torch"),
+        pytest.param("03_export_aot.py", "aot", "torch", marks=pytest.mark.long),
         pytest.param("04_export_tensorrt.py", "tensorrt", "tensorrt_rtx", marks=pytest.mark.long),
     ],
 )

@@ -19,6 +19,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(3))
+        self.one = nn.Parameter(torch.randn(1))
         self.square, self.whole = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(4, 3))
 
 
@@ -61,11 +62,12 @@ def test_a_product_with_a_transposed_weight_is_a_layer(names, turn, turned):
 def test_other_products_are_left_alone():
     not_turned = graph_of(aten.mm.default, "x", "square", turn=None)
     turned_nowhere = graph_of(aten.mm.default, "x", "square", turn=aten.permute.default, turned=([0, 1],))
+    one_for_all = graph_of(aten.addmm.default, "one", "x", "weight")
     not_a_bias = graph_of(aten.addmm.default, "whole", "x", "weight")
     scaled = graph_of(aten.addmm.default, "bias", "x", "weight")
     next(node for node in scaled.graph.nodes if node.target == aten.addmm.default).kwargs = {"alpha": 2}
     computed = graph_of(aten.mm.default, "x", "x")
-    for graph_module in (not_turned, turned_nowhere, not_a_bias, scaled, computed):
+    for graph_module in (not_turned, turned_nowhere, one_for_all, not_a_bias, scaled, computed):
         before = str(graph_module.graph)
         assert RaiseLinears().run(graph_module) == 0
         assert str(graph_module.graph) == before

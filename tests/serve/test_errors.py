@@ -10,6 +10,7 @@ from emssd_compile.errors import OptionError, QueueFullError, StaleModelError
 from emssd_compile.serve import Limits, create_app
 from emssd_compile.serve.errors import ApiError
 from emssd_compile.serve.refusals import UNSUPPORTED
+from emssd_compile.serve.schemas import CompletionBody
 from emssd_compile.stream import Stream
 from tests.serve.servers import LENGTH, NAME, WAIT, client, served, spare, spare_server, tokenizer
 from tests.sessions import held
@@ -64,6 +65,11 @@ def test_fields_that_are_not_supported_are_refused_by_name(address, path, name):
         ("completions", {"stop": ["a"] * 17}, "stop", "at most 16 items"),
         ("completions", {"logit_bias": {"x": 1}}, "logit_bias", "pattern"),
         ("completions", {"logit_bias": {"99999": 1}}, None, "logit_bias: 99999 is no id"),
+        ("completions", {"logit_bias": {"1": 1e300}}, "logit_bias", "less than or equal to 100"),
+        ("completions", {"logit_bias": {"\u0663": 1}}, "logit_bias", "pattern"),
+        ("completions", {"prompt": [-1], "echo": True}, None, "-1"),
+        ("completions", {"prompt": [1 << 40], "echo": True}, None, str(1 << 40)),
+        ("completions", {"prompt": ["a"] * 5000}, None, "5000 prompts"),
         ("completions", {"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ("completions", {"echo": True, "logprobs": 1}, None, "echo: not together with logprobs"),
         ("completions", {"stream_options": {"include_usage": True}}, None, "only with stream=true"),
@@ -207,3 +213,11 @@ def test_a_field_to_be_warmed_up_is_one():
     with pytest.raises(OptionError, match="nothing is compiled for 'stop'; choose from temperature, top_p"):
         create_app(spare(), tokenizer(), warmup=["stop"])
     assert spare().generate([[5]], max_new_tokens=1), "no session was opened"
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", ["a", "b\udfff"]])
+def test_half_of_a_surrogate_pair_is_no_prompt(prompt):
+    """JSON can write it, and no tokenizer can read it."""
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        CompletionBody(model=NAME, prompt=prompt)
+    assert CompletionBody(model=NAME, prompt="\U0001f600").prompt == "\U0001f600"

@@ -1,0 +1,12 @@
+"""Which drafters transformers' options of assisted decoding ask for: what to compile where another one drafts."""
+
+WHO_DRAFTS = {
+    "assistant_model": "DraftModel(assistant_model)",
+    "prompt_lookup_num_tokens": "PromptLookup(prompt_lookup_num_tokens)",
+    "assistant_early_exit": "EarlyExit(assistant_early_exit)",
+    "use_mtp": "MTP.from_pretrained(folder)",
+}
+HOW_IT_DRAFTS = {
+    "num_assistant_tokens": "DraftModel(assistant_model, num_assistant_tokens)",
+    "max_matching_ngram_size": "PromptLookup(max_ngram=max_matching_ngram_size)",
+}
