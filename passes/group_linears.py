@@ -38,9 +38,11 @@ class GroupLinears:
         found = {node: None for node in sites if self._is_fit(graph_module, node)}
         for group in find_projections(graph_module, self.refusals):
             if all(node in found for node in group.nodes):
+                parameters = [*group.weights, *group.biases]
+                for parameter in parameters:
+                    group.nodes[0].prepend(parameter)  # those of a drafter are named where they are used
                 with graph.inserting_before(group.nodes[0]):
                     source = argument(group.nodes[0], 0)
-                    parameters = [*group.weights, *group.biases]
                     group.replace(call(graph, grouped_linear, source, parameters, len(group.weights)))
                 for node in group.nodes:
                     del found[node]

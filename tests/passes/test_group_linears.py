@@ -1,9 +1,16 @@
 """`group_linears`: linear layers of one input as one product."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 
+import emssd_compile
+from emssd_compile.drafters import Eagle3, RecurrentDrafter
 from emssd_compile.passes.group_linears import GroupLinears
+from emssd_compile.passes.raise_linears import RaiseLinears
+from tests.exactness.models import build
 from tests.passes.graphs import (
     COMMITTED,
     ROWS,
@@ -67,3 +74,16 @@ def test_leaves_weights_on_other_devices_alone():
     grouping = GroupLinears()
     assert grouping.run(graph_module) == 0
     assert [refusal.reason for refusal in grouping.refusals] == ["its weight is on meta"]
+
+
+@pytest.mark.parametrize(("kind", "given"), [(Eagle3, {"taps": (0,)}), (RecurrentDrafter, {})], ids=["eagle3", "rnn"])
+def test_layers_of_a_drafter_are_products_too_in_an_order_that_runs(kind, given):
+    """Their weights are named where they are used, also those of one input, which are one product."""
+    model: Any = build("llama")
+    sizes = {"hidden_size": model.config.hidden_size, "vocabulary": model.config.vocab_size}
+    head = kind(kind.config_class(**sizes, **given))
+    fast = emssd_compile.optimize(model, head, max_batch=2, max_length=32, backend="eager", layout="packed")
+    assert ops(fast.graph_module)["mm"] + ops(fast.graph_module)["addmm"] > 0
+    lowered = fast._step.for_target((RaiseLinears(), GroupLinears()), [])
+    lowered.graph.lint()
+    assert not ops(lowered)["mm"] + ops(lowered)["addmm"] + ops(lowered)["linear"]
