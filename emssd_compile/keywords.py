@@ -57,8 +57,6 @@ _WITHOUT_EFFECT = {
         num_assistant_tokens_schedule assistant_confidence_threshold""",
 }
 
-# Who drafts is part of the step: a request may say what is so anyway, and where to get it otherwise is said here. The
-# first ask for assisted decoding wherever they are set, the others in the call only: configs set some whoever drafts.
 OF_ASSISTANTS = (
     *HOW_IT_DRAFTS,
     *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),

@@ -1,4 +1,8 @@
-"""Which drafters transformers' options of assisted decoding ask for: what to compile where another one drafts."""
+"""Which drafters transformers' options of assisted decoding ask for: what to compile where another one drafts.
+
+Who drafts is part of the step, so a request may only say what is so anyway. The options of the first table ask for
+assisted decoding wherever they are set, the others in the call only: configs set some whoever drafts.
+"""
 
 WHO_DRAFTS = {
     "assistant_model": "DraftModel(assistant_model)",
