@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from emssd_compile.branches import DecideBranches
 from emssd_compile.errors import InvalidInputError, UnsupportedModelError
+from emssd_compile.functional import functional
 
 _EXAMPLE_TOKENS = 11
 """Length of the example sequence: not 0 or 1 (which export specialises) and unlikely to equal another dimension."""
@@ -185,9 +186,10 @@ def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:
     example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
     try:
         with torch.no_grad(), _quiet():
-            program: ExportedProgram = torch.export.export(
+            exported = torch.export.export(
                 PlainForward(model, branches), (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False
-            ).run_decompositions({})
+            )
+            program = functional(exported)
     except UnsupportedModelError:
         raise
     except Exception as error:  # export raises many types; the user needs one that says what to do
