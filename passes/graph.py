@@ -281,6 +281,14 @@ def fake_result(node: fx.Node) -> Any:
         return node.target(*args, **kwargs)
 
 
+def basis_of(node: fx.Node) -> tuple[Any, ...]:
+    """What the fake value of a node follows from: as long as all of it is the same objects, the value stays what it is.
+
+    `meta["val_basis"]` is what it was when the value was computed last.
+    """
+    return node.target, node.args, node.kwargs, *(n.meta["val"] for n in node.all_input_nodes)
+
+
 def fresh_index(fake_mode: FakeTensorMode, device: torch.device) -> Tensor:
     """A fake int64 index whose length is a new symbol."""
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from emssd_compile.errors import EmssdError, UnsupportedModelError
-from emssd_compile.passes.graph import fake_result
+from emssd_compile.passes.graph import basis_of, fake_result
 
 
 class Pass(Protocol):
@@ -142,7 +142,7 @@ def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
     """
     with fake_mode, torch.no_grad():
         for node in graph_module.graph.nodes:
-            basis = (node.target, node.args, node.kwargs, *(n.meta["val"] for n in node.all_input_nodes))
+            basis = basis_of(node)
             last = node.meta.get("val_basis", ())
             if len(last) == len(basis) and all(a is b for a, b in zip(last, basis, strict=True)):
                 continue

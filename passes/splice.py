@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from emssd_compile.passes.graph import basis_of
 from emssd_compile.step.fields import key_name
 
 Tensors = dict[str, Tensor]
@@ -52,13 +53,16 @@ def trace(function: Callable[[Tensors], Tensors], inputs: Tensors, fake_mode: Fa
     return traced
 
 
-def inline(into: fx.GraphModule, source: fx.GraphModule, inputs: dict[str, fx.Node]) -> Any:
+def inline(
+    into: fx.GraphModule, source: fx.GraphModule, inputs: dict[str, fx.Node], *, keeps_values: bool = False
+) -> Any:
     """Copy `source` to the insertion point of `into`; returns what it returned, as nodes of `into`.
 
     Args:
         into: grows by the nodes and attributes of `source`.
         source: a graph whose placeholders are named in `inputs`.
         inputs: the value of each placeholder.
+        keeps_values: the fake values in `source` follow from those of `inputs`, and need not be computed again.
     """
     values: dict[fx.Node, fx.Node] = {}
     renamed: dict[str, str] = {}
@@ -73,7 +77,13 @@ def inline(into: fx.GraphModule, source: fx.GraphModule, inputs: dict[str, fx.No
             return fx.node.map_arg(node.args[0], lambda n: values[n])
         else:
             values[node] = into.graph.node_copy(node, lambda n: values[n])
+        if keeps_values and "val" in node.meta and not _is_real(node.meta["val"]):
+            values[node].meta["val_basis"] = basis_of(values[node])
     raise AssertionError("a graph has an output")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
 def _adopt(into: fx.GraphModule, source: fx.GraphModule, name: str) -> str:
@@ -118,7 +128,7 @@ def inline_function(
         return {str(index): value for index, value in enumerate(results)}
 
     traced = trace(flat, {name: node.meta["val"] for name, node in nodes.items()}, fake_mode)
-    return pytree.tree_unflatten(list(inline(into, traced, nodes)), returned[0])
+    return pytree.tree_unflatten(list(inline(into, traced, nodes, keeps_values=True)), returned[0])
 
 
 def _readable(path: tuple[Any, ...]) -> str:

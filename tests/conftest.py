@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, or they fight fo
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+import gc
 import logging
 
 import hypothesis
@@ -19,6 +20,9 @@ import pytest
 import torch
 
 logging.getLogger("torch.__trace").propagate = False  # pytest would keep every record of every compile
+
+# Tracing makes objects by the million, and most of them stay: looking through them took a tenth of all tests' time.
+gc.set_threshold(100_000, 20, 100)
 
 # No deadline: the first call of an example may compile. Derandomised: a red run means that the code changed.
 hypothesis.settings.register_profile("emssd", deadline=None, derandomize=True)

@@ -8,6 +8,7 @@ WINDOW = 8  # steps with the drafter that are watched before it is judged
 DECAY = 0.9  # what is left of a step's evidence after the next one
 MARGIN = 0.02  # the drafter is left out where a step without it is faster by more than this share
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 512  # steps without the drafter before it is tried again
+PROBE = 4  # steps without the drafter that show what they take
 
 
 class DraftClock:
@@ -18,16 +19,18 @@ class DraftClock:
     not, the drafter is left out for some steps and then tried again; each time that it fails again it is left out for
     twice as long. So what drafting can cost is a few steps in some hundred.
 
+    Before any plain step was observed, t0 is what they took without texts: no more than they will. A drafter that pays
+    even so goes on; where it does not, a few plain steps show what is so, and it is judged again.
+
     Args:
-        with_drafter: times of steps with the drafter.
-        plain: times of steps without it, of up to B tokens.
+        plain: times of steps without the drafter, of up to B tokens.
 
     Attributes:
         is_drafting: whether the next step should run the drafter.
     """
 
-    def __init__(self, with_drafter: StepTimes, plain: StepTimes) -> None:
-        self._with_drafter, self.plain = with_drafter, plain
+    def __init__(self, plain: StepTimes) -> None:
+        self.plain = plain
         self.forget()
 
     def forget(self) -> None:
@@ -63,7 +66,7 @@ class DraftClock:
         if self._num_seen == 1:
             return  # the drafter had much to read, or a form of the step ran for the first time
         self._emitted = DECAY * self._emitted + num_emitted
-        self._plain_tokens = DECAY * self._plain_tokens + num_rows * seconds / self._plain_seconds(num_rows)
+        self._plain_tokens = DECAY * self._plain_tokens + num_rows * seconds / self.plain.expected(num_rows)
         if self._num_seen > WINDOW:
             self._judge()
 
@@ -72,10 +75,7 @@ class DraftClock:
             self._pause = SHORTEST_PAUSE
             return
         self.is_drafting = False
-        self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-
-    def _plain_seconds(self, num_rows: int) -> float:
-        """t0(A): as observed; before any plain step was, as measured, corrected as steps with the drafter are."""
         if self.plain.is_observed:
-            return self.plain.expected(num_rows)
-        return self._with_drafter.corrected(self.plain.expected(num_rows))
+            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        else:
+            self._left = PROBE

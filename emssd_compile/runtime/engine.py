@@ -119,7 +119,7 @@ class Engine:
     def _note_roles(self) -> None:
         self.variant = self.launcher.variant  # the form that is driven, also while steps without its drafter run
         if self.variant.plain is not None and self._clock is None:
-            self._clock = DraftClock(self.times, StepTimes(self.num_rows))
+            self._clock = DraftClock(StepTimes(self.num_rows))
         signature = self.variant.signature
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))

@@ -7,7 +7,7 @@ import torch
 
 from emssd_compile.drafters import DraftModel
 from emssd_compile.optimized_model import OptimizedModel
-from emssd_compile.runtime.draft_clock import LONGEST_PAUSE, SHORTEST_PAUSE, WINDOW, DraftClock
+from emssd_compile.runtime.draft_clock import LONGEST_PAUSE, PROBE, SHORTEST_PAUSE, WINDOW, DraftClock
 from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.step_times import StepTimes
 from tests.exactness.compiled import NEW_TOKENS, K, target
@@ -19,19 +19,18 @@ LENGTHS = (5, 33, 1, 70, 17, 2, 40)
 
 def _clock() -> DraftClock:
     """Plain steps take 10 ms, whatever the rows."""
-    times, plain = StepTimes(ROWS * 5), StepTimes(ROWS)
-    times.calibrate({1: 0.02, ROWS * 5: 0.02})
+    plain = StepTimes(ROWS)
     plain.calibrate({1: PLAIN, ROWS: PLAIN})
-    return DraftClock(times, plain)
+    return DraftClock(plain)
 
 
-def _drafting(clock: DraftClock, steps: int, *, emitted: int, seconds: float) -> list[bool]:
+def _drafting(clock: DraftClock, steps: int, *, emitted: int, seconds: float, plain: float = PLAIN) -> list[bool]:
     """Whether the drafter ran in each of so many steps, each with this outcome where it did."""
     ran = []
     for _ in range(steps):
         drafted = clock.is_drafting
         ran.append(drafted)
-        count, took = (emitted, seconds) if drafted else (ROWS, PLAIN)
+        count, took = (emitted, seconds) if drafted else (ROWS, plain)
         clock.observe(drafted=drafted, num_rows=ROWS, num_emitted=count, seconds=took)
     return ran
 
@@ -43,9 +42,21 @@ def test_a_drafter_that_pays_is_never_left_out():
 def test_a_drafter_that_does_not_pay_is_tried_now_and_then_and_costs_little():
     ran = _drafting(_clock(), 4000, emitted=ROWS, seconds=2 * PLAIN)
     pauses = [len([*group]) for drafted, group in itertools.groupby(ran) if not drafted]
-    assert pauses[:3] == [SHORTEST_PAUSE, 2 * SHORTEST_PAUSE, 4 * SHORTEST_PAUSE]
+    assert pauses[:4] == [PROBE, SHORTEST_PAUSE, 2 * SHORTEST_PAUSE, 4 * SHORTEST_PAUSE]
     assert max(pauses) == LONGEST_PAUSE
     assert sum(ran) < 0.04 * len(ran)
+
+
+def test_a_drafter_that_pays_by_what_plain_steps_take_is_left_out_for_a_few_only():
+    """With texts in their rows they take twice what they took without."""
+    ran = _drafting(_clock(), 500, emitted=2 * ROWS, seconds=2.5 * PLAIN, plain=2 * PLAIN)
+    assert ran.count(False) == PROBE
+    assert all(ran[-400:])
+
+
+def test_a_slow_drafter_does_not_hide_behind_tokens_that_it_gains():
+    ran = _drafting(_clock(), 500, emitted=3 * ROWS, seconds=4 * PLAIN)
+    assert ran.count(True) < 60
 
 
 def test_a_drafter_that_becomes_better_comes_back():
