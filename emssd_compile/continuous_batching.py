@@ -143,10 +143,10 @@ class BatchingManager:
         session = self._session
         if session is None or self._stopping:
             raise SessionError("add_request: the manager does not run; call start() first")
-        given = {"max_new_tokens": max_new_tokens, "eos_token_id": None if eos_token_id == -1 else eos_token_id}
-        options |= {name: value for name, value in given.items() if value is not None}
-        if eos_token_id == -1:
-            options["eos_token_id"] = None
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        if eos_token_id is not None:
+            options["eos_token_id"] = None if eos_token_id == -1 else eos_token_id
         if self._tells:
             options |= {"logprobs": True, "return_dict_in_generate": True}
         with self._changed:

@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from emssd_compile.cli.models import positive
+from emssd_compile.cli.models import add_backend, positive
 from emssd_compile.errors import OptionError
-from emssd_compile.lowering import BACKENDS
 from emssd_compile.stats import Stats
 
 _DRAWING = ("top_k", "top_p", "seed")
@@ -24,9 +23,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", metavar="K", type=positive, help="draw among the K likeliest only")
     parser.add_argument("--top-p", metavar="P", type=float, help="draw among those that make up P together")
     parser.add_argument("--seed", metavar="N", type=int, help="of what is drawn")
-    parser.add_argument(
-        "--backend", choices=BACKENDS, default="inductor", help="eager starts at once (default: %(default)s)"
-    )
+    add_backend(parser)
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from emssd_compile.checkpoints import CONFIG
 from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, head_kind
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
+from emssd_compile.lowering import BACKENDS
 
 PROGRAM = "emssd-compile"
 
@@ -60,6 +61,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the weights; exactness is promised for float32 (default: %(default)s)",
+    )
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """What runs the step."""
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="inductor", help="eager starts at once (default: %(default)s)"
     )
 
 

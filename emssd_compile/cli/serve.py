@@ -12,6 +12,7 @@ from rich.console import Console
 
 from emssd_compile.cli.models import (
     PROGRAM,
+    add_backend,
     add_command,
     add_model,
     add_sizes,
@@ -21,7 +22,6 @@ from emssd_compile.cli.models import (
     positive,
 )
 from emssd_compile.errors import OptionError
-from emssd_compile.lowering import BACKENDS
 
 EXAMPLES = f"""
 examples:
@@ -71,9 +71,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--deadline", metavar="SECONDS", type=float, help="after which a text ends with what it has (default: none)"
     )
-    parser.add_argument(
-        "--backend", choices=BACKENDS, default="inductor", help="eager starts at once (default: %(default)s)"
-    )
+    add_backend(parser)
 
 
 def run(arguments: argparse.Namespace, notes: Console) -> None:
