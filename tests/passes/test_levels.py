@@ -60,7 +60,7 @@ def test_l0(break_it, reason):
 
 
 RANDOM = {
-    "dropout": (lambda x: functional.dropout(x, 0.1, training=True), "native_dropout"),
+    "dropout": (lambda x: functional.dropout(x, 0.1, training=True), "aten.dropout"),
     "noise": (lambda x: x + torch.rand_like(x), "rand_like"),
     "a table of noise": (lambda x: x + torch.randn(x.shape[-1]), "randn"),
     "noise written in place": (lambda x: x + torch.empty_like(x).exponential_(), "exponential"),

@@ -101,7 +101,7 @@ MIXING = {
     "softmax over tokens": ("softmax", lambda m, x, ids: x.softmax(1)),
     "softmax after a transpose": ("softmax", lambda m, x, ids: x.transpose(1, 2).softmax(-1).transpose(1, 2)),
     "batch normalisation": (
-        "_native_batch_norm_legit",
+        "batch_norm",
         lambda m, x, ids: F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2),
     ),
     "instance normalisation": ("instance_norm", lambda m, x, ids: F.instance_norm(x.transpose(1, 2)).transpose(1, 2)),
