@@ -55,7 +55,7 @@ def _start(cache: Path, sources: str = "as it is") -> dict[str, float]:
 def test_a_second_start_compiles_from_the_cache_unless_the_sources_of_the_ops_changed(tmp_path):
     first, second, changed = _start(tmp_path), _start(tmp_path), _start(tmp_path, "other sources")
     assert (first["hits"], second["hits"], changed["hits"]) == (0, 1, 0)
-    assert second["seconds"] <= 0.25 * first["seconds"]
+    assert second["seconds"] <= 0.5 * first["seconds"]
 
 
 @functools.cache
