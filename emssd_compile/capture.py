@@ -186,10 +186,10 @@ def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:
     example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
     try:
         with torch.no_grad(), _quiet():
-            exported = torch.export.export(
-                PlainForward(model, branches), (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False
+            forward = PlainForward(model, branches)
+            program = functional(
+                torch.export.export(forward, (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False)
             )
-            program = functional(exported)
     except UnsupportedModelError:
         raise
     except Exception as error:  # export raises many types; the user needs one that says what to do

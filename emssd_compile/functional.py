@@ -93,7 +93,7 @@ def _is_own(node: fx.Node) -> bool:
         return False
     if op in _CASTS:
         return bool(_cast_to(node))
-    if op._schema.is_mutable:
+    if _writes(node):
         return _is_plain(node)
     return op in _FRESH or not (_is_view(op) or _is_composite(op))
 

@@ -67,14 +67,13 @@ def test_an_edited_manifest_with_tables_is_refused_or_decodes_right(fast, tmp_pa
 
 @pytest.mark.parametrize(
     ("target", "name", "number"),
-    [("onnx", "draft-model", 40), ("onnx", "lookup", 40), ("aot", "draft-model", 24)],
+    [("onnx", "draft-model", 40), ("onnx", "lookup", 40), ("aot", "draft-model", 30)],
 )
 def test_an_edited_manifest_of_a_target_is_refused_or_decodes_right(target, name, number, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime", "aot": "torch"}[target])
     prompts = [subjects.prompt(n) for n in (7, 30)]
     outcomes = _fuzz(subjects.artifact(target, name), tmp_path / "crafted", number, prompts)
-    assert outcomes["right"]
-    assert outcomes["refused"] > 2
+    assert min(outcomes["right"], outcomes["refused"]) > 2
 
 
 def _binding(content: dict[str, Any], name: str, part: str = "inputs") -> dict[str, Any]:
