@@ -16,7 +16,7 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import kernel_status, load_kernels, ragged_attention
 from emssd_compile.passes import PassManager, PassRecord
-from emssd_compile.passes.fuse_step import FuseStep
+from emssd_compile.passes.fuse_step import FuseStep, sizes_of
 from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.split_halves import Halves, split_halves
@@ -207,9 +207,20 @@ class CompiledStep:
     readings: dict[str, ReadingSpec]
     records: list[PassRecord]
 
-    def with_parts(self, *, drafter: Drafter, policy: LengthPolicy) -> CompiledStep:
-        """The same step with another drafter and policy."""
-        return compile_step(self.compiled, self.rule, drafter, policy, self.processors, self.probes, used=self.used)
+    def without_drafts(self, drafter: Drafter, policy: LengthPolicy) -> CompiledStep | None:
+        """A step that verifies and drafts nothing, to be run between steps of this one, on their state.
+
+        None where a part that is in both keeps a tensor whose shape goes with the number of drafts.
+
+        Args:
+            drafter, policy: what stands in the places of the step's own; the drafter drafts nothing.
+        """
+        sizes = [sizes_of(self.compiled.batch, self.compiled.vocabulary, self.rule, d) for d in (self.drafter, drafter)]
+        shared = self.rule, *self.processors, *self.probes
+        if any(part.tensors(sizes[0]) != part.tensors(sizes[1]) for part in shared):
+            return None
+        parts = self.rule, drafter, policy, self.processors, self.probes
+        return compile_step(self.compiled, *parts, used=self.used, beside=self.drafter)
 
     def suited(self, used: Collection[str], *, shows_logits: bool = False) -> CompiledStep:
         """The form for requests that set these options of parts; with `shows_logits`, to be cut in two."""
@@ -257,6 +268,7 @@ def compile_step(
     probes: tuple[Probe, ...] = (),
     *,
     used: Collection[str] = (),
+    beside: Drafter | None = None,
     shows_logits: bool = False,
 ) -> CompiledStep:
     """Fuse packing, the model, what is done to its logits, acceptance and the next drafts into one step.
@@ -265,13 +277,14 @@ def compile_step(
         compiled: the model.
         rule, drafter, policy, processors, probes: the parts.
         used: the options of parts that requests may set to something other than their defaults.
+        beside: the drafter of the steps between which this one is to run, on their state (`FuseStep`).
         shows_logits: whether the step is to be cut in two.
     """
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
     parts = (rule.suited(used), drafter.suited(used), policy.suited(used))
     applied = in_use(processors, used), in_use(probes, used)
-    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, *applied, shows_logits=shows_logits)
+    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, *applied, beside=beside, shows_logits=shows_logits)
     manager.apply(graph_module, (passes.step(fuse),))
     return CompiledStep(
         graph_module,

@@ -267,7 +267,8 @@ class OptimizedModel(Decoder):
         deterministic, plain = self.options.deterministic, None
         can_be_left_out = step.drafter.is_costly and not step.drafter.must_run
         if can_be_left_out and LAYOUTS[self.options.layout].is_measured and not deterministic:
-            plain = self._lower(step.with_parts(drafter=without(step.drafter), policy=LAYOUTS["packed"].policy()))
+            undrafted = step.without_drafts(without(step.drafter), LAYOUTS["packed"].policy())
+            plain = self._lower(undrafted) if undrafted else None
         variant = make_variant(
             function,
             step.signature(graph_module.graph),

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.errors import DrafterError, PolicyError, ProbeError, ProcessorError, RuleError
-from emssd_compile.ops import append_kv, move_kv
+from emssd_compile.ops import append_kv, move_kv, ragged_attention
 from emssd_compile.passes.graph import caches, call, fresh_index, results
 from emssd_compile.passes.splice import Tensors, add_input, inline, inline_function
 from emssd_compile.passes.split_halves import SEAM
@@ -52,6 +52,8 @@ class FuseStep:
         fake_mode: of the graph.
         processors: what is done to the logits, in order; their numbers name their tensors.
         probes: what looks at what was decided; their numbers name their tensors.
+        beside: a drafter whose steps this one runs between: it takes their state and leaves it to them, with no draft
+            in it; its own drafter proposes nothing then.
         shows_logits: return what a `LogitContext` holds, too, as it is when the processors are done: at these results
             `split_halves` can cut the step.
     """
@@ -68,9 +70,11 @@ class FuseStep:
         processors: Mapping[int, LogitsProcessor] = MappingProxyType({}),
         probes: Mapping[int, Probe] = MappingProxyType({}),
         *,
+        beside: Drafter | None = None,
         shows_logits: bool = False,
     ) -> None:
         self.shows_logits = shows_logits
+        self.beside = beside
         self.batch = batch
         self.rule = rule
         self.drafter = drafter
@@ -132,15 +136,9 @@ class _Fusion:
         self.shows_logits, self.drawn = of.shows_logits, how_drawn(of.rule, of.drafter)
         self.taps, self.reads_logits, self.writes_kv = of.drafter.taps, of.drafter.reads_logits, of.drafter.writes_kv
         logits, drafter = results(model.graph)[1].meta["val"], of.drafter
-        self.sizes = PartSizes(
-            of.batch.rows,
-            of.batch.capacity,
-            logits.shape[-1],
-            drafter.num_draft_tokens,
-            drafter.num_grades,
-            drafter.max_depth,
-            has_proposal=of.rule.reads_proposal and self.drawn != DETERMINISTIC,
-        )
+        self.sizes = sizes_of(of.batch, logits.shape[-1], of.rule, drafter)
+        self.is_beside = of.beside is not None
+        outer = sizes_of(of.batch, logits.shape[-1], of.rule, of.beside or drafter)
         self.rule = TracedPart("rule", of.rule, Verdict, RuleError, self.sizes)
         self.drafter = TracedPart("drafter", drafter, Draft, DrafterError, self.sizes)
         self.policy = TracedPart("policy", of.policy, Ranking, PolicyError, self.sizes)
@@ -152,10 +150,10 @@ class _Fusion:
             TracedPart(f"probe_{number}", probe, Probed, ProbeError, self.sizes) for number, probe in of.probes.items()
         ]
         with self.fake_mode:
-            empty = StepState.empty(self.sizes, logits.device)
+            empty = StepState.empty(outer, logits.device)
         graph = into.graph
         state = {name: add_input(graph, name, value, role_of_state(name)) for name, value in named(empty).items()}
-        self.state = with_named(empty, state)
+        self.state = self.given = with_named(empty, state)
         self.ranges = {
             name: add_input(graph, name, fresh_index(self.fake_mode, logits.device), "size") for name in SIZE_NAMES
         }
@@ -163,6 +161,8 @@ class _Fusion:
 
     def step(self) -> dict[str, fx.Node]:
         """Everything in order; returns the results by name."""
+        if self.is_beside:
+            self.state = self._inline(StepState.without_drafts, self.given)
         read = self._read()
         if self.processors or self.shows_logits or self.probes:
             read = replace(read, logits=self._inline(torch.Tensor.float, read.logits))  # as Hugging Face has them
@@ -184,6 +184,8 @@ class _Fusion:
         seen = self._inline(self._policy_context, state, done, *proposed)
         ranking, policy_state = self._part(self.policy, seen)
         state, report = self._inline(self._choose, state, done, *proposed, ranking)
+        if self.is_beside:
+            state, report, readings = self._inline(self._with_room, self.given, state, report, readings)
         kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
         of_logits = {**states, **of_filters}
         of_parts = {**of_logits, **rule_state, **of_probes, **drafter_state, **policy_state}
@@ -200,6 +202,8 @@ class _Fusion:
         packed, rows = self._inline(self._pack, self.state, self.ranges)
         fed = {**self.caches, **named(packed), "lengths": self.state.lengths, "logit_index": rows.index}
         hidden, logits, *layers = inline(self.into, self.model, fed)
+        if packed.ancestors is not None and self.sizes.max_depth is None:
+            _see_chains(self.into.graph)
         with self.fake_mode:  # the model's graph knew its own T and R; the step's are the lengths of the ranges
             for node in (hidden, logits, *layers):
                 size = "logit_range" if node is logits else "token_range"
@@ -282,6 +286,17 @@ class _Fusion:
         appended = [node for node in self.into.graph.nodes if node.target == append_kv]  # the target's: no drafter yet
         for keys, values in dict.fromkeys(tuple(node.args[:2]) for node in appended):
             call(self.into.graph, move_kv, keys, values, starts, done.path, counts)
+
+    def _with_room(
+        self, given: StepState, state: StepState, report: Tensor, readings: Tensors
+    ) -> tuple[StepState, Tensor, Tensors]:
+        """What a step without drafts leaves and tells, in the shapes of those beside it."""
+        depth = given.draft.max_depth
+
+        def wider(values: Tensor) -> Tensor:  # [B, 1, ...] -> [B, D + 1, ...]
+            return torch.cat([values, values.new_zeros((values.shape[0], depth, *values.shape[2:]))], 1)
+
+        return state.with_room(given), wider(report), {name: wider(values) for name, values in readings.items()}
 
     def _accepted(self, state: StepState, done: _Done) -> tuple[Tensor, Tensor]:
         """The slot of each row's root, and how many nodes follow it there, itself included."""
@@ -379,3 +394,17 @@ class _Fusion:
             "wanted": ranking.wanted.expand(state.known.shape),
         }
         return replace(state, draft=draft), make_report(done.emission.tokens, columns)
+
+
+def sizes_of(batch: BatchShape, vocabulary: int, rule: Rule, drafter: Drafter) -> PartSizes:
+    """The sizes of a step with this rule and this drafter."""
+    has_proposal = rule.reads_proposal and how_drawn(rule, drafter) != DETERMINISTIC
+    drafts = drafter.num_draft_tokens, drafter.num_grades, drafter.max_depth
+    return PartSizes(batch.rows, batch.capacity, vocabulary, *drafts, has_proposal=has_proposal)
+
+
+def _see_chains(graph: fx.Graph) -> None:
+    """Where nothing is a tree each token sees all before it in its row: attention need not be told."""
+    for node in graph.nodes:
+        if node.target == ragged_attention:
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "ancestors"}

@@ -79,7 +79,7 @@ __all__ = [
 
 def without(drafter: Drafter) -> Drafter:
     """What stands in a step in the place of a drafter that is not to run; it drafts nothing."""
-    return NoDrafter(instead_of=drafter)
+    return NoDrafter(drafter.taps)
 
 
 def load_head(folder: str | Path, **options: Any) -> DraftHead:

@@ -228,9 +228,10 @@ class Engine:
             self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
 
     def _launch(self, launched: Collection[RunningStep]) -> RunningStep:
-        drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
-        sizes = self.planner.sizes(self._rows, launched, drafts if self._has_drafts else 0)
         drafted = self.clock is None or self.clock.is_drafting
+        drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
+        # a step without the drafter drops the drafts that there are
+        sizes = self.planner.sizes(self._rows, launched, drafts if drafted and self._has_drafts else 0)
         self._run_drafter(drafted)
         self._has_drafts = drafted
         if self.lag:
@@ -283,7 +284,7 @@ class Engine:
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request or request.finished:
                 continue  # the row was empty then, or has ended since
-            read, drafts = row.pending, row.draft_length
+            read, drafts = row.pending, row.draft_length if launch.drafted else 0
             count, active, row.pending, row.draft_length, _ = line[:columns]
             if launch.drafted:
                 caught_up = min(row.unseen, max(spare, 0))

@@ -227,7 +227,11 @@ class GraphLauncher(Launcher):
         for name in self.variant.signature.readings:
             told = results.pop(name)
             self._readings.setdefault(name, torch.empty_like(told)).copy_(told)
-        changed = {name: value for name, value in results.items() if name not in CONSTANT_FIELDS}
+        changed = {
+            name: value
+            for name, value in results.items()
+            if name not in CONSTANT_FIELDS and not value.is_set_to(self.tensors[name])
+        }
         held = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
         # A result may lie in one of the tensors (a drafter returned what it was given): read all, then write.
         values = {n: v.clone() if v.untyped_storage().data_ptr() in held else v for n, v in changed.items()}

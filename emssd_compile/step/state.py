@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,21 @@ class StepState:
     histogram: Tensor
     draft_budget: Tensor
     step_seconds: Tensor
+
+    def without_drafts(self) -> StepState:
+        """The state as a step has it that verifies no drafts: K is 0, and those that there are, are dropped."""
+        draft, rows = self.draft, self.known.shape[0]
+        none = Nodes(draft.tokens[:, :0], torch.zeros_like(draft.lengths), draft.grades[:, :0], None, max_depth=0)
+        return replace(self, draft=none, histogram=self.histogram[:1], step_seconds=self.step_seconds[: rows + 1])
+
+    def with_room(self, given: StepState) -> StepState:
+        """The way back: this state in the shapes of `given`, which has room for drafts and is left with none."""
+        return replace(
+            self,
+            draft=replace(given.draft, lengths=torch.zeros_like(given.draft.lengths)),
+            histogram=torch.cat([self.histogram, given.histogram[1:]]),
+            step_seconds=given.step_seconds,
+        )
 
     @staticmethod
     def empty(sizes: PartSizes, device: torch.device) -> StepState:

@@ -1,17 +1,25 @@
 """The drafter runs where tokens come faster with it, and what it costs to find out is bounded."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from emssd_compile.drafters import DraftModel
+import emssd_compile
+from emssd_compile.drafters import DraftModel, without
+from emssd_compile.layouts import PackedLayout
+from emssd_compile.ops import move_kv
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime.draft_clock import LONGEST_PAUSE, PROBE, SHORTEST_PAUSE, WINDOW, DraftClock
 from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.step_times import StepTimes
+from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
+from emssd_compile.step.parts import PartSizes
+from emssd_compile.step.tensor_spec import TensorSpec
 from tests.exactness.compiled import NEW_TOKENS, K, target
 from tests.exactness.models import prompt
+from tests.passes.graphs import model_with_attention
 
 ROWS, PLAIN = 4, 0.010
 LENGTHS = (5, 33, 1, 70, 17, 2, 40)
@@ -98,6 +106,55 @@ def test_steps_with_and_without_the_drafter_take_turns_and_the_tokens_stay(lag, 
     assert [r.output for r in requests] == [target("llama", ROWS).reference(prompt(n), NEW_TOKENS) for n in LENGTHS]
     assert seen > 0, "some tokens were fed by steps without the drafter"
     assert fast._engine.counters()[0]["num_accepted_draft_tokens"] > 0, "it drafts again afterwards"
+
+
+class _Counting(LogitsProcessor):
+    """Keeps a tensor as wide as the drafts."""
+
+    def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
+        return {"seen": TensorSpec((sizes.rows, sizes.num_draft_tokens + 1), torch.int64)}
+
+    def forward(self, context: LogitContext) -> Processed:
+        return Processed(context.logits, {"seen": context.state["seen"] + 1})
+
+
+def _optimize(drafter: DraftModel | str, **options: Any) -> OptimizedModel:
+    torch.manual_seed(0)
+    model = model_with_attention()
+    return emssd_compile.optimize(model, drafter, max_batch=2, max_length=24, backend="eager", **options)
+
+
+@pytest.mark.parametrize(("tree", "acceptance"), [((2, 2), "match"), (None, "token-level"), ((2, 2), "rrs")])
+def test_a_drafter_that_is_left_out_leaves_the_step_of_a_model_without_one(tree, acceptance):
+    """It has no ops for drafts, and gives the same tokens, scores and counts."""
+    small = model_with_attention()
+    drafter = DraftModel(small, K) if tree is None else DraftModel(small, tree=tree)
+    fast, never = _optimize(drafter, acceptance=acceptance), _optimize("none", acceptance=acceptance)
+    clock = fast._engine.clock
+    assert clock is not None
+    clock.is_drafting = False
+    clock.observe = lambda **seen: None  # type: ignore[method-assign]
+    for options in ({}, {"do_sample": True, "seed": 3}):
+        asked = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_scores": True, **options}
+        given, expected = (each.generate([[3, 1, 4], [9], [2, 6, 5, 3]], **asked) for each in (fast, never))
+        assert given.sequences == expected.sequences
+        for mine, theirs in zip(given.scores, expected.scores, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert fast.stats.num_draft_tokens == 0
+
+    undrafted = fast._step.without_drafts(without(drafter), PackedLayout().policy())
+    assert undrafted is not None
+    ops = [node for node in undrafted.graph_module.graph.nodes if node.op == "call_function"]
+    assert not [node for node in ops if node.target == move_kv or node.kwargs.get("ancestors") is not None]
+    plain = [node for node in never._step.graph_module.graph.nodes if node.op == "call_function"]
+    assert len(ops) <= len(plain) + 20
+
+
+def test_a_part_whose_tensors_are_as_wide_as_the_drafts_keeps_the_drafter_in():
+    prompts, small = [[3, 1, 4], [9]], model_with_attention()
+    fast, never = _optimize(DraftModel(small, K), processors=[_Counting()]), _optimize("none")
+    assert fast._engine.clock is None
+    assert fast.generate(prompts, max_new_tokens=6) == never.generate(prompts, max_new_tokens=6)
 
 
 def test_what_was_learnt_outlasts_calls_and_other_forms_of_the_step():
