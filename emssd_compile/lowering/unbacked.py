@@ -63,9 +63,12 @@ def unbacked(graph_module: fx.GraphModule) -> UnbackedGraph:
     sizes: dict[sympy.Expr, torch.SymInt] = {}
     inputs = []
     for node in graph.find_nodes(op="placeholder"):
-        shape = [_size(size, sizes, fake_mode) for size in node.meta["val"].shape]
+        given = node.meta["val"]
+        shape = [_size(size, sizes, fake_mode) for size in given.shape]
         with fake_mode:
-            value = torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+            value = torch.empty(shape, dtype=given.dtype, device=given.device)
+            if not given.is_contiguous():  # a weight
+                value = torch.empty_strided(shape, given.stride(), dtype=given.dtype, device=given.device)
         node.meta["val"] = value  # with a C++ wrapper, Inductor takes its inputs from here
         inputs.append(value)
     copy = fx.GraphModule(graph_module, graph, class_name=graph_module._get_name())

@@ -135,8 +135,11 @@ def test_a_drafter_that_is_left_out_leaves_the_step_of_a_model_without_one(tree,
     clock.is_drafting = False
     clock.observe = lambda **seen: None  # type: ignore[method-assign]
     for options in ({}, {"do_sample": True, "seed": 3}):
-        asked = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_scores": True, **options}
-        given, expected = (each.generate([[3, 1, 4], [9], [2, 6, 5, 3]], **asked) for each in (fast, never))
+        asked: dict[str, Any] = {"max_new_tokens": 5, "output_scores": True, **options}
+        given, expected = (
+            each.generate([[3, 1, 4], [9], [2, 6, 5, 3]], return_dict_in_generate=True, **asked)
+            for each in (fast, never)
+        )
         assert given.sequences == expected.sequences
         for mine, theirs in zip(given.scores, expected.scores, strict=True):
             torch.testing.assert_close(mine, theirs)
