@@ -52,6 +52,9 @@ class Detokenizer:
 class StopTexts:
     """Lets text through up to the first stop text. What may be the beginning of one waits.
 
+    The first is the one that ends first, as if the text came character by character; of several that end there, the
+    longest. So it does not depend on how tokens cut the text.
+
     Attributes:
         found: whether there was one.
     """
@@ -64,9 +67,9 @@ class StopTexts:
         if self.found:
             return ""
         held = self._held + text
-        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
-        self.found = bool(places)
-        certain = min(places) if places else len(held) - self._begun(held)
+        found = [(place + len(stop), place) for stop in self._stops if (place := held.find(stop)) >= 0]
+        self.found = bool(found)
+        certain = min(found)[1] if found else len(held) - self._begun(held)
         self._held = held[certain:]
         return held[:certain]
 

@@ -50,6 +50,15 @@ def test_the_first_space_is_kept_that_a_text_alone_would_lose():
     assert [detokenizer.push(1), detokenizer.push(2), detokenizer.end()] == [" cat", "s", ""]
 
 
+def first_stop_cut(text: str, stops: list[str]) -> str | None:
+    """The text before the stop text that ends first, the longest of them; None if there is none."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - max(map(len, ending))]
+    return None
+
+
 @given(PLAIN, st.lists(st.text(st.sampled_from("ab🙂"), min_size=1, max_size=4), max_size=3), st.data())
 def test_no_part_of_a_stop_text_is_let_through(text, stops, data):
     finder, pieces, left = StopTexts(stops), [], text
@@ -58,9 +67,9 @@ def test_no_part_of_a_stop_text_is_let_through(text, stops, data):
         pieces.append(finder.push(left[:size]))
         left = left[size:]
     read = text[: len(text) - len(left)]
-    ends = [read.find(stop) for stop in stops if stop in read]
-    assert finder.found == bool(ends)
-    assert "".join(pieces) + finder.end() == (read[: min(ends)] if ends else read)
+    shown = first_stop_cut(read, stops)
+    assert finder.found == (shown is not None)
+    assert "".join(pieces) + finder.end() == (read if shown is None else shown)
     for count in range(1, len(pieces) + 1):
         shown = "".join(pieces[:count])
         assert not any(stop in shown for stop in stops)
@@ -73,6 +82,10 @@ def test_no_part_of_a_stop_text_is_let_through(text, stops, data):
         (["stop"], ["a st", "o", "re"], ["a ", "", "store"]),
         (["aab"], ["aa", "a", "b"], ["", "a", ""]),
         (["xyz", "y"], ["x", "y"], ["", "x"]),
+        (["xyz", "y"], ["xyz"], ["x"]),
+        (["ab", "abc"], ["abc"], [""]),
+        (["bc", "abc"], ["a", "bc"], ["", ""]),
+        (["abc", "bcd"], ["abcd"], [""]),
     ],
 )
 def test_what_may_be_the_beginning_of_a_stop_text_waits(stops, pieces, shown):
