@@ -162,7 +162,9 @@ class Service:
         stream = self.session.submit(list(prompt), max_new_tokens=max_tokens, deadline=self._limits.deadline, **options)
         told = None if asked.logprobs is None else LogprobReader(stream, asked.logprobs, self.tokenizer)
         detokenizer = Detokenizer(self.tokenizer, prompt)
-        return Choice(index, stream, len(prompt), detokenizer, StopTexts(asked.body.stops), self._eos, told)
+        echo = asked.echoes[index // asked.body.n] if asked.echoes else ""
+        stops = StopTexts(asked.body.stops)
+        return Choice(index, stream, len(prompt), detokenizer, stops, self._eos, told, echo)
 
     def close(self) -> None:
         """Cancel what runs."""

@@ -111,6 +111,17 @@ def test_echo_shows_the_prompt_first(openai_client):
     assert [c.text for c in answer.choices] == [p + c.text for p, c in zip(prompts, plain.choices, strict=True)]
 
 
+@pytest.mark.parametrize(("next", "shown"), [("🙂", "x🙂"), ("a", "x\ufffda")])
+def test_a_prompt_that_ends_within_a_character_is_echoed_once(openai_client, next, shown):
+    begun, last = ids_of("x🙂")[:-1], ids_of(next)[-1]
+    assert text_of(begun) == "x\ufffd"
+    given = {"model": NAME, "prompt": begun, "max_tokens": 1, "logit_bias": {str(last): 100}, **GREEDY}
+    assert openai_client.completions.create(**given).choices[0].text == next
+    assert openai_client.completions.create(**given, echo=True).choices[0].text == shown
+    chunks = openai_client.completions.create(**given, echo=True, stream=True)
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == shown
+
+
 def test_a_stop_text_ends_the_text_before_it(openai_client):
     tokens = new_tokens("the cat", max_new_tokens=NEW)
     whole = text_of(tokens)

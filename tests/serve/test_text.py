@@ -1,5 +1,8 @@
 """Pieces of text: whole characters, nothing of a stop text, and together what the whole is."""
 
+import functools
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +41,50 @@ def test_a_prompt_may_end_within_a_character():
     assert rest, "it takes several tokens"
     assert "".join(pieces_of([*rest, *ids_of("a")], [*ids_of("x"), first])) == "🙂a"
     assert pieces_of([], [first]) == [""]
+
+
+@functools.cache
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As Llama 2's: letters, and bytes for all others; a run of bytes that is no text is no text as a whole."""
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "b"]
+    made = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="a"))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def as_bytes(text: str) -> list[int]:
+    """The tokens of `byte_fallback`."""
+    return [256 + "ab".index(each) if each in "ab" else byte for each in text for byte in each.encode()]
+
+
+def echoed(model: Any, prompt: list[int], tokens: list[int]) -> str:
+    """The text of the prompt and then the pieces of the tokens."""
+    detokenizer = Detokenizer(model, prompt)
+    pieces = [*map(detokenizer.push, tokens), detokenizer.end()]
+    return detokenizer.prompt_before(model.decode(prompt)) + "".join(pieces)
+
+
+@given(TOKENS, TOKENS)
+def test_behind_any_prompt_pieces_make_up_the_whole_text(prompt, tokens):
+    assert echoed(tokenizer(), prompt, tokens) == text_of(prompt + tokens)
+
+
+@given(st.text(st.sampled_from("ab🙂é漢\ufffd"), max_size=9), st.integers(0, 30))
+def test_a_text_may_be_cut_anywhere_into_prompt_and_pieces(text, place):
+    tokens = as_bytes(text)
+    assert echoed(byte_fallback(), tokens[:place], tokens[place:]) == text
+
+
+def test_what_no_tokens_complete_stays_in_the_prompt():
+    first, *rest = ids_of("🙂")
+    for prompt, new, piece in [
+        ("x\ufffd", "a", "a"),
+        ([*ids_of("x"), first], "a", "a"),
+        ([*ids_of("x"), first], rest, "🙂"),
+    ]:
+        ids = ids_of(prompt) if isinstance(prompt, str) else prompt
+        tokens = ids_of(new) if isinstance(new, str) else new
+        assert "".join(pieces_of(tokens, ids)) == piece
 
 
 def test_the_first_space_is_kept_that_a_text_alone_would_lose():
