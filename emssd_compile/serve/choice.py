@@ -8,7 +8,7 @@ from typing import Literal
 
 from emssd_compile.serve.errors import RETRY, ApiError
 from emssd_compile.serve.logprobs import LogprobReader, TokenLogprobs
-from emssd_compile.serve.text import Detokenizer, StopTexts
+from emssd_compile.text import Detokenizer, StopTexts
 from emssd_compile.stream import Stream
 
 Reason = Literal["stop", "length", "abort", "error"]

@@ -30,9 +30,9 @@ class Detokenizer:
         self._read, self._given = self._context(prompt)  # tokens whose text was given, and that text
         self._new: list[int] = []
 
-    def push(self, token: int) -> str:
-        """The text that another token completes; often empty."""
-        self._new.append(token)
+    def push(self, *tokens: int) -> str:
+        """The text that more tokens complete; often empty."""
+        self._new += tokens
         return self._take(may_be_incomplete=False)
 
     def end(self) -> str:
@@ -69,6 +69,12 @@ class Detokenizer:
     def _decoded(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+
+def text_behind(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens behind those of a prompt."""
+    detokenizer = Detokenizer(tokenizer, prompt)
+    return detokenizer.push(*new) + detokenizer.end()
 
 
 class StopTexts:

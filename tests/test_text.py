@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from emssd_compile.serve.text import Detokenizer, StopTexts
+from emssd_compile.cli.prompts import Prompt
+from emssd_compile.text import Detokenizer, StopTexts, text_behind
 from tests.serve.servers import ids_of, text_of, tokenizer
 
 TOKENS = st.lists(st.integers(1, len(tokenizer()) - 1), max_size=30)
@@ -93,6 +94,8 @@ def test_the_first_space_is_kept_that_a_text_alone_would_lose():
     made.decoder = decoders.Metaspace()
     sentencepiece = PreTrainedTokenizerFast(tokenizer_object=made)
     assert sentencepiece.decode([1, 2]) == "cats"
+    assert text_behind(sentencepiece, [0], [1, 2]) == " cats"
+    assert Prompt("the").completed([0], [1, 2], sentencepiece)["completion"] == " cats"
     detokenizer = Detokenizer(sentencepiece, [0])
     assert [detokenizer.push(1), detokenizer.push(2), detokenizer.end()] == [" cat", "s", ""]
 
