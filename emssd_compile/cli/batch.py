@@ -228,5 +228,6 @@ def _result(line: Line, found: Continuation, tokenizer: Any) -> dict[str, Any]:
         entry = {name: value for name, value in line.entry.items() if name not in _OF_RESULTS}  # of an earlier try
         return {**entry, "id": line.id, "finish_reason": "error", "error": found.error}
     completed = line.prompt.completed(line.tokens, found.tokens, tokenizer)
-    completed.pop("error", None)  # of an earlier try, if this is its output
+    if line.entry.get("finish_reason") == "error":  # the result of an earlier try
+        completed.pop("error", None)
     return {**completed, "id": line.id, "finish_reason": found.finish_reason}
