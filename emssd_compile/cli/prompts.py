@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from emssd_compile.chat import chat_tokens, check_template
 from emssd_compile.errors import InvalidInputError, OptionError
+from emssd_compile.standard_json import read_json
 from emssd_compile.text import text_behind
 
 STDIN = Path("-")
@@ -89,7 +89,7 @@ def _read_file(file: Path) -> Iterable[Prompt]:
     try:
         content = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
         if file.suffix == ".json":
-            entries = json.loads(content)
+            entries = read_json(content)
         elif file.suffix == ".jsonl" or file == STDIN:
             entries = [_parse(line, n) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
         else:
@@ -103,7 +103,7 @@ def _read_file(file: Path) -> Iterable[Prompt]:
 
 def _parse(line: str, number: int) -> object:
     try:
-        return json.loads(line)
+        return read_json(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from error
 

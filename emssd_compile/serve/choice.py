@@ -8,8 +8,8 @@ from typing import Literal
 
 from emssd_compile.serve.errors import RETRY, ApiError
 from emssd_compile.serve.logprobs import LogprobReader, TokenLogprobs
-from emssd_compile.text import Detokenizer, StopTexts
 from emssd_compile.stream import Stream
+from emssd_compile.text import Detokenizer, StopTexts
 
 Reason = Literal["stop", "length", "abort", "error"]
 """Why a text ended, by vLLM's names: an EOS or stop text, a limit of tokens or time, a client that left, an error."""
