@@ -114,7 +114,7 @@ class Service:
         """
         body, count = asked.body, len(asked.prompts)
         self._check_count(count, body.n)
-        options = row_options(body, self._defaults) | asked.options
+        options = row_options(body, self._defaults) | asked.options | {"eos_token_id": [*self._eos_of(body)]}
         if asked.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": asked.logprobs, "return_dict_in_generate": True}
         seeds = row_seeds(body.seed, count, body.n, draws=options["do_sample"])
@@ -161,7 +161,11 @@ class Service:
         detokenizer = Detokenizer(self.tokenizer, prompt)
         echo = asked.echoes[index // asked.body.n] if asked.echoes else ""
         stops = StopTexts(asked.body.stops)
-        return Choice(index, stream, len(prompt), detokenizer, stops, self._eos, told, echo)
+        return Choice(index, stream, len(prompt), detokenizer, stops, self._eos_of(asked.body), told, echo)
+
+    def _eos_of(self, body: SamplingBody) -> frozenset[int]:
+        """The tokens that end its texts."""
+        return frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else self._eos)
 
     def close(self) -> None:
         """Cancel what runs."""
