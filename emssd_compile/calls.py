@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from emssd_compile.ends import looks_at_ends
 from emssd_compile.errors import OptionError
-from emssd_compile.generation import GenerateOptions, merge_configs, own_options, resolve_options, row_seeds
+from emssd_compile.generation import (
+    GenerateOptions,
+    eos_of_each,
+    merge_configs,
+    own_options,
+    resolve_options,
+    row_seeds,
+)
 from emssd_compile.grammar import Grammar
 from emssd_compile.grammar_logits import GrammarLogits, grammar_of_each
 from emssd_compile.numeric import shown
@@ -60,6 +68,7 @@ class Call:
         hooks: Python that is called between the halves of each step, in order.
         masks: the one of them that keeps to grammars, if there is any.
         used: the options of parts that requests set.
+        looks_at_ends: whether what changes logits may look at the tokens that end a row.
     """
 
     prompts: PromptBatch
@@ -68,6 +77,7 @@ class Call:
     hooks: tuple[LogitsHook, ...]
     masks: GrammarLogits | None
     used: frozenset[str]
+    looks_at_ends: bool
 
     def result(self, readings: Mapping[str, ReadingSpec]) -> Any:
         """What `generate` returns when all requests have ended; `readings` are those of `Terms`."""
@@ -103,6 +113,9 @@ def read_call(
     configs = generation_config if isinstance(generation_config, (list, tuple)) else [generation_config]
     if not configs:
         raise OptionError("generation_config is an empty list; pass one for each prompt, or one for all")
+    eos = eos_of_each(options.get("eos_token_id"))
+    if eos is not None:  # what follows reads them all as one
+        options = {**options, "eos_token_id": [token for own in eos for token in own]}
     resolve = partial(
         resolve_options,
         kwargs=options,
@@ -124,6 +137,9 @@ def read_call(
     )
     if len(each) not in (1, len(prompts)):
         raise OptionError(f"generation_config is {len(each)} configs for {len(prompts)} prompts; pass one for each")
+    if eos is not None and len(eos) != len(prompts):
+        raise OptionError(f"eos_token_id has {len(eos)} values for {len(prompts)} prompts; pass one for each")
+    ends = [*map(frozenset, eos or [chosen.eos_token_ids] * len(prompts))]
     _check_hook(chosen, logits_hook)
     grammars, times = grammar_of_each(grammar, len(prompts)), chosen.num_return_sequences
     prompts = prompts.repeated(times)
@@ -148,7 +164,7 @@ def read_call(
     seeds = row_seeds(seed, len(own), times, draws=any(draws))
     texts = prompts.values.split(prompts.lengths)
     requests = [
-        Request(i, ids, most, own[i // times], group=i // times, seed=seeds[i])
+        Request(i, ids, most, own[i // times], group=i // times, seed=seeds[i], eos_token_ids=ends[i // times])
         for i, (ids, most) in enumerate(zip(texts, limits.max_new_tokens, strict=True))
     ]
     shown_rows = rows or (lambda: requests)
@@ -159,7 +175,14 @@ def read_call(
             "logits_hook, logits_processor, prefix_allowed_tokens_fn, grammar: an artifact's step is one graph, "
             "with no place for Python in it; use optimize"
         )
-    return Call(prompts, requests, chosen, hooks, masks, frozenset(name for row in own for name in row))
+    used = frozenset(name for row in own for name in row)
+    looks = logits_hook is not None or looks_at_ends(used)
+    if len({*ends}) > 1 and (looks or masks):
+        raise OptionError(
+            "eos_token_id differs between the prompts, and a grammar, a logits_hook or an option such as "
+            "min_new_tokens acts on it; pass one for all, or submit each prompt to a session"
+        )
+    return Call(prompts, requests, chosen, hooks, masks, used, looks)
 
 
 def _check_hook(chosen: GenerateOptions, own: object) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from emssd_compile.ambient import neutral
 from emssd_compile.calls import Call, Terms, read_call
 from emssd_compile.continuous_batching import ContinuousBatching
+from emssd_compile.ends import shared_eos
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import own_options
 from emssd_compile.grammar import Grammar
@@ -266,7 +267,8 @@ class Decoder(ContinuousBatching, ABC):
             progress: show a progress bar.
             **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; lists and
                 dicts of tokens, for all prompts; and Hugging Face's names: `max_new_tokens`, `max_length`,
-                `min_new_tokens`, `eos_token_id`, `pad_token_id`, `stopping_criteria`, `streamer`,
+                `min_new_tokens`, `eos_token_id` (also a list of lists, one for each prompt), `pad_token_id`,
+                `stopping_criteria`, `streamer`,
                 `return_dict_in_generate` (a `GenerateOutput`, with what `output_scores`, `output_logits`, `logprobs`
                 and `top_logprobs` ask for), ... Stopping criteria are called as transformers calls them: with all rows,
                 `[B, n]`, once for each token that they get. Rows of different lengths are padded on the left. With more
@@ -330,7 +332,7 @@ class Decoder(ContinuousBatching, ABC):
         try:
             with (
                 progress_bar(progress, total) as advance,
-                contextlib.closing(self._engine.run(call.requests, call.chosen.eos_token_ids)) as run,
+                contextlib.closing(self._engine.run(call.requests, [*shared_eos(call.requests)])) as run,
             ):
                 for request in run:
                     advance(consumer.take(request))

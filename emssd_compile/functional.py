@@ -22,6 +22,13 @@ _RESHAPES = frozenset({aten.flatten.using_ints, aten.unflatten.int, aten.reshape
 _ON_SIZES = frozenset({torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_sqrt})
 
 
+def argument(node: fx.Node, index: int) -> fx.Node:
+    """The positional argument `index` of `node`, which must be a node."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node), f"argument {index} of %{node.name} is {value!r}"
+    return value
+
+
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The program without ops that write, and without those that passes do not read.
 
@@ -79,7 +86,7 @@ def _keeps_dtype(node: fx.Node) -> bool:
 
 def _writes_unseen(node: fx.Node) -> bool:
     """Whether what a node writes into is memory of its own, and read before only: what reads it later, reads `node`."""
-    source = _first(node)
+    source = argument(node, 0)
     readers = [reader for reader in source.users if reader is not node]
     return _is_own(source) and not any(node < reader or not _is_own(reader) for reader in readers)
 
@@ -87,7 +94,7 @@ def _writes_unseen(node: fx.Node) -> bool:
 def _is_own(node: fx.Node) -> bool:
     """Whether what a node returns shares no memory with what it was given."""
     if node.target is operator.getitem:
-        return _is_own(_first(node))
+        return _is_own(argument(node, 0))
     op = node.target
     if not isinstance(op, OpOverload):
         return False
@@ -109,33 +116,33 @@ def _is_composite(op: OpOverload) -> bool:
 
 def _cast_to(node: fx.Node) -> dict[str, Any]:
     """The dtype and the device that a node casts to, as far as they are others than before."""
-    before, after = _first(node).meta["val"], node.meta["val"]
+    before, after = argument(node, 0).meta["val"], node.meta["val"]
     return {name: getattr(after, name) for name in ("dtype", "device") if getattr(before, name) != getattr(after, name)}
 
 
 def _cast(node: fx.Node) -> None:
     """`to(x, ...)`: a copy in another dtype or on another device, or `x` itself."""
     if _cast_to(node):
-        _replace(node, aten._to_copy.default, (_first(node),), _cast_to(node))
+        _replace(node, aten._to_copy.default, (argument(node, 0),), _cast_to(node))
     else:
         _drop(node)
 
 
 def _drop(node: fx.Node) -> None:
     """`x.detach_()`, where nothing has a gradient."""
-    node.replace_all_uses_with(_first(node))
+    node.replace_all_uses_with(argument(node, 0))
     node.graph.erase_node(node)
 
 
 def _reshape(node: fx.Node) -> None:
     """A view that says its sizes, of which one at most depends on the number of tokens, in other words."""
     sizes = [-1 if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
-    _replace(node, aten.reshape.default, (_first(node), sizes))
+    _replace(node, aten.reshape.default, (argument(node, 0), sizes))
 
 
 def _split(node: fx.Node) -> None:
     """`chunk(x, n, dim)` by the size of its chunks."""
-    _replace(node, aten.split.Tensor, (_first(node), _size_of_chunks(node), *node.args[2:]))
+    _replace(node, aten.split.Tensor, (argument(node, 0), _size_of_chunks(node), *node.args[2:]))
 
 
 def _size_of_chunks(node: fx.Node) -> int | torch.SymInt:
@@ -146,13 +153,7 @@ def _size_of_chunks(node: fx.Node) -> int | torch.SymInt:
 
 def _transpose_all(node: fx.Node) -> None:
     """`x.T`."""
-    _replace(node, aten.permute.default, (_first(node), [*reversed(range(node.meta["val"].dim()))]))
-
-
-def _first(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
+    _replace(node, aten.permute.default, (argument(node, 0), [*reversed(range(node.meta["val"].dim()))]))
 
 
 def _replace(node: fx.Node, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:

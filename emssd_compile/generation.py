@@ -308,6 +308,17 @@ def resolve_options(
     return options
 
 
+def eos_of_each(value: object) -> list[tuple[int, ...]] | None:
+    """An `eos_token_id` with a list of ids for each prompt, or one id or None instead; None if it is for all of them.
+
+    Raises:
+        OptionError: it holds something else.
+    """
+    if not isinstance(value, (list, tuple)) or not any(isinstance(each, (list, tuple)) for each in value):
+        return None
+    return [keywords.token_ids("eos_token_id", each) for each in value]
+
+
 def _lookup(name: str, kwargs: Mapping[str, object], *configs: object | None) -> object:
     if name in kwargs:
         return kwargs[name]

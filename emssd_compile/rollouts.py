@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from emssd_compile.chat import chat_tokens
 from emssd_compile.numeric import integer
 from emssd_compile.optimized_model import OptimizedModel, optimize
 
@@ -71,9 +72,4 @@ class Rollouts:
 
 
 def _tokens(prompt: Any, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        found = tokenizer(prompt)
-    else:
-        found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    ids: list[int] = found["input_ids"]
-    return ids
+    return [*tokenizer(prompt)["input_ids"]] if isinstance(prompt, str) else chat_tokens(tokenizer, prompt)

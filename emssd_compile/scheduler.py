@@ -10,11 +10,13 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from emssd_compile.ambient import neutral
 from emssd_compile.calls import Call
+from emssd_compile.ends import shared_eos
 from emssd_compile.errors import QueueFullError, ReentryError, SessionError
 from emssd_compile.row_hooks import RowHooks
 from emssd_compile.runtime.admission import Admission
@@ -57,7 +59,7 @@ class Scheduler(Admission):
         self.failure: BaseException | None = None
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="emssd_compile.session", daemon=True)
-        self._eos: tuple[int, ...] = ()
+        self._eos: frozenset[int] = frozenset()  # those that the step knows
         self._used: frozenset[str] | None = None  # options that the form of the step honours; None before any
         self._hooked = False
         self._row_hooks = RowHooks(
@@ -166,9 +168,9 @@ class Scheduler(Admission):
             self._bell.get()
 
     def _decode(self) -> None:
-        """Decode until there is nothing to do, or what waits ends with other tokens."""
+        """Decode until there is nothing to do, or what waits cannot run beside what runs."""
         decoder, first = self._decoder, self._waiting[0].call
-        self._eos, self._used, self._hooked = first.chosen.eos_token_ids, None, False
+        self._eos, self._used, self._hooked = first.requests[0].eos_token_ids, None, False
         with ExitStack() as self._hooks:
             with neutral(decoder._default_dtype):
                 decoder._follow()
@@ -177,7 +179,7 @@ class Scheduler(Admission):
                         self._suit(first)
                     decoder._warm_up(progress=False)
             try:
-                with contextlib.closing(self._engine.run(self, self._eos)) as run:
+                with contextlib.closing(self._engine.run(self, [*self._eos])) as run:
                     while self._advance(run):
                         pass
             finally:
@@ -206,9 +208,12 @@ class Scheduler(Admission):
             self._end(ticket, _reason(ticket))
 
     def __bool__(self) -> bool:
-        """Whether the first that waits ends with the same tokens as those that run."""
+        """Whether the first that waits can run beside those that do: all that need to see their own EOS do."""
         with self._room:
-            return bool(self._waiting) and self._waiting[0].call.chosen.eos_token_ids == self._eos
+            tickets = [*islice(self._waiting, 1), *self._running.values()]
+            shared = shared_eos(each.request for each in tickets)
+            looking = (each.request for each in tickets if each.call.looks_at_ends)
+            return bool(self._waiting) and all(each.eos_token_ids == shared for each in looking)
 
     def update(self) -> None:
         """End what was cancelled, and what is over its deadline."""
@@ -238,6 +243,7 @@ class Scheduler(Admission):
         """Whether there is a step for it, and its consumer is ready."""
         try:
             self._suit(ticket.call)
+            self._tell_eos()
             ticket.consumer = Consumer(ticket.call.prompts, ticket.call.requests, ticket.call.chosen)
         except BaseException as error:
             self._end(ticket, "error", error)
@@ -251,6 +257,13 @@ class Scheduler(Admission):
             self._decoder._select(used, hooked=hooked)
             self._hooks.enter_context(self._decoder._calling((self._row_hooks,)))
             self._used, self._hooked = used, hooked
+
+    def _tell_eos(self) -> None:
+        """Have the step end rows at what ends all that run."""
+        shared = shared_eos(each.request for each in self._running.values())
+        if shared != self._eos:
+            self._engine._set_eos([*shared])
+            self._eos = shared
 
     def _end(self, ticket: Ticket, reason: FinishReason, error: BaseException | None = None) -> None:
         """Free its place, and tell its readers."""
@@ -290,8 +303,8 @@ def _number(request: Request) -> int:
 
 
 def _reason(ticket: Ticket) -> FinishReason:
-    request, eos = ticket.request, ticket.call.chosen.eos_token_ids
-    if request.output and request.output[-1] in eos:
+    request = ticket.request
+    if request.output and request.output[-1] in request.eos_token_ids:
         return "eos"
     return "length" if not request.finish_reason else "deadline" if request.finish_reason == "deadline" else "stop"
 

@@ -27,9 +27,9 @@ class Session:
 
     One thread decodes. It starts requests in free rows between two steps, first come, first served. Each gets the
     tokens that `generate` gives for its prompt alone, whatever runs beside it, if `fast.stats.guarantee` is "tokens".
-    Of two things a request waits for those before it to end, not for a row alone: where its `eos_token_id` differs from
-    theirs, and where its options ask for a form of the step that must be compiled first (`fast.warmup(...)` does that
-    beforehand).
+    Where its options ask for a form of the step that must be compiled first, all wait for that (`fast.warmup(...)` does
+    it beforehand). A request that sets an option which acts on its EOS, such as `min_new_tokens`, or a `logits_hook`,
+    waits until those with another `eos_token_id` have ended, and they wait for it.
 
     Leaving the `with` waits for all requests; leaving it by an exception cancels them. So does dropping the session and
     all of its streams.

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, statically_known_true
 
 from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.functional import argument as argument  # there, since capturing brings no sympy
 
 aten = torch.ops.aten
 
@@ -65,13 +66,6 @@ def output(graph: fx.Graph) -> fx.Node:
     """The output node."""
     node: fx.Node = graph.output_node()
     return node
-
-
-def argument(node: fx.Node, index: int) -> fx.Node:
-    """The positional argument `index` of `node`, which must be a node."""
-    value = node.args[index]
-    assert isinstance(value, fx.Node), f"argument {index} of %{node.name} is {value!r}"
-    return value
 
 
 def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:

@@ -147,6 +147,14 @@ def test_sizes_are_positive_integers(models, capsys, value):
     assert "--max-batch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_a_temperature_is_a_finite_number(models, capsys, value):
+    with pytest.raises(SystemExit) as exit:
+        main(generate(models, "--prompt", "x", f"--temperature={value}"))
+    assert exit.value.code == 2
+    assert f"{value} is no finite number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "prompts"),
     [
@@ -169,6 +177,8 @@ def test_prompt_files(tmp_path, name, content, prompts):
         ("p.json", '["one", {"prompt": "two"}]', InvalidInputError, "entry 1"),
         ("p.jsonl", '{"messages": ["hello"]}', InvalidInputError, "entry 0"),
         ("p.jsonl", '"one"\n\n{"text": \n', OptionError, "line 3: "),
+        ("p.jsonl", '{"text": "one", "score": -Infinity}', OptionError, "line 1: JSON has no -Infinity"),
+        ("p.json", '[{"text": "one", "score": 1e999}]', OptionError, "1e999 is more than a float can be"),
         ("p.txt", "", InvalidInputError, "prompt 1 of 1 is empty"),
         ("p.jsonl", '"one"\n"\\ud83d"\n', InvalidInputError, "prompt 2 of 2 is no text"),
     ],

@@ -191,6 +191,31 @@ def test_an_interrupted_command_says_how_to_go_on(model, tmp_path, capsys, monke
     assert sorted(line["id"] for line in _results(tmp_path)) == [1, 2, 3]
 
 
+def test_a_field_called_error_is_the_users_own_unless_an_earlier_try_wrote_it(model, tmp_path, monkeypatch):
+    own = [{"id": f"own{n}", "text": f"x = {n}", "error": {"bars": n}} for n in range(2)]
+    _write(tmp_path, [*own, {"id": "again", "text": "y = 1", "finish_reason": "error", "error": "no memory"}])
+    write, written = Output.write, list[object]()
+
+    def interrupted(self: Output, result: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(result)
+        write(self, result)
+
+    monkeypatch.setattr(Output, "write", interrupted)
+    with pytest.raises(SystemExit):
+        main(_command(model, tmp_path, "--max-new-tokens", "2"))
+    monkeypatch.undo()
+    assert main(_command(model, tmp_path, "--max-new-tokens", "2")) == 0
+    results = _results(tmp_path)
+    assert results[:1] == written, "what was done is not done again"
+    found = {line["id"]: line for line in results}
+    assert len(results) == len(found) == 3
+    assert {line["finish_reason"] for line in results} == {"length"}
+    assert [found[line["id"]]["error"] for line in own] == [line["error"] for line in own]
+    assert "error" not in found["again"]
+
+
 def test_the_command_of_the_docs(model, tmp_path, capsys, monkeypatch):
     (command,) = COMMANDS
     (tmp_path / "prompts.jsonl").write_text('"x = 1"\n')

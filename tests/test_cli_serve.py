@@ -14,6 +14,7 @@ import pytest
 
 from emssd_compile.cli import build_parser, main
 from emssd_compile.cli.serve import KEY
+from emssd_compile.errors import OptionError
 from emssd_compile.serve import WARMED
 from tests.serve.servers import NAME, WAIT, client, new_tokens, text_of, tokenizer, toy
 
@@ -72,6 +73,22 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(folder, capsys
     assert "no such folder" in refused(capsys, "--model", "nowhere")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert 'pip install "emssd_compile[serve]"' in refused(capsys, "--model", str(folder))
+
+
+def test_a_second_server_at_a_port_is_refused_while_the_first_is_still_compiling(folder, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    arguments = ["--model", str(folder), "--port", port]
+    loaded: list[str] = []
+
+    def load(*given: object) -> object:
+        loaded.append("a model")
+        assert len(loaded) == 1, "the second has loaded its model"
+        assert f"--port {port}: the server cannot listen there" in refused(capsys, *arguments)
+        raise OptionError("the first is told")
+
+    monkeypatch.setattr("emssd_compile.cli.serve.load_model", load)
+    assert "the first is told" in refused(capsys, *arguments)
 
 
 def test_the_help_names_all_fields_that_can_be_warmed_up(capsys):

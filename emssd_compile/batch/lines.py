@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emssd_compile.errors import EmssdError, InvalidInputError, OptionError
+from emssd_compile.standard_json import read_json
 
 Read = Callable[[object, str], "tuple[Any, list[int]]"]
 """Makes a prompt and its tokens of what JSON has for it; the text says where it is. Raises EmssdError."""
@@ -67,8 +68,8 @@ def parse_line(text: bytes, number: int, index: int, read: Read) -> Line:
     line, where = Line(number, index, text.decode(errors="replace"), number), f"line {number}"
     try:
         try:
-            entry = json.loads(text.decode())
-        except (ValueError, RecursionError) as error:
+            entry = read_json(text.decode())
+        except ValueError as error:
             raise InvalidInputError(f"{where}: {error}") from error
         if isinstance(entry, dict):
             line = replace(line, entry=entry, id=_find_id(entry, number))

@@ -17,6 +17,7 @@ from rich.console import Console
 from emssd_compile.batch.lines import Line, Read, read_lines, survey
 from emssd_compile.batch.local import Continuation, continued
 from emssd_compile.batch.output import Output, fingerprint
+from emssd_compile.chat import check_template
 from emssd_compile.cli.decoding import add_decoding, sampling
 from emssd_compile.cli.models import (
     PROGRAM,
@@ -29,7 +30,7 @@ from emssd_compile.cli.models import (
     optimize,
     positive,
 )
-from emssd_compile.cli.prompts import NO_TEMPLATE, Prompt, check_prompt, parse_prompt
+from emssd_compile.cli.prompts import NO_CHAT, Prompt, check_prompt, parse_prompt
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from emssd_compile.length import length_limit_of_config, text_config
 from emssd_compile.optimized_model import OptimizedModel
@@ -87,8 +88,8 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         )
     decode = _here if arguments.workers is None else _on_ray
     tokenizer = load_tokenizer(arguments.model)
-    if arguments.chat and tokenizer.chat_template is None:
-        raise OptionError(NO_TEMPLATE)
+    if arguments.chat:
+        check_template(tokenizer, NO_CHAT)
     read = _reader(arguments, tokenizer)
     drawn = {"--seed": secrets.randbits(32)} if how and arguments.seed is None else {}
     with contextlib.closing(Output(arguments.output, _job(arguments), drawn)) as output:
@@ -226,6 +227,7 @@ def _result(line: Line, found: Continuation, tokenizer: Any) -> dict[str, Any]:
     if found.error:
         entry = {name: value for name, value in line.entry.items() if name not in _OF_RESULTS}  # of an earlier try
         return {**entry, "id": line.id, "finish_reason": "error", "error": found.error}
-    completed = line.prompt.completed(found.tokens, tokenizer)
-    completed.pop("error", None)  # of an earlier try, if this is its output
+    completed = line.prompt.completed(line.tokens, found.tokens, tokenizer)
+    if line.entry.get("finish_reason") == "error":  # the result of an earlier try
+        completed.pop("error", None)
     return {**completed, "id": line.id, "finish_reason": found.finish_reason}

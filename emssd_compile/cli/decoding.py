@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from emssd_compile.cli.models import add_backend, positive
+from emssd_compile.cli.models import add_backend, finite, positive
 from emssd_compile.errors import OptionError
 from emssd_compile.stats import Stats
 
@@ -19,9 +19,9 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="texts are what a user says: use the model's chat template")
     parser.add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: %(default)s")
     parser.add_argument("--stop", metavar="TEXT", action="append", help="ends a text where it comes; may be repeated")
-    parser.add_argument("--temperature", metavar="T", type=float, help="draw tokens (default: greedy)")
+    parser.add_argument("--temperature", metavar="T", type=finite, help="draw tokens (default: greedy)")
     parser.add_argument("--top-k", metavar="K", type=positive, help="draw among the K likeliest only")
-    parser.add_argument("--top-p", metavar="P", type=float, help="draw among those that make up P together")
+    parser.add_argument("--top-p", metavar="P", type=finite, help="draw among those that make up P together")
     parser.add_argument("--seed", metavar="N", type=int, help="of what is drawn")
     add_backend(parser)
 

@@ -87,8 +87,11 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         rows = fast.generate(ids, max_new_tokens=arguments.max_new_tokens, **how)
         seconds = time.perf_counter() - started
     if not arguments.stream:
-        new = [row[len(prompt) :] for row, prompt in zip(rows, ids, strict=True)]
-        _write(prompts, [p.completed(each, tokenizer) for p, each in zip(prompts, new, strict=True)], arguments.format)
+        completed = [
+            prompt.completed(own, row[len(own) :], tokenizer)
+            for prompt, own, row in zip(prompts, ids, rows, strict=True)
+        ]
+        _write(prompts, completed, arguments.format)
     notes.print(stats_table(fast.stats, seconds))
 
 

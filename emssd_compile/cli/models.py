@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "positive integer"  # what argparse calls it in "invalid positive integer value: 'x'"
+
+
+def finite(text: str) -> float:
+    """A number that is neither NaN nor infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+finite.__name__ = "number"
 
 
 def add_command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from emssd_compile.chat import chat_tokens, check_template
 from emssd_compile.errors import InvalidInputError, OptionError
+from emssd_compile.standard_json import read_json
+from emssd_compile.text import text_behind
 
 STDIN = Path("-")
-NO_TEMPLATE = "--model has no chat template; leave --chat out, and write prompts as texts"
+NO_CHAT = "leave --chat out, and write prompts as texts"
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,17 @@ class Prompt:
 
     def tokens(self, tokenizer: Any) -> list[int]:
         """Its ids; those of a chat end where the answer begins. Raises InvalidInputError if there are none."""
-        found = self.ids or (self._chat_tokens(tokenizer) if self.messages else tokenizer(self.text)["input_ids"])
+        if self.messages:
+            check_template(tokenizer, NO_CHAT)
+            return chat_tokens(tokenizer, self.messages)
+        found = self.ids or tokenizer(self.text)["input_ids"]
         if not found:
             raise InvalidInputError("the tokenizer makes no token of it; give it at least one word")
         return list(found)
 
-    def _chat_tokens(self, tokenizer: Any) -> list[int]:
-        if tokenizer.chat_template is None:
-            raise OptionError(NO_TEMPLATE)
-        try:
-            found: list[int] = tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)["input_ids"]
-        except Exception as error:  # a template raises what it likes
-            raise InvalidInputError(f"the model's chat template takes no such messages: {error}") from error
-        return found
-
-    def completed(self, new: Sequence[int], tokenizer: Any) -> dict[str, Any]:
-        """The object that it came in, with what follows it: as ids, too, if it was ids."""
-        found = {"completion": tokenizer.decode(new, skip_special_tokens=True), "num_new_tokens": len(new)}
+    def completed(self, tokens: Sequence[int], new: Sequence[int], tokenizer: Any) -> dict[str, Any]:
+        """The object that it came in, with what follows its tokens: as ids, too, if it was ids."""
+        found = {"completion": text_behind(tokenizer, tokens, new), "num_new_tokens": len(new)}
         return self.entry | found | ({"completion_ids": [*new]} if self.ids else {})
 
 
@@ -93,7 +89,7 @@ def _read_file(file: Path) -> Iterable[Prompt]:
     try:
         content = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
         if file.suffix == ".json":
-            entries = json.loads(content)
+            entries = read_json(content)
         elif file.suffix == ".jsonl" or file == STDIN:
             entries = [_parse(line, n) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
         else:
@@ -107,7 +103,7 @@ def _read_file(file: Path) -> Iterable[Prompt]:
 
 def _parse(line: str, number: int) -> object:
     try:
-        return json.loads(line)
+        return read_json(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from error
 

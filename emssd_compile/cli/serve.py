@@ -104,11 +104,15 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket at this address, before the work that would be lost if it is taken."""
+    """A socket that listens at this address, before the work that would be lost if it is taken.
+
+    It has to listen: of sockets that do not yet, there may be several at one address. Who connects waits meanwhile.
+    """
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen()
     except (OSError, OverflowError) as error:
         made.close()
         raise OptionError(f"--host {host} --port {port}: the server cannot listen there: {error}") from error

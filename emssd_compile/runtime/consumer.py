@@ -50,7 +50,11 @@ class Consumer:
             self._streamer.end()
 
     def _stop(self, request: Request, start: int) -> None:
-        """End a row at the first new token for which a criterion of single rows holds, or when its time is over."""
+        """End a row at its first EOS, at the first token for which a criterion holds, or when its time is over."""
+        eos = request.eos_token_ids
+        count = next((n for n, token in enumerate(request.output[start:], start + 1) if token in eos), None)
+        if count is not None:
+            request.end(count, "eos")
         if self._ends_at is not None and time.monotonic() > self._ends_at:
             request.end(start + 1, "deadline")
         if not self._row_criteria:

@@ -23,12 +23,14 @@ class Request:
         options: what it sets for the parts of the step, by name: a number, or a line of a table (`RowOption.read`).
         group: requests of one prompt have the same number, so that it is read once for all that run at a time; None: it
             is the only one of its prompt.
+        eos_token_ids: tokens that end it. The step ends it at those that all of its rows have in common, its consumer
+            at the others.
         seed: of its random numbers, for acceptance rules that draw.
         num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
         output: tokens emitted so far.
         told: what probes told of them, by the names of results: pieces `[n, ...]`, in order.
         finished: whether it has ended.
-        finish_reason: why its caller ended it; empty where it came to its end by an EOS or its limit.
+        finish_reason: why its caller ended it; empty where the step did, by an EOS or its limit.
         num_steps: steps in which it emitted tokens, its prompt being read.
         num_draft_tokens: drafts that these verified.
         num_accepted_draft_tokens: those of them that other tokens of the same step followed, so they were accepted.
@@ -41,6 +43,7 @@ class Request:
     options: Mapping[str, float | Tensor] = field(default_factory=dict)
     group: int | None = None
     seed: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
     num_read: int = 0
     output: list[int] = field(default_factory=list)
     told: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -23,35 +23,25 @@ class Form(Protocol):
     kind: str
     chunk_kind: str
 
-    def whole(self, index: int, text: str, tokens: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
+    def whole(self, text: str, tokens: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
         """One choice of a whole answer; `tokens` are None if nobody asked."""
 
-    def delta(self, index: int, piece: Piece, is_first: bool, has_logprobs: bool) -> dict[str, Any]:
+    def delta(self, piece: Piece, is_first: bool, has_logprobs: bool) -> dict[str, Any]:
         """One choice of a chunk."""
 
 
 class CompletionForm:
-    """Of `/v1/completions`.
-
-    Args:
-        echoes: the text of each prompt, to be shown before the new one; empty if nobody asked.
-        n: texts of each prompt.
-    """
+    """Of `/v1/completions`."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, echoes: Sequence[str] = (), n: int = 1) -> None:
-        self._echoes, self._n = echoes, n
-
-    def whole(self, index: int, text: str, tokens: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
+    def whole(self, text: str, tokens: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
         """Text, and log-probabilities if there are any."""
-        echo = self._echoes[index // self._n] if self._echoes else ""
-        return {"text": echo + text, "logprobs": None if tokens is None else as_completion(tokens)}
+        return {"text": text, "logprobs": None if tokens is None else as_completion(tokens)}
 
-    def delta(self, index: int, piece: Piece, is_first: bool, has_logprobs: bool) -> dict[str, Any]:
+    def delta(self, piece: Piece, is_first: bool, has_logprobs: bool) -> dict[str, Any]:
         """The same, of a piece."""
-        whole = self.whole(index, piece.text, piece.tokens if has_logprobs else None)
-        return whole if is_first else whole | {"text": piece.text}
+        return self.whole(piece.text, piece.tokens if has_logprobs else None)
 
 
 class ChatForm:
@@ -59,12 +49,12 @@ class ChatForm:
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, index: int, text: str, tokens: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
+    def whole(self, text: str, tokens: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
         """A message, and log-probabilities if there are any."""
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"message": message, "logprobs": None if tokens is None else as_chat(tokens)}
 
-    def delta(self, index: int, piece: Piece, is_first: bool, has_logprobs: bool) -> dict[str, Any]:
+    def delta(self, piece: Piece, is_first: bool, has_logprobs: bool) -> dict[str, Any]:
         """What is new of the message."""
         role = {"role": "assistant"} if is_first else {}
         logprobs = as_chat(piece.tokens) if has_logprobs else None
@@ -93,7 +83,7 @@ class Answer:
         for choice, pieces in texts:
             text = "".join(piece.text for piece in pieces)
             tokens = [token for piece in pieces for token in piece.tokens] if self._has_logprobs else None
-            shown = self._form.whole(choice.index, text, tokens)
+            shown = self._form.whole(text, tokens)
             choices.append({"index": choice.index, "finish_reason": choice.finish_reason, **shown})
         used = usage([choice for choice, _ in texts], n)
         return {**self._head, "object": self._form.kind, "choices": choices, "usage": used}
@@ -102,7 +92,7 @@ class Answer:
         """A piece of a choice."""
         is_first = choice.index not in self._begun
         self._begun.add(choice.index)
-        shown = self._form.delta(choice.index, piece, is_first, self._has_logprobs)
+        shown = self._form.delta(piece, is_first, self._has_logprobs)
         choices = [{"index": choice.index, "finish_reason": piece.finish_reason, **shown}]
         return {**self._head, "object": self._form.chunk_kind, "choices": choices, **self._usage}
 

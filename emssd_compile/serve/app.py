@@ -83,8 +83,7 @@ def _v1_routes(service: Service, route_class: type[APIRoute]) -> APIRouter:
 
     @router.post("/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        asked = await asyncio.to_thread(service.completion, body)
-        return await answer(request, asked, CompletionForm(asked.echoes, body.n))
+        return await answer(request, await asyncio.to_thread(service.completion, body), CompletionForm())
 
     @router.post("/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:

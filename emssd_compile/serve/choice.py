@@ -8,8 +8,8 @@ from typing import Literal
 
 from emssd_compile.serve.errors import RETRY, ApiError
 from emssd_compile.serve.logprobs import LogprobReader, TokenLogprobs
-from emssd_compile.serve.text import Detokenizer, StopTexts
 from emssd_compile.stream import Stream
+from emssd_compile.text import Detokenizer, StopTexts
 
 Reason = Literal["stop", "length", "abort", "error"]
 """Why a text ended, by vLLM's names: an EOS or stop text, a limit of tokens or time, a client that left, an error."""
@@ -41,6 +41,7 @@ class Choice:
         stops: the texts that end it.
         eos: tokens that end it, which are no text.
         logprobs: tells of its tokens; None if nobody asked.
+        echo: the prompt's text, if it is to be shown before the new one.
 
     Attributes:
         num_tokens: those that were read, up to the one that ends it.
@@ -56,11 +57,13 @@ class Choice:
         stops: StopTexts,
         eos: Collection[int],
         logprobs: LogprobReader | None = None,
+        echo: str = "",
     ) -> None:
         self.index, self.stream, self.num_prompt_tokens = index, stream, num_prompt_tokens
         self.num_tokens = 0
         self.finish_reason: Reason | None = None
         self._detokenizer, self._stops, self._eos, self._logprobs = detokenizer, stops, eos, logprobs
+        self._echo = echo
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces of the text; the last one has the reason.
@@ -81,14 +84,14 @@ class Choice:
                 if self._stops.found:
                     self.stream.cancel()
                     self.finish_reason = "stop"
-                    yield Piece(text, told, "stop")
+                    yield Piece(self._echoed(text), told, "stop")
                     return
                 if text:
-                    yield Piece(text, told)
+                    yield Piece(self._echoed(text), told)
                     told = []
             rest = self._stops.push(self._detokenizer.end()) + self._stops.end()
             self.finish_reason = "stop" if self._stops.found else self._reason()
-            yield Piece(rest, told, self.finish_reason)
+            yield Piece(self._echoed(rest), told, self.finish_reason)
         except Exception as error:
             self.finish_reason = self.finish_reason or "error"
             raise ApiError.of(error) from error
@@ -97,6 +100,11 @@ class Choice:
         """Nobody reads it any more; without effect on one that has ended."""
         self.stream.cancel()
         self.finish_reason = self.finish_reason or "abort"
+
+    def _echoed(self, text: str) -> str:
+        """A piece, and before the first one the prompt."""
+        echo, self._echo = self._echo, ""
+        return self._detokenizer.prompt_before(echo) + text
 
     def _reason(self) -> Reason:
         ended = self.stream.finish_reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from emssd_compile.stream import Stream
 
-_LEAST = -9999.0  # for -inf and NaN, which JSON has not
+_LEAST = -9999.0  # also for infinity and NaN, which JSON has not
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LogprobReader:
 
 
 def _number(logprob: float) -> float:
-    return logprob if logprob > _LEAST else _LEAST
+    return max(logprob, _LEAST) if math.isfinite(logprob) else _LEAST
 
 
 def token_text(tokenizer: Any, token: int) -> str:

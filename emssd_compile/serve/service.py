@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emssd_compile import keywords
+from emssd_compile.chat import chat_tokens, check_template
 from emssd_compile.decoder import Decoder
-from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
+from emssd_compile.errors import CapacityError, OptionError
 from emssd_compile.generation import row_seeds
 from emssd_compile.serve.choice import Choice
 from emssd_compile.serve.errors import ApiError
@@ -18,7 +19,7 @@ from emssd_compile.serve.logprobs import LogprobReader
 from emssd_compile.serve.metrics import Metrics
 from emssd_compile.serve.sampling import row_options, warmed_options
 from emssd_compile.serve.schemas import ChatBody, CompletionBody, SamplingBody
-from emssd_compile.serve.text import Detokenizer, StopTexts
+from emssd_compile.text import Detokenizer, StopTexts
 
 _COMPLETION_TOKENS = 16  # what OpenAI gives where nobody says
 
@@ -91,12 +92,8 @@ class Service:
         """Read a request to `/v1/chat/completions`."""
         self.check_model(body.model)
         messages = [message.for_template() for message in body.messages]
-        if self.tokenizer.chat_template is None:
-            raise OptionError("messages: the model has no chat template; use /v1/completions")
-        try:
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        except Exception as error:  # templates are programs, and raise what they like
-            raise InvalidInputError(f"messages: the model's chat template refuses them: {error}") from error
+        check_template(self.tokenizer, "use /v1/completions")
+        prompt = chat_tokens(self.tokenizer, messages)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         grammar = self._formats.grammar(body.response_format)
         told = body.top_logprobs if body.logprobs else None
@@ -117,7 +114,7 @@ class Service:
         """
         body, count = asked.body, len(asked.prompts)
         self._check_count(count, body.n)
-        options = row_options(body, self._defaults) | asked.options
+        options = row_options(body, self._defaults) | asked.options | {"eos_token_id": [*self._eos_of(body)]}
         if asked.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": asked.logprobs, "return_dict_in_generate": True}
         seeds = row_seeds(body.seed, count, body.n, draws=options["do_sample"])
@@ -162,7 +159,13 @@ class Service:
         stream = self.session.submit(list(prompt), max_new_tokens=max_tokens, deadline=self._limits.deadline, **options)
         told = None if asked.logprobs is None else LogprobReader(stream, asked.logprobs, self.tokenizer)
         detokenizer = Detokenizer(self.tokenizer, prompt)
-        return Choice(index, stream, len(prompt), detokenizer, StopTexts(asked.body.stops), self._eos, told)
+        echo = asked.echoes[index // asked.body.n] if asked.echoes else ""
+        stops = StopTexts(asked.body.stops)
+        return Choice(index, stream, len(prompt), detokenizer, stops, self._eos_of(asked.body), told, echo)
+
+    def _eos_of(self, body: SamplingBody) -> frozenset[int]:
+        """The tokens that end its texts."""
+        return frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else self._eos)
 
     def close(self) -> None:
         """Cancel what runs."""

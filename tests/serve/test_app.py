@@ -111,6 +111,31 @@ def test_echo_shows_the_prompt_first(openai_client):
     assert [c.text for c in answer.choices] == [p + c.text for p, c in zip(prompts, plain.choices, strict=True)]
 
 
+@pytest.mark.parametrize(("next", "shown"), [("🙂", "x🙂"), ("a", "x\ufffda")])
+def test_a_prompt_that_ends_within_a_character_is_echoed_once(openai_client, next, shown):
+    begun, last = ids_of("x🙂")[:-1], ids_of(next)[-1]
+    assert text_of(begun) == "x\ufffd"
+    given = {"model": NAME, "prompt": begun, "max_tokens": 1, "logit_bias": {str(last): 100}, **GREEDY}
+    assert openai_client.completions.create(**given).choices[0].text == next
+    assert openai_client.completions.create(**given, echo=True).choices[0].text == shown
+    chunks = openai_client.completions.create(**given, echo=True, stream=True)
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == shown
+
+
+def test_a_text_ends_at_tokens_of_its_own(openai_client):
+    whole = new_tokens("the cat", max_new_tokens=NEW, eos_token_id=[])
+    place = next(n for n in range(4, NEW) if whole.index(whole[n]) == n)
+    given = {"model": NAME, "prompt": "the cat", "max_tokens": NEW, **GREEDY}
+    own = {"ignore_eos": True, "stop_token_ids": [whole[place], 1]}
+    answer = openai_client.completions.create(**given, extra_body=own)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text_of(whole[:place]), "stop")
+    assert answer.usage.completion_tokens == place + 1
+    end = tokenizer().eos_token_id
+    for ignores, reason in ((False, "stop"), (True, "length")):
+        favoured = {"logit_bias": {str(end): 100}, "extra_body": {"ignore_eos": ignores}}
+        assert openai_client.completions.create(**given, **favoured).choices[0].finish_reason == reason
+
+
 def test_a_stop_text_ends_the_text_before_it(openai_client):
     tokens = new_tokens("the cat", max_new_tokens=NEW)
     whole = text_of(tokens)

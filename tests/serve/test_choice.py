@@ -9,7 +9,7 @@ import pytest
 from emssd_compile.errors import GrammarError
 from emssd_compile.serve.choice import Choice
 from emssd_compile.serve.errors import ApiError
-from emssd_compile.serve.text import Detokenizer, StopTexts
+from emssd_compile.text import Detokenizer, StopTexts
 from tests.serve.servers import ids_of, tokenizer
 
 

@@ -71,6 +71,8 @@ def test_fields_that_are_not_supported_are_refused_by_name(address, path, name):
         ("completions", {"prompt": [1 << 40], "echo": True}, None, str(1 << 40)),
         ("completions", {"prompt": ["a"] * 5000}, None, "5000 prompts"),
         ("completions", {"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ("completions", {"stop_token_ids": [1 << 40]}, None, "outside the vocabulary"),
+        ("completions", {"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
         ("completions", {"echo": True, "logprobs": 1}, None, "echo: not together with logprobs"),
         ("completions", {"stream_options": {"include_usage": True}}, None, "only with stream=true"),
         ("completions", {"stream": True, "stream_options": {"usage": True}}, "stream_options", "Extra inputs"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from emssd_compile.serve.answers import Answer, CompletionForm
 from emssd_compile.serve.choice import Choice
 from emssd_compile.serve.streaming import Delivery
-from emssd_compile.serve.text import Detokenizer, StopTexts
+from emssd_compile.text import Detokenizer, StopTexts
 from tests.serve.servers import (
     NAME,
     WAIT,

@@ -15,42 +15,73 @@ class Detokenizer:
     Each piece is what a token adds to the text of those just before it, since a tokenizer may decode a token otherwise
     at the beginning of a text. A piece that ends within a character waits for the rest of it.
 
+    A prompt may end within a character, too. If it is completed, all of it is in the first piece, which then takes the
+    place of the U+FFFD that the prompt's text ends with.
+
     Args:
         tokenizer: of transformers.
         prompt: token ids.
+
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._read = [*prompt[-_CONTEXT:]]  # tokens whose text was given
+        self._num_replaced = 0
+        self._read, self._given = self._context(prompt)  # tokens whose text was given, and that text
         self._new: list[int] = []
-        self._start = len(self._decoded(self._read).rstrip(_INCOMPLETE))  # the prompt may end within a character
 
-    def push(self, token: int) -> str:
-        """The text that another token completes; often empty."""
-        self._new.append(token)
+    def push(self, *tokens: int) -> str:
+        """The text that more tokens complete; often empty."""
+        self._new += tokens
         return self._take(may_be_incomplete=False)
 
     def end(self) -> str:
         """What is left, though no character."""
         return self._take(may_be_incomplete=True) if self._new else ""
 
+    def prompt_before(self, text: str) -> str:
+        """The prompt's text, to be put before the first piece once there is that one."""
+        return text.removesuffix(_INCOMPLETE * self._num_replaced)
+
     def _take(self, *, may_be_incomplete: bool) -> str:
         whole = self._decoded(self._read + self._new)
         if whole.endswith(_INCOMPLETE) and not may_be_incomplete:
             return ""
-        piece = whole[self._start :]
-        self._read, self._new = self._new, []
-        self._start = len(self._decoded(self._read))
-        return piece
+        start = len(self._given.rstrip(_INCOMPLETE))
+        while start < len(self._given) and whole[start : start + 1] == _INCOMPLETE:
+            start += 1  # this one stays
+        self._num_replaced += len(self._given) - start
+        alone = self._decoded(self._new)
+        if alone.startswith(_INCOMPLETE):  # it takes those before to make sense of it
+            self._read, self._given = self._read + self._new, whole
+        else:
+            self._read, self._given = self._new, alone
+        self._new = []
+        return whole[start:]
+
+    def _context(self, prompt: Sequence[int]) -> tuple[list[int], str]:
+        """The end of the prompt, from between two characters, and its text."""
+        count = _CONTEXT
+        while (text := self._decoded([*prompt[-count:]])).startswith(_INCOMPLETE) and count < len(prompt):
+            count *= 2
+        return [*prompt[-count:]], text
 
     def _decoded(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
 
+def text_behind(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens behind those of a prompt."""
+    detokenizer = Detokenizer(tokenizer, prompt)
+    return detokenizer.push(*new) + detokenizer.end()
+
+
 class StopTexts:
     """Lets text through up to the first stop text. What may be the beginning of one waits.
+
+    The first is the one that ends first, as if the text came character by character; of several that end there, the
+    longest. So it does not depend on how tokens cut the text.
 
     Attributes:
         found: whether there was one.
@@ -64,9 +95,9 @@ class StopTexts:
         if self.found:
             return ""
         held = self._held + text
-        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
-        self.found = bool(places)
-        certain = min(places) if places else len(held) - self._begun(held)
+        found = [(place + len(stop), place) for stop in self._stops if (place := held.find(stop)) >= 0]
+        self.found = bool(found)
+        certain = min(found)[1] if found else len(held) - self._begun(held)
         self._held = held[certain:]
         return held[:certain]
 

@@ -1,0 +1,34 @@
+"""Rows that end with tokens of their own.
+
+A step knows one set of tokens that end a row. Where those of its rows differ, it is given what they have in common, and
+the host ends a row at its others, as it does at a stop string. Some options of the logits look at the step's set: a row
+that sets one needs it to be its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable
+
+from emssd_compile.logits import PROCESSORS, BadWords, ExponentialDecayLengthPenalty, LogitsProcessor, MinNewTokens
+from emssd_compile.probes import PROBES, Probe
+from emssd_compile.runtime.requests import Request
+
+_LOOKING = (BadWords, ExponentialDecayLengthPenalty, MinNewTokens)
+
+
+def shared_eos(requests: Iterable[Request]) -> frozenset[int]:
+    """The tokens that end each of these requests."""
+    several = [request.eos_token_ids for request in requests]
+    return frozenset.intersection(*several) if several else frozenset()
+
+
+def looks_at_ends(options: Collection[str]) -> bool:
+    """Whether what honours these options of rows may look at the tokens that end a row; of parts not ours it may."""
+    return not _indifferent().issuperset(options)
+
+
+@functools.cache
+def _indifferent() -> frozenset[str]:
+    parts: list[LogitsProcessor | Probe] = [*(make() for make in PROCESSORS), *(make() for make in PROBES)]
+    return frozenset({"do_sample"}).union(*(part.options() for part in parts if not isinstance(part, _LOOKING)))
