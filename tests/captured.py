@@ -1,4 +1,4 @@
-"""Capture a model once for all that decodes with it: that takes longer than most of what tests of drafters are about."""
+"""Capture a model once for all that decodes with it: that takes longer than most of what the tests are about."""
 
 from __future__ import annotations
 

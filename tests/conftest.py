@@ -50,7 +50,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a test, `optimize` takes the graph that it captured of the same model, for rows of the same size, before."""
+    """Within a test, `optimize` takes the graph that was captured of the same model, for rows of the same size."""
     from emssd_compile import compiler
     from tests.captured import compile_model  # brings sympy
 

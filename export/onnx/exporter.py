@@ -63,9 +63,9 @@ def translated(graph_module: fx.GraphModule, names: Sequence[str], table: Mappin
 
 
 def _optimize(model: ir.Model) -> None:
-    """Do what `torch.onnx.export(optimize=True)` does, but for one rule that looks through the whole graph at each node.
+    """Do what `torch.onnx.export(optimize=True)` does, but for a rule that looks through the whole graph at each node.
 
-    That rule makes one `Split` of two `Slice`s, and takes half of the time that it takes to export a step of 6,000 nodes.
+    It makes one `Split` of two `Slice`s, and takes half of the time in which a step of 6,000 nodes is exported.
     """
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
