@@ -46,3 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a test, `optimize` takes the graph that was captured of the same model, for rows of the same size."""
+    from emssd_compile import compiler
+    from tests.captured import compile_model  # brings sympy
+
+    monkeypatch.setattr(compiler, "compile_model", compile_model)

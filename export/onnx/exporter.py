@@ -16,6 +16,7 @@ from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.export.installed import load_library
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from torch.onnx import ONNXProgram
 
 OPSET = 24
@@ -52,11 +53,34 @@ def translated(graph_module: fx.GraphModule, names: Sequence[str], table: Mappin
                 input_names=[str(node.target) for node in inputs(graph_module.graph)],
                 output_names=names,
                 verbose=False,
+                optimize=False,
             )
+            assert result is not None
+            _optimize(result.model)
     except torch.onnx.errors.OnnxExporterError as error:
         raise _refusal(graph_module, error) from error
-    assert result is not None
     return result
+
+
+def _optimize(model: ir.Model) -> None:
+    """Do what `torch.onnx.export(optimize=True)` does, but for a rule that looks through the whole graph at each node.
+
+    It makes one `Split` of two `Slice`s, and takes half of the time in which a step of 6,000 nodes is exported.
+    """
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules.common import slice_split_rule
+
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
+    optimizer.inline(model)
+    for _ in range(2):
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model, rules)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
 
 
 @contextlib.contextmanager

@@ -112,7 +112,8 @@ def test_batched_lookup_is_greedy_decoding_of_each_prompt(model, expected, run):
     assert result.stats["num_draft_tokens"] > 0
 
 
-def test_a_static_cache_gives_greedy_decoding_again_and_again_and_counts_padding(llama):
+def test_a_static_cache_gives_greedy_decoding_again_and_again_and_counts_padding():
+    llama = toy_model("llama", num_hidden_layers=1)
     prompts = ragged_prompts()
     expected = [greedy(llama, prompt, 6) for prompt in prompts]
     static = StaticGenerate(llama)

@@ -23,11 +23,19 @@ def test_the_text_of_the_model_depends_on_its_context(architecture):
     assert len({token for text in texts for token in text}) >= 15
 
 
-# Drafts that are accepted and refused in one step, a model that drafts, and in turn each of the others.
+# Drafts that are accepted and refused in one step, with every architecture. A model that drafts, with every kind of
+# attention and of positions; each of the others with one architecture. All in turn if --long.
 ALWAYS = ("sometimes-wrong", "draft-model")
+KINDS = ("gpt2", "llama", "mistral", "bloom", "falcon", "own-positions")
 IN_TURN = [name for name in DRAFTERS if name not in ALWAYS]
 CASES = [
-    (architecture, drafter)
+    pytest.param(
+        architecture,
+        drafter,
+        marks=()
+        if drafter == ALWAYS[0] or (drafter in IN_TURN and place < len(IN_TURN)) or architecture in KINDS
+        else pytest.mark.long,
+    )
     for place, architecture in enumerate(ARCHITECTURES)
     for drafter in (*ALWAYS, IN_TURN[place % len(IN_TURN)])
 ]

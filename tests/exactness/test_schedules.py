@@ -51,8 +51,18 @@ def _likely_tokens() -> list[int]:
     return sorted({token for n in LENGTHS for token in reference(prompt(n), NEW_TOKENS)})
 
 
-@pytest.mark.parametrize("drafter", ["sometimes-wrong", "rubbish", "draft-model"])
-@pytest.mark.parametrize("rows", [1, 2, 5])
+OFTEN = ((1, "sometimes-wrong"), (1, "rubbish"), (2, "draft-model"), (5, "sometimes-wrong"), (5, "draft-model"))
+"""Tried each time; the others if --long."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "drafter"),
+    [
+        pytest.param(rows, drafter, marks=() if (rows, drafter) in OFTEN else pytest.mark.long)
+        for rows in (1, 2, 5)
+        for drafter in ("sometimes-wrong", "rubbish", "draft-model")
+    ],
+)
 @settings(max_examples=6)
 @given(data=st.data())
 def test_any_schedule_gives_the_tokens_of_the_reference(rows, drafter, data):

@@ -30,7 +30,8 @@ def _decoder(target: str, drafter: str) -> Decoder:
 CASES = [
     *(("eager", drafter) for drafter in DRAFTERS),
     ("inductor", "target-initialized"),  # trees, and the target's logits; chains: `test_compile.py`
-    *(("onnx", drafter) for drafter in (*DRAFTERS, "target-initialized")),
+    *(("onnx", drafter) for drafter in (*DRAFTERS[:-1], "target-initialized")),
+    pytest.param("onnx", "forks", marks=pytest.mark.long),  # exported with options below, each time
     ("aot", "lookup"),
     *(pytest.param("aot", drafter, marks=pytest.mark.long) for drafter in ("target-initialized", "forks")),
 ]

@@ -67,7 +67,12 @@ def test_an_edited_manifest_with_tables_is_refused_or_decodes_right(fast, tmp_pa
 
 @pytest.mark.parametrize(
     ("target", "name", "number"),
-    [("onnx", "draft-model", 40), ("onnx", "lookup", 40), ("aot", "draft-model", 30)],
+    [
+        ("onnx", "draft-model", 40),
+        ("aot", "lookup", 30),
+        pytest.param("onnx", "lookup", 40, marks=pytest.mark.long),
+        pytest.param("aot", "draft-model", 30, marks=pytest.mark.long),
+    ],
 )
 def test_an_edited_manifest_of_a_target_is_refused_or_decodes_right(target, name, number, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime", "aot": "torch"}[target])

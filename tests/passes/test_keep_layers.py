@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from emssd_compile.compiler import CompiledModel, compile_model
+from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.passes.graph import inputs
 from emssd_compile.passes.keep_layers import KeepLayers
 from emssd_compile.runtime.memory import allocate
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.pack import pack
+from tests.captured import compile_model
 from tests.exactness.models import prompt
 from tests.passes.graphs import model_with_attention
 from tests.zoo import toy_model
