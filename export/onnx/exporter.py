@@ -16,7 +16,6 @@ from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.export.installed import load_library
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     from torch.onnx import ONNXProgram
 
 OPSET = 24
@@ -56,22 +55,29 @@ def translated(graph_module: fx.GraphModule, names: Sequence[str], table: Mappin
                 optimize=False,
             )
             assert result is not None
-            _optimize(result.model)
+            _optimize(result)
     except torch.onnx.errors.OnnxExporterError as error:
         raise _refusal(graph_module, error) from error
     return result
 
 
-def _optimize(model: ir.Model) -> None:
+def _optimize(program: ONNXProgram) -> None:
     """Do what `torch.onnx.export(optimize=True)` does, but for a rule that looks through the whole graph at each node.
 
-    It makes one `Split` of two `Slice`s, and takes half of the time in which a step of 6,000 nodes is exported.
+    It makes one `Split` of two `Slice`s, and takes half of the time in which a step of 6,000 nodes is exported. Where a
+    version of onnxscript keeps its rules elsewhere, all of them are applied.
     """
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
-    from onnxscript.rewriter.rules.common import slice_split_rule
 
-    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
+    try:
+        from onnxscript.rewriter.rules.common import slice_split_rule
+
+        rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
+    except (ImportError, AttributeError):
+        program.optimize()
+        return
+    model = program.model
     optimizer.inline(model)
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True)
