@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emssd_compile.lowering.regions import Pieces
     from emssd_compile.passes.manager import Pass
 
-BYTES_PER_CALL = 64 << 20  # of weights: a call of a piece takes some 50 us, 2 % of what reading so many takes a CPU
+BYTES_PER_CALL = 128 << 20  # of weights: a call of a piece takes some 70 us, 2 % of what reading so many takes a CPU
 
 
 class InductorStep:
