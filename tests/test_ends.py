@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 
 from emssd_compile.ends import looks_at_ends, shared_eos
 from emssd_compile.errors import OptionError
@@ -57,7 +58,7 @@ def test_probes_and_what_draws_do_not_and_what_is_unknown_may():
 
 def test_what_rows_have_in_common():
     def request(*eos: int) -> Request:
-        return Request(0, prompt(3), 1, eos_token_ids=frozenset(eos))
+        return Request(0, torch.tensor(prompt(3)), 1, eos_token_ids=frozenset(eos))
 
     assert shared_eos([]) == frozenset()
     assert shared_eos([request(1, 2)]) == {1, 2}
