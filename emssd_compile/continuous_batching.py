@@ -48,6 +48,7 @@ class BatchingManager:
         self._seed: int | None = getattr(batching, "seed", None)
         self._session: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None  # runs it
         self._open: set[str] = set()  # names of requests that have not ended
         self._streams: dict[str, Stream] = {}  # theirs
         self._results: deque[Any] = deque()
@@ -84,7 +85,7 @@ class BatchingManager:
             keep_for_next_session: without a meaning here: what was compiled is kept with the model.
             hard_stop: cancel what has not ended.
         """
-        if self._session is None:
+        if self._thread is None:
             return
         self._stopping = True
         if not block:
@@ -94,13 +95,15 @@ class BatchingManager:
             if not hard_stop:
                 hard_stop = not self._changed.wait_for(lambda: not self._open, timeout)
             session, self._session = self._session, None
-        if session is None:  # another stop was first
+        if session is None:  # another stop was first, and has not come to its end perhaps
+            self._thread.join(timeout)
             return
         assert self._loop is not None
         try:
             session.close(wait=not hard_stop)
             with self._changed:
                 self._changed.wait_for(lambda: not self._open)
+                self._handlers.clear()
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -162,6 +165,7 @@ class BatchingManager:
         except BaseException:
             with self._changed:
                 self._open.discard(name)
+                self._handlers.pop(name, None)  # nothing comes that it could be told
                 self._changed.notify_all()
             raise
         with self._changed:

@@ -169,14 +169,14 @@ class Scheduler(Admission):
 
     def _decode(self) -> None:
         """Decode until there is nothing to do, or what waits cannot run beside what runs."""
-        decoder, first = self._decoder, self._waiting[0].call
-        self._eos, self._used, self._hooked = first.requests[0].eos_token_ids, None, False
+        decoder = self._decoder
+        self._eos, self._used, self._hooked = self._waiting[0].request.eos_token_ids, None, False
         with ExitStack() as self._hooks:
             with neutral(decoder._default_dtype):
                 decoder._follow()
                 if not decoder._is_warm:
                     with contextlib.suppress(Exception):  # raised to the request when it starts
-                        self._suit(first)
+                        self._suit(self._waiting[0].call)
                     decoder._warm_up(progress=False)
             try:
                 with contextlib.closing(self._engine.run(self, [*self._eos])) as run:

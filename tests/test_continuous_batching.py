@@ -1,8 +1,10 @@
 """transformers' interface of continuous batching: the tokens of `generate` for each prompt alone."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,3 +175,27 @@ def test_a_handler_gets_what_came_before_it():
         heard = asyncio.run(hear(manager))
     whole = _new(PROMPTS[2])
     assert [each.generated_tokens for each in heard] == [whole[: n + 1] for n in range(NEW)] + [whole]
+
+
+def test_no_handler_is_kept_of_a_request_that_was_refused_or_never_came():
+    class Handler:
+        def __call__(self, result: Any) -> None: ...
+
+    async def register(manager: Any, *names: str) -> list[weakref.ref[Any]]:
+        handlers = [Handler() for _ in names]
+        for name, handler in zip(names, handlers, strict=True):
+            manager.register_result_handler(name, handler)
+        return [weakref.ref(handler) for handler in handlers]
+
+    manager = fast().init_continuous_batching(CONFIG)
+    manager.start()
+    refused, never, cancelled = asyncio.run(register(manager, "refused", "never", "cancelled"))
+    with pytest.raises(InvalidInputError):
+        manager.add_request([99999], request_id="refused")
+    gc.collect()
+    assert refused() is None
+    manager.add_request(PROMPTS[0], request_id="cancelled", max_new_tokens=40)
+    manager.cancel_request("cancelled")
+    manager.stop(timeout=WAIT)
+    gc.collect()
+    assert (never(), cancelled()) == (None, None)

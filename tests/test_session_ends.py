@@ -1,8 +1,10 @@
 """How sessions and their requests end: closed in any state, dropped, by what callbacks raise, by a step that fails."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -199,3 +201,37 @@ def test_a_form_that_cannot_be_had_ends_who_asked_for_it(monkeypatch):
         with pytest.raises(OptionError, match="no such form"):
             sampled.result(WAIT)
     assert beside.result() == alone(prompt(4), max_new_tokens=20)
+
+
+def test_nothing_of_a_request_that_has_ended_is_kept_while_others_run():
+    def submitted(session: Session, **options: Any) -> tuple[Any, list[weakref.ref[Any]]]:
+        """A request, and all that only it should keep."""
+        criterion, streamer, call = _Criterion(), _Streamer(), _Criterion()
+        given: dict[str, Any] = {"stopping_criteria": [criterion], "streamer": streamer, "logits_hook": _Criterion()}
+        stream = session.submit(prompt(3), **{"max_new_tokens": 4, **given, **options})
+        stream.add_done_callback(call)
+        kept = (criterion, streamer, given["logits_hook"], call, stream._ticket, stream._ticket.request)
+        return stream, [weakref.ref(each) for each in kept]
+
+    with fast().session() as session:
+        first, refs = submitted(session)
+        with held(session, max_new_tokens=50) as long:
+            cancelled, more = submitted(session, max_new_tokens=40)
+            waiting, others = submitted(session, max_new_tokens=40)
+            cancelled.cancel()
+            waiting.cancel()
+            refs += more + others
+        for stream in (first, cancelled, waiting):
+            stream.result(WAIT)
+        del first, cancelled, waiting, stream
+        next(token for n, token in enumerate(long) if n == 20)
+        assert not long.done, "all of this while it runs"
+        gc.collect()
+        assert [ref() for ref in refs if ref() is not None] == []
+
+
+class _Criterion:
+    """A criterion, a hook or a callback that leaves everything as it is."""
+
+    def __call__(self, given: Any, scores: None = None) -> Any:
+        return getattr(given, "logits", False)
