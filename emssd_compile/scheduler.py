@@ -262,7 +262,7 @@ class Scheduler(Admission):
         """Have the step end rows at what ends all that run."""
         shared = shared_eos(each.request for each in self._running.values())
         if shared != self._eos:
-            self._engine._set_eos([*shared])
+            self._engine.set_eos([*shared])
             self._eos = shared
 
     def _end(self, ticket: Ticket, reason: FinishReason, error: BaseException | None = None) -> None:

@@ -83,7 +83,7 @@ class Engine:
         """
         if self.deterministic:
             self._forget()
-        self._set_eos(eos_token_ids)
+        self.set_eos(eos_token_ids)
         self.parts.give()
         waiting = requests if isinstance(requests, Admission) else Admission(requests)
         launched: deque[RunningStep] = deque()
@@ -147,6 +147,12 @@ class Engine:
         """Whether steps are timed, since the layout asks for it."""
         return self.planner.layout.is_measured and not self.deterministic
 
+    def set_eos(self, eos_token_ids: Sequence[int]) -> None:
+        """End rows at these tokens from the next step on."""
+        is_eos = torch.zeros(self.tensors["is_eos"].shape, dtype=torch.bool)
+        is_eos[list(eos_token_ids)] = True
+        self.launcher.assign("is_eos", self.launcher.upload(is_eos))
+
     def warmup(self) -> None:
         """Compile: run the step once."""
         with self._dry_run() as dry:
@@ -190,11 +196,6 @@ class Engine:
         for name in ("counters", "histogram"):
             self.launcher.assign(name, torch.zeros_like(self.tensors[name]))
         return counts, histogram
-
-    def _set_eos(self, eos_token_ids: Sequence[int]) -> None:
-        is_eos = torch.zeros(self.tensors["is_eos"].shape, dtype=torch.bool)
-        is_eos[list(eos_token_ids)] = True
-        self.launcher.assign("is_eos", self.launcher.upload(is_eos))
 
     def _admit(self, waiting: Admission) -> None:
         """Start waiting requests in free rows."""
