@@ -17,7 +17,16 @@ from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import kernel_status, load_kernels, ragged_attention
 from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.fuse_step import FuseStep, sizes_of
-from emssd_compile.passes.graph import caches, inputs, output, placeholder, read_attributes, results
+from emssd_compile.passes.graph import (
+    caches,
+    copied,
+    inputs,
+    keep_values,
+    output,
+    placeholder,
+    read_attributes,
+    results,
+)
 from emssd_compile.passes.manager import Pass
 from emssd_compile.passes.split_halves import Halves, split_halves
 from emssd_compile.passes.token_tables import GraphTables
@@ -147,6 +156,7 @@ def compile_model(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = (
         OptionError: a layer of `taps` does not exist.
     """
     graph_module = capture(model, batch.capacity)
+    keep_values(graph_module.graph)
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
     has_kernels = load_kernels(ids.device.type)  # before anything runs: the comparison with the model uses them, too
@@ -311,9 +321,7 @@ def apply_target_passes(
 
 def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
     """The same graph anew; weights are shared."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(source.graph, {}))
-    return fx.GraphModule(source, graph, class_name=name)
+    return fx.GraphModule(source, copied(source.graph), class_name=name)
 
 
 __all__ = ["CompiledModel", "CompiledStep", "apply_target_passes", "compile_model", "compile_step"]

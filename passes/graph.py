@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, statically_known_true
 
 from emssd_compile.errors import UnsupportedModelError
@@ -281,6 +281,38 @@ def basis_of(node: fx.Node) -> tuple[Any, ...]:
     `meta["val_basis"]` is what it was when the value was computed last.
     """
     return node.target, node.args, node.kwargs, *(n.meta["val"] for n in node.all_input_nodes)
+
+
+def is_current(node: fx.Node) -> bool:
+    """Whether the fake value of a node is known to follow from what it is computed of."""
+    basis, last = basis_of(node), node.meta.get("val_basis", ())
+    return len(last) == len(basis) and all(a is b for a, b in zip(last, basis, strict=True))
+
+
+def keep_values(graph: fx.Graph) -> None:
+    """Have the fake values in a graph that was traced just now count as computed.
+
+    Not those with sizes that are more than symbols times numbers: there are several ways to write these.
+    """
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        is_simple = isinstance(value, FakeTensor) and all(map(_is_simple, (*value.shape, *value.stride())))
+        if is_simple and all("val" in source.meta for source in node.all_input_nodes):
+            node.meta["val_basis"] = basis_of(node)
+
+
+def _is_simple(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or not size.node.expr.has(sympy.Function, sympy.Add, sympy.Pow)
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """The same graph anew; its fake values count as computed where they do."""
+    copy, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, nodes))
+    for node, twin in nodes.items():
+        if is_current(node):
+            twin.meta["val_basis"] = basis_of(twin)
+    return copy
 
 
 def fresh_index(fake_mode: FakeTensorMode, device: torch.device) -> Tensor:

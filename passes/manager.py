@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from emssd_compile.errors import EmssdError, UnsupportedModelError
-from emssd_compile.passes.graph import basis_of, fake_result
+from emssd_compile.passes.graph import basis_of, fake_result, is_current
 
 
 class Pass(Protocol):
@@ -142,15 +142,13 @@ def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
     """
     with fake_mode, torch.no_grad():
         for node in graph_module.graph.nodes:
-            basis = basis_of(node)
-            last = node.meta.get("val_basis", ())
-            if len(last) == len(basis) and all(a is b for a, b in zip(last, basis, strict=True)):
+            if is_current(node):
                 continue
             if node.op == "get_attr":
                 _update(node, fake_mode.from_tensor(getattr(graph_module, node.target), static_shapes=True))
             elif node.op == "call_function":
                 _update(node, fake_result(node))
-            node.meta["val_basis"] = basis
+            node.meta["val_basis"] = basis_of(node)
 
 
 def _update(node: fx.Node, value: Any) -> None:
