@@ -46,6 +46,7 @@ class Terms:
         generation_config: defaults of the options, if there are any.
         has_hooks: whether its step has a place for Python.
         assisted: what transformers' options of assisted decoding would have to say to ask for its drafter.
+        is_ours: whether all that changes logits is known to come with the package.
     """
 
     vocabulary: int
@@ -55,6 +56,7 @@ class Terms:
     generation_config: object
     has_hooks: bool
     assisted: Mapping[str, object]
+    is_ours: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,11 +178,11 @@ def read_call(
             "with no place for Python in it; use optimize"
         )
     used = frozenset(name for row in own for name in row)
-    looks = logits_hook is not None or looks_at_ends(used)
+    looks = logits_hook is not None or not terms.is_ours or looks_at_ends(used)
     if len({*ends}) > 1 and (looks or masks):
         raise OptionError(
-            "eos_token_id differs between the prompts, and a grammar, a logits_hook or an option such as "
-            "min_new_tokens acts on it; pass one for all, or submit each prompt to a session"
+            "eos_token_id differs between the prompts, and a grammar, a logits_hook, a processor of your own or an "
+            "option such as min_new_tokens may act on it; pass one for all, or submit each prompt to a session"
         )
     return Call(prompts, requests, chosen, hooks, masks, used, looks)
 

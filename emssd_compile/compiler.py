@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from emssd_compile import passes
 from emssd_compile.capture import capture
 from emssd_compile.dumping import active_observers
-from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.errors import PartError, UnsupportedModelError
 from emssd_compile.ops import kernel_status, load_kernels, ragged_attention
 from emssd_compile.passes import PassManager, PassRecord
 from emssd_compile.passes.fuse_step import FuseStep, sizes_of
@@ -220,7 +220,7 @@ class CompiledStep:
     def without_drafts(self, drafter: Drafter, policy: LengthPolicy) -> CompiledStep | None:
         """A step that verifies and drafts nothing, to be run between steps of this one, on their state.
 
-        None where a part that is in both keeps a tensor whose shape goes with the number of drafts.
+        None where a part that is in both keeps a tensor whose shape goes with the number of drafts, or needs drafts.
 
         Args:
             drafter, policy: what stands in the places of the step's own; the drafter drafts nothing.
@@ -230,7 +230,10 @@ class CompiledStep:
         if any(part.tensors(sizes[0]) != part.tensors(sizes[1]) for part in shared):
             return None
         parts = self.rule, drafter, policy, self.processors, self.probes
-        return compile_step(self.compiled, *parts, used=self.used, beside=self.drafter)
+        try:
+            return compile_step(self.compiled, *parts, used=self.used, beside=self.drafter)
+        except PartError:
+            return None
 
     def suited(self, used: Collection[str], *, shows_logits: bool = False) -> CompiledStep:
         """The form for requests that set these options of parts; with `shows_logits`, to be cut in two."""

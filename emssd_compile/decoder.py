@@ -75,6 +75,11 @@ class Decoder(ContinuousBatching, ABC):
         """What each request may set for the parts of the step, by the keyword of `generate`."""
 
     @property
+    def _is_ours(self) -> bool:
+        """Whether all that changes logits is known to come with the package; an artifact does not say."""
+        return False
+
+    @property
     def _assisted(self) -> dict[str, object]:
         """What `Drafter.assisted` says; of an artifact nothing but the drafter's name is known."""
         return {}
@@ -323,6 +328,7 @@ class Decoder(ContinuousBatching, ABC):
             self.generation_config,
             self._has_hooks,
             self._assisted,
+            self._is_ours,
         )
 
     def _decode(self, call: Call, progress: bool) -> None:

@@ -23,6 +23,11 @@ def shared_eos(requests: Iterable[Request]) -> frozenset[int]:
     return frozenset.intersection(*several) if several else frozenset()
 
 
+def all_are_ours(processors: Iterable[LogitsProcessor]) -> bool:
+    """Whether all of these come with the package: of others it is not known what they look at."""
+    return {type(make()) for make in PROCESSORS}.issuperset(map(type, processors))
+
+
 def looks_at_ends(options: Collection[str]) -> bool:
     """Whether what honours these options of rows may look at the tokens that end a row; of parts not ours it may."""
     return not _indifferent().issuperset(options)

@@ -314,9 +314,10 @@ def eos_of_each(value: object) -> list[tuple[int, ...]] | None:
     Raises:
         OptionError: it holds something else.
     """
-    if not isinstance(value, (list, tuple)) or not any(isinstance(each, (list, tuple)) for each in value):
+    rows: list[Any] = [*value] if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 1 else []  # type: ignore[misc]
+    if not any(isinstance(each, (list, tuple)) or getattr(each, "ndim", 0) > 0 for each in rows):
         return None
-    return [keywords.token_ids("eos_token_id", each) for each in value]
+    return [keywords.token_ids("eos_token_id", each) for each in rows]
 
 
 def _lookup(name: str, kwargs: Mapping[str, object], *configs: object | None) -> object:

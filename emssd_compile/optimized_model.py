@@ -18,6 +18,7 @@ from emssd_compile.ambient import compiling, neutral
 from emssd_compile.capture import check_model, check_weights
 from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import make_drafter, without
+from emssd_compile.ends import all_are_ours
 from emssd_compile.errors import (
     OptionError,
     PartError,
@@ -336,6 +337,10 @@ class OptimizedModel(Decoder):
     def _parts(self) -> tuple[Part, ...]:
         step = self._step
         return (step.rule, step.drafter, step.policy, *step.processors, *step.probes)
+
+    @property
+    def _is_ours(self) -> bool:
+        return all_are_ours(self._step.processors)
 
     @property
     def _assisted(self) -> dict[str, object]:

@@ -203,7 +203,7 @@ class _Fusion:
         fed = {**self.caches, **named(packed), "lengths": self.state.lengths, "logit_index": rows.index}
         hidden, logits, *layers = inline(self.into, self.model, fed)
         if packed.ancestors is not None and self.sizes.max_depth is None:
-            _see_chains(self.into.graph)
+            _see_chains(self.into.graph)  # the target's attentions: no drafter yet
         with self.fake_mode:  # the model's graph knew its own T and R; the step's are the lengths of the ranges
             for node in (hidden, logits, *layers):
                 size = "logit_range" if node is logits else "token_range"

@@ -29,7 +29,7 @@ class MarkRegions:
         after:   the same, the nodes of the first five marked (0, 0), those of the last five (0, 5)
 
     Args:
-        bytes_per_call: least bytes of weights for each block, counting all there are.
+        bytes_per_call: there is at most one block for so many bytes of all the weights there are.
     """
 
     name = "mark_regions"
@@ -184,7 +184,7 @@ def _keyed(order: Sequence[fx.Node], runs: Iterable[slice]) -> list[tuple[slice,
 
 
 def _sequences(layers: Sequence[tuple[slice, Any]]) -> list[list[tuple[slice, Any]]]:
-    """Layers that follow one another without anything between, those apart that are like no other."""
+    """Layers that follow one another without anything between; those that are like no other are in none."""
     counts = Counter(key for _, key in layers)
     found: list[list[tuple[slice, Any]]] = [[]]
     for run, key in layers:

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from emssd_compile import optimize
 from emssd_compile.ends import looks_at_ends, shared_eos
 from emssd_compile.errors import OptionError
-from emssd_compile.logits import PROCESSORS, LogitContext
+from emssd_compile.generation import eos_of_each
+from emssd_compile.logits import PROCESSORS, LogitContext, LogitsProcessor
 from emssd_compile.probes import PROBES
 from emssd_compile.runtime.requests import Request
-from tests.export.subjects import prompt
+from emssd_compile.step.logits import Processed
+from tests.export.subjects import Small, prompt
 from tests.logits.contexts import Line, context
 from tests.sessions import NEW, SAMPLED, WAIT, alone, fast, held
 
@@ -163,3 +166,26 @@ def test_any_mixture_is_exact(seed):
     with fast().session() as session:
         streams = [session.submit(ids, max_new_tokens=NEW, **options) for ids, options in asked]
     assert [stream.result() for stream in streams] == [alone(ids, **options) for ids, options in asked]
+
+
+class _NoEnd(LogitsProcessor):
+    """Bars whatever ends a row; no option asks for it."""
+
+    def forward(self, context: LogitContext) -> Processed:
+        return Processed(context.logits.masked_fill(context.is_eos, -torch.inf))
+
+
+def test_rows_that_end_otherwise_do_not_run_beside_a_processor_that_may_look_at_their_ends():
+    own = optimize(Small(), "none", max_batch=2, max_length=64, backend="eager", layout="packed", processors=[_NoEnd()])
+    prompts, ends = (prompt(6), prompt(3)), ([7], [11])
+    apart = [own.generate([p], max_new_tokens=8, eos_token_id=e)[0] for p, e in zip(prompts, ends, strict=True)]
+    with pytest.raises(OptionError, match="a processor of your own"):
+        own.generate([*prompts], max_new_tokens=8, eos_token_id=[*ends])
+    with own.session() as session:
+        submitted = [session.submit(p, max_new_tokens=8, eos_token_id=e) for p, e in zip(prompts, ends, strict=True)]
+        assert [each.result(600) for each in submitted] == apart
+
+
+@pytest.mark.parametrize("each", [torch.tensor([[3, 1], [2, 2]]), [torch.tensor([3, 1]), torch.tensor([2])]])
+def test_sets_of_ends_may_be_tensors(each):
+    assert [set(own) for own in eos_of_each(each) or []] == [{3, 1}, {2}]

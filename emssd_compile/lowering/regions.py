@@ -68,8 +68,10 @@ def cut(graph_module: fx.GraphModule) -> Pieces:
         regions.append((("region", mark[0]) if mark else len(regions), Region.of(list(nodes))))
 
     needed = {*results.values(), *(node for _, region in regions for node in region.taken)}
+    sizes: dict[Hashable, int] = {}
     places = defaultdict[Hashable, set[int]](set)  # in each piece, of nodes whose values are needed
     for name, region in regions:
+        assert len(region.nodes) == sizes.setdefault(name, len(region.nodes)), "those of one kind have the same nodes"
         kept = needed & region.own
         places[name] |= {place for place, node in enumerate(region.nodes) if node in kept}
     numbers = {name: number for number, name in enumerate(places)}

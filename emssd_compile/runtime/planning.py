@@ -98,23 +98,24 @@ class Planner:
 
     def _pending_at_launch(self, rows: Sequence[Row | None], launched: Iterable[RunningStep]) -> list[int]:
         """What each busy row knows but will not have read when the next step starts; with steps under way, at most."""
-        share = self.num_draft_tokens + 1
         pending = [row.pending if row else 0 for row in rows]
         drafts = [row.draft_length if row else 0 for row in rows]
         for launch in launched:
+            most = self.num_draft_tokens if launch.drafted else 0
+            share = most + 1
             # A request that came since the launch took no part in it; the one it followed decoded, or had ended.
             stays = [row is not None and row.request is it for row, it in zip(rows, launch.requests, strict=True)]
             wanted = [
-                min(pending[b] + drafts[b], launch.sizes.row_range) if stays[b] else share if request else 0
+                min(pending[b] + min(drafts[b], most), launch.sizes.row_range) if stays[b] else share if request else 0
                 for b, request in enumerate(launch.requests)
             ]
-            # As `pack` does: a share for each row, then the rest in order.
+            # As `pack` does: a share for each row, then the rest in order. Without the drafter all drafts are dropped.
             first = _serve_in_order([min(count, share) for count in wanted], launch.sizes.token_range)
             left = launch.sizes.token_range - sum(first)
             rest = _serve_in_order([a - b for a, b in zip(wanted, first, strict=True)], left)
             fed = [(a + b) * stay for a, b, stay in zip(first, rest, stays, strict=True)]
             pending = [max(a - b, min(a, 1)) for a, b in zip(pending, fed, strict=True)]
-            drafts = [self.num_draft_tokens] * self.num_rows  # what the step drafts is not known yet
+            drafts = [most] * self.num_rows  # what the step drafts is not known yet
         return [count for count, row in zip(pending, rows, strict=True) if row]
 
 
