@@ -10,11 +10,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable
 
-from emssd_compile.logits import PROCESSORS, BadWords, ExponentialDecayLengthPenalty, LogitsProcessor, MinNewTokens
+from emssd_compile.logits import PROCESSORS, LogitsProcessor
 from emssd_compile.probes import PROBES, Probe
 from emssd_compile.runtime.requests import Request
-
-_LOOKING = (BadWords, ExponentialDecayLengthPenalty, MinNewTokens)
 
 
 def shared_eos(requests: Iterable[Request]) -> frozenset[int]:
@@ -35,5 +33,6 @@ def looks_at_ends(options: Collection[str]) -> bool:
 
 @functools.cache
 def _indifferent() -> frozenset[str]:
-    parts: list[LogitsProcessor | Probe] = [*(make() for make in PROCESSORS), *(make() for make in PROBES)]
-    return frozenset({"do_sample"}).union(*(part.options() for part in parts if not isinstance(part, _LOOKING)))
+    processors = [processor for make in PROCESSORS if not (processor := make()).looks_at_ends]
+    parts: list[LogitsProcessor | Probe] = [*processors, *(make() for make in PROBES)]
+    return frozenset({"do_sample"}).union(*(part.options() for part in parts))

@@ -15,6 +15,8 @@ WORDS, LONGEST = 512, 16
 class BadWords(LogitsProcessor):
     """Bars the last token of each word where the text ends in the others; as in transformers, an EOS alone is none."""
 
+    looks_at_ends = True
+
     def options(self) -> dict[str, RowOption]:
         """`bad_words_ids`, of each request."""
         return {"bad_words_ids": RowOption(-1, shape=(WORDS, LONGEST), reader="token_sequences")}

@@ -14,6 +14,8 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
     As in transformers, but that an EOS which is barred stays barred: there, -inf becomes NaN.
     """
 
+    looks_at_ends = True
+
     def options(self) -> dict[str, RowOption]:
         """`exponential_decay_length_penalty`, of each request: (start, factor)."""
         option = RowOption(1.0, torch.float32, shape=(2,), reader="start_and_factor")

@@ -11,6 +11,8 @@ from emssd_compile.step.options import RowOption
 class MinNewTokens(LogitsProcessor):
     """Bars every EOS until a row has so many new tokens."""
 
+    looks_at_ends = True
+
     def options(self) -> dict[str, RowOption]:
         """`min_new_tokens`, of each request."""
         return {"min_new_tokens": RowOption(default=0, least=0)}

@@ -133,9 +133,11 @@ class LogitsProcessor(Part):
     Attributes:
         is_filter: whether it shapes a distribution that is complete, as temperature and top-p do: such processors come
             behind all others, and behind Python of the user's own.
+        looks_at_ends: whether it looks at the tokens that end a row; of those of a user's own it is always supposed.
     """
 
     is_filter: bool = False
+    looks_at_ends: bool = False
 
     def forward(self, context: LogitContext) -> Processed:
         """Process the logits of all rows at once."""
