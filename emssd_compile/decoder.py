@@ -334,11 +334,12 @@ class Decoder(ContinuousBatching, ABC):
     def _decode(self, call: Call, progress: bool) -> None:
         """Run the requests to their ends. However that ends, what was counted is in the stats, and no row is busy."""
         total = sum(request.max_new_tokens for request in call.requests)
-        consumer = Consumer(call.prompts, call.requests, call.chosen)
+        shared = shared_eos(call.requests)
+        consumer = Consumer(call.prompts, call.requests, call.chosen, shared)
         try:
             with (
                 progress_bar(progress, total) as advance,
-                contextlib.closing(self._engine.run(call.requests, [*shared_eos(call.requests)])) as run,
+                contextlib.closing(self._engine.run(call.requests, [*shared])) as run,
             ):
                 for request in run:
                     advance(consumer.take(request))

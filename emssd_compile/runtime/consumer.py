@@ -20,9 +20,17 @@ class Consumer:
         prompts: the prompts of all requests.
         requests: one for each prompt, in order.
         options: what the call asked for. Its clock starts now.
+        known: tokens at which the steps themselves end every row, all the time.
     """
 
-    def __init__(self, prompts: PromptBatch, requests: Sequence[Request], options: GenerateOptions) -> None:
+    def __init__(
+        self,
+        prompts: PromptBatch,
+        requests: Sequence[Request],
+        options: GenerateOptions,
+        known: frozenset[int] = frozenset(),
+    ) -> None:
+        self._known = known
         self._row_criteria = options.row_criteria
         self._ends_at = None if options.max_time is None else time.monotonic() + options.max_time
         self._streamer = options.streamer
@@ -51,7 +59,7 @@ class Consumer:
 
     def _stop(self, request: Request, start: int) -> None:
         """End a row at its first EOS, at the first token for which a criterion holds, or when its time is over."""
-        eos = request.eos_token_ids
+        eos = request.eos_token_ids - self._known
         count = next((n for n, token in enumerate(request.output[start:], start + 1) if token in eos), None)
         if count is not None:
             request.end(count, "eos")
