@@ -21,7 +21,6 @@ class Detokenizer:
     Args:
         tokenizer: of transformers.
         prompt: token ids.
-
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:

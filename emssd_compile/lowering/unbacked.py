@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -73,30 +73,6 @@ def unbacked(graph_module: fx.GraphModule) -> UnbackedGraph:
         inputs.append(value)
     copy = fx.GraphModule(graph_module, graph, class_name=graph_module._get_name())
     return UnbackedGraph(copy, tuple(inputs), tuple(results), fake_mode)
-
-
-def lift_weights(graph: UnbackedGraph) -> tuple[UnbackedGraph, tuple[str, ...]]:
-    """Make weights inputs, behind the others; returns their names, too.
-
-    Inductor would otherwise hold on to the tensors that it saw while it compiled.
-    """
-    lifted, values = fx.Graph(), list(graph.inputs)
-    replaced: dict[fx.Node, fx.Node] = {}
-    names: dict[str, fx.Node] = {}
-    for node in graph.graph_module.graph.find_nodes(op="placeholder"):
-        replaced[node] = lifted.node_copy(node)
-    for node in graph.graph_module.graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if name not in names:
-            with graph.fake_mode:
-                value = graph.fake_mode.from_tensor(getattr(graph.graph_module, name).detach(), static_shapes=True)
-            names[name] = lifted.placeholder(f"weight_{name}")
-            names[name].meta = {**node.meta, "val": value}
-            values.append(value)
-        replaced[node] = names[name]
-    lifted.output(lifted.graph_copy(graph.graph_module.graph, replaced))
-    module = fx.GraphModule(nn.Module(), lifted, class_name=graph.graph_module._get_name())
-    return UnbackedGraph(module, tuple(values), graph.result_names, graph.fake_mode), tuple(names)
 
 
 def _size(
