@@ -204,6 +204,7 @@ class CompiledStep:
         used: the options that requests may set; what only others need is not in the graph.
         readings: what the probes in the graph tell, by the names of results.
         records: what each pass did, those of the model included.
+        drafts_for_few: whether it drafts for as many of its rows as the host says (`FuseStep`).
     """
 
     graph_module: fx.GraphModule
@@ -216,6 +217,7 @@ class CompiledStep:
     used: frozenset[str]
     readings: dict[str, ReadingSpec]
     records: list[PassRecord]
+    drafts_for_few: bool = False
 
     def without_drafts(self, drafter: Drafter, policy: LengthPolicy) -> CompiledStep | None:
         """A step that verifies and drafts nothing, to be run between steps of this one, on their state.
@@ -235,10 +237,19 @@ class CompiledStep:
         except PartError:
             return None
 
-    def suited(self, used: Collection[str], *, shows_logits: bool = False) -> CompiledStep:
-        """The form for requests that set these options of parts; with `shows_logits`, to be cut in two."""
+    def suited(
+        self, used: Collection[str], *, shows_logits: bool = False, drafts_for_few: bool | None = None
+    ) -> CompiledStep:
+        """The form for requests that set these options of parts.
+
+        Args:
+            used: the options.
+            shows_logits: whether it is to be cut in two.
+            drafts_for_few: as in `compile_step`; None as here.
+        """
+        few = self.drafts_for_few if drafts_for_few is None else drafts_for_few
         parts = (self.rule, self.drafter, self.policy, self.processors, self.probes)
-        return compile_step(self.compiled, *parts, used=used, shows_logits=shows_logits)
+        return compile_step(self.compiled, *parts, used=used, shows_logits=shows_logits, drafts_for_few=few)
 
     def halves(self) -> Halves:
         """The step, which shows its logits, as two graphs."""
@@ -283,6 +294,7 @@ def compile_step(
     used: Collection[str] = (),
     beside: Drafter | None = None,
     shows_logits: bool = False,
+    drafts_for_few: bool = False,
 ) -> CompiledStep:
     """Fuse packing, the model, what is done to its logits, acceptance and the next drafts into one step.
 
@@ -292,12 +304,21 @@ def compile_step(
         used: the options of parts that requests may set to something other than their defaults.
         beside: the drafter of the steps between which this one is to run, on their state (`FuseStep`).
         shows_logits: whether the step is to be cut in two.
+        drafts_for_few: whether it drafts for as many of its rows as the host says (`FuseStep`).
     """
     graph_module = _copy(compiled.graph_module, "Step")
     manager = PassManager(compiled.fake_mode, active_observers(), [*compiled.records])
     parts = (rule.suited(used), drafter.suited(used), policy.suited(used))
     applied = in_use(processors, used), in_use(probes, used)
-    fuse = FuseStep(compiled.batch, *parts, compiled.fake_mode, *applied, beside=beside, shows_logits=shows_logits)
+    fuse = FuseStep(
+        compiled.batch,
+        *parts,
+        compiled.fake_mode,
+        *applied,
+        beside=beside,
+        shows_logits=shows_logits,
+        drafts_for_few=drafts_for_few,
+    )
     manager.apply(graph_module, (passes.step(fuse),))
     return CompiledStep(
         graph_module,
@@ -310,6 +331,7 @@ def compile_step(
         frozenset(used),
         fuse.readings,
         manager.records,
+        drafts_for_few,
     )
 
 

@@ -160,7 +160,8 @@ def _compile(
 
     drafter.prepare(replace(compiled.target(compile_draft_model), with_layers=with_layers))
     policy = LAYOUTS[options.layout].policy()
-    step = compile_step(compiled, rule, drafter, policy, processors, probes)
+    is_launched_once = _device(model).type != "cpu"  # and captured: for all rows, then
+    step = compile_step(compiled, rule, drafter, policy, processors, probes, drafts_for_few=not is_launched_once)
     parts = (rule, drafter, policy, *processors)
     merge_options(parts, ProcessorError)
     _check_names(merge_options((*parts, *probes), ProbeError))
@@ -525,7 +526,8 @@ class OptimizedModel(Decoder):
         honoured = honoured_options(self.row_options, row_options, self.generation_config, self._vocabulary)
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now
-            step = self._step.suited(self._served_with(honoured))
+            # a format of few inputs for whoever drives the step: it drafts for all rows
+            step = self._step.suited(self._served_with(honoured), drafts_for_few=False)
         what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
             export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)

@@ -29,7 +29,7 @@ from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.policy import LengthPolicy, PolicyContext, Ranking, fit, outcome, proposed_drafts
 from emssd_compile.step.probe import READING, Probe, ProbeContext, Probed, ReadingSpec, merge_readings
 from emssd_compile.step.proposals import DETERMINISTIC, WITHOUT_REPLACEMENT, how_drawn
-from emssd_compile.step.signature import SIZE_NAMES, role_of_state
+from emssd_compile.step.signature import DRAFT_ROWS, SIZE_NAMES, role_of_state
 from emssd_compile.step.state import CONSTANT_FIELDS, StepState
 
 
@@ -56,6 +56,8 @@ class FuseStep:
             in it; its own drafter proposes nothing then.
         shows_logits: return what a `LogitContext` holds, too, as it is when the processors are done: at these results
             `split_halves` can cut the step.
+        drafts_for_few: draft for as many rows as the input `draft_rows[A]` is long, the first ones, if the drafter can:
+            the host knows that no other row is decoded. Its own caches are `[A, slots, ...]` then.
     """
 
     name = "fuse_step"
@@ -72,8 +74,10 @@ class FuseStep:
         *,
         beside: Drafter | None = None,
         shows_logits: bool = False,
+        drafts_for_few: bool = False,
     ) -> None:
         self.shows_logits = shows_logits
+        self.drafts_for_few = drafts_for_few
         self.beside = beside
         self.batch = batch
         self.rule = rule
@@ -158,6 +162,9 @@ class _Fusion:
             name: add_input(graph, name, fresh_index(self.fake_mode, logits.device), "size") for name in SIZE_NAMES
         }
         self.caches = {name: add_input(graph, name, value, "cache") for name, value in caches(model.graph).items()}
+        self.draft_rows: fx.Node | None = None
+        if of.drafts_for_few and drafter.any_rows and self.sizes.rows > 1:
+            self.draft_rows = add_input(graph, DRAFT_ROWS, fresh_index(self.fake_mode, logits.device), "size")
 
     def step(self) -> dict[str, fx.Node]:
         """Everything in order; returns the results by name."""
@@ -179,7 +186,7 @@ class _Fusion:
         readings, of_probes = self._probe(read, raw, done)
         context = self._inline(self._draft_context, self.state, state, read, done, self.ranges)
         context = replace(context, caches=self.caches if self.writes_kv else {})
-        draft, drafter_state = self._part(self.drafter, context)
+        draft, drafter_state = self.drafter.inline(self.into, context, self.fake_mode, few_rows=self.draft_rows)
         proposed = self._inline(self._propose, draft, context.max_drafts)
         seen = self._inline(self._policy_context, state, done, *proposed)
         ranking, policy_state = self._part(self.policy, seen)

@@ -60,23 +60,28 @@ class TracedPart:
             raise self.error(f"{self.name}.reads_options = {names!r}; set it to a tuple of the names of options")
         return names
 
-    def inline(self, into: fx.GraphModule, context: Any, fake_mode: FakeTensorMode) -> tuple[Any, dict[str, fx.Node]]:
+    def inline(
+        self, into: fx.GraphModule, context: Any, fake_mode: FakeTensorMode, *, few_rows: fx.Node | None = None
+    ) -> tuple[Any, dict[str, fx.Node]]:
         """Trace the part to the insertion point of `into`.
 
         Args:
             into: grows by the part's ops and inputs.
             context: what `forward` takes, nodes in the place of tensors, and without its `state`.
             fake_mode: of the graph.
+            few_rows: `arange(A)`: the part is to look at the first A rows. Its caches are `[A, slots, ...]` then.
 
         Returns:
             The answer without its state, and the new values of the part's tensors by the step's names.
         """
         known: Any = next(iter(named(context).values()))  # a node
         device = known.meta["val"].device
-        state = self._add_inputs(into.graph, device, fake_mode)
+        rows = self.sizes.rows if few_rows is None else few_rows.meta["val"].shape[0]
+        state = self._add_inputs(into.graph, device, fake_mode, rows)
         options = self._add_options(into.graph, device, fake_mode)
         with self._blamed("failed while it was traced", f"A {self.word}'s forward may hold tensor operations only"):
-            answer = inline_function(into, self._run, (replace(context, state=state, options=options),), fake_mode)
+            given = replace(context, state=state, options=options)
+            answer = inline_function(into, self._run, (given,) if few_rows is None else (given, few_rows), fake_mode)
         own = {f"{self.kind}_{name}": node for name, node in answer.state.items()}
         return replace(answer, state={}), own
 
@@ -91,12 +96,15 @@ class TracedPart:
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise self.error(f"{self.name} {what}: {type(error).__name__}: {reason}. {rule}") from error
 
-    def _add_inputs(self, graph: fx.Graph, device: torch.device, fake_mode: FakeTensorMode) -> dict[str, fx.Node]:
-        """An input for each of the part's tensors, by the part's own names."""
+    def _add_inputs(
+        self, graph: fx.Graph, device: torch.device, fake_mode: FakeTensorMode, rows: int
+    ) -> dict[str, fx.Node]:
+        """An input for each of the part's tensors, by the part's own names; `rows` is how many of a cache it takes."""
         state = {}
         for name, spec in self.specs.items():
+            shape = (rows, *spec.shape[1:]) if spec.in_place else spec.shape
             with fake_mode:
-                value = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+                value = torch.zeros(shape, dtype=spec.dtype, device=device)
             role = "cache" if spec.in_place else "memory" if spec.kept == "forever" else spec.kept
             state[name] = add_input(graph, f"{self.kind}_{name}", value, role)
         return state
@@ -116,8 +124,11 @@ class TracedPart:
             found[name] = known
         return found | {n.meta["option_name"]: n for n in inputs(graph) if n.meta.get("option_name") in self._read}
 
-    def _run(self, context: Any) -> Any:
+    def _run(self, every: Any, few_rows: Tensor | None = None) -> Any:
         """Call the part; its answer, checked."""
+        context, rows = every, self.sizes.rows
+        if few_rows is not None:
+            context, rows = self._of_first_rows(every, few_rows), few_rows.shape[0]
         written = {f"context.state[{name!r}]" for name, spec in self.specs.items() if spec.in_place}
         for given in fields(context):
             if given.metadata.get("writable"):
@@ -132,11 +143,33 @@ class TracedPart:
         if not isinstance(answer, self.answer):
             found = "Tensor" if isinstance(answer, Tensor) else type(answer).__name__
             raise self.error(f"{self.name} returned a {found}; expected a {self.answer.__name__}")
-        self._check(answer, context, device)
+        self._check(answer, context, device, rows)
         # A result takes the input's place in the next step, where compiled code reads it as contiguous memory.
         kept = {name: answer.state[name].contiguous() for name in self._returned}
         # A weight that is returned as it is would be none of the graph's values.
-        return mapped(lambda v: v if isinstance(v, FakeTensor) else v.clone(), replace(answer, state=kept))
+        answer = mapped(lambda v: v if isinstance(v, FakeTensor) else v.clone(), replace(answer, state=kept))
+        return answer if few_rows is None else self._with_all_rows(answer, every, few_rows)
+
+    def _of_first_rows(self, context: Any, rows: Tensor) -> Any:
+        by_row = {name for name, spec in self.specs.items() if spec.kept == "row"}
+        state = {name: value[rows] if name in by_row else value for name, value in context.state.items()}
+        return replace(context.of_first_rows(rows), state=state)
+
+    def _with_all_rows(self, answer: Any, context: Any, rows: Tensor) -> Any:
+        """The answer for B rows: zeros for those behind the first, whose state stays what it was."""
+        count, every = rows.shape[0], torch.arange(self.sizes.rows, device=rows.device)  # [B]
+
+        def widened(values: Tensor, others: Tensor | int = 0) -> Tensor:  # [A, ...] -> [B, ...]
+            is_first = (every < count).view(-1, *(1 for _ in values.shape[1:]))  # [B, ...]
+            return torch.where(is_first, values[every.clamp(max=count - 1)], others)
+
+        by_row = [f.name for f in fields(answer) if f.metadata.get("shape", "")[:1] == "B"]
+        told = {name: widened(value) for name in by_row if (value := getattr(answer, name)) is not None}
+        kept = {
+            name: widened(value, context.state[name]) if self.specs[name].kept == "row" else value
+            for name, value in answer.state.items()
+        }
+        return replace(answer, **told, state=kept)
 
     @contextlib.contextmanager
     def _keeps_nothing(self) -> Iterator[None]:
@@ -154,7 +187,7 @@ class TracedPart:
                     "`tensors`, read from context.state, and returned in the answer's state"
                 )
 
-    def _check(self, answer: Any, context: Any, device: torch.device) -> None:
+    def _check(self, answer: Any, context: Any, device: torch.device, rows: int) -> None:
         for field in fields(self.answer):
             if field.metadata.get("declared") == "readings":
                 self._check_readings(getattr(answer, field.name), device)
@@ -172,7 +205,7 @@ class TracedPart:
                     continue
                 if value is None:
                     raise self.error(f"{self.name} returned no {field.name}: {_NO_PROPOSAL}")
-            expected = tuple(self._size(letter) for letter in letters)
+            expected = tuple(rows if letter == "B" else self._size(letter) for letter in letters)
             words = f"[{', '.join(_SPELLED.get(letter, letter) for letter in letters)}] = {list(expected)}"
             self._expect(field.name, value, expected, field.metadata.get("dtype", torch.int64), device, words)
         if not isinstance(answer.state, dict) or answer.state.keys() != self._returned.keys():
@@ -180,7 +213,8 @@ class TracedPart:
             raise self.error(f"{self.name} returned state {found}; it declares {sorted(self._returned)}")
         for name, spec in self._returned.items():
             where = f"state {name!r}"
-            self._expect(where, answer.state[name], spec.shape, spec.dtype, device, f"{list(spec.shape)}, as declared")
+            expected = (rows, *spec.shape[1:]) if spec.kept == "row" else spec.shape
+            self._expect(where, answer.state[name], expected, spec.dtype, device, f"{list(spec.shape)}, as declared")
 
     def _check_readings(self, values: object, device: torch.device) -> None:
         if not isinstance(values, dict) or values.keys() != self.readings.keys():
@@ -202,7 +236,7 @@ class TracedPart:
 
     def _size(self, letter: str) -> int:
         sizes, drafts = self.sizes, self.sizes.num_draft_tokens
-        return {"B": sizes.rows, "K": drafts, "N": drafts + 1, "P": sizes.depth + 1, "V": sizes.vocabulary}[letter]
+        return {"K": drafts, "N": drafts + 1, "P": sizes.depth + 1, "V": sizes.vocabulary}[letter]
 
     def _expect(
         self, what: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, words: str
@@ -210,7 +244,7 @@ class TracedPart:
         """A tensor of this shape, dtype and device; `words` say the shape."""
         if not isinstance(value, Tensor):
             raise self.error(f"{self.name} returned {what} = {value!r}; expected a tensor")
-        if len(value.shape) != len(shape) or not all(type(n) is int for n in value.shape) or value.shape != shape:
+        if list(map(str, value.shape)) != list(map(str, shape)):  # a size that differs from step to step is a name
             raise self.error(f"{self.name} returned {what} of shape {tuple(value.shape)}; expected {words}")
         if value.dtype != dtype:
             raise self.error(f"{self.name} returned {what} of dtype {value.dtype}; expected {dtype}")

@@ -58,6 +58,7 @@ class AutoregressiveHead(DraftHead):
 
     num_grades = 8
     must_run = True
+    any_rows = True
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class AutoregressiveHead(DraftHead):
     def _following(self, context: DraftContext) -> Tensor:
         """The tokens behind those read, int64 `[T]`."""
         read, history = context.read, context.history
-        rows = read.row_ids.clamp(max=len(history) - 1)  # [T]
+        rows = read.row_ids.clamp(max=history.shape[0] - 1)  # [T]
         return history[rows, (read.positions + 1).clamp(max=history.shape[1] - 1)]
 
     def _taps(self, context: DraftContext) -> dict[str | int, Tensor]:
@@ -173,7 +174,7 @@ class AutoregressiveHead(DraftHead):
                 going = depth + 1 < context.max_drafts
                 lengths = torch.where(going, context.known - 1 + depth, 0)  # [B]
                 positions = lengths[:, None]
-                packed, order = pack_each(torch.arange(len(going), device=going.device)[:, None], positions, going)
+                packed, order = pack_each(torch.arange(going.shape[0], device=going.device)[:, None], positions, going)
                 attends = [NodeAttention(cache, packed, order, lengths) for cache in caches]
                 outputs = self.run(*self.next_pair(chosen[-1][0], outputs), positions, attends)
         return self._chain_of(chosen, context)

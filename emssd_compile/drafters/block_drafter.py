@@ -71,6 +71,7 @@ class BlockDrafter(OwnTables):
     recipe = Recipe(learning_rate=6e-4, decay=math.exp(-1 / 4))
     num_grades = 8
     must_run = True
+    any_rows = True
 
     config: BlockConfig
     markov_head: MarkovHead | None
@@ -170,7 +171,7 @@ class BlockDrafter(OwnTables):
         going = context.can_draft & (context.max_drafts > 0)  # [B]
         lengths = torch.where(going, context.known - 1, 0)  # [B]
         places = torch.arange(self.block, device=root.device)  # [n]
-        which = torch.arange(len(root) * self.block, device=root.device).view(len(root), -1)  # [B, n]
+        which = torch.arange(root.shape[0] * self.block, device=root.device).view(root.shape[0], -1)  # [B, n]
         causal, order = pack_each(which, lengths[:, None] + places, going)
         everyone = torch.ones(which.numel(), self.block, dtype=torch.bool, device=root.device)  # [T, n]
         both_ways = replace(causal, ancestors=pack_ancestors(everyone))
@@ -192,7 +193,7 @@ class BlockDrafter(OwnTables):
             log_q.append(found[1])
         tokens = torch.cat(path, 1)  # [B, K + 1]
         lengths = self._trusted(self._with_token(hidden, tokens[:, :-1]), max_drafts)
-        parents = torch.arange(hidden.shape[1], device=tokens.device).expand(len(tokens), -1)
+        parents = torch.arange(hidden.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
         return Draft(tokens[:, 1:], lengths, grades=in_eighths(torch.cat(log_q, 1).exp()), parents=parents)
 
     def _draft_tree(self, tree: MarginalTree, hidden: Tensor, max_drafts: Tensor, context: DraftContext) -> Draft:

@@ -103,7 +103,7 @@ class CausalDrafter(Drafter):
         """Run the model on the root and all nodes so far, once for each level that has another below it."""
         tokens, known, guesses = first.tokens, context.known, [first]  # [B, nodes so far]
         levels = [first.probabilities]  # [B, nodes of each depth]
-        rows, device = len(known), known.device
+        rows, device = known.shape[0], known.device
         parents = tree.parents(device).expand(rows, -1)  # [B, K]
         for depth in range(1, tree.depth):
             max_drafts = self._worth_drafting(levels, max_drafts)

@@ -43,6 +43,7 @@ class DraftModel(CausalDrafter):
     """
 
     reads_ahead = True
+    any_rows = True
 
     def __init__(
         self, model: nn.Module, num_draft_tokens: int | None = None, *, tree: Sequence[int] | None = None

@@ -21,7 +21,7 @@ def over(logits: Tensor, vocabulary: int) -> Tensor:
 
 def shaped(logits: Tensor, context: DraftContext) -> Tensor:
     """The logits of q, `[R, V]`, as what the target draws from is shaped; of the other rows as they are."""
-    times = len(logits) // len(context.known)  # nodes of each row
+    times = logits.shape[0] // context.known.shape[0]  # nodes of each row
     options = {name: value.repeat_interleave(times) for name, value in context.options.items()}  # [R]
     if "temperature" in options:
         logits = tempered(logits, options["temperature"])
@@ -81,14 +81,14 @@ def _noise(
         if context.drawn == DETERMINISTIC:
             return None
         samples = torch.ones_like(context.active)
-    times = len(logits) // len(context.known)  # nodes of each row
+    times = logits.shape[0] // context.known.shape[0]  # nodes of each row
     samples, seeds, known = (
         value.repeat_interleave(times)[:, None, None] for value in (samples, context.seeds, context.known)
     )  # [R, 1, 1]
     if context.drawn == DETERMINISTIC:
         noise = gumbels(seeds, known + depth, ids)
     else:
-        node = torch.arange(len(logits), device=logits.device)[:, None] % times  # [R, 1], of the row's nodes here
+        node = torch.arange(logits.shape[0], device=logits.device)[:, None] % times  # [R, 1], of the row's nodes here
         draft = first_draft + node * count + torch.arange(draws, device=logits.device)  # [R, W]
         noise = gumbels(seeds, known, draft[:, :, None] * context.vocabulary + ids, DRAFTS)
     return torch.where(samples, noise, 0)

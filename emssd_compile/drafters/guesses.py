@@ -53,7 +53,7 @@ def guess(
         logits = over(logits, context.vocabulary)
     logits = shaped(logits, context)
     if context.drawn != DETERMINISTIC:
-        proposal = logits.softmax(1).view(len(context.known), -1, context.vocabulary)
+        proposal = logits.softmax(1).view(context.known.shape[0], -1, context.vocabulary)
     tokens = choose(logits, count, depth, first_draft, context)
     probabilities = (logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)).exp()
     return Guess(tokens, probabilities, proposal)

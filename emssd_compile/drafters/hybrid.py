@@ -70,6 +70,7 @@ class Hybrid(Drafter):
         self.reads_logits = any(drafter.reads_logits for drafter in both)
         self.writes_kv = any(drafter.writes_kv for drafter in both)
         self.reads_ahead = any(drafter.reads_ahead for drafter in both)
+        self.any_rows = all(drafter.any_rows for drafter in both)
         self.is_costly = any(drafter.is_costly for drafter in both)
         self.must_run = any(drafter.must_run for drafter in both)
         self.reads_options = tuple(dict.fromkeys((*first.reads_options, *second.reads_options)))
@@ -179,7 +180,7 @@ class Hybrid(Drafter):
         honoured = {*drafter.options(), *drafter.reads_options}
         reading = context.draft_range
         if drafter.reads_ahead and self.max_depth is None:  # it has not read what the other one drafted
-            more = len(context.known) * (self.num_draft_tokens - 1)
+            more = context.known.shape[0] * (self.num_draft_tokens - 1)
             reading = torch.arange(reading.shape[0] + more, device=reading.device)
         draft: Draft = drafter(
             replace(

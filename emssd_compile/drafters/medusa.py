@@ -50,6 +50,7 @@ class Medusa(DraftHead):
     layouts = (VllmLayout(), FasterDecodingLayout(), InSpeculators("medusa", VllmLayout(), FasterDecodingLayout()))
     recipe = Recipe(learning_rate=1e-3, decay=0.8)
     is_costly = True
+    any_rows = True
     num_grades = 8
     config: MedusaConfig
 

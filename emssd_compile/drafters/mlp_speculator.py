@@ -153,6 +153,7 @@ class MLPSpeculator(DraftHead):
     layouts = (IbmLayout(), InSpeculators("mlp_speculator", IbmLayout()))
     recipe = Recipe(learning_rate=1e-3)
     is_costly = True
+    any_rows = True
     num_grades = 8
     config: MLPSpeculatorConfig
 
@@ -193,7 +194,7 @@ class MLPSpeculator(DraftHead):
 
     def forward(self, context: DraftContext) -> Draft:
         """Tokens `[B, K]`, lengths `[B]`, grades `[B, K]`, of trees parents `[B, K]`, and q if drafts are drawn."""
-        rows, device = len(context.known), context.known.device
+        rows, device = context.known.shape[0], context.known.device
         tokens = context.history.gather(1, (context.known - 1).clamp(min=0)[:, None])  # [B, 1], the roots
         state = self._scaled(context.hidden)[:, None]  # [B, 1, H]
         guesses, drafted = list[Guess](), list[Tensor]()

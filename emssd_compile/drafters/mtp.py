@@ -154,8 +154,8 @@ class MTP(AutoregressiveHead):
         again = self.last_read.window(context)  # positions [B, K - 1] and features [B, K - 1, H]
         width = again.positions.numel()
         positions = torch.cat([again.positions.flatten(), read.positions])  # [B (K - 1) + T]
-        rows = torch.arange(len(known), device=known.device).repeat_interleave(self.last_read.count)
-        rows = torch.cat([rows, read.row_ids.clamp(max=len(known) - 1)])
+        rows = torch.arange(known.shape[0], device=known.device).repeat_interleave(self.last_read.count)
+        rows = torch.cat([rows, read.row_ids.clamp(max=known.shape[0] - 1)])
         features = torch.cat([again.features.flatten(0, 1), own])
         of_again, of_read = over_nodes(caches, again.positions, read.fed > 0), self._attends_to_read(context, caches)
         chosen = list[tuple[Tensor, Tensor]]()

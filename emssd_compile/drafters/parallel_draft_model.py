@@ -66,7 +66,7 @@ class ParallelDraftModel(DraftModel):
         """Read what is new and the mask tokens: tokens, grades and parents `[B, K]`, lengths `[B]`."""
         known, capacity, count = context.known, self._model.capacity, self.num_draft_tokens
         lengths = torch.minimum(context.state["lengths"], (known - 1).clamp(min=0))
-        masks = torch.full((len(known), count - 1), self.mask_token, device=known.device)  # [B, K - 1]
+        masks = torch.full((known.shape[0], count - 1), self.mask_token, device=known.device)  # [B, K - 1]
         wanted = torch.minimum(context.max_drafts - 1, capacity - known)  # [B], mask tokens
         packed = pack(
             history=context.history,
@@ -86,7 +86,7 @@ class ParallelDraftModel(DraftModel):
         most = torch.minimum(context.max_drafts, packed.drafted + 1)  # [B]
         most = torch.where(context.can_draft & packed.ready, most, 0)
         read = lengths + packed.fed - packed.drafted  # [B]
-        return Draft(tokens, most, {"lengths": read}, grades, parents=places.expand(len(known), -1))
+        return Draft(tokens, most, {"lengths": read}, grades, parents=places.expand(known.shape[0], -1))
 
     def _guesses(self, packed: Packed, lengths: Tensor, index: Tensor, context: DraftContext) -> list[Guess]:
         """One for each depth, `[B, 1]`, of the packed tokens that `index[B, K]` names."""

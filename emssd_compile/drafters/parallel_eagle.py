@@ -168,7 +168,7 @@ class ParallelEagle(Eagle3):
         if self.max_depth is None:  # there are no masks
             return super().forward(context)
         read, known, caches, count = context.read, context.known, self._caches(context), self.num_draft_tokens
-        tokens, taps, width = self._following(context), self._taps(context), len(known) * (count - 1)
+        tokens, taps, width = self._following(context), self._taps(context), known.shape[0] * (count - 1)
         length = tokens.shape[0]  # T
         pairs = zip((taps[tap] for tap in self.taps), self._mask_outputs(), strict=True)
         features = self.projected([torch.cat([one.to(mask.dtype), mask]) for one, mask in pairs])  # [T + 1, H]

@@ -23,6 +23,8 @@ class PromptLookup(Drafter):
         history = 5 6 7 8 9 5 6 with max_ngram=2, K=3: the suffix "5 6" occurred at 0, so the draft is 7 8 9.
     """
 
+    any_rows = True
+
     def __init__(self, num_draft_tokens: int = 7, max_ngram: int = 3) -> None:
         super().__init__()
         for name, value in (("num_draft_tokens", num_draft_tokens), ("max_ngram", max_ngram)):

@@ -124,6 +124,7 @@ class RecurrentDrafter(DraftHead):
     recipe = Recipe(learning_rate=1e-3, distils=False, epochs=2)
     borrows = ("embedding",)
     is_costly = True
+    any_rows = True
     num_grades = 8
     config: RecurrentConfig
 
@@ -169,11 +170,13 @@ class RecurrentDrafter(DraftHead):
             state = self._advance(state, self._embed(tokens[:, :, -1], hidden.dtype))
             logits = self._predict(hidden.expand_as(state), state).flatten(0, 1)  # [B * beams, V]
             logits = shaped(logits[:, : self._count_tokens(context.vocabulary)].float(), context)
-            found, found_log_probs = likeliest(logits, self.width, depth, context)  # [B * beams, W]
-            totals = log_probs.sum(2).flatten()[:, None] + found_log_probs  # [B * beams, W]
-            chosen = totals.view(len(tokens), -1).topk(self.width, 1).indices  # [B, W], of all that were found
+            found, found_log_probs = (
+                values.unflatten(0, tokens.shape[:2]) for values in likeliest(logits, self.width, depth, context)
+            )  # [B, beams, W]
+            totals = log_probs.sum(2)[:, :, None] + found_log_probs  # [B, beams, W]
+            chosen = totals.flatten(1).topk(self.width, 1).indices  # [B, W], of all that were found
             origin = chosen // self.width  # [B, W], the beams that go on
-            newest, sure = (new.view(len(tokens), -1).gather(1, chosen)[:, :, None] for new in (found, found_log_probs))
+            newest, sure = (new.flatten(1).gather(1, chosen)[:, :, None] for new in (found, found_log_probs))
             tokens = torch.cat([_of_beams(tokens, origin), newest], 2)
             log_probs = torch.cat([_of_beams(log_probs, origin), sure], 2)
             state = _of_beams(state, origin)

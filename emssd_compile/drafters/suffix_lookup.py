@@ -52,6 +52,8 @@ class SuffixLookup(Drafter):
         of the three go on with 8, which has 2/3. Two tokens match, so the draft is 7 8, its score 1.67.
     """
 
+    any_rows = True
+
     def __init__(
         self,
         num_draft_tokens: int = 8,

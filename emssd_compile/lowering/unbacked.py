@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from emssd_compile.ops import source_hash
 
@@ -24,12 +26,19 @@ OPTIONS: dict[str, Any] = {
 """Options of Inductor that hold however the compiled step is kept."""
 
 
+class _OpenSizes(ShapeEnv):
+    """Sizes that nothing is concluded about. Inductor takes `[4 u, 4]` viewed as `[u, 16]` to say that u is 1."""
+
+    def _set_replacement(self, symbol: sympy.Symbol, value: sympy.Expr, reason: str) -> None:
+        raise ValueError(f"a size that differs from step to step is taken for {value}")
+
+
 @dataclass(frozen=True)
 class UnbackedGraph:
-    """A graph whose sizes are unbacked symbols: the compiler may assume nothing about them.
+    """A graph whose sizes are unbacked symbols: the compiler may assume nothing about them but that none is 0.
 
     So a length of 1, or two lengths that happen to be equal, needs no other code; and an op that would decide something
-    by a size cannot be compiled wrongly, only not at all.
+    by a size cannot be compiled wrongly, only not at all: what Inductor concludes about a size is refused.
 
     Attributes:
         graph_module: the graph; it returns a tuple.
@@ -59,7 +68,7 @@ def unbacked(graph_module: fx.GraphModule) -> UnbackedGraph:
     results = graph.graph_copy(graph_module.graph, {})
     assert isinstance(results, dict)
     graph.output(tuple(results.values()))
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fake_mode = FakeTensorMode(shape_env=_OpenSizes(), allow_non_fake_inputs=True)
     sizes: dict[sympy.Expr, torch.SymInt] = {}
     inputs = []
     for node in graph.find_nodes(op="placeholder"):
@@ -85,5 +94,11 @@ def _size(
         assert shape_env is not None
         with shape_env.ignore_fresh_unbacked_symbols():
             known[size.node.expr] = shape_env.create_unbacked_symint()
-        torch._check(known[size.node.expr] >= 0)
+        torch._check(known[size.node.expr] >= _least(size.node.expr))
     return known[size.node.expr]
+
+
+def _least(size: sympy.Expr) -> int:
+    """What a size is at least, where a step is never without tokens or rows."""
+    ranges = dict.fromkeys(size.free_symbols, ValueRanges(sympy.Integer(1), int_oo))
+    return max(0, int(bound_sympy(size, ranges).lower))

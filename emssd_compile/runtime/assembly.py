@@ -80,7 +80,8 @@ def switch(engine: Engine, variant: Variant) -> None:
 def _own(signature: Signature, *more: str) -> dict[str, TensorSpec]:
     """What is allocated beside `StepState`, and the inputs that have one of more roles."""
     inputs = signature.with_role("cache", "row", "memory", "host", "option", *more)
-    return {name: binding.spec for name, binding in inputs.items()}
+    rows = signature.sizes.rows
+    return {name: binding.spec_of(rows) for name, binding in inputs.items()}
 
 
 def _without_clock(step: StepFunction) -> StepFunction:

@@ -75,6 +75,7 @@ def dry_run(
 ) -> Iterator[DryRun]:
     """A dry run, after which the `kept` tensors are as they were before."""
     before = {name: launcher.tensors[name].clone() for name in kept}
+    launcher.rows_in_use = len(launcher.tensors["history"])
     try:
         yield DryRun(launcher, num_draft_tokens, max_depth)
     finally:

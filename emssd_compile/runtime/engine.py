@@ -250,6 +250,7 @@ class Engine:
 
     def _run_step(self, sizes: StepSizes) -> Report:
         self.sizes_used.add(sizes)
+        self.launcher.rows_in_use = 1 + max(b for b, row in enumerate(self._rows) if row)
         return self.launcher.launch(sizes)
 
     def _observe(self, launch: RunningStep, lines: list[list[int]]) -> None:

@@ -15,7 +15,7 @@ from emssd_compile.lowering import StepFunction
 from emssd_compile.runtime.buckets import StepSizes, smallest_cover
 from emssd_compile.runtime.cuda import CudaDevice
 from emssd_compile.step.commit import REPORT_FIELDS
-from emssd_compile.step.signature import Signature
+from emssd_compile.step.signature import DRAFT_ROWS, Signature
 from emssd_compile.step.state import CONSTANT_FIELDS
 
 
@@ -61,6 +61,13 @@ class Variant:
         """What the step takes, in order."""
         return tuple(binding.name for binding in self.signature.inputs)
 
+    @cached_property
+    def of_first_rows(self) -> frozenset[str]:
+        """Inputs of which it takes as many rows as it drafts for."""
+        return frozenset(
+            name for name, cache in self.signature.with_role("cache").items() if cache.shape[0] == DRAFT_ROWS
+        )
+
 
 class Launcher(ABC):
     """Runs steps on the tensors it owns. All changes to them go through it, in the order of the calls.
@@ -73,6 +80,7 @@ class Launcher(ABC):
         variant: the form of the step that is run.
         tensors: the same, as the last launched step leaves them.
         buckets: sizes that are run as one launch, once they have been launched before.
+        rows_in_use: no row from this one on is decoded.
     """
 
     buckets: tuple[StepSizes, ...] = ()
@@ -80,6 +88,7 @@ class Launcher(ABC):
     def __init__(self, variant: Variant, tensors: dict[str, Tensor]) -> None:
         self.variant = variant
         self.tensors = dict(tensors)
+        self.rows_in_use = len(tensors["history"])
         self._ranges: dict[tuple[str, int], Tensor] = {}
 
     @abstractmethod
@@ -109,9 +118,12 @@ class Launcher(ABC):
         """Weights lie elsewhere than before: forget what was recorded with their old addresses."""
 
     def _run(self, sizes: StepSizes) -> dict[str, Tensor]:
-        ranges = {name: self._arange(name, size) for name, size in sizes._asdict().items()}
+        lengths = {**sizes._asdict(), DRAFT_ROWS: self.rows_in_use}
+        given: list[Tensor] = []
+        for name in self.variant.input_names:
+            value = self._arange(name, lengths[name]) if name in lengths else self.tensors[name]
+            given.append(value[: self.rows_in_use] if name in self.variant.of_first_rows else value)
         with torch.no_grad():
-            given = (ranges[n] if n in ranges else self.tensors[n] for n in self.variant.input_names)
             return self.variant.step(*given)
 
     def _arange(self, name: str, length: int) -> Tensor:

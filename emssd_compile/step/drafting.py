@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emssd_compile.errors import DrafterError
 from emssd_compile.step.fields import STATIC, WRITABLE, holds_tensors
-from emssd_compile.step.pack import Packed
+from emssd_compile.step.pack import Packed, of_first_rows
 from emssd_compile.step.parts import Part
 from emssd_compile.step.proposals import DETERMINISTIC, DRAWINGS
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -69,6 +69,21 @@ class DraftContext:
     state: dict[str, Tensor] = field(default_factory=dict)
     drawn: str = field(default=DETERMINISTIC, metadata=STATIC)
     vocabulary: int = field(default=0, metadata=STATIC)
+
+    def of_first_rows(self, rows: Tensor) -> DraftContext:
+        """What is to be seen of the first rows, where no other row is decoded; but for `state`.
+
+        Args:
+            rows: int64 `[A]`, `arange` of how many.
+        """
+        names = ("history", "known", "hidden", "active", "can_draft", "max_drafts", "seeds", "groups")
+        return replace(
+            self,
+            read=of_first_rows(self.read, rows),
+            logits=None if self.logits is None else self.logits[rows],
+            options={name: value[rows] for name, value in self.options.items()},
+            **{name: getattr(self, name)[rows] for name in names},
+        )
 
 
 @holds_tensors
@@ -203,6 +218,9 @@ class Drafter(Part):
             compiled, too, and run where they are faster, if the layout measures.
         must_run: whether it would lack what the target computes in steps that it is left out of: then it never is.
         writes_kv: whether the drafter drafts with the target's own layers, and their KV goes to the target's caches.
+        any_rows: whether its `forward` can be traced for a number of rows that differs from step to step, all sizes
+            being read from tensors' shapes. Where few of the rows are decoded it then drafts for them only, on a CPU.
+            Not where it `writes_kv`, which has all rows.
         reads_ahead: whether the drafter reads the text with a model of its own (it needs `DraftContext.draft_range`).
         proposes: in which ways it can make drafts (`proposals.DRAWINGS`); the rule chooses among them.
     """
@@ -215,6 +233,7 @@ class Drafter(Part):
     is_costly: bool = False
     must_run: bool = False
     writes_kv: bool = False
+    any_rows: bool = False
     reads_ahead: bool = False
     proposes: tuple[str, ...] = (DETERMINISTIC,)
 
@@ -243,10 +262,12 @@ def check_drafter(drafter: Drafter) -> Drafter:
     most, depth = drafter.num_draft_tokens, drafter.max_depth
     if depth is not None and (type(depth) is not int or not 1 <= depth <= most):
         raise DrafterError(f"{name}.max_depth = {depth!r}; set it to an integer of 1 to {most}, or to None for chains")
-    for attribute in ("reads_ahead", "reads_logits", "is_costly", "must_run", "writes_kv"):
+    for attribute in ("reads_ahead", "reads_logits", "is_costly", "must_run", "writes_kv", "any_rows"):
         value = getattr(drafter, attribute)
         if type(value) is not bool:
             raise DrafterError(f"{name}.{attribute} = {value!r}; set it to True or False")
+    if drafter.any_rows and drafter.writes_kv:
+        raise DrafterError(f"{name} writes the target's KV, which has all rows; set any_rows to False")
     ways = drafter.proposes
     if not isinstance(ways, tuple) or not ways or not all(way in DRAWINGS for way in ways):
         raise DrafterError(f"{name}.proposes = {ways!r}; set it to a tuple of some of {list(DRAWINGS)}")

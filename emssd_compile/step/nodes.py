@@ -100,7 +100,7 @@ def select(nodes: Nodes, kept: Tensor) -> Nodes:
     proposal = nodes.proposal
     if proposal is not None:
         lines = torch.cat([torch.zeros_like(source[:, :1]), source + 1], 1)  # [B, K + 1], the root stays
-        proposal = proposal[torch.arange(len(lines), device=lines.device)[:, None], lines]
+        proposal = proposal[torch.arange(lines.shape[0], device=lines.device)[:, None], lines]
     return replace(
         nodes,
         tokens=nodes.tokens.gather(1, source),

@@ -44,6 +44,22 @@ class Packed:
     depths: Tensor | None = None
 
 
+def of_first_rows(packed: Packed, rows: Tensor) -> Packed:
+    """The same batch for whoever looks at its first rows only; the others have no tokens in it.
+
+    Args:
+        packed: tokens of those rows, and inert tail.
+        rows: int64 `[A]`, `arange` of how many.
+    """
+    by_row = {name: getattr(packed, name) for name in ("fed", "ready", "drafted", "roots", "depths")}
+    return replace(
+        packed,
+        row_ids=packed.row_ids.clamp(max=rows.shape[0]),
+        offsets=torch.cat([packed.offsets[:1], packed.offsets[rows + 1]]),
+        **{name: value[rows] for name, value in by_row.items() if value is not None},
+    )
+
+
 def pack(
     history: Tensor,
     known: Tensor,
@@ -165,7 +181,7 @@ def as_trees(packed: Packed, lengths: Tensor, words: int, draft: Nodes | None = 
         words: W, words of `Packed.ancestors`; 32 W is at least K + 1.
         draft: the trees among its rows; None where there are chains only.
     """
-    rows, tail = packed.row_ids.clamp(max=len(lengths) - 1), packed.row_ids >= len(lengths)  # [T]
+    rows, tail = packed.row_ids.clamp(max=lengths.shape[0] - 1), packed.row_ids >= lengths.shape[0]  # [T]
     slots = packed.positions  # [T]
     index = torch.where(tail, 0, slots - lengths[rows])  # [T], the node, in a row with a tree
     columns = torch.arange(words * WORD_BITS, device=slots.device)  # [32 W]

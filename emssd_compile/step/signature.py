@@ -17,6 +17,9 @@ from emssd_compile.step.tensor_spec import TensorSpec
 SIZE_NAMES = ("token_range", "logit_range", "draft_range", "row_range")
 """Inputs whose length alone matters: the sizes of a step."""
 
+DRAFT_ROWS = "draft_rows"
+"""Another such input, of a step that drafts for its first rows only (`passes.fuse_step`)."""
+
 ROLES = {
     "size": "an arange; its length is a size of the step, chosen by the host at each call",
     "setting": "set by the host; the step reads it",
@@ -64,6 +67,10 @@ class Binding:
     def spec(self) -> TensorSpec:
         """Shape and dtype of a tensor of fixed size."""
         return TensorSpec(tuple(int(size) for size in self.shape), self.dtype)
+
+    def spec_of(self, rows: int) -> TensorSpec:
+        """The same where the step takes as many rows of the tensor as it drafts for: of all of it."""
+        return TensorSpec(tuple(rows if size == DRAFT_ROWS else int(size) for size in self.shape), self.dtype)
 
 
 @dataclass(frozen=True)
