@@ -118,7 +118,7 @@ def test_explain_names_the_passes_and_dumps_the_stages(models, tmp_path, capsys)
         (["explain", "--model", "{target}", "--drafter", "none", "--num-draft-tokens", "3"], "leave one of them out"),
         (
             ["generate", "--model", "{target}", "--prompt", "x", "--max-length", "9999"],
-            "positions the model was made for",
+            "--max-length 9999 is more than the 2048 positions the model was made for",
         ),
     ],
 )
