@@ -64,11 +64,19 @@ def test_options_of_assisted_decoding(fast):
     assert found["assisted"].stats.num_draft_tokens > 0
 
 
+def test_a_function_for_generate(fast):
+    fast.stats.reset()
+    inputs = {"input_ids": torch.tensor([PROMPTS[0]])}
+    found = _run("transformers' own names", 1, hf=hf, fast=fast, model=fast.model, inputs=inputs)
+    assert fast.stats.num_emitted_tokens == 16
+    assert found["texts"].tolist() == fast.generate([PROMPTS[0]], max_new_tokens=16)
+
+
 def test_a_folder_for_generate(fast, tmp_path):
     write = functools.partial(hf.save_custom_generate, backend="eager")
     given: dict[str, Any] = {"hf": SimpleNamespace(save_custom_generate=write), "folder": str(tmp_path)}
     inputs = {"input_ids": torch.tensor([PROMPTS[0]])}
-    found = _run("transformers' own names", 1, **given, model=_model(), inputs=inputs)
+    found = _run("transformers' own names", 2, **given, model=_model(), inputs=inputs)
     assert found["texts"].tolist() == fast.generate([PROMPTS[0]], max_new_tokens=16)
 
 
@@ -77,7 +85,7 @@ def test_pipelines_and_streamers(fast):
     printed: list[Any] = []
     given = {"pipeline": transformers.pipeline, "TextIteratorStreamer": transformers.TextIteratorStreamer}
     given |= {"fast": fast, "tokenizer": tokenizer, "prompts": PROMPTS, "print": printed.append}
-    _run("transformers' own names", 2, **given)
+    _run("transformers' own names", 3, **given)
     (written,), *streamed = printed
     ids = tokenizer("def add(")["input_ids"]
     whole = fast.generate([ids, *PROMPTS], max_new_tokens=16)
@@ -89,7 +97,7 @@ def test_pipelines_and_streamers(fast):
 def test_continuous_batching(fast):
     printed: list[Any] = []
     given = {"GenerationConfig": transformers.GenerationConfig, "print": printed.append}
-    _run("transformers' own names", 3, **given, fast=fast, prompts=PROMPTS)
+    _run("transformers' own names", 4, **given, fast=fast, prompts=PROMPTS)
     whole = fast.generate(PROMPTS, max_new_tokens=16)
     new = [row[len(ids) :] for row, ids in zip(whole, PROMPTS, strict=True)]
     assert printed == [new, *new[0], new[0][-1]]  # the last result says that it is the last
