@@ -188,8 +188,8 @@ class Stream:
     and loops may read at once: each iterator gives all tokens, from the first. It ends with the request, whatever ended
     it; if that was an exception, it is raised there.
 
-    A reader that stops reading ends nothing, since others may read on. `with stream` and `async with stream` do: leaving
-    them before the request has ended, by whatever, cancels it.
+    A reader that stops reading ends nothing, since others may read on. `with stream` and `async with stream` do: who
+    leaves them before the request has ended, by whatever, cancels it.
     """
 
     def __init__(self, ticket: Ticket, session: Session) -> None:
