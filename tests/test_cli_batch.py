@@ -217,7 +217,7 @@ def test_a_field_called_error_is_the_users_own_unless_an_earlier_try_wrote_it(mo
 
 
 def test_the_command_of_the_docs(model, tmp_path, capsys, monkeypatch):
-    (command,) = COMMANDS
+    command = next(each for each in COMMANDS if " batch " in each)
     (tmp_path / "prompts.jsonl").write_text('"x = 1"\n')
     (tmp_path / "llama").symlink_to(model)
     monkeypatch.chdir(tmp_path)
