@@ -141,7 +141,8 @@ def read_call(
         raise OptionError(f"generation_config is {len(each)} configs for {len(prompts)} prompts; pass one for each")
     if eos is not None and len(eos) != len(prompts):
         raise OptionError(f"eos_token_id has {len(eos)} values for {len(prompts)} prompts; pass one for each")
-    ends = [*map(frozenset, eos or [chosen.eos_token_ids] * len(prompts))]
+    of_configs = [own.eos_token_ids for own in each] if len(each) > 1 else [chosen.eos_token_ids] * len(prompts)
+    ends = [*map(frozenset, eos or of_configs)]
     _check_hook(chosen, logits_hook)
     grammars, times = grammar_of_each(grammar, len(prompts)), chosen.num_return_sequences
     prompts = prompts.repeated(times)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -226,15 +227,22 @@ def _vocabulary_hint(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns about its own internals; what matters here is raised."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Export warns about its own internals; what matters here is raised. All that others log goes on."""
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.levelno != logging.WARNING or threading.get_ident() != thread
+
+    loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith("torch.")]
+    for logger in loggers:
+        logger.addFilter(is_of_others)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(level)
+        for logger in loggers:
+            logger.removeFilter(is_of_others)
 
 
 def _bind_weights(program: ExportedProgram) -> fx.GraphModule:

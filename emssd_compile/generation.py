@@ -24,7 +24,8 @@ from emssd_compile.numeric import INT64_MIN, flag, integer, seconds, shown
 from emssd_compile.python_logits import AllowedTokens, HFProcessor
 from emssd_compile.step.options import RowOption
 
-_BY_ROW = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "of_parts")  # what each row may set
+_BY_ROW = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "eos_token_ids", "of_parts")
+"""What each row may set."""
 _SPREAD = 0x9E3779B97F4A7C15  # odd: seeds of neighbouring rows are far from those of neighbouring seeds
 DEFAULT_NEW_TOKENS = 20  # what transformers generates when nobody sets a length
 
@@ -151,7 +152,7 @@ class PerRow(tuple[object, ...]):
 
 
 def merge_configs(each: Sequence[GenerateOptions], kwargs: Collection[str]) -> GenerateOptions:
-    """One set of options for rows that were given configs of their own.
+    """One set of options for rows that were given configs of their own; a row ends at its own EOS, and at no other.
 
     Args:
         each: what was resolved for each row.
@@ -163,7 +164,7 @@ def merge_configs(each: Sequence[GenerateOptions], kwargs: Collection[str]) -> G
     first = each[0]
     for number, other in enumerate(each):
         for name in (name for name in vars(first) if name not in _BY_ROW):
-            if _compared(getattr(other, name)) != _compared(getattr(first, name)):
+            if _compared(other, name) != _compared(first, name):
                 raise OptionError(
                     f"generation_config: number {number} has another {name} than number 0; it is the same for all "
                     "prompts of a call, so decode them in calls of their own"
@@ -172,11 +173,15 @@ def merge_configs(each: Sequence[GenerateOptions], kwargs: Collection[str]) -> G
         name: first.of_parts[name] if name in kwargs else PerRow(other.of_parts.get(name) for other in each)
         for name in {name for other in each for name in other.of_parts}
     }
-    return replace(first, of_parts=of_parts)
+    eos = dict.fromkeys(token for other in each for token in other.eos_token_ids)
+    return replace(first, eos_token_ids=(*eos,), of_parts=of_parts)
 
 
-def _compared(value: object) -> object:
-    """What tells criteria that were made of the same stop strings apart from others."""
+def _compared(options: GenerateOptions, name: str) -> object:
+    """What tells whether two configs say the same: of criteria their stop strings, of a pad that is an EOS nothing."""
+    value = getattr(options, name)
+    if name == "pad_token_id" and value in options.eos_token_ids:
+        return None
     return tuple(getattr(each, "stop_strings", each) for each in value) if isinstance(value, tuple) else value
 
 

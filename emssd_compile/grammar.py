@@ -4,7 +4,7 @@
     fast.generate(prompts, grammar=emssd_compile.grammar.json_schema(schema, tokenizer))
 
 llguidance compiles them and knows which tokens may follow; it comes with the extra `grammar`, and is imported when the
-first grammar is made.
+first grammar is made. `matching` takes what another library compiled.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from emssd_compile.errors import GrammarError, OptionError
-from emssd_compile.numeric import shown
+from emssd_compile.matcher import MaskMatcher, Matcher
+from emssd_compile.numeric import integer, shown
 
 _Known = tuple[tuple[int, int | None], Any]
 _TOKENIZERS: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()  # reading one takes up to a second
@@ -26,35 +27,16 @@ _TOKENIZERS: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()  # reading one
 class Grammar:
     """What a generated text may be, in the tokens of one tokenizer.
 
-    Made by `json_schema`, `regex` or `lark`, once: it serves any number of prompts and calls.
-
-    Attributes:
-        vocab_size: tokens that the tokenizer knows. A model's vocabulary may be larger: what lies behind is barred.
-        ends: the ids that the tokenizer ends a text with.
+    Made by `json_schema`, `regex`, `lark` or `matching`, once: it serves any number of prompts and calls.
 
     Args:
-        source: the grammar, as llguidance serialises it.
-        tokenizer: a fast tokenizer of transformers, or an `llguidance.LLTokenizer`.
-        name: what it is called in messages.
-
-    Raises:
-        GrammarError: it cannot be compiled; says why.
-        OptionError: llguidance is not installed, or cannot read the tokenizer.
+        start: gives a matcher of its own to each text that begins: an `llguidance.LLMatcher`, or what is called alike.
+        vocab_size: tokens that the tokenizer knows. A model's vocabulary may be larger: what lies behind is barred.
+        ends: the ids that the tokenizer ends a text with.
     """
 
-    def __init__(self, source: str, tokenizer: Any, *, name: str = "the grammar") -> None:
-        library, tokens = _library(), _read(tokenizer)
-        self._start = library.LLMatcher(tokens, source, log_level=0)
-        if self._start.is_error():
-            raise GrammarError(f"{name} cannot be compiled: {self._start.get_error().strip()}")
-        for warning in self._start.get_grammar_warnings():
-            warnings.warn(f"{name}: {warning}", UserWarning, stacklevel=3)
-        self.vocab_size: int = tokens.vocab_size
-        self.ends: tuple[int, ...] = tuple(tokens.eos_tokens)
-
-    def start(self) -> Any:
-        """An `llguidance.LLMatcher` of its own for a text that begins."""
-        return self._start.deep_copy()
+    def __init__(self, start: Callable[[], Any], vocab_size: int, ends: Sequence[int]) -> None:
+        self.start, self.vocab_size, self.ends = start, vocab_size, (*ends,)
 
 
 def json_schema(schema: Mapping[str, Any] | str | type, tokenizer: Any, *, compact: bool = False) -> Grammar:
@@ -79,7 +61,7 @@ def json_schema(schema: Mapping[str, Any] | str | type, tokenizer: Any, *, compa
         source = matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": not compact})
     except (TypeError, ValueError) as error:
         raise GrammarError(f"the JSON schema cannot be read: {error}") from error
-    return Grammar(source, tokenizer, name="the JSON schema")
+    return _compiled(source, tokenizer, "the JSON schema")
 
 
 def regex(pattern: str, tokenizer: Any) -> Grammar:
@@ -94,7 +76,7 @@ def regex(pattern: str, tokenizer: Any) -> Grammar:
         OptionError: as `json_schema`.
     """
     _check_text("regex", pattern)
-    return Grammar(_library().LLMatcher.grammar_from_regex(pattern), tokenizer, name="the regular expression")
+    return _compiled(_library().LLMatcher.grammar_from_regex(pattern), tokenizer, "the regular expression")
 
 
 def lark(text: str, tokenizer: Any) -> Grammar:
@@ -113,7 +95,38 @@ def lark(text: str, tokenizer: Any) -> Grammar:
         source = _library().grammar_from("grammar", text)
     except ValueError as error:
         raise GrammarError(f"the grammar cannot be read: {error}") from error
-    return Grammar(source, tokenizer)
+    return _compiled(source, tokenizer, "the grammar")
+
+
+def matching(start: Callable[[], Matcher], vocab_size: int, ends: Sequence[int]) -> Grammar:
+    """What a library of your own compiled, by its matchers.
+
+    Args:
+        start: gives a `Matcher` that has read nothing; called for each text that begins, and once by this.
+        vocab_size: tokens that it has bits for.
+        ends: the ids of which it allows one where a text may end.
+
+    Raises:
+        OptionError: what `start` gives is no matcher; or an id of `ends` has no bit, or there is none.
+    """
+    size = integer("vocab_size", vocab_size, least=1)
+    ids = [integer("ends", token, least=0) for token in ends]
+    if not ids or max(ids) >= size:
+        raise OptionError(f"matching: ends={shown(ends)} are no ids below vocab_size={size}; pass those of the matcher")
+    grammar = Grammar(lambda: MaskMatcher(start(), size, ids), size, ids)
+    grammar.start()
+    return grammar
+
+
+def _compiled(source: str, tokenizer: Any, name: str) -> Grammar:
+    """A grammar as llguidance serialises it; `name` is what it is called in messages."""
+    library, tokens = _library(), _read(tokenizer)
+    start = library.LLMatcher(tokens, source, log_level=0)
+    if start.is_error():
+        raise GrammarError(f"{name} cannot be compiled: {start.get_error().strip()}")
+    for warning in start.get_grammar_warnings():
+        warnings.warn(f"{name}: {warning}", UserWarning, stacklevel=3)
+    return Grammar(start.deep_copy, tokens.vocab_size, tokens.eos_tokens)
 
 
 def _check_text(function: str, given: object) -> None:

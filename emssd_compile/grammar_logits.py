@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from emssd_compile.errors import OptionError
 from emssd_compile.grammar import Grammar
 from emssd_compile.grammar_text import GrammarText, Node, Stop
+from emssd_compile.matcher import MaskMatcher
 from emssd_compile.numeric import shown
 from emssd_compile.runtime.requests import Request
 from emssd_compile.step.logits import LogitContext
@@ -41,7 +42,7 @@ def grammar_of_each(grammar: object, prompts: int) -> list[Grammar | None]:
         if not isinstance(each, Grammar | None):
             raise OptionError(
                 f"grammar={shown(each)} is no Grammar; make one with emssd_compile.grammar: json_schema(schema, "
-                "tokenizer), regex or lark"
+                "tokenizer), regex, lark or matching"
             )
     if len({each.vocab_size for each in several if each}) > 1:
         raise OptionError("grammar: they were made for different tokenizers; make all with that of the model")
@@ -169,15 +170,22 @@ class GrammarLogits:
             elif bool(allowed[number].any()):
                 why = _BARRED
             else:
-                why = f"{_NOTHING} (llguidance: {stop.text.stop_reason(stop.path)})"
+                why = f"{_NOTHING} ({stop.text.stop_reason(stop.path)})"
             stop.text.bar(stop.path, why)
         return logits
 
 
 def _fill(matchers: list[tuple[Any, int]], masks: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-    """Write what each matcher allows into its line of `masks[n, W]`, in parallel."""
-    library: Any = importlib.import_module("llguidance.numpy")
-    library.fill_next_token_bitmask_par(_executor(), matchers, masks)
+    """Write what each matcher allows into its line of `masks[n, W]`; those of llguidance in parallel."""
+    of_llguidance = []
+    for matcher, line in matchers:
+        if isinstance(matcher, MaskMatcher):
+            masks[line] = matcher.mask
+        else:
+            of_llguidance.append((matcher, line))
+    if of_llguidance:
+        library: Any = importlib.import_module("llguidance.numpy")
+        library.fill_next_token_bitmask_par(_executor(), of_llguidance, masks)
 
 
 @functools.cache

@@ -71,7 +71,7 @@ class GrammarText:
             raise self._error(why)
 
     def stop_reason(self, path: Path) -> str:
-        """What llguidance says when it is asked for what may follow this node."""
+        """What the matcher says when it is asked for what may follow this node."""
         matcher = self._standing_behind([*self._read, *path])
         matcher.compute_bitmask()
         reason: str = matcher.stop_reason()

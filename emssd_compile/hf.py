@@ -27,8 +27,10 @@ def generate(fast: OptimizedModel) -> Callable[..., Any]:
 
     transformers reads the options, and `fast` decodes with them; so pipelines and other code that calls
     `model.generate` can have it decode. `seed`, `grammar` and `logits_hook` may be passed as well, as to
-    `fast.generate`. transformers hands a function neither a streamer, nor `assistant_model`, nor the tokenizer that
-    `stop_strings` needs: for these, call `fast.generate`, or write a folder with `save_custom_generate`.
+    `fast.generate`. transformers drops what it does not hand to functions, which cannot see that it was there: a
+    `streamer` gets the prompt and no token, so that whoever reads a `TextIteratorStreamer` without a timeout waits for
+    ever, `assistant_model` is without effect, which changes no token, and `stop_strings` lack their `tokenizer`, which
+    transformers itself refuses. For these, call `fast.generate`, or write a folder with `save_custom_generate`.
 
     Args:
         fast: made by `emssd_compile.optimize`.

@@ -23,7 +23,8 @@ class PythonLogits:
 
     Each packed token is processed with its own text, the drafts on the way to it included; texts of one length are
     handed over together, whichever rows they are of. So what a processor does to a logit must depend on the text before
-    it: one that counts its calls, or keeps something for each row of a batch, sees drafts that are rejected later.
+    it: one that counts its calls, or keeps something for each row of a batch, would see drafts that are rejected later.
+    In the first step each is called twice, and refused if it does not say the same of the same texts.
 
     Args:
         processors: called in this order.
@@ -38,12 +39,14 @@ class PythonLogits:
         requests: Callable[[], Sequence[Request | None]],
     ) -> None:
         self._processors, self._allowed, self._requests = tuple(processors), allowed, requests
+        self._is_first = True
 
     def __call__(self, context: LogitContext) -> Tensor:
         """The processed logits, `[R, V]`.
 
         Raises:
-            ProcessorError: a processor returned something other than scores, or nothing is allowed.
+            ProcessorError: a processor returned something other than scores, or other ones for the same texts; or
+                nothing is allowed.
         """
         logits, lengths = context.logits, context.positions  # what predicts position n goes on from n tokens
         texts = context.newest(int(lengths.max()))  # [R, n], at the right
@@ -53,8 +56,11 @@ class PythonLogits:
             if self._allowed is not None:
                 scores = self._restrict(input_ids, scores, context.row_ids[chosen].tolist())
             for processor in self._processors:
-                scores = _checked(processor, processor(input_ids, scores.clone()), scores)
+                given, scores = scores, _checked(processor, processor(input_ids, scores.clone()), scores)
+                if self._is_first:
+                    _check_repeats(processor, input_ids, given, scores)
             logits[chosen] = scores
+        self._is_first = False
         return logits
 
     def _restrict(self, input_ids: Tensor, scores: Tensor, rows: list[int]) -> Tensor:
@@ -84,3 +90,20 @@ def _checked(processor: Any, answer: object, scores: Tensor) -> Tensor:
     if bool(answer.isnan().any()):
         raise ProcessorError(f"the logits processor {name} returned NaN")
     return answer.to(scores)
+
+
+def _check_repeats(processor: HFProcessor, input_ids: Tensor, scores: Tensor, answer: Tensor) -> None:
+    """Refuse a processor that keeps something from call to call, as matchers of grammars for each row of a batch do."""
+    name, error = type(processor).__name__, None
+    try:
+        again = processor(input_ids, scores.clone())
+        if isinstance(again, Tensor) and torch.equal(again.to(answer), answer):
+            return
+    except Exception as raised:
+        error = raised
+    said = "differs" if error is None else f"raised {error!r}"
+    raise ProcessorError(
+        f"the logits processor {name}, called twice with the same texts, {said}; "
+        "it keeps something from call to call, but texts hold drafts here that may be rejected: make it depend on "
+        "input_ids alone, and for grammars see emssd_compile.grammar"
+    ) from error

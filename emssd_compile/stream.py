@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor
 
@@ -187,10 +187,25 @@ class Stream:
     `for token in stream` waits for each token, and `async for` lets the event loop run meanwhile. Any number of threads
     and loops may read at once: each iterator gives all tokens, from the first. It ends with the request, whatever ended
     it; if that was an exception, it is raised there.
+
+    A reader that stops reading ends nothing, since others may read on. `with stream` and `async with stream` do: who
+    leaves them before the request has ended, by whatever, cancels it.
     """
 
     def __init__(self, ticket: Ticket, session: Session) -> None:
         self._ticket, self._session = ticket, session  # a session lives as long as one of its streams
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.cancel()
 
     def __iter__(self) -> Iterator[int]:
         """The new tokens, without the prompt. Raises what ended the request, if an exception did."""

@@ -1,5 +1,7 @@
 """`capture`: any causal language model becomes one graph that shares its weights, or is refused."""
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +40,36 @@ def test_logits_are_found_in(wrap):
     graph_module = capture(model)
     for tokens in (2, 7, 30):
         torch.testing.assert_close(run(graph_module, tokens), eager(model.inner, tokens), rtol=1e-6, atol=1e-6)
+
+
+def test_only_what_export_says_of_itself_is_not_logged():
+    heard = list[str]()
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    own, of_export = logging.getLogger("app"), logging.getLogger("torch.export")
+
+    def log(logits: Tensor) -> Tensor:
+        own.warning("of the app")
+        of_export.warning("of export")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(of_export.warning, "of another thread").result()
+        return logits
+
+    handler = Heard()
+    own.addHandler(handler)
+    of_export.addHandler(handler)
+    try:
+        capture(_Returns(log))
+        during = {*heard}
+        of_export.warning("of export")
+    finally:
+        own.removeHandler(handler)
+        of_export.removeHandler(handler)
+    assert during == {"of the app", "of another thread"}
+    assert heard[-1] == "of export", "afterwards it is"
 
 
 @pytest.mark.parametrize("result", ["text", 3, torch.tensor([1]), ()], ids=["str", "int", "integer tensor", "empty"])

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import runpy
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from emssd_compile.errors import InvalidInputError, OptionError
 from emssd_compile.export import find_target
 from emssd_compile.export.tensorrt import BuildOptions
 from tests.export import toy
+from tests.test_session_docs import COMMANDS
 from tests.zoo import toy_model
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "demo_model" / "target"
@@ -118,7 +120,7 @@ def test_explain_names_the_passes_and_dumps_the_stages(models, tmp_path, capsys)
         (["explain", "--model", "{target}", "--drafter", "none", "--num-draft-tokens", "3"], "leave one of them out"),
         (
             ["generate", "--model", "{target}", "--prompt", "x", "--max-length", "9999"],
-            "positions the model was made for",
+            "--max-length 9999 is more than the 2048 positions the model was made for",
         ),
     ],
 )
@@ -204,6 +206,17 @@ def test_json_lines_come_back_with_all_that_was_in_them(models, tmp_path, capsys
     for each in found:
         assert each["text"] + each["completion"] == own_text(models / "target", each["text"])
         assert each["num_new_tokens"] == NEW_TOKENS
+
+
+def test_the_command_of_the_docs(models, tmp_path, capsys, monkeypatch):
+    command = next(each for each in COMMANDS if " generate " in each)
+    flags, given, found = re.fullmatch(r"emssd-compile (.*) < (.*) > (.*)\n", command).groups()  # type: ignore[union-attr]
+    assert (given, found) == ("prompts.jsonl", "out.jsonl")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{json.dumps(PROMPTS[0])}\n"))
+    (tmp_path / "llama").symlink_to(models / "target")
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(flags), "--backend", "eager", "--max-new-tokens", str(NEW_TOKENS)]) == 0
+    assert PROMPTS[0] + json.loads(capsys.readouterr().out)["completion"] == own_text(models / "target", PROMPTS[0])
 
 
 def test_a_chat_is_answered_and_streamed(models, tmp_path, capsys):

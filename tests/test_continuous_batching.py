@@ -12,10 +12,11 @@ import pytest
 
 pytest.importorskip("transformers", reason="its results are what is given")
 
+from tokenizers import Tokenizer, models
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from emssd_compile.errors import InvalidInputError, OptionError, SessionError
-from tests.export.subjects import prompt
+from tests.export.subjects import VOCABULARY, prompt
 from tests.sessions import NEW, WAIT, alone, fast, held
 
 PROMPTS = [prompt(n) for n in (3, 8, 5, 11, 4)]
@@ -134,25 +135,50 @@ def test_a_stop_that_does_not_wait_cancels():
     assert all(len(each.generated_tokens) < NEW for each in results[-2:])
 
 
-def test_the_server_of_transformers_decodes_with_it():
-    serving = pytest.importorskip("transformers.cli.serving.utils", reason="it is the server's manager that is used")
+@pytest.fixture
+def serving():
+    """The manager of transformers' server, on ours."""
+    utils = pytest.importorskip("transformers.cli.serving.utils", reason="it is the server's manager that is used")
+    manager = utils.CBGenerateManager()
+    manager.init_cb(fast(), CONFIG)
+    assert manager.is_alive()
+    yield manager
+    manager.stop()
+
+
+def test_the_manager_of_transformers_server_decodes_with_it(serving):
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
 
-    async def ask(manager: Any) -> list[Any]:
+    async def ask() -> list[Any]:
         asked = (
-            manager.generate_non_streaming(fast(), tokenizer, {"input_ids": ids}, CONFIG, f"r{len(ids)}")
+            serving.generate_non_streaming(fast(), tokenizer, {"input_ids": ids}, CONFIG, f"r{len(ids)}")
             for ids in PROMPTS
         )
         return await asyncio.gather(*asked)
 
-    manager = serving.CBGenerateManager()
-    manager.init_cb(fast(), CONFIG)
-    try:
-        assert manager.is_alive()
-        answers = asyncio.run(ask(manager))
-    finally:
-        manager.stop()
-    assert [ids for _, _, ids in answers] == [*map(_new, PROMPTS)]
+    assert [ids for _, _, ids in asyncio.run(ask())] == [*map(_new, PROMPTS)]
+
+
+def test_the_manager_of_transformers_server_streams_and_cancels_with_it(serving):
+    words = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, "0"))
+    tokenizer = SimpleNamespace(_tokenizer=words)
+    long = GenerationConfig(max_new_tokens=40, do_sample=False)
+
+    async def read(ids: list[int], config: GenerationConfig, most: int) -> list[int]:
+        queue, streamer = serving.generate_streaming(fast(), tokenizer, {"input_ids": ids}, config, f"r{len(ids)}")
+        texts = list[str]()
+        while (text := await asyncio.wait_for(queue.get(), WAIT)) is not None:
+            texts.append(text)
+            if len(texts) == most:
+                streamer.cancel()
+        return [int(text) for text in texts]  # one for each token
+
+    async def main() -> list[list[int]]:
+        return await asyncio.gather(read(prompt(6), long, 3), *(read(ids, CONFIG, 0) for ids in PROMPTS))
+
+    left, *others = asyncio.run(main())
+    assert left == _new(prompt(6), max_new_tokens=40)[: len(left)]
+    assert others == [*map(_new, PROMPTS)]
 
 
 def test_a_handler_gets_what_came_before_it():

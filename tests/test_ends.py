@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +122,18 @@ def _order(streams: dict[str, Any]) -> list[str]:
     for name, stream in streams.items():
         stream.add_done_callback(lambda _, name=name: ended.append(name))
     return ended
+
+
+def test_configs_may_differ_in_what_ends_their_rows():
+    ends = _ends()
+    configs = [SimpleNamespace(eos_token_id=eos, max_new_tokens=NEW) for eos in ends]
+    expected = [alone(ids, eos_token_id=eos) for ids, eos in zip(PROMPTS, ends, strict=True)]
+    assert fast().generate(PROMPTS, configs) == expected
+    assert fast().generate(PROMPTS, configs, eos_token_id=ends[0]) == [
+        alone(ids, eos_token_id=ends[0]) for ids in PROMPTS
+    ]
+    with pytest.raises(OptionError, match="eos_token_id differs between the prompts"):
+        fast().generate(PROMPTS, configs, min_new_tokens=3)
 
 
 def test_requests_of_a_session_end_at_their_own_and_none_waits_for_another():

@@ -110,6 +110,13 @@ BAD: dict[str, tuple[Any, type[EmssdError], str]] = {
     ),
     "no regex": (lambda t: grammar.regex("(", t), GrammarError, "the regular expression cannot be compiled"),
     "no grammar": (lambda t: grammar.lark("start: x", t), GrammarError, "the grammar cannot be compiled"),
+    "no matcher": (
+        lambda t: grammar.matching(object, 9, [0]),  # type: ignore[arg-type]
+        OptionError,
+        "has no accept_token, rollback, fill_next_token_bitmask",
+    ),
+    "no ends": (lambda t: grammar.matching(object, 9, []), OptionError, "no ids below vocab_size=9"),  # type: ignore[arg-type]
+    "an end that has no bit": (lambda t: grammar.matching(object, 9, [9]), OptionError, "no ids below"),  # type: ignore[arg-type]
     "no tokenizer": (lambda t: grammar.regex("a", "gpt2"), OptionError, "cannot read the tokenizer 'gpt2'.* fast"),
 }
 

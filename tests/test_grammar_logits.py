@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import emssd_compile
 from emssd_compile.drafters import DraftModel, PromptLookup
 from emssd_compile.errors import EmssdError, GrammarError, OptionError
-from emssd_compile.grammar import Grammar, json_schema, regex
+from emssd_compile.grammar import Grammar, json_schema, matching, regex
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.step.randomness import gumbels
 from tests.exactness.drafters import Oracle, OracleTree
@@ -97,6 +97,31 @@ OPTIONS: dict[str, Any] = {
     "seed": [seed or 0 for seed in SEEDS],
     "top_k": 0,
 }
+
+
+class _OfAnotherLibrary:
+    """A matcher by the names and the form of mask that are common to libraries."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._matcher = grammar.start()
+
+    def accept_token(self, token: int) -> bool:
+        return self._matcher.try_consume_tokens([token]) == 1
+
+    def rollback(self, count: int) -> None:
+        self._matcher.rollback(count)
+
+    def fill_next_token_bitmask(self, bitmask: Tensor, index: int) -> None:
+        bitmask[index] = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+
+
+class _OfNothing(_OfAnotherLibrary):
+    def fill_next_token_bitmask(self, bitmask: Tensor, index: int) -> None:
+        bitmask[index] = 0
+
+
+def _by_another(grammar: Grammar) -> Grammar:
+    return matching(lambda: _OfAnotherLibrary(grammar), grammar.vocab_size, grammar.ends)
 
 
 class Toy(Small):
@@ -184,6 +209,14 @@ def test_tokens_are_those_of_the_masks_without_drafts(name):
     for row, prompt, grammar in zip(found, PROMPTS, OF_EACH, strict=True):
         if grammar is not None:
             assert VALID[GRAMMARS.index(grammar)][1](json.loads(_new(row, prompt)))
+
+
+@pytest.mark.parametrize("name", ["draft-model", "random-tree"])
+def test_tokens_are_the_same_by_matchers_of_another_library(name):
+    others = [grammar and _by_another(grammar) for grammar in OF_EACH]
+    assert _fast(name).generate(PROMPTS, **OPTIONS | {"grammar": others}) == _expected()
+    mixed = [*others[:3], *OF_EACH[3:]]
+    assert _fast(name).generate(PROMPTS, **OPTIONS | {"grammar": mixed}) == _expected()
 
 
 def test_a_host_that_is_a_step_behind_gives_the_same(monkeypatch):
@@ -285,6 +318,11 @@ BAD: dict[str, tuple[dict[str, Any], type[EmssdError], str]] = {
     "no end": ({"grammar": GRAMMARS[0], "eos_token_id": None}, OptionError, "pass eos_token_id"),
     "nothing at all": (
         {"grammar": regex(r"[^\s\S]", TOKENIZER)},
+        GrammarError,
+        "prompt 0, behind 0 new tokens: the grammar allows none of the model's tokens there",
+    ),
+    "nothing by another library": (
+        {"grammar": matching(lambda: _OfNothing(SHORT), SHORT.vocab_size, SHORT.ends)},
         GrammarError,
         "prompt 0, behind 0 new tokens: the grammar allows none of the model's tokens there",
     ),

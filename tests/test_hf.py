@@ -89,6 +89,27 @@ def test_a_criterion_in_the_place_of_an_option_is_not_ignored(fast):
         fast.model.generate(**INPUTS, max_new_tokens=NEW, stopping_criteria=criteria, custom_generate=hf.generate(fast))
 
 
+class _Seen(transformers.generation.BaseStreamer):  # type: ignore[misc]
+    def __init__(self):
+        self.ids: list[int] = []
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ids.append(-1)
+
+
+def test_what_transformers_keeps_from_functions_does_nothing_as_the_docs_say(fast, other):
+    seen, ids = _Seen(), torch.tensor([PROMPTS[2]])
+    how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    kept = {"streamer": seen, "assistant_model": build("llama"), "custom_generate": other}
+    assert torch.equal(fast.model.generate(ids, **how, **kept), fast.model.generate(ids, **how))
+    assert seen.ids == PROMPTS[2], "the prompt, which transformers itself puts there, and never an end"
+    with pytest.raises(ValueError, match="tokenizer"):
+        fast.model.generate(ids, **how, stop_strings=["x"], custom_generate=other)
+
+
 def test_a_prompt_alone(fast, other):
     ids = torch.tensor([PROMPTS[2]])
     assert torch.equal(
@@ -137,17 +158,7 @@ def test_a_folder_has_any_model_compiled_and_decode(tmp_path):
     with pytest.raises(NotImplementedError, match=r"assistant_model=\(a LlamaForCausalLM\)"):
         model.generate(**INPUTS, **how, **where, assistant_model=build("llama"))
 
-    class Seen(transformers.generation.BaseStreamer):  # type: ignore[misc]
-        def __init__(self):
-            self.ids: list[int] = []
-
-        def put(self, value):
-            self.ids += value.flatten().tolist()
-
-        def end(self):
-            self.ids.append(-1)
-
-    seen = Seen()
+    seen = _Seen()
     (row,) = model.generate(torch.tensor([PROMPTS[1]]), **how, **where, streamer=seen)
     assert seen.ids == [*row.tolist(), -1]
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """What docs/embedding.md shows behind sessions is true: its examples run, are short, and give what the model gives."""
 
 import functools
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import transformers
 import emssd_compile
 from emssd_compile import hf
 from emssd_compile.drafters import DraftModel
+from emssd_compile.errors import StaleModelError
 from emssd_compile.rollouts import Rollouts
 from tests.exactness.models import prompt
 
@@ -64,11 +66,19 @@ def test_options_of_assisted_decoding(fast):
     assert found["assisted"].stats.num_draft_tokens > 0
 
 
+def test_a_function_for_generate(fast):
+    fast.stats.reset()
+    inputs = {"input_ids": torch.tensor([PROMPTS[0]])}
+    found = _run("transformers' own names", 1, hf=hf, fast=fast, model=fast.model, inputs=inputs)
+    assert fast.stats.num_emitted_tokens == 16
+    assert found["texts"].tolist() == fast.generate([PROMPTS[0]], max_new_tokens=16)
+
+
 def test_a_folder_for_generate(fast, tmp_path):
     write = functools.partial(hf.save_custom_generate, backend="eager")
     given: dict[str, Any] = {"hf": SimpleNamespace(save_custom_generate=write), "folder": str(tmp_path)}
     inputs = {"input_ids": torch.tensor([PROMPTS[0]])}
-    found = _run("transformers' own names", 1, **given, model=_model(), inputs=inputs)
+    found = _run("transformers' own names", 2, **given, model=_model(), inputs=inputs)
     assert found["texts"].tolist() == fast.generate([PROMPTS[0]], max_new_tokens=16)
 
 
@@ -77,7 +87,7 @@ def test_pipelines_and_streamers(fast):
     printed: list[Any] = []
     given = {"pipeline": transformers.pipeline, "TextIteratorStreamer": transformers.TextIteratorStreamer}
     given |= {"fast": fast, "tokenizer": tokenizer, "prompts": PROMPTS, "print": printed.append}
-    _run("transformers' own names", 2, **given)
+    _run("transformers' own names", 3, **given)
     (written,), *streamed = printed
     ids = tokenizer("def add(")["input_ids"]
     whole = fast.generate([ids, *PROMPTS], max_new_tokens=16)
@@ -89,7 +99,7 @@ def test_pipelines_and_streamers(fast):
 def test_continuous_batching(fast):
     printed: list[Any] = []
     given = {"GenerationConfig": transformers.GenerationConfig, "print": printed.append}
-    _run("transformers' own names", 3, **given, fast=fast, prompts=PROMPTS)
+    _run("transformers' own names", 4, **given, fast=fast, prompts=PROMPTS)
     whole = fast.generate(PROMPTS, max_new_tokens=16)
     new = [row[len(ids) :] for row, ids in zip(whole, PROMPTS, strict=True)]
     assert printed == [new, *new[0], new[0][-1]]  # the last result says that it is the last
@@ -97,5 +107,48 @@ def test_continuous_batching(fast):
 
 def test_rollouts():
     given = {"Rollouts": Rollouts, "GRPOTrainer": dict, "model": {}, "reward": None, "args": None, "data": None}
-    made = _run("Weights that change", 0, **given)  # tests/examples/test_grpo.py has a trainer
+    made = _run("Weights that change", 1, **given)  # tests/examples/test_grpo.py has a trainer
     assert made["trainer"]["rollout_func"] is made["rollouts"]
+
+
+def test_an_adapter_is_merged_and_the_model_compiled_anew():
+    peft = pytest.importorskip("peft", reason="it is peft's adapter that is shown")
+    given = {"get_peft_model": peft.get_peft_model, "prompts": PROMPTS, "model": _model()}
+    given["LoraConfig"] = functools.partial(peft.LoraConfig, init_lora_weights=False)
+    given["optimize"] = functools.partial(emssd_compile.optimize, backend="eager", layout="packed")
+    found = _run("Weights that change", 0, **given)
+    adapted, fast = found["adapted"], found["fast"]
+    for ids, before, after in zip(PROMPTS, found["before"], found["after"], strict=True):
+        whole = adapted.generate(input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0].tolist()
+        assert before == after == whole, "merged or not, it computes the same"
+    adapted.unmerge_adapter()
+    with pytest.raises(StaleModelError, match="refresh"):
+        fast.generate(PROMPTS, max_new_tokens=16)
+
+
+def test_what_a_notebook_shows(fast, capfd):
+    shown: list[str] = []
+    fast.stats.reset()
+    found = _run(
+        "Notebooks and logs", 0, fast=fast, prompts=PROMPTS, display=lambda value: shown.append(value._repr_html_())
+    )
+    assert found["texts"] == fast.generate(PROMPTS, max_new_tokens=16)
+    explained, stats = shown
+    assert "raise_attention" in explained
+    assert f"<th>num_emitted_tokens</th><td>{16 * len(PROMPTS)}</td>" in stats
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "tokens: 48/48" in err
+
+
+def test_logs_are_those_of_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    logger = logging.getLogger("emssd_compile")
+    try:
+        _run("Notebooks and logs", 1, logging=logging, path=tmp_path / "log")
+        logging.getLogger("emssd_compile.ops").info("kernels are built")
+    finally:
+        logger.setLevel(logging.NOTSET)
+    (handler,) = logging.root.handlers
+    handler.close()
+    assert (tmp_path / "log").read_text() == "INFO:emssd_compile.ops:kernels are built\n"

@@ -13,10 +13,15 @@ from transformers import GenerationConfig
 
 import emssd_compile
 from emssd_compile import hf
-from emssd_compile.drafters import DraftModel, EarlyExit, PromptLookup
+from emssd_compile.drafters import MTP, DraftModel, EarlyExit, PromptLookup
+from emssd_compile.drafters.decoder_layer import LayerSizes
+from emssd_compile.drafters.mtp_config import MTPConfig
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import GenerateOptions, resolve_options
+from emssd_compile.step.drafting import Drafter
+from tests.drafters.llama_heads import HIDDEN
 from tests.exactness.models import build, prompt
+from tests.zoo import VOCABULARY
 
 NEW: dict[str, Any] = {"max_new_tokens": 3}
 
@@ -113,3 +118,33 @@ def test_behind_transformers_generate_too(fast, how, said):
     same = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
     found = fast.model.generate(ids, **NEW, **same, do_sample=False, custom_generate=hf.generate(fast))
     assert torch.equal(found, fast.model.generate(ids, **NEW, do_sample=False))
+
+
+def _head() -> MTP:
+    head = MTP(MTPConfig(HIDDEN, VOCABULARY, LayerSizes(HIDDEN, 48, 4, 2, 16)))
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return head
+
+
+DRAFTERS: dict[str, tuple[Drafter, dict[str, Any]]] = {
+    "prompt lookup": (PromptLookup(5, 2), {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 2}),
+    "own modules": (_head(), {"use_mtp": True}),
+    "first layers": (EarlyExit(1, 3), {"assistant_early_exit": 1, "num_assistant_tokens": 3}),
+}
+
+
+@pytest.mark.parametrize(("drafter", "how"), DRAFTERS.values(), ids=DRAFTERS)
+def test_the_drafter_that_was_compiled_may_be_asked_for_behind_transformers_generate(drafter, how):
+    fast = emssd_compile.optimize(build("llama"), drafter, max_length=64, backend="eager", layout="packed")
+    model: Any = fast.model
+    ids, plain = torch.tensor([prompt(30)]), {"max_new_tokens": 12, "do_sample": False}
+    found = model.generate(ids, **plain, **how, custom_generate=hf.generate(fast))
+    assert torch.equal(found, model.generate(ids, **plain))
+    assert fast.stats.num_draft_tokens > 0
+    with pytest.raises(NotImplementedError, match=next(iter(how))):
+        model.generate(ids, **plain, **how, custom_generate=hf.generate(_without_drafts(model)))
+
+
+def _without_drafts(model: nn.Module) -> Any:
+    return emssd_compile.optimize(model, "none", max_length=64, backend="eager", layout="packed")

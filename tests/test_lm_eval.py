@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,21 @@ def test_what_cannot_be_decoded_is_refused(pair):
         fast.generate_until(_requests(("x", {"max_gen_toks": 8, "num_beams": 3})))
     with pytest.raises(OptionError, match="use --model hf"):
         CompiledLM(fast.model, tokenizer=fast.tokenizer, backend="seq2seq")
+
+
+def test_the_documented_command_runs(tasks, folder, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "embedding.md").read_text()
+    (command,) = re.findall(r"^python -m emssd_compile.lm_eval (.*)$", text, flags=re.MULTILINE)
+    given = command.replace("gsm8k", "local_short_texts").replace(
+        "llama/", f"{folder},compile_backend=eager,layout=packed"
+    )
+    more = ["--include_path", str(tasks), "--output_path", str(tmp_path), "--log_samples", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *shlex.split(given), *more])
+    lm_eval.__main__.cli_evaluate()
+    (samples,) = tmp_path.rglob("samples_local_short_texts*.jsonl")
+    texts = {line["doc_id"]: line["resps"][0][0] for line in map(json.loads, samples.read_text().splitlines())}
+    _, answers = _evaluate(HFLM(pretrained=str(folder), device="cpu"), tasks, ["local_short_texts"])
+    assert [texts[index] for index in sorted(texts)] == [resps[0][0] for _, resps in answers["local_short_texts"]]
 
 
 @pytest.mark.long  # another process takes a while to start

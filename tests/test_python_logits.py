@@ -99,6 +99,19 @@ def test_only_texts_of_requests_are_seen():
     assert all(any(text[: len(ids)] == ids for ids in PROMPTS) for text in seen)
 
 
+class _OfEachCall:
+    """Keeps something for each row of the batch, as if each call had one more token of each."""
+
+    def __init__(self, error: type[Exception] | None = None) -> None:
+        self.calls, self.error = 0, error
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        if self.error is not None and self.calls == 2:
+            raise self.error
+        return scores + self.calls * (torch.arange(scores.shape[1]) == 3)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no list": ({"logits_processor": 3}, OptionError, "logits_processor is not a list of callables"),
     "no function": ({"prefix_allowed_tokens_fn": [1]}, OptionError, "prefix_allowed_tokens_fn=.* cannot be called"),
@@ -110,6 +123,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another shape": ({"logits_processor": [lambda i, s: s[:, 1:]]}, ProcessorError, r"returned a tensor of shape"),
     "nothing": ({"logits_processor": [lambda i, s: None]}, ProcessorError, "function returned NoneType"),
     "NaN": ({"logits_processor": [lambda i, s: s * torch.nan]}, ProcessorError, "returned NaN"),
+    "other ones": ({"logits_processor": [_OfEachCall()]}, ProcessorError, "_OfEachCall, called twice .* differs"),
+    "an error": (
+        {"logits_processor": [_even_behind_odd, _OfEachCall(AssertionError)]},
+        ProcessorError,
+        r"_OfEachCall, called twice .* raised AssertionError\(\)",
+    ),
     "nothing allowed": (
         {"prefix_allowed_tokens_fn": lambda b, t: []},
         ProcessorError,

@@ -1,6 +1,7 @@
 """How sessions and their requests end: closed in any state, dropped, by what callbacks raise, by a step that fails."""
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -77,6 +78,64 @@ def test_what_a_callback_raises_ends_its_request_alone_and_is_raised_to_its_read
 
 async def _read(stream: Any) -> list[int]:
     return [token async for token in stream]
+
+
+def _raise_while_reading(stream: Any) -> None:
+    with contextlib.suppress(ZeroDivisionError), stream:
+        for _ in stream:
+            raise ZeroDivisionError
+
+
+def _break_off(stream: Any) -> None:
+    with stream:
+        for _ in stream:
+            break
+
+
+def _cancel_the_task(stream: Any) -> None:
+    async def read(began: asyncio.Event) -> None:
+        async with stream:
+            async for _ in stream:
+                began.set()
+
+    async def main() -> None:
+        began = asyncio.Event()
+        task = asyncio.create_task(read(began))
+        await asyncio.wait_for(began.wait(), WAIT)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("leave", [_raise_while_reading, _break_off, _cancel_the_task])
+def test_leaving_the_with_of_a_stream_ends_its_request_alone(leave):
+    calls, left = list[None](), threading.Event()
+
+    def hold(ids: Tensor, scores: None) -> bool:
+        calls.append(None)
+        return len(calls) == 2 and not left.wait(WAIT)  # the first tokens are read by then
+
+    with fast().session() as session:
+        beside = session.submit(prompt(4), max_new_tokens=40)
+        stream = session.submit(prompt(5), max_new_tokens=40, stopping_criteria=[hold])
+        leave(stream)
+        left.set()
+    assert stream.finish_reason == "cancelled"
+    assert stream.result() == alone(prompt(5), max_new_tokens=40)[: 5 + len(stream.tokens)]
+    assert beside.result() == alone(prompt(4), max_new_tokens=40)
+
+
+def test_a_reader_that_only_stops_reading_ends_nothing():
+    with fast().session() as session:
+        stream = session.submit(prompt(5), max_new_tokens=NEW)
+        for _ in stream:
+            break
+        assert stream.result(WAIT) == alone(prompt(5))
+        with stream:
+            pass
+    assert stream.finish_reason == "length"
 
 
 def test_a_streamer_hears_of_every_end():

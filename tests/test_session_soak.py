@@ -170,8 +170,7 @@ def test_tokens_are_right_and_memory_is_flat(count):
     assert later - used < MOST_BYTES
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("times", [1, 50])
+@pytest.mark.parametrize("times", [1, pytest.param(50, marks=pytest.mark.long)])
 def test_sessions_are_opened_and_closed_while_others_submit(times):
     """Whoever opens is refused or let in, whoever submits is refused or served, and what was served is right."""
     own, over, ends = fast(), threading.Event(), Counter[str]()

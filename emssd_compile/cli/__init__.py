@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from rich.text import Text
 
 import emssd_compile
 from emssd_compile.cli import batch, explain, export, generate, inspect, serve, train_drafter
+from emssd_compile.cli.flags import in_flags
 from emssd_compile.cli.models import PROGRAM
 from emssd_compile.errors import EmssdError
 
@@ -28,6 +30,8 @@ COMMANDS = {
 
 CLOSED_PIPE = 141
 """The status that a shell gives a command that SIGPIPE has ended: `head` has read enough."""
+INTERRUPTED = 130
+"""The same of SIGINT: Ctrl-C."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,9 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
-    0, or 1 after an error that is explained on standard error, or `CLOSED_PIPE` where nobody reads what it writes.
+    0, or 1 after an error that is explained on standard error, or `CLOSED_PIPE` where nobody reads what it writes, or
+    `INTERRUPTED`.
     """
     arguments = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # on standard error
     notes = Console(stderr=True)
     try:
         COMMANDS[arguments.command].run(arguments, notes)
@@ -61,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes.print(f"error: standard output cannot hold the text: {error}; set PYTHONIOENCODING=utf-8", soft_wrap=True)
         return 1
     except (EmssdError, NotImplementedError) as error:
-        notes.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        notes.print(Text.assemble(("error: ", "bold red"), in_flags(str(error), vars(arguments))), soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0

@@ -34,7 +34,7 @@ from emssd_compile.cli.prompts import NO_CHAT, Prompt, check_prompt, parse_promp
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from emssd_compile.length import length_limit_of_config, text_config
 from emssd_compile.optimized_model import OptimizedModel
-from emssd_compile.progress import progress_bar
+from emssd_compile.progress import progress_bar, working
 
 EXAMPLES = f"""
 examples:
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         if output.is_complete:
             notes.print(f"{arguments.output} is complete: nothing is left to do", soft_wrap=True)
             return
-        with notes.status("reading the prompts"):
+        with working("reading the prompts", shown=True):
             found = survey(arguments.input, read, skips_errors=arguments.skip_errors)
             done = output.resume(found.index)
         arguments.max_length = arguments.max_length or found.longest + arguments.max_new_tokens
@@ -172,7 +172,7 @@ def _here(
     lines: Iterator[Line], read: Read, arguments: argparse.Namespace, options: dict[str, Any], notes: Console
 ) -> Iterator[tuple[Line, Continuation]]:
     """Decode in this process."""
-    with notes.status("compiling"):
+    with working("compiling", shown=True):
         fast = _compiled(arguments)
     with fast.session(max_queue=arguments.max_batch) as session:
         yield from continued(session, lines, at_a_time=2 * arguments.max_batch, **options)

@@ -96,6 +96,11 @@ class Service:
         prompt = chat_tokens(self.tokenizer, messages)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         grammar = self._formats.grammar(body.response_format)
+        if grammar is not None and not self._eos_of(body):
+            raise OptionError(
+                "response_format with ignore_eos: a complete text has to end with something; leave ignore_eos out, or "
+                "pass stop_token_ids"
+            )
         told = body.top_logprobs if body.logprobs else None
         return Asked([prompt], body, most, told, {} if grammar is None else {"grammar": grammar})
 

@@ -225,7 +225,8 @@ def test_each_prompt_may_have_a_config_of_its_own():
     [
         ([], "empty list"),
         ([GenerationConfig(max_new_tokens=2)] * 2, "2 configs for 5 prompts"),
-        ([GenerationConfig(eos_token_id=n, max_new_tokens=2) for n in range(5)], "number 1 has another eos_token_ids"),
+        ([GenerationConfig(max_time=n + 9.0, max_new_tokens=2) for n in range(5)], "number 1 has another max_time"),
+        ([GenerationConfig(pad_token_id=n, max_new_tokens=2) for n in range(5)], "number 1 has another pad_token_id"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(configs, message):

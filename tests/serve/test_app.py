@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from fastapi import FastAPI
 
@@ -214,6 +215,12 @@ def test_answers_keep_to_the_response_format(openai_client, stream):
     found = json.loads(text)
     assert isinstance(found["ok"], bool)
     assert found["size"] in (1, 2)
+
+
+def test_a_response_format_without_an_end_is_refused_by_the_fields_of_the_request(openai_client):
+    asked: dict[str, Any] = {"response_format": {"type": "json_object"}, "extra_body": {"ignore_eos": True}}
+    with pytest.raises(openai.BadRequestError, match=r"response_format with ignore_eos.* pass stop_token_ids"):
+        openai_client.chat.completions.create(model=NAME, messages=MESSAGES, **asked)
 
 
 def test_any_json_object(openai_client):

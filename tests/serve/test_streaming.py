@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import random
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -181,20 +183,26 @@ def test_64_requests_at_a_time_get_what_generate_gives_each(address):
     ]
     prompts = ["the cat", "é", "x = ", "def add(a, b):", "🙂 the mat", "a", "sat on", '{"name']
 
+    def is_chat(number: int) -> bool:
+        return number % 5 in (1, 3)
+
+    def said(choice: Any, kind: str) -> str:
+        return (getattr(choice, kind).content or "") if hasattr(choice, kind) else choice.text
+
     async def ask(asked: openai.AsyncOpenAI, number: int) -> tuple[str, str, int]:
-        given = {
-            "model": NAME,
-            "prompt": prompts[number % 8],
-            "max_tokens": 5 + number // 2,
-            **kinds[number // 8 % 4],
-        }
+        prompt, place = prompts[number % 8], asked.chat.completions if is_chat(number) else asked.completions
+        given: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if is_chat(number) else {}
+        given = given or {"prompt": prompt}
+        given |= {"model": NAME, "max_tokens": 5 + number // 2, **kinds[number // 8 % 4]}
+        create: Any = place.create
         if number % 3:
-            answer = await asked.completions.create(**given)
-            return answer.choices[0].text, answer.choices[0].finish_reason, answer.usage.completion_tokens
-        text, stream = "", await asked.completions.create(**given, stream=True, stream_options={"include_usage": True})
+            answer = await create(**given)
+            (choice,) = answer.choices
+            return said(choice, "message"), choice.finish_reason, answer.usage.completion_tokens
+        text, stream = "", await create(**given, stream=True, stream_options={"include_usage": True})
         async for chunk in stream:
             for choice in chunk.choices:
-                text, reason = text + choice.text, choice.finish_reason
+                text, reason = text + said(choice, "delta"), choice.finish_reason
         return text, reason, chunk.usage.completion_tokens
 
     async def ask_all() -> list[tuple[str, str, int]]:
@@ -205,6 +213,39 @@ def test_64_requests_at_a_time_get_what_generate_gives_each(address):
     for number, answer in enumerate(found):
         kind = {**kinds[number // 8 % 4]}
         drawing = {"do_sample": True, "temperature": heat} if (heat := kind.pop("temperature")) else {}
-        tokens = new_tokens(prompts[number % 8], max_new_tokens=5 + number // 2, **kind, **drawing)
+        prompt = f"<user>{prompts[number % 8]}\n<assistant>" if is_chat(number) else prompts[number % 8]
+        tokens = new_tokens(prompt, max_new_tokens=5 + number // 2, **kind, **drawing)
         assert answer == (text_of(tokens), reason_of(tokens), len(tokens))
     assert threading.active_count() < 64
+
+
+@pytest.mark.parametrize("count", [96, pytest.param(4_000, marks=pytest.mark.long)])
+def test_clients_that_leave_at_random_disturb_no_other(app, address, count):
+    draw, prompts = random.Random(count), ["the cat", "é", "x = ", "def add(a, b):"]
+    expected = {prompt: text_of(new_tokens(prompt, max_new_tokens=NEW)) for prompt in prompts}
+    before, ends = sum(_ended(address).values()), Counter[str]()
+
+    async def ask(asked: httpx.AsyncClient, patience: float) -> None:
+        prompt, stream = draw.choice(prompts), draw.random() < 0.5
+        body = {"model": NAME, "prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": stream}
+        try:
+            answer = await asyncio.wait_for(asked.post(f"{address}/v1/completions", json=body), patience)
+        except TimeoutError:
+            ends["left"] += 1
+            return
+        bodies = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        pieces = [json.loads(each)["choices"][0]["text"] for each in (bodies if stream else [answer.text])]
+        assert "".join(pieces) == expected[prompt]
+        ends["served"] += 1
+
+    async def ask_all() -> None:
+        async with httpx.AsyncClient(timeout=WAIT) as asked:
+            for _ in range(0, count, 16):  # so many at a time
+                patience = [draw.choice([WAIT, WAIT, 0.005, 0.3]) for _ in range(16)]
+                await asyncio.gather(*(ask(asked, most if most == WAIT else draw.random() * most) for most in patience))
+
+    asyncio.run(ask_all())
+    assert min(ends["left"], ends["served"]) > count // 8
+    _until(lambda: app.state.service.session.num_requests == (0, 0))
+    after = sum(_ended(address).values()) - before
+    assert ends["served"] <= after <= count, "who leaves before the server has read the request, asked for nothing"
