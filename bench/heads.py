@@ -126,7 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--heads", type=Path, nargs="*", metavar="DIR", help="checkpoints of heads (default: those shipped, or none)"
     )
-    parser.add_argument("--exit", type=number, metavar="E", help="layers that draft by early exit (default: a quarter)")
+    parser.add_argument("--exit", type=number, metavar="E", help="draft with so many layers, too, by early exit")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these drafters only")
     parser.add_argument("--batches", type=number, nargs="+", default=[1, 4, 8, 16], metavar="B", help="(%(default)s)")
     parser.add_argument("--tokens", type=number, default=96, help="new tokens of each row (default: %(default)s)")

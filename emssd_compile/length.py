@@ -1,4 +1,4 @@
-"""How long a text a model's configuration allows."""
+"""What a model says of itself: how long a text may be, and how large it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import integer
+from emssd_compile.step.drafting import TargetSizes
 
 _LENGTH_ATTRIBUTES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "block_size")
 
@@ -42,6 +43,17 @@ def length_limit_of_config(config: Any) -> int | None:
         return None
     scalings = _rotary_scalings(text_config(config))
     return max([trained, *(_scaled_length(scaling, trained) for scaling in scalings)])
+
+
+def declared_sizes(model: nn.Module, rows: int, capacity: int) -> TargetSizes | None:
+    """What the LM head and the config of a model say of it as a target; None where they do not."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    layers = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
+    vocabulary, hidden_size = (getattr(head, name, None) for name in ("out_features", "in_features"))
+    if isinstance(vocabulary, int) and isinstance(hidden_size, int) and isinstance(layers, int):
+        return TargetSizes(rows, capacity, vocabulary, hidden_size, layers)
+    return None
 
 
 def _trained_length(config: Any) -> int | None:

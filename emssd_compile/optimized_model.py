@@ -30,7 +30,7 @@ from emssd_compile.errors import (
 from emssd_compile.freshness import Freshness
 from emssd_compile.generation import honoured_options
 from emssd_compile.layouts import LAYOUTS
-from emssd_compile.length import length_limit, resolve_length
+from emssd_compile.length import declared_sizes, length_limit, resolve_length
 from emssd_compile.logits import LogitsProcessor, make_processors
 from emssd_compile.lowering import BACKENDS, StepFunction
 from emssd_compile.options import CompileOptions
@@ -118,6 +118,8 @@ def optimize(
     options.chunk(proposer.num_draft_tokens)
     check_state(options.max_batch, options.max_length, _device(model))
     BACKENDS[options.backend].require(_device(model))
+    if (sizes := declared_sizes(model, max_batch, length)) is not None:
+        proposer.check(sizes)
     check_weights(model)
     check_weights(proposer)
     with compiling, neutral(torch.get_default_dtype()):

@@ -19,7 +19,7 @@ from emssd_compile.drafters.head_attention import Cache, NodeAttention, SelfFedA
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import integer
 from emssd_compile.ops import pack_ancestors
-from emssd_compile.step.drafting import Draft, DraftContext
+from emssd_compile.step.drafting import Draft, DraftContext, TargetSizes
 from emssd_compile.step.pack import Packed, pack_each
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -90,6 +90,11 @@ class AutoregressiveHead(DraftHead):
             self.num_draft_tokens, self.max_depth = tree.nodes, tree.depth
         self.tree, self.sizes, self.num_layers = tree, sizes, num_layers
         self.spare_slots = tree.fed if tree else 0
+
+    def check(self, sizes: TargetSizes) -> None:
+        """As for `DraftHead`. Raises DrafterError if rows are longer than its layers were made for, too."""
+        super().check(sizes)
+        self.sizes.check_reach(type(self).__name__, sizes.capacity)
 
     def features_of(self, taps: Mapping[str | int, Tensor]) -> Tensor:
         """The target's features of each token, `[..., H]`, from what it computed of them, `[..., Ht]` each."""

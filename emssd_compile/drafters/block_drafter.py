@@ -26,7 +26,7 @@ from emssd_compile.drafters.markov_head import MARKOV_HEADS, ConfidenceHead, Mar
 from emssd_compile.drafters.own_tables import OwnTables
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.ops import pack_ancestors
-from emssd_compile.step.drafting import Draft, DraftContext, Target
+from emssd_compile.step.drafting import Draft, DraftContext, Target, TargetSizes
 from emssd_compile.step.pack import pack_each
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -108,7 +108,7 @@ class BlockDrafter(OwnTables):
             self.confidence_head = ConfidenceHead(width + rank * config.confidence_reads_token)
 
     @classmethod
-    def for_target(cls, target: Target, **sizes: Any) -> Self:
+    def for_target(cls, target: TargetSizes, **sizes: Any) -> Self:
         """A head to be trained; it reads the layers that DFlash does, unless `taps` are among the sizes.
 
         Raises:
@@ -118,6 +118,11 @@ class BlockDrafter(OwnTables):
             raise OptionError("has_confidence: confidence heads are read from checkpoints only; leave it out")
         taps = default_taps(target.num_layers, 5)
         return super().for_target(target, **{"taps": tuple(dict.fromkeys(taps)), **sizes})
+
+    def check(self, sizes: TargetSizes) -> None:
+        """As for `DraftHead`. Raises DrafterError if rows are longer than its layers were made for, too."""
+        super().check(sizes)
+        self.config.layer.check_reach("BlockDrafter", sizes.capacity)
 
     def prepare(self, target: Target) -> None:
         """See the target.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emssd_compile.drafters.rotary import Rotary
+from emssd_compile.errors import DrafterError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries `[..., Hq, D]`, keys and values `[..., Hkv, D]`, all turned by their positions) -> `[..., Hq, D]`."""
@@ -33,6 +34,7 @@ class LayerSizes:
         rotary: how positions turn queries and keys.
         has_head_norms: whether queries and keys are normalised head by head (Qwen3).
         has_qkv_bias, has_output_bias, has_mlp_bias: whether these projections have one.
+        longest: tokens of a row that it was trained to tell positions of; None where nothing is said.
         is_gated: whether what is attended with is multiplied by the sigmoid of as many more queries (Qwen3-Next).
     """
 
@@ -48,12 +50,22 @@ class LayerSizes:
     has_output_bias: bool = False
     has_mlp_bias: bool = False
     is_gated: bool = False
+    longest: int | None = None
 
     @classmethod
     def as_wide_as(cls, width: int) -> Self:
         """A layer for a head to be trained."""
         size = next(size for size in (128, 64, 32, 16, 8, 4, 2) if width % size == 0)
         return cls(width, 3 * width, width // size, width // size, size)
+
+    def check_reach(self, kind: str, capacity: int) -> None:
+        """Raises DrafterError if rows of so many tokens have positions that the layer was not trained for."""
+        if self.longest is not None and capacity > self.longest:
+            raise DrafterError(
+                f"the {kind} was made for {self.longest} positions, as max_position_embeddings of its config says, and "
+                f"rows have up to {capacity} tokens: pass max_length={self.longest} or less, or say there how far it "
+                "reaches"
+            )
 
     def norm(self, width: int | None = None) -> RMSNorm:
         """A norm of H elements, or of as many as are given."""

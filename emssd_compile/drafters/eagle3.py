@@ -15,7 +15,7 @@ from emssd_compile.drafters.eagle3_config import Eagle3Config, default_taps
 from emssd_compile.drafters.eagle3_layouts import OriginalEagle3, SpeculatorsEagle3
 from emssd_compile.drafters.head import Layout, Recipe
 from emssd_compile.drafters.own_tables import OwnTables
-from emssd_compile.step.drafting import Target
+from emssd_compile.step.drafting import TargetSizes
 
 
 class Eagle3(OwnTables, AutoregressiveHead):
@@ -67,7 +67,7 @@ class Eagle3(OwnTables, AutoregressiveHead):
         self.make_tables(config, width)
 
     @classmethod
-    def for_target(cls, target: Target, **sizes: Any) -> Self:
+    def for_target(cls, target: TargetSizes, **sizes: Any) -> Self:
         """A head to be trained; it reads the layers that EAGLE-3 does, unless `taps` are among the sizes."""
         return super().for_target(target, **{"taps": default_taps(target.num_layers), **sizes})
 

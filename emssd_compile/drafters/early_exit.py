@@ -10,7 +10,7 @@ from torch import Tensor
 from emssd_compile.drafters.causal import CausalDrafter
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import integer, shown
-from emssd_compile.step.drafting import Draft, DraftContext, Target
+from emssd_compile.step.drafting import Draft, DraftContext, Target, TargetSizes
 from emssd_compile.step.pack import pack_one_each
 
 
@@ -50,6 +50,14 @@ class EarlyExit(CausalDrafter):
         """The layer that is left early, if it is the first ones that draft; and K."""
         first = {"assistant_early_exit": len(self.layers)} if self.layers == (*range(len(self.layers)),) else {}
         return {**first, "num_assistant_tokens": self.num_draft_tokens}
+
+    def check(self, sizes: TargetSizes) -> None:
+        """See the target's sizes. Raises OptionError if it has no such layers."""
+        if self.layers[-1] >= sizes.num_layers:
+            raise OptionError(
+                f"EarlyExit layers={list(self.layers)}: the model has layers 0 to {sizes.num_layers - 1} only; leave "
+                "out those that it has not"
+            )
 
     def prepare(self, target: Target) -> None:
         """Leave the other layers out.

@@ -14,7 +14,7 @@ from emssd_compile.checkpoints import Checkpoint, read_checkpoint, write_checkpo
 from emssd_compile.drafters.vocabularies import difference
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from emssd_compile.numeric import shown
-from emssd_compile.step.drafting import Drafter, Target, TokenTables
+from emssd_compile.step.drafting import Drafter, Target, TargetSizes, TokenTables
 
 
 class HeadSizes(Protocol):
@@ -117,7 +117,7 @@ class DraftHead(Drafter):
         self._read_tables: Callable[[], TokenTables] = TokenTables
 
     @classmethod
-    def for_target(cls, target: Target, **sizes: Any) -> Self:
+    def for_target(cls, target: TargetSizes, **sizes: Any) -> Self:
         """A head with fresh weights; `sizes` are the fields of its configuration that the target leaves open.
 
         Raises:
@@ -168,19 +168,25 @@ class DraftHead(Drafter):
         """Write a checkpoint in the first of the `layouts`."""
         write_checkpoint(folder, *self.layouts[0].write(self.config, self.state_dict()))
 
+    def check(self, sizes: TargetSizes) -> None:
+        """Raises DrafterError if the head was made for another size or vocabulary; else as for `Drafter`."""
+        if self.config.hidden_size != sizes.hidden_size:
+            raise DrafterError(
+                f"the {type(self).__name__} was made for hidden states of size {self.config.hidden_size}; the target's "
+                f"have {sizes.hidden_size}: use the head that was trained for this target"
+            )
+        difference(self.config.vocabulary, sizes.vocabulary)
+        super().check(sizes)
+
     def prepare(self, target: Target) -> None:
         """See the target, and move to its device and dtype.
 
         Raises:
-            DrafterError: the head was made for another size or vocabulary, or reads a table that the target lacks.
+            DrafterError, OptionError: as `check`, now that the target's sizes are known.
+            DrafterError: the head reads a table that the target lacks.
         """
+        self.check(target)
         name = type(self).__name__
-        if self.config.hidden_size != target.hidden_size:
-            raise DrafterError(
-                f"the {name} was made for hidden states of size {self.config.hidden_size}; the target's have "
-                f"{target.hidden_size}: use the head that was trained for this target"
-            )
-        difference(self.config.vocabulary, target.vocabulary)
         missing = [table for table in self.borrows if getattr(target.tables, table) is None]
         if missing:
             raise DrafterError(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.numeric import number, shown
-from emssd_compile.step.drafting import Draft, DraftContext, Drafter, Target, check_drafter
+from emssd_compile.step.drafting import Draft, DraftContext, Drafter, Target, TargetSizes, check_drafter
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.parts import PartSizes, gather_tensors, merge_options, tensors_of
 from emssd_compile.step.proposals import DETERMINISTIC
@@ -81,6 +81,11 @@ class Hybrid(Drafter):
                 f"{list(second.proposes)}; choose drafters that share a way"
             )
         merge_options(both, DrafterError)
+
+    def check(self, sizes: TargetSizes) -> None:
+        """Check both. Raises DrafterError or OptionError if one of them does not fit the target."""
+        self.first.check(sizes)
+        self.second.check(sizes)
 
     def prepare(self, target: Target) -> None:
         """Prepare both. Raises DrafterError if one of them does not fit the target."""

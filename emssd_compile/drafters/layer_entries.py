@@ -120,7 +120,16 @@ def read_layer(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> LayerSizes
         has_output_bias=has_bias,
         has_mlp_bias=flag("mlp_bias"),
         is_gated=kind == GATED,
+        longest=_read_longest(checkpoint, entries, rotary),
     )
+
+
+def _read_longest(checkpoint: Checkpoint, entries: Mapping[str, Any], rotary: Rotary) -> int | None:
+    """Tokens of a row: as many as are said, or farther, where positions are stretched."""
+    said: int | None = checkpoint.get("max_position_embeddings", int, None, within=entries)
+    if said is None or rotary.scaling is None:
+        return said
+    return max(said, int(rotary.scaling.factor * rotary.scaling.original_length))
 
 
 def _read_rotary(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> Rotary:
@@ -172,6 +181,7 @@ def written_layer(sizes: LayerSizes) -> dict[str, Any]:
         "num_key_value_heads": sizes.kv_heads,
         "head_dim": sizes.head_size,
         "rms_norm_eps": sizes.epsilon,
+        **({} if sizes.longest is None else {"max_position_embeddings": sizes.longest}),
         **rotary,
         **({"attention_bias": sizes.has_qkv_bias} if kind != "qwen2" else {}),
         **({"mlp_bias": sizes.has_mlp_bias} if kind == "llama" else {}),

@@ -18,7 +18,7 @@ from emssd_compile.drafters.medusa_layouts import FasterDecodingLayout, VllmLayo
 from emssd_compile.drafters.sparse_tree import SparseTree, calibrated_tree
 from emssd_compile.drafters.speculators import InSpeculators
 from emssd_compile.errors import DrafterError, OptionError
-from emssd_compile.step.drafting import Draft, DraftContext, Target, TokenTables
+from emssd_compile.step.drafting import Draft, DraftContext, TargetSizes, TokenTables
 
 DEFAULT_NODES, DEFAULT_RANKS = 31, 10
 """With its root such a tree fills one word of 32 bits; the published trees draft the ten likeliest tokens, too."""
@@ -89,14 +89,14 @@ class Medusa(DraftHead):
             for lm_head in self.lm_heads.parameters():
                 lm_head.copy_(tables.head[known])
 
-    def prepare(self, target: Target) -> None:
-        """See the target.
+    def check(self, sizes: TargetSizes) -> None:
+        """See `DraftHead`.
 
         Raises:
             DrafterError: as for `DraftHead`, or the tree wants more tokens of a depth than there are.
         """
-        super().prepare(target)
-        most = min(self.config.draft_vocabulary or self.config.vocabulary, target.vocabulary)
+        super().check(sizes)
+        most = min(self.config.draft_vocabulary or self.config.vocabulary, sizes.vocabulary)
         if (wanted := max(self.tree.widths)) > most:
             raise DrafterError(
                 f"the tree of the Medusa has rank {wanted - 1}, and its heads know {most} tokens: draft lower ranks"

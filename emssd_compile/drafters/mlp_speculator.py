@@ -19,7 +19,7 @@ from emssd_compile.drafters.speculators import TYPE, InSpeculators
 from emssd_compile.drafters.tree_shape import MOST_NODES, TreeShape
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.numeric import flag, integer
-from emssd_compile.step.drafting import Draft, DraftContext, Target
+from emssd_compile.step.drafting import Draft, DraftContext, TargetSizes
 from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED, WITHOUT_REPLACEMENT
 
 EPSILON = 1e-6
@@ -178,14 +178,14 @@ class MLPSpeculator(DraftHead):
         state_weight = 0.5 ** (0.5 / config.num_heads)
         self.emb_weight = ((1 - state_weight**2) * inner / 2) ** 0.5 / state_weight
 
-    def prepare(self, target: Target) -> None:
-        """See the target.
+    def check(self, sizes: TargetSizes) -> None:
+        """See `DraftHead`.
 
         Raises:
             DrafterError: as for `DraftHead`, or the tree wants more tokens behind one node than there are.
         """
-        super().prepare(target)
-        most = min(self.config.vocabulary, target.vocabulary)
+        super().check(sizes)
+        most = min(self.config.vocabulary, sizes.vocabulary)
         if (wanted := max(self.shape.branching)) > most:
             raise DrafterError(
                 f"the MLPSpeculator drafts {wanted} tokens behind one node, and there are only {most} in the "

@@ -121,7 +121,7 @@ class RecurrentDrafter(DraftHead):
     kind = "recurrent"
     config_class = RecurrentConfig
     layouts = (AppleLayout(),)
-    recipe = Recipe(learning_rate=1e-3, distils=False, epochs=2)
+    recipe = Recipe(learning_rate=1e-3, continues=True)
     borrows = ("embedding",)
     is_costly = True
     any_rows = True

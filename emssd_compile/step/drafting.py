@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from emssd_compile.errors import DrafterError
+from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.fields import STATIC, WRITABLE, holds_tensors
 from emssd_compile.step.pack import Packed, of_first_rows
 from emssd_compile.step.parts import Part
@@ -171,8 +171,8 @@ class TokenTables:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The model that a drafter drafts for, as `Drafter.prepare` meets it.
+class TargetSizes:
+    """What a model may say of itself before anything of it is captured.
 
     Attributes:
         rows: B.
@@ -180,6 +180,20 @@ class Target:
         vocabulary: V.
         hidden_size: H, of `DraftContext.hidden` and of taps.
         num_layers: decoder layers that attend.
+    """
+
+    rows: int
+    capacity: int
+    vocabulary: int
+    hidden_size: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Target(TargetSizes):
+    """The model that a drafter drafts for, as `Drafter.prepare` meets it.
+
+    Attributes:
         dtype, device: of its hidden states.
         compile_model: compiles a causal LM of the drafter's own.
         with_layers: the target itself with some of its decoder layers only, by number, layer 0 among them, as a model
@@ -188,11 +202,6 @@ class Target:
         read_tables: gives its weights at both ends, as they are when it is called: they may be replaced.
     """
 
-    rows: int
-    capacity: int
-    vocabulary: int
-    hidden_size: int
-    num_layers: int
     dtype: torch.dtype
     device: torch.device
     compile_model: Compile
@@ -236,6 +245,20 @@ class Drafter(Part):
     any_rows: bool = False
     reads_ahead: bool = False
     proposes: tuple[str, ...] = (DETERMINISTIC,)
+
+    def check(self, sizes: TargetSizes) -> None:
+        """Called before any work, with what the target says of itself, if it does.
+
+        Raises:
+            OptionError: the target has not the layers that are asked for.
+            DrafterError: the drafter does not fit it in another way.
+        """
+        for tap in self.taps:
+            if not -sizes.num_layers <= tap < sizes.num_layers:
+                raise OptionError(
+                    f"the output of layer {tap} was asked for; the model has {sizes.num_layers} layers: use a drafter "
+                    "that was made for this target"
+                )
 
     def prepare(self, target: Target) -> None:
         """Called before tracing. Raises DrafterError if the drafter does not fit the target.

@@ -14,7 +14,7 @@ from torch import nn
 from emssd_compile.capture import check_model, check_weights
 from emssd_compile.drafters.head import DraftHead
 from emssd_compile.errors import OptionError
-from emssd_compile.length import length_limit
+from emssd_compile.length import declared_sizes, length_limit
 from emssd_compile.progress import progress_bar
 from emssd_compile.training import report
 from emssd_compile.training.continuations import Continuations
@@ -99,6 +99,9 @@ def train(
             f"window={options.window} is more than the {limit} positions the model was made for; pass {limit} or less"
         )
     check_model(model)
+    if (sizes := declared_sizes(model, options.batch, options.window)) is not None:
+        with torch.device("meta"):
+            head_class.for_target(sizes, **options.sizes).check(sizes)
     check_weights(model)
     tell = report.open_tensorboard(out) if tensorboard and processes.is_first else lambda progress: None
     windows, held_out = texts.windows(options)

@@ -191,3 +191,18 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, changed, message):
     weights = {name: value for name, value in {**tensors(), **changed}.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
         Eagle3.from_pretrained(written(tmp_path, CONFIG, weights))
+
+
+@pytest.mark.parametrize(
+    ("said", "scaled", "reach"),
+    [(None, True, None), (64, False, 64), (64, True, 8 * 64), (1024, True, 1024)],
+    ids=["nothing", "as said", "stretched", "stretched already"],
+)
+def test_how_far_positions_reach_is_read_and_written(said, scaled, reach, tmp_path):
+    entries = {**CONFIG["transformer_layer_config"], "max_position_embeddings": said}
+    if not scaled:
+        del entries["rope_scaling"]
+    head = Eagle3.from_pretrained(written(tmp_path, {**CONFIG, "transformer_layer_config": entries}, tensors()))
+    assert head.config.layer.longest == reach
+    head.save_pretrained(tmp_path)
+    assert Eagle3.from_pretrained(tmp_path).config == head.config

@@ -245,6 +245,7 @@ def test_the_second_has_read_what_the_first_drafted(reference):
     assert min(decoder.stats.acceptance_histogram[3:]) > 0
 
 
+@pytest.mark.long
 def test_an_artifact_of_a_hybrid_decodes_the_same(reference, tmp_path):
     pytest.importorskip("onnxruntime")
     decoder = emssd_compile.optimize(

@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5TextRotaryEmbedding
 
-from emssd_compile.drafters import MTP, DynamicTree
+from emssd_compile.drafters import MTP, DynamicTree, load_head
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.drafters.head_attention import SelfFedAttention
 from emssd_compile.drafters.mtp_config import MTPConfig
 from emssd_compile.drafters.rotary import Rotary
 from emssd_compile.errors import CheckpointError, DrafterError, OptionError
 from tests.drafters.contexts import target_of
+from tests.drafters.head_cases import write
 from tests.drafters.llama_heads import (
     HIDDEN,
     NEW,
@@ -32,7 +33,7 @@ from tests.drafters.llama_heads import (
     shape,
     target,
 )
-from tests.drafters.plain_heads import part, plain_modules, plain_mtp
+from tests.drafters.plain_heads import attention, mlp, part, plain_modules, plain_mtp, rms, tapped
 from tests.drafters.watched import check_drafts
 from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY
@@ -226,6 +227,69 @@ def test_several_modules_make_chains_of_as_many_drafts_at_most():
         head_of(THREE, num_draft_tokens=4)
     with pytest.raises(OptionError, match="MTPConfig num_modules=0 is out of range"):
         MTPConfig(HIDDEN, VOCABULARY, num_modules=0)
+
+
+SPECULATORS: dict[str, Any] = {
+    "speculators_model_type": "mtp",
+    "speculators_version": "0.3.0",
+    "architectures": ["MTPSpeculator"],
+    "num_nextn_predict_layers": 1,
+    "speculators_config": {
+        "algorithm": "mtp",
+        "proposal_methods": [
+            {"proposal_type": "greedy", "speculative_tokens": 2, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+        ],
+        "default_proposal_method": "greedy",
+        "verifier": {"name_or_path": "some/model", "architectures": ["Qwen3ForCausalLM"]},
+    },
+}
+OF_QWEN3: dict[str, Any] = {**ENTRIES, "model_type": "qwen3", "head_dim": 16, "rope_theta": 500.0}
+OF_QWEN35: dict[str, Any] = {
+    **ENTRIES,
+    "model_type": "qwen3_5_text",
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+}
+
+
+@pytest.mark.parametrize(("entries", "norms"), [(OF_QWEN3, 0.0), (OF_QWEN35, 1.0)], ids=["qwen3", "qwen3.5"])
+@torch.no_grad()
+def test_a_checkpoint_of_speculators_is_read(entries, norms, tmp_path):
+    """By the names that are published, and computed from what the file holds; the norms of Qwen3.5 lack 1."""
+    heads = 4 * 16 * (2 if norms else 1)  # with as many gates
+    shapes = {
+        **{f"{name}_layernorm": (HIDDEN,) for name in ("token", "hidden", "final", "input", "post_attention")},
+        "input_proj": (HIDDEN, 2 * HIDDEN),
+        "self_attn.q_proj": (heads, HIDDEN),
+        **{f"self_attn.{kind}_proj": (2 * 16, HIDDEN) for kind in "kv"},
+        "self_attn.o_proj": (HIDDEN, 4 * 16),
+        **{f"self_attn.{kind}_norm": (16,) for kind in "qk"},
+        **{f"mlp.{kind}_proj": (48, HIDDEN) for kind in ("gate", "up")},
+        "mlp.down_proj": (HIDDEN, 48),
+    }
+    file = {f"mtp_layers.0.{name}.weight": torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    folder = write(tmp_path, {**SPECULATORS, "transformer_layer_config": entries}, file)
+    head = prepared(load_head(folder))
+    assert isinstance(head, MTP)
+    assert (head.num_draft_tokens, head.config.vocabulary, head.max_depth) == (2, VOCABULARY, None)
+
+    text = prompt(9)
+    weights = {name: value + norms * ("norm" in name) for name, value in part(file, "mtp_layers.0.").items()}
+    _, hidden = tapped(target(), text, ())
+    pair = target().model.embed_tokens.weight[text[1:]], hidden[:-1]
+    pair = rms(pair[0], weights["token_layernorm.weight"]), rms(pair[1], weights["hidden_layernorm.weight"])
+    x = torch.cat(pair, 1) @ weights["input_proj.weight"].T
+    own = part(weights, "self_attn.")
+    x = x + attention(own, rms(x, weights["input_layernorm.weight"]), head.config.layer)
+    x = x + mlp(part(weights, "mlp."), rms(x, weights["post_attention_layernorm.weight"]))
+    expected = rms(x, weights["final_layernorm.weight"]) @ target().lm_head.weight.T  # [8, V]
+    first = next(head.rollout(features_of([text], head)))
+    torch.testing.assert_close(first[0, :8], expected, rtol=1e-3, atol=1e-3)
+    assert (head.config.layer.rotary, head.config.layer.is_gated) == (
+        Rotary(500.0, share=0.25 if norms else 1.0),
+        bool(norms),
+    )
 
 
 def test_sizes_may_be_those_of_the_text_model(tmp_path):

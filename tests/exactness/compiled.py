@@ -101,8 +101,9 @@ class Target:
         return OptimizedModel(self.model, step, options)
 
     def _disturbed(self, model: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:
-        """The target with noise on its weights: a draft model that is right now and then."""
-        assert model is self.model
+        """The target with noise on its weights: a draft model that is right now and then. Others are as they are."""
+        if model is not self.model:
+            return compile_model(model, BatchShape(self.rows, CAPACITY, tree_nodes))
         compiled = self._compile(tree_nodes)
         disturbed = replace(compiled, graph_module=copy.deepcopy(compiled.graph_module))
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Draft heads of every kind, untrained and trained, for three families of targets: the tokens are the targets' own."""
+"""Draft heads of every kind and their like, untrained and trained, in batches of several sizes, for three families of
+targets: the tokens are the targets' own.
+"""
 
 from __future__ import annotations
 
@@ -11,69 +13,75 @@ import torch._inductor.config
 
 import emssd_compile
 from emssd_compile.decoder import Decoder
-from emssd_compile.drafters import (
-    HEADS,
-)
+from emssd_compile.drafters import HEADS
 from emssd_compile.optimized_model import OptimizedModel
 from tests.exactness.compiled import target
 from tests.exactness.trained_heads import (
+    BATCHES,
     CASES,
     FAMILIES,
     FEW,
     NEW,
+    OTHERS,
     PROMPTS,
     ROWS,
     SAMPLING,
     SIZES,
     expected_texts,
     in_turn,
-    learn,
-    make_head,
+    make_drafter,
+    prompts_for,
+    teach,
 )
 from tests.zoo import toy_model
 
-OFTEN = tuple(zip(itertools.cycle(FAMILIES), CASES, strict=False))
-"""Tried each time: every case with one family, and so every family. The others if --long."""
+ALL = (*CASES, *OTHERS)
+OFTEN = tuple((*batch, case) for batch, case in zip(itertools.cycle(zip(FAMILIES, BATCHES, strict=True)), ALL))
+"""Tried each time: every case with one family and one size of batch, and so each of them. The others if --long."""
 
 
 @functools.cache
-def _drawn(family: str) -> tuple[list[list[int]], list[list[int]]]:
+def _drawn(family: str, rows: int) -> tuple[list[list[int]], list[list[int]]]:
     """Of the prompts, and several texts of one of them, without drafts."""
-    of = target(family, ROWS)
+    of = target(family, rows)
     plain = of.optimize(of.drafter("none"))
-    return plain.generate(PROMPTS, **SAMPLING), plain.generate(PROMPTS[2:3], num_return_sequences=ROWS, **SAMPLING)
+    several = plain.generate(PROMPTS[2:3], num_return_sequences=rows, **SAMPLING)
+    return plain.generate(prompts_for(rows), **SAMPLING), several
 
 
 @pytest.mark.parametrize(
-    ("family", "case"),
+    ("family", "rows", "case"),
     [
-        pytest.param(family, case, marks=() if (family, case) in OFTEN else pytest.mark.long)
-        for family in FAMILIES
-        for case in CASES
+        pytest.param(*each, marks=() if each in OFTEN else pytest.mark.long)
+        for each in itertools.product(FAMILIES, BATCHES, ALL)
     ],
 )
-def test_tokens_are_the_models_own(family, case):
-    """Untrained and trained: the weights of a head change under a step that is compiled."""
-    expected = expected_texts(family)
-    drawn, several = _drawn(family)
-    head = make_head(family, case)
-    fast = target(family, ROWS).optimize(head, prefill_chunk=24)
-    assert fast.generate(PROMPTS, max_new_tokens=NEW) == expected
+def test_tokens_are_the_models_own(family, rows, case):
+    """Untrained and trained, greedy and sampled: the weights of a drafter change under a step that is compiled."""
+    prompts, texts = prompts_for(rows), expected_texts(family)
+    expected = [texts[PROMPTS.index(ids)] for ids in prompts]
+    drawn, several = _drawn(family, rows)
+    drafter = make_drafter(family, case)
+    fast = target(family, rows).optimize(drafter, prefill_chunk=24)
+    assert fast.generate(prompts, **SAMPLING) == drawn
+    fast.stats.reset()
+    assert fast.generate(prompts, max_new_tokens=NEW) == expected
     assert fast.stats.num_draft_tokens > 0
     untrained = fast.stats.mean_acceptance_length
-    learn(head, family)
+    teach(drafter, family)
     fast.stats.reset()
-    assert fast.generate(PROMPTS, max_new_tokens=NEW) == expected
-    assert fast.stats.mean_acceptance_length > max(1.5, untrained), "accepted paths are decoded with, too"
-    assert fast.generate(PROMPTS, **SAMPLING) == drawn
-    assert fast.generate(PROMPTS[2:3], num_return_sequences=ROWS, **SAMPLING) == several
+    assert fast.generate(prompts, max_new_tokens=NEW) == expected
+    learns = case != "early-exit"
+    assert fast.stats.mean_acceptance_length > max(1.5, untrained) or not learns, "accepted paths are decoded with, too"
+    assert fast.generate(prompts, **SAMPLING) == drawn
+    assert fast.generate(PROMPTS[2:3], num_return_sequences=rows, **SAMPLING) == several
 
 
 @pytest.mark.parametrize(
     ("target_name", "cases"),
     [
-        pytest.param("onnx", FEW[:2], id="onnx-few"),
-        *(pytest.param(name, tuple(CASES), marks=pytest.mark.long, id=name) for name in ("onnx", "aot", "inductor")),
+        pytest.param("onnx", (*FEW[:2], *OTHERS), id="onnx-few"),
+        *(pytest.param(name, ALL, marks=pytest.mark.long, id=name) for name in ("onnx", "aot", "inductor")),
     ],
 )
 def test_compiled_and_as_an_artifact_they_make_the_same_drafts(target_name, cases, tmp_path):
@@ -106,7 +114,7 @@ def test_engines_are_built_of_steps_with_heads(tmp_path):
     """Of all of them in one step; their attention is decomposed, for these head sizes have no kernel of TensorRT's."""
     pytest.importorskip("tensorrt_rtx")
     model = toy_model(FAMILIES[0]).to(torch.float16)
-    fast = emssd_compile.optimize(model, in_turn(FAMILIES[0], tuple(CASES)), backend="eager", **SIZES)
+    fast = emssd_compile.optimize(model, in_turn(FAMILIES[0], ALL), backend="eager", **SIZES)
     fast.export_tensorrt(tmp_path / "engine", compute_capabilities=["8.0"], attention="decomposed", check=False)
     assert (tmp_path / "engine" / "step.engine").stat().st_size > 2**20
 

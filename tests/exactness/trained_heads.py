@@ -1,4 +1,4 @@
-"""Draft heads of every kind, untrained or with the texts by heart, and a drafter that takes them in turn."""
+"""Draft heads of every kind and their like, untrained or with the texts by heart, and all of them in turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from emssd_compile.drafters import (
     DraftHead,
     DynamicTree,
     EarlyExit,
+    Hybrid,
     MarginalTree,
+    ParallelDraftModel,
     PartSizes,
     SuffixLookup,
     TensorSpec,
@@ -31,11 +33,14 @@ from emssd_compile.step.drafting import Target
 from emssd_compile.step.options import RowOption
 from emssd_compile.training.features import FrozenTarget
 from tests.exactness.compiled import CAPACITY, target
-from tests.exactness.models import prompt
+from tests.exactness.models import build, prompt
+from tests.zoo import VOCABULARY
 
 FAMILIES = ("llama", "gpt2", "bloom")
+BATCHES = (3, 1, 8)
 ROWS, WINDOW, NEW, STEPS = 3, 46, 12, 60
 LENGTHS = (5, 1, 33, 20)  # one more than rows: the last one starts behind another
+MASK = 7
 PROMPTS = [prompt(n) for n in LENGTHS]
 SIZES: dict[str, Any] = {"max_batch": ROWS, "max_length": CAPACITY, "layout": "packed", "deterministic": True}
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3, "max_new_tokens": NEW}
@@ -52,8 +57,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mtp-modules": ("mtp", {"num_modules": 2}, {}),
     "peagle": ("peagle", {"num_layers": 2}, {"num_draft_tokens": 3}),
 }
-FEW = ("recurrent", "block-tree", "mtp-modules")
-"""What draws beams, attends both ways, and reads again: with them and early exit, all that an artifact has to carry."""
+OTHERS = ("suffix", "suffix-or-head", "parallel-model", "early-exit")
+"""No heads: a lookup in what has been decoded, a lookup and a head, a model that was trained with masks, the target."""
+FEW = ("recurrent", "block-tree", "mtp-modules", "suffix", "early-exit")
+"""What draws beams, attends both ways, reads again, looks up and leaves early; no model that is captured."""
 
 
 @functools.cache
@@ -72,6 +79,24 @@ def expected_texts(family: str) -> list[list[int]]:
     return [text[: n + NEW] for text, n in zip(texts(family), LENGTHS, strict=True)]
 
 
+def prompts_for(rows: int) -> list[list[int]]:
+    """One more than rows, some of them several times: one reads them for the others."""
+    return [PROMPTS[index % len(PROMPTS)] for index in range(rows + 1)]
+
+
+def make_drafter(family: str, case: str) -> Drafter:
+    """Of `CASES` or `OTHERS`, with random weights, or nothing to look up yet."""
+    if case == "suffix":
+        return SuffixLookup(4, corpus=Corpus(capacity_tokens=1024, prompts=True))
+    if case == "suffix-or-head":
+        return Hybrid(SuffixLookup(3), make_head(family, "mtp-tree"))
+    if case == "parallel-model":
+        return ParallelDraftModel(build("gpt2"), MASK, 3)
+    if case == "early-exit":
+        return EarlyExit(1, tree=(2, 1))
+    return make_head(family, case)
+
+
 def make_head(family: str, case: str) -> DraftHead:
     kind, sizes, options = CASES[case]
     of_kind = next(head for head in HEADS if head.kind == kind)
@@ -81,6 +106,33 @@ def make_head(family: str, case: str) -> DraftHead:
     head = of_kind(config, **options)
     head.prepare(frozen.as_target())
     return head
+
+
+def teach(drafter: Drafter, family: str) -> None:
+    """The texts by heart, if it has weights of its own to learn them with."""
+    if isinstance(drafter, Hybrid):
+        teach(drafter.second, family)
+    elif isinstance(drafter, ParallelDraftModel):
+        _teach_model(drafter, family)
+    elif isinstance(drafter, DraftHead):
+        learn(drafter, family)
+
+
+def _teach_model(drafter: ParallelDraftModel, family: str) -> None:
+    """What follows each beginning of a text, by the masks behind it."""
+    count, beginnings = drafter.num_draft_tokens, list[list[int]]()
+    right: list[list[int]] = []
+    for text, length in zip(texts(family), LENGTHS, strict=True):
+        for end in range(length, length + NEW - count):
+            beginnings.append([*text[:end], *[MASK] * (count - 1), *[0] * (WINDOW - end - count + 1)])
+            right.append([*range(end - 1, end + count - 1), *text[end : end + count]])
+    ids, (places, tokens) = torch.tensor(beginnings), torch.tensor(right).split(count, 1)
+    optimizer = torch.optim.Adam(drafter.model.parameters(), lr=5e-3)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        logits = drafter.model(ids).logits.gather(1, places[:, :, None].expand(-1, -1, VOCABULARY))
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
 
 
 def learn(head: DraftHead, family: str) -> None:
@@ -112,20 +164,31 @@ class InTurn(Drafter):
         self.max_depth = max(drafter.max_depth or drafter.num_draft_tokens for drafter in held.values())
         self.taps = tuple(dict.fromkeys(tap for drafter in held.values() for tap in drafter.taps))
 
+    @property
+    def _drafters(self) -> dict[str, Any]:
+        return dict(self.held.items())
+
     def prepare(self, target: Target) -> None:
-        for drafter in self.held.values():
-            drafter.prepare(target)  # type: ignore[operator]
+        for drafter in self._drafters.values():
+            drafter.prepare(target)
 
     def options(self) -> dict[str, RowOption]:
-        return {name: option for drafter in self.held.values() for name, option in drafter.options().items()}  # type: ignore[operator]
+        return {name: option for drafter in self._drafters.values() for name, option in drafter.options().items()}
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
-        return gather_tensors({name: drafter.tensors(sizes) for name, drafter in self.held.items()})  # type: ignore[operator]
+        return gather_tensors({name: drafter.tensors(sizes) for name, drafter in self._drafters.items()})
+
+    def host_tensors(self) -> dict[str, Tensor]:
+        return gather_tensors({name: drafter.host_tensors() for name, drafter in self._drafters.items()})
+
+    def ended(self, *request: Any) -> None:
+        for drafter in self._drafters.values():
+            drafter.ended(*request)
 
     def forward(self, context: DraftContext) -> Draft:
         turn = (context.known % len(self.held))[:, None]  # [B, 1]
         taken, states = list[Tensor](), {}
-        for number, (name, drafter) in enumerate(self.held.items()):
+        for number, (name, drafter) in enumerate(self._drafters.items()):
             draft = drafter(replace(context, state=tensors_of(name, context.state)))
             states[name] = draft.state
             missing = self.num_draft_tokens - draft.tokens.shape[1]
@@ -138,9 +201,8 @@ class InTurn(Drafter):
 
 
 def in_turn(family: str, cases: Sequence[str]) -> InTurn:
-    """Heads, trained, and what else has a file of its own and no model to be captured."""
-    heads = {case.replace("-", "_"): make_head(family, case) for case in cases}
-    for head in heads.values():
-        learn(head, family)
-    suffix = SuffixLookup(4, corpus=Corpus(capacity_tokens=256))
-    return InTurn(**heads, suffix=suffix, exit=EarlyExit(1, tree=(2, 1)))
+    """All of these, trained."""
+    drafters = {case.replace("-", "_"): make_drafter(family, case) for case in cases}
+    for drafter in drafters.values():
+        teach(drafter, family)
+    return InTurn(**drafters)

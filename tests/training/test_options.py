@@ -1,5 +1,6 @@
 import pytest
 
+from emssd_compile.drafters import RecurrentDrafter
 from emssd_compile.drafters.head import Recipe
 from emssd_compile.errors import OptionError
 from emssd_compile.training.options import TrainingOptions
@@ -13,6 +14,18 @@ def test_the_recipe_says_what_is_not_given():
     assert (prescribed.epochs, prescribed.batch) == (7, 4)
     own = TrainingOptions.of(recipe, learning_rate=0.1, loss="tokens", distil=False, epochs=1)
     assert (own.learning_rate, own.loss, own.distil, own.epochs) == (0.1, "tokens", False, 1)
+
+
+def test_a_recurrent_head_learns_what_its_target_goes_on_with():
+    """As ReDrafter's does: cross-entropy with tokens that the target has chosen itself."""
+    prescribed = TrainingOptions.of(RecurrentDrafter.recipe)
+    assert (prescribed.distil, prescribed.loss, prescribed.learning_rate, prescribed.epochs) == (
+        True,
+        "tokens",
+        1e-3,
+        2,
+    )
+    assert not TrainingOptions.of(RecurrentDrafter.recipe, distil=False).distil
 
 
 @pytest.mark.parametrize(

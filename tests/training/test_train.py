@@ -1,5 +1,6 @@
 """The whole of a run: killed, started by a launcher, on the target's own words."""
 
+import csv
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 import emssd_compile
-from emssd_compile.drafters import Eagle3
+from emssd_compile.drafters import HEADS, Eagle3, load_head
 from emssd_compile.errors import InvalidInputError, OptionError
 from emssd_compile.training.features import FrozenTarget
 from emssd_compile.training.train import Texts, train
@@ -22,6 +24,7 @@ from tests.training.tiny_head import TinyHead
 from tests.training.toys import BATCH, TEXT, WINDOW, Characters, options, toy_target, trainer
 
 ROOT = Path(__file__).parents[2]
+MEASURED = {"mean_acceptance_length": 1.0}
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -76,6 +79,54 @@ def test_a_process_that_was_killed_is_gone_on_with_as_if_it_had_not_been(tmp_pat
     progress = trainer(own, tmp_path / "cut", **given).run(lambda progress: seen.append(progress.steps))
     assert seen[0] > 1
     assert progress == expected
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing does a kill."""
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 6))])
+def test_a_run_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(seed, model, target, tmp_path, monkeypatch):
+    """At a random file of each stage (continuations, checkpoints, the head), before or after it is there."""
+    random = Random(seed)
+    monkeypatch.setattr("emssd_compile.training.train.FrozenTarget", lambda *given: target)
+    monkeypatch.setattr("emssd_compile.training.report.measure_acceptance", lambda *given: MEASURED)
+    monkeypatch.setattr("emssd_compile.training.continuations._SHARD", 8)
+    written: list[str] = []
+    fatal: tuple[str, int, bool] | None = None
+    replace = Path.replace
+
+    def replace_or_die(self: Path, file: Path) -> Path:
+        written.append(file.name)
+        if fatal is None or (file.name, written.count(file.name)) != fatal[:2]:
+            return replace(self, file)
+        if fatal[2]:
+            replace(self, file)
+        raise Killed
+
+    monkeypatch.setattr(Path, "replace", replace_or_die)
+
+    def run(name: str) -> None:
+        written.clear()
+        train(model, TinyHead, texts(), tmp_path / name, options(distil=True, epochs=4, temperature=1.0))
+
+    run("whole")
+    stages = {
+        "continuations": [name for name in written if name.startswith(("training-", "held-out-"))],
+        "checkpoints": [name for name in written if name == "checkpoint.safetensors"],
+        "the head": ["model.safetensors", "config.json", "curve.csv", "training.json"],
+    }
+    assert min(len(each) for each in stages.values()) >= 3
+    for stage, names in stages.items():
+        which = random.randrange(len(names) - 1) if stage == "checkpoints" else 0
+        fatal = random.choice(names), 1 + which, random.random() < 0.5
+        with pytest.raises(Killed):
+            run("cut")
+    fatal = None
+    run("cut")
+    assert not {name for name in written if name.startswith(("training-", "held-out-"))}, "these were there"
+    for name in ("model.safetensors", "config.json", "curve.csv", "training.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_two_processes_share_each_step(target, tmp_path):
@@ -139,6 +190,21 @@ def test_texts_that_are_held_out_are_those_given(model):
     windows, held_out = Texts([TEXT], [other], Characters()).windows(options())
     assert bytes(held_out.tokens.flatten().tolist()).decode() == other[: held_out.tokens.numel()]
     assert len(windows) == len(TEXT) // 24
+
+
+@pytest.mark.parametrize("kind", HEADS, ids=lambda kind: kind.kind)
+def test_every_kind_is_trained_and_what_is_written_is_what_was_trained(kind, model, target, tmp_path, monkeypatch):
+    """For an epoch, of its default sizes; how many drafts are accepted is another test's."""
+    monkeypatch.setattr("emssd_compile.training.report.measure_acceptance", lambda *given: MEASURED)
+    monkeypatch.setattr("emssd_compile.training.train.FrozenTarget", lambda *given: target)
+    trained = train(model, kind, texts(), tmp_path, options(sizes={}, epochs=1, learning_rate=1e-3))
+    with (tmp_path / "curve.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["windows"] == "train"]
+    assert losses[-1] < losses[0]
+    read = load_head(tmp_path)
+    assert type(read) is kind
+    assert read.config == trained.config
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in read.state_dict().items())
 
 
 def test_a_smaller_draft_vocabulary_is_what_the_text_says_most(model, tmp_path):
