@@ -79,9 +79,13 @@ class TracedPart:
         rows = self.sizes.rows if few_rows is None else few_rows.meta["val"].shape[0]
         state = self._add_inputs(into.graph, device, fake_mode, rows)
         options = self._add_options(into.graph, device, fake_mode)
-        with self._blamed("failed while it was traced", f"A {self.word}'s forward may hold tensor operations only"):
+        rule = f"A {self.word}'s forward may hold tensor operations only"
+        if few_rows is not None:
+            rule += "; one with `any_rows` reads the number of rows from shapes, and never as a number of Python's"
+        with self._blamed("failed while it was traced", rule):
             given = replace(context, state=state, options=options)
-            answer = inline_function(into, self._run, (given,) if few_rows is None else (given, few_rows), fake_mode)
+            few = {} if few_rows is None else {str(few_rows.target): few_rows}
+            answer = inline_function(into, self._run, (given, few), fake_mode)
         own = {f"{self.kind}_{name}": node for name, node in answer.state.items()}
         return replace(answer, state={}), own
 
@@ -124,11 +128,11 @@ class TracedPart:
             found[name] = known
         return found | {n.meta["option_name"]: n for n in inputs(graph) if n.meta.get("option_name") in self._read}
 
-    def _run(self, every: Any, few_rows: Tensor | None = None) -> Any:
-        """Call the part; its answer, checked."""
+    def _run(self, every: Any, few: Tensors) -> Any:
+        """Call the part for all rows, or for `few`; its answer, checked."""
         context, rows = every, self.sizes.rows
-        if few_rows is not None:
-            context, rows = self._of_first_rows(every, few_rows), few_rows.shape[0]
+        for first in few.values():
+            context, rows = self._of_first_rows(every, first), first.shape[0]
         written = {f"context.state[{name!r}]" for name, spec in self.specs.items() if spec.in_place}
         for given in fields(context):
             if given.metadata.get("writable"):
@@ -148,7 +152,9 @@ class TracedPart:
         kept = {name: answer.state[name].contiguous() for name in self._returned}
         # A weight that is returned as it is would be none of the graph's values.
         answer = mapped(lambda v: v if isinstance(v, FakeTensor) else v.clone(), replace(answer, state=kept))
-        return answer if few_rows is None else self._with_all_rows(answer, every, few_rows)
+        for first in few.values():
+            answer = self._with_all_rows(answer, every, first)
+        return answer
 
     def _of_first_rows(self, context: Any, rows: Tensor) -> Any:
         by_row = {name for name, spec in self.specs.items() if spec.kept == "row"}

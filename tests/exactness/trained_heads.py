@@ -155,11 +155,13 @@ def learn(head: DraftHead, family: str) -> None:
 class InTurn(Drafter):
     """Holds drafters; each drafts in every step, and their drafts are taken in turn, by the length of the text."""
 
-    is_costly = reads_ahead = writes_kv = must_run = True
+    is_costly = reads_ahead = must_run = True
 
     def __init__(self, **held: Drafter) -> None:
         super().__init__()
         self.held = torch.nn.ModuleDict(held)
+        self.any_rows = all(drafter.any_rows for drafter in held.values())
+        self.writes_kv = any(drafter.writes_kv for drafter in held.values())
         self.num_draft_tokens = max(drafter.num_draft_tokens for drafter in held.values())
         self.max_depth = max(drafter.max_depth or drafter.num_draft_tokens for drafter in held.values())
         self.taps = tuple(dict.fromkeys(tap for drafter in held.values() for tap in drafter.taps))

@@ -1,11 +1,17 @@
-"""The form that is compiled for all sizes: nothing is known of a size but that it is one."""
+"""The form that is compiled for all sizes: nothing is known of a size but that it is one, and not 0."""
 
+import pytest
+import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols, statically_known_true
 
 from emssd_compile.drafters import PromptLookup
+from emssd_compile.errors import BackendError
+from emssd_compile.lowering.inductor import InductorStep
 from emssd_compile.lowering.unbacked import unbacked
-from emssd_compile.passes.graph import inputs, results
+from emssd_compile.passes.graph import fresh_index, inputs, results
+from emssd_compile.passes.splice import trace
 from emssd_compile.step.signature import SIZE_NAMES
 from tests.passes.graphs import model_with_attention, returned, step_of, unpadded
 
@@ -17,8 +23,8 @@ def test_sizes_of_a_step_become_unknowns_that_have_nothing_to_do_with_one_anothe
     sizes = [shapes[name][0] for name in SIZE_NAMES]
     for size in sizes:
         assert free_unbacked_symbols(size)
-        assert statically_known_true(size >= 0)
-        assert not statically_known_true(size > 0)
+        assert statically_known_true(size >= 1)
+        assert not statically_known_true(size > 1)
     assert len({size.node.expr for size in sizes}) == len(sizes)
     assert all(type(size) is int for name in shapes.keys() - SIZE_NAMES for size in shapes[name])
     assert [value.shape for value in graph.inputs] == list(shapes.values())
@@ -51,6 +57,30 @@ def test_weights_are_shared():
     theirs = {tensor.data_ptr() for tensor in unbacked(step).graph_module.parameters()}
     assert theirs
     assert theirs <= ours
+
+
+def test_what_would_be_compiled_for_one_size_only_is_refused():
+    """Inductor concludes from this view that there is one row, and would compile that."""
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+    rows = fresh_index(fake_mode, torch.device("cpu"))
+    with fake_mode:
+        tables = {"rows": rows.new_empty((rows.shape[0], 3))}
+
+    def forward(given):
+        several = given["rows"].repeat_interleave(4, 0)  # [4 A, 3]
+        return {"found": (several * 2).view(given["rows"].shape[0], 12) + 1}
+
+    graph_module = trace(forward, tables, fake_mode)
+    output = graph_module.graph.output_node()
+    output.args = (dict(zip(graph_module.meta["results"], output.args[0], strict=True)),)
+    step = InductorStep(graph_module)
+    given = torch.arange(15).view(5, 3)
+    try:
+        found = step(given)["found"]
+    except BackendError as error:
+        assert "a size that differs from step to step" in str(error)
+    else:
+        assert torch.equal(found, forward({"rows": given})["found"])
 
 
 def _names(graph_module: fx.GraphModule) -> list[str]:

@@ -1,0 +1,121 @@
+"""Where few of the rows are decoded, a drafter works for those: its drafts are what they are when it works for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import emssd_compile
+from emssd_compile.drafters import Drafter, DraftModel, PromptLookup
+from emssd_compile.errors import DrafterError
+from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.stats import Stats
+from emssd_compile.step.signature import DRAFT_ROWS
+from tests.exactness.compiled import target
+from tests.exactness.models import build
+from tests.exactness.trained_heads import (
+    CASES,
+    FAMILIES,
+    NEW,
+    OTHERS,
+    PROMPTS,
+    ROWS,
+    SAMPLING,
+    SIZES,
+    expected_texts,
+    in_turn,
+    make_drafter,
+)
+
+FAMILY = FAMILIES[0]
+NARROW = tuple(case for case in (*CASES, *OTHERS) if case != "early-exit")
+"""What can draft for few rows: not what writes to the target's caches, which have all."""
+OFTEN = ("suffix-or-head", "draft-model")
+"""Tried each time: a lookup, trees, a head with a cache of its own; a model that reads along. The others if --long."""
+
+
+def _fast(drafter: Drafter, backend: str = "eager") -> OptimizedModel:
+    return emssd_compile.optimize(target(FAMILY, ROWS).model, drafter, backend=backend, **SIZES)
+
+
+def _decoded(fast: OptimizedModel) -> Iterator[tuple[int, Stats]]:
+    """With one row in use, two, all of them, and all of them until the last ones are through: what was counted."""
+    for count in (1, 2, ROWS, ROWS + 1):
+        fast.stats.reset()
+        assert fast.generate(PROMPTS[:count], max_new_tokens=NEW) == expected_texts(FAMILY)[:count]
+        yield count, fast.stats
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in OFTEN else pytest.mark.long) for case in (*NARROW, "draft-model")],
+)
+def test_drafts_do_not_depend_on_how_many_rows_there_are(case):
+    def drafter() -> Drafter:
+        return DraftModel(build("gpt2"), 3) if case == "draft-model" else make_drafter(FAMILY, case)
+
+    few, every = _fast(drafter()), drafter()
+    every.any_rows = False
+    all_rows = _fast(every)
+    assert DRAFT_ROWS in few._engine.variant.input_names
+    assert DRAFT_ROWS not in all_rows._engine.variant.input_names
+    for (count, one), (_, other) in zip(_decoded(few), _decoded(all_rows), strict=True):
+        assert one == other, f"{count} prompts"
+    assert few.generate(PROMPTS, **SAMPLING) == all_rows.generate(PROMPTS, **SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "cases", [("recurrent",), pytest.param(NARROW, marks=pytest.mark.long)], ids=["recurrent", "all"]
+)
+def test_compiled_once_for_any_number_of_rows(cases):
+    """Where drafts are lost in some rows, only counts show it: tokens are right whatever is drafted."""
+    every = in_turn(FAMILY, cases)
+    every.any_rows = False
+    compiled, eager = _fast(in_turn(FAMILY, cases), "inductor"), _fast(every)
+    for (count, one), (_, other) in zip(_decoded(compiled), _decoded(eager), strict=True):
+        assert one == other, f"{count} prompts"
+        assert one.num_draft_tokens > 0
+
+
+def test_the_step_is_given_the_rows_in_use_and_no_more():
+    fast = _fast(make_drafter(FAMILY, "eagle3"))
+    fast.warmup()
+    variant = fast._engine.variant
+    places = {name: place for place, name in enumerate(variant.input_names)}
+    caches = [places[name] for name in variant.of_first_rows]
+    assert caches
+    step, seen = variant.step, list[int]()
+
+    def watched(*given):
+        rows = len(given[places[DRAFT_ROWS]])
+        assert all(len(given[place]) == rows for place in caches)
+        seen.append(rows)
+        return step(*given)
+
+    object.__setattr__(variant, "step", watched)
+    for count in (1, ROWS):
+        seen.clear()
+        fast.generate(PROMPTS[:count], max_new_tokens=NEW)
+        assert max(seen) == count
+
+
+def test_a_drafter_has_to_say_that_it_can():
+    class TakesTheRowsForANumber(PromptLookup):
+        def forward(self, context):
+            for _ in range(len(context.known)):
+                pass
+            return super().forward(context)
+
+    with pytest.raises(DrafterError, match="a size of draft_rows differs from step to step.*`any_rows`"):
+        _fast(TakesTheRowsForANumber())
+    careful = TakesTheRowsForANumber()
+    careful.any_rows = False
+    assert _fast(careful).generate(PROMPTS, max_new_tokens=NEW) == expected_texts(FAMILY)
+
+
+def test_a_drafter_that_writes_to_the_targets_caches_has_all_rows():
+    drafter = make_drafter(FAMILY, "early-exit")
+    drafter.any_rows = True
+    with pytest.raises(DrafterError, match="set any_rows to False"):
+        _fast(drafter)
