@@ -18,6 +18,7 @@ from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, head_kind
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
+from emssd_compile.options import MEMORY
 
 PROGRAM = "emssd-compile"
 
@@ -99,6 +100,12 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_length: str) -> None:
         "--layout", choices=LAYOUTS, default="auto", help="auto drafts only where that is faster (default: %(default)s)"
     )
     parser.add_argument(
+        "--memory", choices=MEMORY, default="auto", help="of keys and values: auto is slabs where they fit, else paged"
+    )
+    parser.add_argument(
+        "--kv-tokens", metavar="N", type=positive, help="tokens that paged memory holds (default: half of what is free)"
+    )
+    parser.add_argument(
         "--deterministic", action="store_true", help="size steps without a clock: half precision repeats to the bit"
     )
 
@@ -113,6 +120,8 @@ def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.O
         backend=arguments.backend,
         layout=arguments.layout,
         deterministic=arguments.deterministic,
+        memory=arguments.memory,
+        kv_tokens=arguments.kv_tokens,
     )
 
 

@@ -28,6 +28,8 @@ ROLES = {
     "host": "what a part knows of earlier requests, zeros at first: set by the host; the step reads it",
     "cache": "keys and values, `[B, slots, ...]`; the step writes them where they lie, and where rows share a prompt "
     "the host copies its slots",
+    "pool": "keys and values of all rows, `[blocks, P, ...]`; the step writes them where they lie",
+    "table": "int32 `[B, M]`, which block of the pools each row's m-th is, -1 for none; set by the host as rows grow",
     "input": "given anew at each call",
     "result": "for the host to read",
     "reading": "what a probe tells of each token that the step emits, `[B, D + 1, ...]`, for the host to read",
@@ -103,7 +105,7 @@ class Signature:
 
         placeholders = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
         (results,) = next(node for node in graph.nodes if node.op == "output").args
-        kept = {name: node for name, node in results.items() if roles.get(name) != "cache"}
+        kept = {name: node for name, node in results.items() if roles.get(name) not in ("cache", "pool")}
         return cls(
             tuple(bind(name, node, roles[name]) for name, node in placeholders.items()),
             tuple(bind(n, node, "reading" if n in told else roles.get(n, "result")) for n, node in kept.items()),
