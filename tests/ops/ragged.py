@@ -99,6 +99,19 @@ def in_blocks(batch: Batch, size: int, *, shared: int = 0, seed: int = 0) -> Bat
     return replace(batch, k_cache=pools[0], v_cache=pools[1]).with_options(block_table=table)
 
 
+def spoilt(batch: Batch, row: int, value: float) -> Batch:
+    """The batch of `in_blocks` with a value in all that is not a row's: other blocks, and the slots behind its last."""
+    table, size = batch.options["block_table"], batch.k_cache.shape[1]
+    assert isinstance(table, Tensor)
+    count = int(batch.lengths[row] + batch.offsets.diff()[row])
+    own = table[row, : -(-count // size)].long()
+    caches = [torch.full_like(cache, value) for cache in (batch.k_cache, batch.v_cache)]
+    for cache, before in zip(caches, (batch.k_cache, batch.v_cache), strict=True):
+        cache[own] = before[own]
+        cache[own[-1], count % size or size :] = value
+    return replace(batch, k_cache=caches[0], v_cache=caches[1])
+
+
 def with_trees(batch: Batch, *, seed: int = 0, words: int | None = None) -> Batch:
     """The same batch with a random tree per row: ancestors, and the positions that go with them.
 
