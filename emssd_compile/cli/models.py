@@ -100,13 +100,17 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_length: str) -> None:
         "--layout", choices=LAYOUTS, default="auto", help="auto drafts only where that is faster (default: %(default)s)"
     )
     parser.add_argument(
+        "--deterministic", action="store_true", help="size steps without a clock: half precision repeats to the bit"
+    )
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Where keys and values are."""
+    parser.add_argument(
         "--memory", choices=MEMORY, default="auto", help="of keys and values: auto is slabs where they fit, else paged"
     )
     parser.add_argument(
         "--kv-tokens", metavar="N", type=positive, help="tokens that paged memory holds (default: half of what is free)"
-    )
-    parser.add_argument(
-        "--deterministic", action="store_true", help="size steps without a clock: half precision repeats to the bit"
     )
 
 
