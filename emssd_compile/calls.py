@@ -47,6 +47,7 @@ class Terms:
         has_hooks: whether its step has a place for Python.
         assisted: what transformers' options of assisted decoding would have to say to ask for its drafter.
         is_ours: whether all that changes logits is known to come with the package.
+        check_memory: raises CapacityError for a request that there never is memory for.
     """
 
     vocabulary: int
@@ -57,6 +58,7 @@ class Terms:
     has_hooks: bool
     assisted: Mapping[str, object]
     is_ours: bool
+    check_memory: Callable[[Request], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +172,8 @@ def read_call(
         Request(i, ids, most, own[i // times], group=i // times, seed=seeds[i], eos_token_ids=ends[i // times])
         for i, (ids, most) in enumerate(zip(texts, limits.max_new_tokens, strict=True))
     ]
+    for request in requests:
+        terms.check_memory(request)
     shown_rows = rows or (lambda: requests)
     masks = GrammarLogits.of(grammars, times, chosen.eos_token_ids, shown_rows)
     hooks = tuple(hook for hook in (_hook(chosen, logits_hook, shown_rows), masks) if hook is not None)

@@ -28,6 +28,7 @@ from emssd_compile.passes.graph import (
     results,
 )
 from emssd_compile.passes.manager import Pass
+from emssd_compile.passes.page_caches import PageCaches, pageable
 from emssd_compile.passes.split_halves import Halves, split_halves
 from emssd_compile.passes.token_tables import GraphTables
 from emssd_compile.step.acceptance import Rule
@@ -37,6 +38,7 @@ from emssd_compile.step.fields import named
 from emssd_compile.step.logits import LogitsProcessor
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.pack import Packed, as_trees
+from emssd_compile.step.paging import Paging
 from emssd_compile.step.parts import Part, in_use
 from emssd_compile.step.policy import LengthPolicy
 from emssd_compile.step.probe import Probe, ReadingSpec
@@ -250,6 +252,17 @@ class CompiledStep:
         few = self.drafts_for_few if drafts_for_few is None else drafts_for_few
         parts = (self.rule, self.drafter, self.policy, self.processors, self.probes)
         return compile_step(self.compiled, *parts, used=used, shows_logits=shows_logits, drafts_for_few=few)
+
+    def pageable(self) -> list[str]:
+        """The names of the KV caches that can be blocks of a pool."""
+        return [str(node.target) for node in pageable(self.graph_module.graph)]
+
+    def paged(self, paging: Paging) -> CompiledStep:
+        """The same step on a pool of blocks."""
+        graph_module, fake_mode = _copy(self.graph_module, "Step"), self.compiled.fake_mode
+        manager = PassManager(fake_mode, active_observers(), [*self.records])
+        manager.apply(graph_module, (passes.paged(PageCaches(paging, fake_mode)),))
+        return replace(self, graph_module=graph_module, records=manager.records)
 
     def halves(self) -> Halves:
         """The step, which shows its logits, as two graphs."""

@@ -285,7 +285,7 @@ class Decoder(ContinuousBatching, ABC):
         Raises:
             StaleModelError: the model was changed in a way that must be compiled anew; see `OptimizedModel.refresh`.
             InvalidInputError: the prompts are not what they must be; raised before any work, as all errors here.
-            CapacityError: a prompt does not fit a row.
+            CapacityError: a prompt does not fit a row, or the pool that rows share.
             OptionError: an option is unknown or out of range; or, while decoding, a stopping criterion answers with
                 something that is no answer.
             GrammarError: a text has nothing to go on with under its grammar and the other options.
@@ -329,6 +329,7 @@ class Decoder(ContinuousBatching, ABC):
             self._has_hooks,
             self._assisted,
             self._is_ours,
+            self._engine.memory.check,
         )
 
     def _decode(self, call: Call, progress: bool) -> None:

@@ -22,6 +22,7 @@ from emssd_compile.options import CompileOptions
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.assembly import assemble, make_variant
 from emssd_compile.runtime.buckets import StepSizes, decode_buckets
+from emssd_compile.runtime.memory import describe
 from emssd_compile.runtime.requests import Request
 from emssd_compile.step.parts import in_use
 from emssd_compile.step.signature import SIZE_NAMES, Signature
@@ -136,7 +137,8 @@ def export(
                 step = target.open(files, details, signature, what.device)
             _compare(what, signature, step)
         advance(1)
-        explanation = Explanation.of(records, graph_module)
+        memory = "" if verify_only else f"{describe(signature, None)} (artifacts have no pool of blocks)"
+        explanation = Explanation.of(records, graph_module, memory)
         unsealed = _manifest(what, target, verify_only, details, explanation).with_signature(signature)
         seal(draft, lambda files: replace(unsealed, files=files))
         advance(1)

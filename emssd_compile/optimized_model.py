@@ -41,12 +41,13 @@ from emssd_compile.runtime.assembly import assemble, make_variant, switch
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import Variant
-from emssd_compile.runtime.memory import check_state
+from emssd_compile.runtime.memory import check_state, describe, plan_pool
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
 from emssd_compile.step.logits import LogitContext
 from emssd_compile.step.options import RowOption
+from emssd_compile.step.paging import Paging
 from emssd_compile.step.parts import Part, merge_options
 from emssd_compile.step.probe import READING, Probe, ReadingSpec, check_readings, merge_readings
 from emssd_compile.structure import Structure
@@ -70,6 +71,8 @@ def optimize(
     deterministic: bool = False,
     processors: Sequence[LogitsProcessor] = (),
     probes: Sequence[Probe] = (),
+    memory: str = "auto",
+    kv_tokens: int | None = None,
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
@@ -98,6 +101,11 @@ def optimize(
             too, on the same machine with the same number of threads, whatever was decoded before.
         processors: logits processors of your own, applied behind those of the package.
         probes: probes of your own, which tell of each token what `generate` then returns.
+        memory: where keys and values are. `"slab"`: memory for `max_length` tokens in each row. `"paged"`: rows share a
+            pool of blocks, and take of it what they come to hold; a request waits until there are enough for all that
+            it may become, and sequences of one prompt have its blocks in common. `"auto"`: slabs if they fit into the
+            memory available. The tokens that come out never differ.
+        kv_tokens: how many tokens the pool holds, over all rows; asks for one. Default: half of the memory available.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
@@ -114,8 +122,9 @@ def optimize(
     others = make_processors(processors), make_probes(probes)
     check_fit(rule, proposer)
     length = resolve_length(model, max_length)
-    options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic)
+    options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic, memory, kv_tokens)
     options.chunk(proposer.num_draft_tokens)
+    options.check_pool(tree_nodes(proposer))
     check_state(options.max_batch, options.max_length, _device(model))
     BACKENDS[options.backend].require(_device(model))
     if (sizes := declared_sizes(model, max_batch, length)) is not None:
@@ -241,6 +250,7 @@ class OptimizedModel(Decoder):
         self.model = model
         self.drafter = step.drafter
         self.options = options
+        self._paging = self._plan_pool(step)  # once: a refresh would find the memory taken
         super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
@@ -257,6 +267,7 @@ class OptimizedModel(Decoder):
             deterministic=self.options.deterministic,
             buckets=decode_buckets(rows, drafts, step.drafter.max_depth) if backend.is_captured else (),
             parts=step.parts,
+            paging=self._paging,
         )
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness
@@ -264,14 +275,36 @@ class OptimizedModel(Decoder):
         self._forms = {(step.used, False): form}
         return engine
 
-    def _lower(self, step: CompiledStep) -> _Form:
+    def _plan_pool(self, step: CompiledStep) -> Paging | None:
+        """The pool that keys and values are in; None if each row has a slab."""
+        options = self.options
+        if options.memory == "slab":
+            return None
+        held = step.signature(step.graph_module.graph).specs("cache", "row", "memory", "host", "option")
+        slabs = {name: held.pop(name) for name in step.pageable()}
+        return plan_pool(
+            slabs,
+            held,
+            options.max_length,
+            _device(self.model),
+            kv_tokens=options.kv_tokens,
+            is_asked_for=options.memory == "paged" or options.kv_tokens is not None,
+            shares=not step.drafter.reads_ahead,
+        )
+
+    def _in_memory(self, step: CompiledStep) -> CompiledStep:
+        """The step as it finds keys and values where they are."""
+        return step if self._paging is None else step.paged(self._paging)
+
+    def _lower(self, slabs: CompiledStep) -> _Form:
         """A step in the form that the backend runs."""
+        step = self._in_memory(slabs)
         records = [*step.records]
         graph_module, function = self._lower_graph(step, step.graph_module, records)
         deterministic, plain = self.options.deterministic, None
         can_be_left_out = step.drafter.is_costly and not step.drafter.must_run
         if can_be_left_out and LAYOUTS[self.options.layout].is_measured and not deterministic:
-            undrafted = step.without_drafts(without(step.drafter), LAYOUTS["packed"].policy())
+            undrafted = slabs.without_drafts(without(step.drafter), LAYOUTS["packed"].policy())
             plain = self._lower(undrafted) if undrafted else None
         variant = make_variant(
             function,
@@ -279,12 +312,14 @@ class OptimizedModel(Decoder):
             deterministic=deterministic,
             plain=plain.variant if plain else None,
         )
-        return _Form(variant, (graph_module, step.graph_module, *(plain.graphs if plain else ())), records)
+        graphs = (graph_module, step.graph_module, slabs.graph_module, *(plain.graphs if plain else ()))
+        return _Form(variant, tuple(dict.fromkeys(graphs)), records)
 
-    def _lower_halves(self, step: CompiledStep) -> _Form:
+    def _lower_halves(self, slabs: CompiledStep) -> _Form:
         """A step that shows its logits, in two parts."""
         from emssd_compile.lowering.halves import HalvedStep  # brings sympy: not needed to import us
 
+        step = self._in_memory(slabs)
         records, signature = [*step.records], step.signature(step.graph_module.graph)
         halves = step.halves()
         (forward, run), (decide, finish) = (
@@ -440,7 +475,7 @@ class OptimizedModel(Decoder):
 
     def explain(self) -> Explanation:
         """What each pass did and refused, and which ops the step holds; prints as tables."""
-        return Explanation.of(self._records, self.graph_module)
+        return Explanation.of(self._records, self.graph_module, describe(self._engine.variant.signature, self._paging))
 
     def export_onnx(
         self,

@@ -8,9 +8,11 @@ from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.numeric import flag, integer
+from emssd_compile.step.paging import BLOCK_SIZE
 
 MOST_DRAFTS = 1024  # of a row in a step; what ranks drafts compares all pairs
 PREFILL_CHUNK = 512  # packed tokens of a step, unless the rows' drafts alone take more
+MEMORY = ("auto", "slab", "paged")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class CompileOptions:
         layout: `"packed"`, `"padded"` or `"auto"` (see `layouts`).
         prefill_chunk: most packed tokens of a step; longer prompts are read in chunks. None: see `chunk`.
         deterministic: whether the sizes of steps depend on nothing but the call.
+        memory: where keys and values are: `"slab"`, `"paged"` or `"auto"`.
+        kv_tokens: tokens that the pool of paged memory holds; None for as many as there is memory for.
     """
 
     max_batch: int
@@ -32,6 +36,8 @@ class CompileOptions:
     layout: str = "auto"
     prefill_chunk: int | None = None
     deterministic: bool = False
+    memory: str = "auto"
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("max_length", 1), ("prefill_chunk", 1)):
@@ -45,6 +51,35 @@ class CompileOptions:
         if self.layout not in LAYOUTS:
             raise OptionError(f"unknown layout {self.layout!r}; choose one of {list(LAYOUTS)}")
         object.__setattr__(self, "deterministic", flag("deterministic", self.deterministic))
+        if self.memory not in MEMORY:
+            raise OptionError(f"unknown memory {self.memory!r}; choose one of {list(MEMORY)}")
+        if self.kv_tokens is not None:
+            object.__setattr__(self, "kv_tokens", integer("kv_tokens", self.kv_tokens, least=1))
+            if self.memory == "slab":
+                raise OptionError(
+                    f"kv_tokens={self.kv_tokens} is for memory='paged': slabs hold max_length tokens for each row; "
+                    "leave one of them out"
+                )
+
+    def check_pool(self, spare: int) -> None:
+        """Check the size of a pool whose rows may need so many slots behind their last token.
+
+        Raises:
+            OptionError: `kv_tokens` is too small for any request, or more than rows can hold.
+        """
+        if self.kv_tokens is None:
+            return
+        least, most = (BLOCK_SIZE * -(-(tokens + spare) // BLOCK_SIZE) for tokens in (2, self.max_length))
+        if self.kv_tokens < least:
+            raise OptionError(
+                f"kv_tokens={self.kv_tokens} is too small: blocks have {BLOCK_SIZE} tokens, and the shortest request "
+                f"takes {least // BLOCK_SIZE}; pass at least {least}"
+            )
+        if self.kv_tokens > self.max_batch * most:
+            raise OptionError(
+                f"kv_tokens={self.kv_tokens} is more than {self.max_batch} rows of {self.max_length} tokens take; pass "
+                f"at most {self.max_batch * most}, or a larger max_batch or max_length"
+            )
 
     def chunk(self, num_draft_tokens: int) -> int:
         """Most packed tokens of a step of rows that have up to `num_draft_tokens` drafts each.

@@ -23,17 +23,19 @@ class Explanation:
         records: one per pass, in order.
         ops: how often each op stands in the step graph.
         num_graphs: step graphs: 1.
+        memory: where keys and values are, and how much memory that takes.
     """
 
     records: tuple[PassRecord, ...]
     ops: dict[str, int]
     num_graphs: int = 1
+    memory: str = ""
 
     @classmethod
-    def of(cls, records: list[PassRecord], graph_module: fx.GraphModule) -> Explanation:
-        """Explain a compiled step."""
+    def of(cls, records: list[PassRecord], graph_module: fx.GraphModule, memory: str = "") -> Explanation:
+        """Explain a compiled step; `memory` is what `runtime.memory.describe` says of it."""
         ops = Counter(str(n.target) for n in graph_module.graph.nodes if n.op == "call_function")
-        return cls(tuple(records), dict(ops.most_common()))
+        return cls(tuple(records), dict(ops.most_common()), memory=memory)
 
     def to_dict(self) -> dict[str, Any]:
         """As what JSON knows."""
@@ -48,7 +50,7 @@ class Explanation:
             PassRecord(**{**r, "notes": tuple(r["notes"]), "refusals": tuple(Refusal(**x) for x in r["refusals"])})
             for r in content["records"]
         )
-        return cls(records, content["ops"], content["num_graphs"])
+        return cls(records, content["ops"], content["num_graphs"], content.get("memory", ""))
 
     @property
     def padding_ops(self) -> int:
@@ -93,5 +95,7 @@ class Explanation:
             f"one step graph of {sum(self.ops.values())} ops: {attention} ragged_attention, "
             f"{self.ops.get('emssd.append_kv.default', 0)} append_kv, {self.padding_ops} padding ops"
         )
+        if self.memory:
+            target.print(f"KV memory: {self.memory}", highlight=False)
         for op, count in list(self.ops.items())[:12]:
             target.print(f"  {count:4d}  {op}", highlight=False)

@@ -19,7 +19,7 @@ from emssd_compile.calls import Call
 from emssd_compile.ends import shared_eos
 from emssd_compile.errors import QueueFullError, ReentryError, SessionError
 from emssd_compile.row_hooks import RowHooks
-from emssd_compile.runtime.admission import Admission
+from emssd_compile.runtime.admission import Admission, Fits
 from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.requests import Request, Row
 from emssd_compile.stream import FinishReason, Ticket
@@ -228,16 +228,17 @@ class Scheduler(Admission):
             elif ticket.ends_at is not None and now >= ticket.ends_at:
                 self._end(ticket, "deadline")
 
-    def take(self, rows: Sequence[Row | None], most: int) -> list[Request]:
-        """Start the first that wait."""
-        started: list[Request] = []
-        while len(started) < most and self:
+    def take(self, rows: Sequence[Row | None], fits: Fits) -> Request | None:
+        """Start the first that waits, if there is memory for it."""
+        while self:
             with self._room:
+                if not fits(self._waiting[0].request):
+                    break
                 ticket = self._waiting.popleft()
                 self._running[_number(ticket.request)] = ticket
             if self._start(ticket):
-                started.append(ticket.request)
-        return started
+                return ticket.request
+        return None
 
     def _start(self, ticket: Ticket) -> bool:
         """Whether there is a step for it, and its consumer is ready."""

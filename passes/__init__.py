@@ -1,6 +1,7 @@
 """The compile order, from a captured forward to one decoding step.
 
     L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step --target--> L3 for a target
+                                                                               (--page--> L3 on a pool of blocks)
 
 Each tuple below is one stage; each level is verified when it is reached (`levels`).
 """
@@ -24,6 +25,7 @@ from emssd_compile.passes.lift_positions import LiftPositions
 from emssd_compile.passes.lower_einsum import LowerEinsum
 from emssd_compile.passes.lower_flex_attention import LowerFlexAttention
 from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
+from emssd_compile.passes.page_caches import PageCaches
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
 from emssd_compile.passes.raise_attention import RaiseAttention
 from emssd_compile.passes.restore_all_logits import RestoreAllLogits
@@ -43,6 +45,7 @@ __all__ = [
     "canonical",
     "captured",
     "drop_unused_weights",
+    "paged",
     "step",
     "tapped",
     "targeted",
@@ -105,6 +108,11 @@ def step(fuse: FuseStep) -> Level:
     check_rule(fuse.rule)
     check_drafter(fuse.drafter)
     return Level("L3", (fuse,), verify_step)
+
+
+def paged(page_caches: PageCaches) -> Level:
+    """L3 still; before the passes of a target, which see one more input."""
+    return Level("L3", (page_caches,), verify_step)
 
 
 def targeted(own: tuple[Pass, ...]) -> Level:

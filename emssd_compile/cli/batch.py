@@ -22,6 +22,7 @@ from emssd_compile.cli.decoding import add_decoding, sampling
 from emssd_compile.cli.models import (
     PROGRAM,
     add_command,
+    add_memory,
     add_model,
     add_sizes,
     load_config,
@@ -64,6 +65,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "batch", "continue all prompts of a file, each exactly once", EXAMPLES)
     add_model(parser)
     add_sizes(parser, max_length="what the longest prompt and its new tokens need")
+    add_memory(parser)
     parser.add_argument("--input", metavar="FILE", type=Path, required=True, help="JSONL, see below")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSONL, see below")
     parser.add_argument(

@@ -13,7 +13,16 @@ from typing import Any
 from rich.console import Console
 
 from emssd_compile.cli.decoding import add_decoding, sampling, stats_table
-from emssd_compile.cli.models import PROGRAM, add_command, add_model, add_sizes, load_model, load_tokenizer, optimize
+from emssd_compile.cli.models import (
+    PROGRAM,
+    add_command,
+    add_memory,
+    add_model,
+    add_sizes,
+    load_model,
+    load_tokenizer,
+    optimize,
+)
 from emssd_compile.cli.prompts import Prompt, read_prompts
 from emssd_compile.errors import OptionError
 
@@ -47,6 +56,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "generate", "continue prompts", EXAMPLES)
     add_model(parser)
     add_sizes(parser, max_length="what the longest prompt and its new tokens need")
+    add_memory(parser)
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument(
         "--prompt-file",

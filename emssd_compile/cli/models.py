@@ -18,6 +18,7 @@ from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, head_kind
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
+from emssd_compile.options import MEMORY
 
 PROGRAM = "emssd-compile"
 
@@ -103,6 +104,16 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_length: str) -> None:
     )
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Where keys and values are."""
+    parser.add_argument(
+        "--memory", choices=MEMORY, default="auto", help="of keys and values: auto is slabs where they fit, else paged"
+    )
+    parser.add_argument(
+        "--kv-tokens", metavar="N", type=positive, help="tokens that paged memory holds (default: half of what is free)"
+    )
+
+
 def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.OptimizedModel:
     """Compile with the options of the command line."""
     return emssd_compile.optimize(
@@ -113,6 +124,8 @@ def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.O
         backend=arguments.backend,
         layout=arguments.layout,
         deterministic=arguments.deterministic,
+        memory=arguments.memory,
+        kv_tokens=arguments.kv_tokens,
     )
 
 

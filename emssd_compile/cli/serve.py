@@ -14,6 +14,7 @@ from emssd_compile.cli.models import (
     PROGRAM,
     add_backend,
     add_command,
+    add_memory,
     add_model,
     add_sizes,
     load_model,
@@ -44,6 +45,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "serve", "answer OpenAI's API over HTTP", EXAMPLES)
     add_model(parser)
     add_sizes(parser, max_length="what the model was made for")
+    add_memory(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 is a free one (default: %(default)s)")
     parser.add_argument("--name", help="what clients call the model (default: that of its folder)")

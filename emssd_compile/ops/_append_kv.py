@@ -14,6 +14,9 @@ torch.library.define(
 def reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, row_ids: Tensor, slots: Tensor) -> None:
     """``k_cache[row_ids[t], slots[t]] = k[t]``, and the same for ``v``, for every token that has a row.
 
+    Where rows keep their tokens in blocks of a pool (`emssd_compile.ops.ragged_attention`), B is the number of blocks
+    and C their size: `row_ids` are then the blocks that tokens go to, and `slots` places in them.
+
     Args:
         k_cache: ``[B, C, Hkv, Dk]``, changed in place.
         v_cache: ``[B, C, Hkv, Dv]``, changed in place.

@@ -12,7 +12,7 @@ from emssd_compile.ops._scores import SCHEMA, AttentionAttributes, accumulation_
 torch.library.define(
     "emssd::ragged_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor offsets, Tensor lengths, Tensor positions, *,"
-    f" {SCHEMA}, Tensor? ancestors=None) -> Tensor",
+    f" {SCHEMA}, Tensor? ancestors=None, Tensor? block_table=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -26,6 +26,7 @@ def reference(
     positions: Tensor,
     *,
     ancestors: Tensor | None = None,
+    block_table: Tensor | None = None,
     **attributes: Any,
 ) -> Tensor:
     """Each token attends to its row's committed slots and to its ancestors among the row's tokens of this step.
@@ -34,10 +35,15 @@ def reference(
     ``lengths[b] + i``, where `emssd::append_kv` has put it before. Committed slot ``s < lengths[b]`` holds the token at
     position ``s``. Slots past a row's last token are never looked at, whatever they hold.
 
+    Rows may share a pool of blocks instead of having a slab of C slots each: slot ``s`` of row ``b`` then lies in block
+    ``block_table[b, s // P]`` at place ``s % P``, and C is ``M * P``. Blocks of a row past its last token are never
+    looked at, nor are their numbers.
+
     Args:
         q: ``[T, Hq, Dk]``.
-        k_cache: ``[B, C, Hkv, Dk]``; ``Hkv`` divides ``Hq``, query head ``h`` uses key/value head ``h // (Hq / Hkv)``.
-        v_cache: ``[B, C, Hkv, Dv]``.
+        k_cache: ``[B, C, Hkv, Dk]``, or with a `block_table` ``[blocks, P, Hkv, Dk]``; ``Hkv`` divides ``Hq``, query
+            head ``h`` uses key/value head ``h // (Hq / Hkv)``.
+        v_cache: ``[B, C, Hkv, Dv]`` or ``[blocks, P, Hkv, Dv]``.
         offsets: int64 ``[B + 1]``, jagged offsets of the rows in ``T``. Tokens from ``offsets[B]`` on are inert tail.
         lengths: int64 ``[B]``, committed tokens of each row.
         positions: int64 ``[T]``, true position of each token in its row.
@@ -45,6 +51,8 @@ def reference(
             ``t`` sees the ``j``-th token of its row in this step (itself included). Tokens from ``32 * W`` on have no
             bit: each of them is seen by itself and those behind it, so a prompt may be longer than any tree. None is
             a chain: every token sees itself and those before it.
+        block_table: int32 ``[B, M]``, the number of each row's ``m``-th block; -1 where it has none. Rows that begin
+            alike may share blocks.
         **attributes: the fields of `AttentionAttributes`.
 
     Returns:
@@ -52,8 +60,10 @@ def reference(
         (float64 for float64 inputs).
     """
     rule = AttentionAttributes(**attributes)
-    num_rows, capacity, num_kv_heads, _ = k_cache.shape
-    dtype = accumulation_dtype(q.dtype)
+    dtype, num_kv_heads, num_rows = accumulation_dtype(q.dtype), k_cache.shape[2], lengths.shape[0]
+    if block_table is not None:
+        k_cache, v_cache = (cache[block_table.clamp(min=0)].flatten(1, 2) for cache in (k_cache, v_cache))
+    capacity = k_cache.shape[1]
     row, key_positions, visible = _sight(offsets, lengths, positions, capacity, ancestors)
     visible = visible & rule.reaches(positions[:, None], key_positions)
 
@@ -112,6 +122,7 @@ def _fake(
     positions: Tensor,
     *,
     ancestors: Tensor | None = None,
+    block_table: Tensor | None = None,
     **attributes: Any,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])

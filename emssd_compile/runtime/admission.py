@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from emssd_compile.runtime.requests import Request, Row
+
+Fits = Callable[[Request], bool]
+"""Whether there is memory for a request to start now and go on to its end."""
 
 
 class Admission:
@@ -25,34 +28,33 @@ class Admission:
     def update(self) -> None:
         """A step comes next: end requests here, running ones too, and their rows are free in it."""
 
-    def take(self, rows: Sequence[Row | None], most: int) -> list[Request]:
-        """Take up to `most` requests that are to start; `rows` is what each row decodes, None where it is free."""
-        return next_requests(self._requests, rows, most)
+    def take(self, rows: Sequence[Row | None], fits: Fits) -> Request | None:
+        """Take the request that is to start next in a free row; None where all wait for something.
+
+        Args:
+            rows: what each row decodes, None where it is free.
+            fits: asked of the one whose turn it is; who comes behind does not overtake it.
+        """
+        return next_request(self._requests, rows, fits)
 
 
-def next_requests(waiting: deque[Request], rows: Sequence[Row | None], most: int) -> list[Request]:
-    """Take up to `most` requests from those that wait, in order; but whose prompt is being read, waits until it is.
+def next_request(waiting: deque[Request], rows: Sequence[Row | None], fits: Fits) -> Request | None:
+    """Take the first of those that wait; but whose prompt is being read, waits until it is.
 
     Args:
         waiting: loses what is returned.
         rows: what each row decodes, None where it is free.
-        most: how many rows are free.
+        fits: whether there is memory for it.
     """
-    if not waiting or most == 0:
-        return []
     reading = {row.request.group for row in rows if row and not row.request.output} - {None}
-    started: list[Request] = []
-    later: list[Request] = []
-    while waiting and len(started) < most:
-        request = waiting.popleft()
-        if request.group in reading and _is_shared(request):
-            later.append(request)
+    for place, request in enumerate(waiting):
+        if request.group in reading and _is_shared(request) and row_with_prompt(request, rows) is None:
             continue
-        started.append(request)
-        if _is_shared(request) and row_with_prompt(request, rows) is None:
-            reading.add(request.group)
-    waiting.extendleft(reversed(later))
-    return started
+        if not fits(request):
+            return None
+        del waiting[place]
+        return request
+    return None
 
 
 def row_with_prompt(request: Request, rows: Sequence[Row | None]) -> int | None:

@@ -14,8 +14,10 @@ from emssd_compile.ops.triton.selection import standard_forms
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.host_parts import HostParts
+from emssd_compile.runtime.kv_memory import Pages, Slabs
 from emssd_compile.runtime.launch import Variant, make_launcher
 from emssd_compile.runtime.memory import allocate
+from emssd_compile.step.paging import Paging
 from emssd_compile.step.parts import Part
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.state import StepState
@@ -31,6 +33,7 @@ def assemble(
     deterministic: bool = False,
     buckets: tuple[StepSizes, ...] = (),
     parts: Mapping[str, Part] = MappingProxyType({}),
+    paging: Paging | None = None,
 ) -> Engine:
     """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
 
@@ -42,6 +45,7 @@ def assemble(
         deterministic: whether the sizes of steps, and the kernels that run them, depend on nothing but the requests.
         buckets: sizes that are captured, where the device captures any.
         parts: those of the step, by what the names of their inputs begin with; an artifact has none.
+        paging: the pool of blocks that the step was made for; None where each row has a slab.
 
     Raises:
         CapacityError: the KV caches, or what a part keeps, do not fit into memory.
@@ -51,7 +55,8 @@ def assemble(
     launcher = make_launcher(variant, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
     told = HostParts(launcher, parts)
-    return Engine(launcher, layout, told, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
+    memory = Pages(paging, variant.signature) if paging else Slabs(variant.signature)
+    return Engine(launcher, memory, layout, told, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
 
 
 def make_variant(
@@ -79,9 +84,7 @@ def switch(engine: Engine, variant: Variant) -> None:
 
 def _own(signature: Signature, *more: str) -> dict[str, TensorSpec]:
     """What is allocated beside `StepState`, and the inputs that have one of more roles."""
-    inputs = signature.with_role("cache", "row", "memory", "host", "option", *more)
-    rows = signature.sizes.rows
-    return {name: binding.spec_of(rows) for name, binding in inputs.items()}
+    return signature.specs("cache", "pool", "table", "row", "memory", "host", "option", *more)
 
 
 def _without_clock(step: StepFunction) -> StepFunction:

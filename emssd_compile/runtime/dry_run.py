@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from emssd_compile.runtime.buckets import StepSizes, decode_sizes
+from emssd_compile.runtime.kv_memory import KVMemory
 from emssd_compile.runtime.launch import Launcher
 
 CONTEXT = 1024  # tokens that each row holds, if it has room for twice as many
@@ -17,29 +18,30 @@ ROUNDS = 4
 
 
 class DryRun:
-    """Runs steps in which every row decodes, half full, or none does.
+    """Runs steps in which every row that memory has room for decodes, half full, or none does.
 
     Args:
         launcher: its tensors are given back as they were, all but the KV caches.
+        memory: where rows keep keys and values.
         num_draft_tokens: K.
         max_depth: D, where drafts are trees; None for chains.
     """
 
-    def __init__(self, launcher: Launcher, num_draft_tokens: int, max_depth: int | None) -> None:
+    def __init__(self, launcher: Launcher, memory: KVMemory, num_draft_tokens: int, max_depth: int | None) -> None:
         self._launcher = launcher
-        rows, capacity = launcher.tensors["history"].shape
+        rows, _ = launcher.tensors["history"].shape
         self._sizes = partial(decode_sizes, num_rows=rows, num_draft_tokens=num_draft_tokens, max_depth=max_depth)
-        context = min(CONTEXT, capacity // 2)
-        self._state = {
-            name: launcher.upload(torch.full((rows,), value))
-            for name, value in {
-                "lengths": context,
-                "known": context + 1,
-                "draft_lengths": max(min(num_draft_tokens, capacity - context - 1), 0),
-                "active": True,
-                "limits": capacity,
-            }.items()
+        given = memory.rehearsal()
+        context = min(CONTEXT, given.tokens // 2)
+        values = {
+            "lengths": context,
+            "known": context + 1,
+            "draft_lengths": max(min(num_draft_tokens, given.tokens - context - 1), 0),
+            "limits": given.tokens,
         }
+        state = {name: torch.full((rows,), value) for name, value in values.items()}
+        state |= {"active": torch.arange(rows) < given.rows, **given.tensors}
+        self._state = {name: launcher.upload(value) for name, value in state.items()}
 
     def decode(self, tokens: int) -> None:
         """Run one step of so many packed tokens, and wait until it is done."""
@@ -71,13 +73,13 @@ class DryRun:
 
 @contextmanager
 def dry_run(
-    launcher: Launcher, kept: Collection[str], num_draft_tokens: int, max_depth: int | None
+    launcher: Launcher, memory: KVMemory, kept: Collection[str], num_draft_tokens: int, max_depth: int | None
 ) -> Iterator[DryRun]:
     """A dry run, after which the `kept` tensors are as they were before."""
     before = {name: launcher.tensors[name].clone() for name in kept}
     launcher.rows_in_use = len(launcher.tensors["history"])
     try:
-        yield DryRun(launcher, num_draft_tokens, max_depth)
+        yield DryRun(launcher, memory, num_draft_tokens, max_depth)
     finally:
         for name, value in before.items():
             launcher.assign(name, value)

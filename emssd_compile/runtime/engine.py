@@ -16,6 +16,7 @@ from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
 from emssd_compile.runtime.host_parts import HostParts
+from emssd_compile.runtime.kv_memory import KVMemory
 from emssd_compile.runtime.launch import Launcher, Report, Variant
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
@@ -37,6 +38,7 @@ class Engine:
 
     Args:
         launcher: runs steps and owns their tensors.
+        memory: where rows keep keys and values.
         layout: how much room a step gives to drafts.
         parts: what is told of requests that have ended.
         prefill_chunk: most packed tokens of a step.
@@ -48,6 +50,7 @@ class Engine:
     def __init__(
         self,
         launcher: Launcher,
+        memory: KVMemory,
         layout: PackedLayout,
         parts: HostParts,
         *,
@@ -56,6 +59,7 @@ class Engine:
         deterministic: bool = False,
     ) -> None:
         self.launcher = launcher
+        self.memory = memory
         self.parts = parts
         self.num_rows, self.capacity = launcher.tensors["history"].shape
         sizes = launcher.variant.signature.sizes
@@ -124,8 +128,7 @@ class Engine:
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))
         self._options = signature.with_role("option")
-        self._caches = tuple(signature.with_role("cache"))
-        self._kept = tuple(signature.with_role("state", "setting", "option", "row", "memory"))
+        self._kept = tuple(signature.with_role("state", "setting", "option", "row", "memory", "table"))
 
     @property
     def requests(self) -> tuple[Request | None, ...]:
@@ -187,11 +190,11 @@ class Engine:
         self.launcher.use(self.variant if drafts or plain is None else plain, {})
 
     def _dry_run(self) -> AbstractContextManager[DryRun]:
-        return dry_run(self.launcher, self._kept, self.num_draft_tokens, self.max_depth)
+        return dry_run(self.launcher, self.memory, self._kept, self.num_draft_tokens, self.max_depth)
 
     def counters(self) -> tuple[dict[str, int], list[int]]:
-        """The counters and the acceptance histogram, read from the device, and reset there."""
-        counts = dict(zip(COUNTERS, self.tensors["counters"].tolist(), strict=True))
+        """The counters, read from the device, those of the memory, and the acceptance histogram; all are reset."""
+        counts = dict(zip(COUNTERS, self.tensors["counters"].tolist(), strict=True)) | self.memory.take_counts()
         histogram = self.tensors["histogram"].tolist()
         for name in ("counters", "histogram"):
             self.launcher.assign(name, torch.zeros_like(self.tensors[name]))
@@ -201,23 +204,27 @@ class Engine:
         """Start waiting requests in free rows."""
         waiting.update()
         self._release()
-        free = [b for b, row in enumerate(self._rows) if row is None]
-        started = waiting.take(self._rows, len(free))
+        started: dict[int, Request] = {}
+        read: list[int] = []
+        for b in [b for b, row in enumerate(self._rows) if row is None]:
+            request = waiting.take(self._rows, self._has_memory)
+            if request is None:
+                break
+            source = row_with_prompt(request, self._rows)
+            count = request.num_read if source is None else len(request.prompt) - 1
+            self.memory.start(self.launcher, b, request, source, count)
+            self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count)
+            started[b] = request
+            read.append(count)
         if not started:
             return
-        free = free[: len(started)]
-        sources = [row_with_prompt(request, self._rows) for request in started]
-        read = [
-            request.num_read if source is None else len(request.prompt) - 1
-            for request, source in zip(started, sources, strict=True)
-        ]
-        rows = self.launcher.upload(torch.tensor(free))
-        self._write(rows, {**first_values(started, read, self.capacity), **option_values(started, self._options)})
+        rows, requests = self.launcher.upload(torch.tensor([*started])), [*started.values()]
+        self._write(rows, {**first_values(requests, read, self.capacity), **option_values(requests, self._options)})
         self._zero(rows, self._row_state)
-        for b, request, source, count in zip(free, started, sources, read, strict=True):
-            if source is not None:
-                self.launcher.copy_row(self._caches, source, b, count)
-            self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count)
+
+    def _has_memory(self, request: Request) -> bool:
+        """Whether a request could start now and go on to its end."""
+        return self.memory.fits(request, row_with_prompt(request, self._rows))
 
     def _write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give some rows, `[n]`, these values, `[n, ...]` each."""
@@ -233,6 +240,7 @@ class Engine:
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
         # a step without the drafter drops the drafts that there are
         sizes = self.planner.sizes(self._rows, launched, drafts if drafted and self._has_drafts else 0)
+        self.memory.prepare(self.launcher, self._tokens_behind(len(launched) + 1))
         self._run_drafter(drafted)
         self._has_drafts = drafted
         if self.lag:
@@ -240,6 +248,11 @@ class Engine:
         started = time.perf_counter()
         report = self._run_step(sizes)
         return RunningStep(report, sizes, self.requests, started, drafted)
+
+    def _tokens_behind(self, num_steps: int) -> dict[int, int]:
+        """How many tokens each busy row may hold behind so many more steps, with drafts of the last one; at most."""
+        most = num_steps * (self._depth + 1) + self.num_draft_tokens
+        return {b: row.num_known + most for b, row in enumerate(self._rows) if row}
 
     def _make_room(self, busy: int) -> None:
         """Tell the device how many drafts the step after the next may verify, since its sizes are planned unseen."""
@@ -319,6 +332,7 @@ class Engine:
         ended = {b: row for b, row in enumerate(self._rows) if row and row.request.finished}
         for b in ended:
             self._rows[b] = None
+            self.memory.release(b)
         if ended and not self.deterministic:
             self.parts.tell([row.request for row in ended.values()])
         running = [b for b, row in ended.items() if row.is_active]
@@ -335,5 +349,8 @@ class Engine:
 
     def _clear(self) -> None:
         """Leave no active row behind, also when the consumer stops early."""
+        for b, row in enumerate(self._rows):
+            if row:
+                self.memory.release(b)
         self._rows = [None] * self.num_rows
         self.launcher.assign("active", torch.zeros_like(self.tensors["active"]))

@@ -104,9 +104,9 @@ class Launcher(ABC):
         """`value`, made on the CPU, where the tensors are."""
 
     def copy_row(self, names: Iterable[str], source: int, row: int, count: int) -> None:
-        """Write the first `count` slots of a row of each KV cache to another row, where they lie."""
+        """Write the first `count` slots of a row, or of a block, of each KV cache to another one, where they lie."""
         for name in names:
-            cache = self.tensors[name]  # [B, C, ...]
+            cache = self.tensors[name]  # [B, C, ...], or [blocks, P, ...]
             cache[row, :count].copy_(cache[source, :count])
 
     def use(self, variant: Variant, tensors: dict[str, Tensor]) -> None:

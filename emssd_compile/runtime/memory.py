@@ -1,15 +1,18 @@
-"""What is allocated once, when a model is compiled: the KV caches above all."""
+"""What is allocated once, when a model is compiled: the KV caches above all, as slabs or as a pool of blocks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from emssd_compile.errors import CapacityError
+from emssd_compile.errors import CapacityError, OptionError
 from emssd_compile.memory import available_memory
+from emssd_compile.step.paging import BLOCK_SIZE, Paging
+from emssd_compile.step.signature import Signature
 from emssd_compile.step.tensor_spec import TensorSpec
 
 CACHES = ("k_cache_", "v_cache_")
@@ -27,6 +30,69 @@ _OWNERS = {
 """Whose an input of a step is, by how its name begins; those of `StepState` begin with none of these."""
 
 _WORTH_NAMING = 20  # who needs less than this part of all is not worth a word
+_POOL_SHARE = 2
+"""A pool whose size nobody says takes one part in so many of the memory available, with what is allocated beside it."""
+
+
+def plan_pool(
+    slabs: Mapping[str, TensorSpec],
+    others: Mapping[str, TensorSpec],
+    capacity: int,
+    device: torch.device,
+    *,
+    kv_tokens: int | None,
+    is_asked_for: bool,
+    shares: bool,
+) -> Paging | None:
+    """The pool of blocks in the place of slabs; None if slabs are to be kept, since they fit into memory.
+
+    Args:
+        slabs: the caches that may be paged, `[B, C, ...]` each or with more slots, for trees of drafts.
+        others: what else is allocated beside them.
+        capacity: C.
+        device: where all of it is.
+        kv_tokens: tokens that the pool is to hold; None for a share of the memory that is available.
+        is_asked_for: whether it is to be a pool even if slabs fit.
+        shares: as in `Paging`.
+
+    Raises:
+        OptionError: `kv_tokens` has no room for a single request.
+        CapacityError: nor has that share.
+    """
+    needed = sum(map(_bytes, (*slabs.values(), *others.values())))
+    if not slabs or not (is_asked_for or needed > available_memory(device)):
+        return None
+    rows, spare = next(iter(slabs.values())).shape[0], max(spec.shape[1] for spec in slabs.values()) - capacity
+    whole = Paging(0, rows, capacity, max(spare, 0), shares, BLOCK_SIZE)
+    most = rows * whole.row_blocks
+    if kv_tokens is not None:
+        if kv_tokens < whole.blocks_of(2) * BLOCK_SIZE:
+            raise OptionError(
+                f"kv_tokens={kv_tokens} is too small for a request with this drafter, whose drafts take up to "
+                f"{whole.spare} more; pass at least {whole.blocks_of(2) * BLOCK_SIZE}"
+            )
+        return replace(whole, num_blocks=min(-(-kv_tokens // BLOCK_SIZE), most))
+    of_block = sum(_bytes(spec) // (spec.shape[0] * spec.shape[1]) for spec in slabs.values()) * BLOCK_SIZE
+    room = available_memory(device) // _POOL_SHARE - sum(map(_bytes, others.values()))
+    if room < whole.blocks_of(2) * of_block:
+        check_room(others, device)
+        raise CapacityError(
+            f"the KV caches of one short request need {_gib(whole.blocks_of(2) * of_block)}; {device} has {_gib(room)} "
+            "to spare for them"
+        )
+    return replace(whole, num_blocks=min(room // of_block, most))
+
+
+def describe(signature: Signature, paging: Paging | None) -> str:
+    """Where keys and values are and how much memory that takes, in a few words."""
+    taken = {role: sum(map(_bytes, signature.specs(role).values())) for role in ("cache", "pool")}
+    sizes = signature.sizes
+    slabs = f"slabs of {sizes.capacity} tokens for each of {sizes.rows} rows, {_gib(taken['cache'])}"
+    if paging is None:
+        return slabs
+    pool = f"a pool of {paging.num_blocks} blocks of {paging.block_size} tokens, {paging.num_tokens} in all for "
+    pool += f"{sizes.rows} rows of up to {sizes.capacity}, {_gib(taken['pool'])}"
+    return f"{pool}; and {slabs}" if taken["cache"] else pool
 
 
 def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
@@ -41,7 +107,7 @@ def check_room(specs: Mapping[str, TensorSpec], device: torch.device) -> None:
     largest: dict[str, tuple[int, str]] = {}
     for name, spec in specs.items():
         prefix = next((prefix for prefix in _OWNERS if name.startswith(prefix)), "")
-        owner, size = _OWNERS.get(prefix, _STATE), math.prod(spec.shape) * spec.dtype.itemsize
+        owner, size = _OWNERS.get(prefix, _STATE), _bytes(spec)
         needed[owner] = needed.get(owner, 0) + size
         words = "" if owner == _CACHES else f", most of it for {name.removeprefix(prefix)!r} {list(spec.shape)}"
         largest[owner] = max(largest.get(owner, (-1, "")), (size, words))
@@ -70,5 +136,9 @@ def _check(needs: str, needed: int, device: torch.device, or_what: str = "") -> 
         )
 
 
+def _bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

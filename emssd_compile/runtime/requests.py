@@ -97,6 +97,11 @@ class Row:
     is_active: bool = True
     unseen: int = 0
 
+    @property
+    def num_known(self) -> int:
+        """Tokens that it knows, prompt and new ones."""
+        return len(self.request.prompt) + len(self.request.output)
+
 
 @dataclass(frozen=True)
 class RunningStep:

@@ -31,6 +31,8 @@ ROLES = {
     "host": "what a part knows of earlier requests, zeros at first: set by the host; the step reads it",
     "cache": "keys and values, `[B, slots, ...]`; the step writes them where they lie, and where rows share a prompt "
     "the host copies its slots",
+    "pool": "keys and values of all rows, `[blocks, P, ...]`; the step writes them where they lie",
+    "table": "int32 `[B, M]`, which block of the pools each row's m-th is, -1 for none; set by the host as rows grow",
     "input": "given anew at each call",
     "result": "for the host to read",
     "reading": "what a probe tells of each token that the step emits, `[B, D + 1, ...]`, for the host to read",
@@ -67,10 +69,6 @@ class Binding:
     def spec(self) -> TensorSpec:
         """Shape and dtype of a tensor of fixed size."""
         return TensorSpec(tuple(int(size) for size in self.shape), self.dtype)
-
-    def spec_of(self, rows: int) -> TensorSpec:
-        """The same where the step takes as many rows of the tensor as it drafts for: of all of it."""
-        return TensorSpec(tuple(rows if size == DRAFT_ROWS else int(size) for size in self.shape), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Signature:
 
         placeholders = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
         (results,) = next(node for node in graph.nodes if node.op == "output").args
-        kept = {name: node for name, node in results.items() if roles.get(name) != "cache"}
+        kept = {name: node for name, node in results.items() if roles.get(name) not in ("cache", "pool")}
         return cls(
             tuple(bind(name, node, roles[name]) for name, node in placeholders.items()),
             tuple(bind(n, node, "reading" if n in told else roles.get(n, "result")) for n, node in kept.items()),
@@ -129,6 +127,14 @@ class Signature:
         depth = shapes["histogram"][0] - 1 if "draft_parents" in shapes else None
         has_proposal = "draft_proposal" in shapes
         return PartSizes(rows, capacity, vocabulary, most, max_depth=depth, has_proposal=has_proposal)
+
+    def specs(self, *roles: str) -> dict[str, TensorSpec]:
+        """The tensors to hold for the inputs that have one of these roles; where a step takes rows of one, all of it."""
+        rows = self.sizes.rows
+        return {
+            name: TensorSpec(tuple(rows if size == DRAFT_ROWS else int(size) for size in found.shape), found.dtype)
+            for name, found in self.with_role(*roles).items()
+        }
 
     def with_role(self, *roles: str) -> dict[str, Binding]:
         """The inputs that have one of these roles, by name."""

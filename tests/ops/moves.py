@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +20,30 @@ class Moves:
     starts: Tensor
     path: Tensor
     counts: Tensor
+    block_table: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.k_cache, self.v_cache, self.starts, self.path, self.counts
+        given = self.k_cache, self.v_cache, self.starts, self.path, self.counts
+        return given if self.block_table is None else (*given, self.block_table)
+
+
+def in_blocks(moves: Moves, size: int) -> Moves:
+    """The same moves in a pool of blocks of `size` slots; a row that moves nothing has no blocks at all."""
+    rows, capacity = moves.k_cache.shape[:2]
+    columns = -(-capacity // size)
+    table = torch.randperm(rows * columns).to(torch.int32).view(rows, columns)
+    table[moves.counts == 0] = -1
+
+    def pool(cache: Tensor) -> Tensor:
+        filled = torch.full((rows, columns * size, *cache.shape[2:]), math.nan, dtype=cache.dtype)
+        filled[:, :capacity] = cache
+        blocks = torch.full((rows * columns, size, *cache.shape[2:]), math.nan, dtype=cache.dtype)
+        owned = table >= 0
+        blocks[table[owned]] = filled.unflatten(1, (columns, size))[owned]
+        return blocks
+
+    return replace(moves, k_cache=pool(moves.k_cache), v_cache=pool(moves.v_cache), block_table=table)
 
 
 def make_moves(
@@ -53,10 +73,15 @@ def make_moves(
 def expected_caches(moves: Moves) -> tuple[Tensor, Tensor]:
     """The caches after the moves, token by token."""
     k_cache, v_cache = moves.k_cache.clone(), moves.v_cache.clone()
+    size = k_cache.shape[1]
+
+    def place(row: int, slot: int) -> tuple[int, int]:
+        return (row, slot) if moves.block_table is None else (int(moves.block_table[row, slot // size]), slot % size)
+
     for row, (start, count) in enumerate(zip(moves.starts.tolist(), moves.counts.tolist(), strict=True)):
         for depth in range(count):
             for cache in (k_cache, v_cache):
-                cache[row, start + depth] = cache[row, start + int(moves.path[row, depth])]
+                cache[place(row, start + depth)] = cache[place(row, start + int(moves.path[row, depth]))]
     return k_cache, v_cache
 
 

@@ -73,6 +73,45 @@ def make_batch(
     )
 
 
+def in_blocks(batch: Batch, size: int, *, shared: int = 0, seed: int = 0) -> Batch:
+    """The same batch in a pool of blocks of `size` slots, in any order; what nobody owns is NaN, and has no number.
+
+    The first `shared` blocks of all rows are one: those of the first row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    columns = -(-batch.k_cache.shape[1] // size)
+    held = batch.lengths + batch.offsets.diff()  # [B], an empty row too may hold committed tokens
+    used = [-(-count // size) for count in held.tolist()]
+    num_blocks = sum(used) + 2
+    numbers = iter(torch.randperm(num_blocks, generator=generator).tolist())
+    table = torch.full((len(used), columns), -1, dtype=torch.int32)
+    caches = batch.k_cache, batch.v_cache
+    pools = [torch.full((num_blocks, size, *cache.shape[2:]), math.nan, dtype=cache.dtype) for cache in caches]
+    for row, count in enumerate(used):
+        for place in range(count):
+            if row > 0 and place < shared:
+                table[row, place] = table[0, place]
+                continue
+            table[row, place] = number = next(numbers)
+            for pool, cache in zip(pools, caches, strict=True):
+                slots = cache[row, place * size : (place + 1) * size]
+                pool[number, : len(slots)] = slots
+    return replace(batch, k_cache=pools[0], v_cache=pools[1]).with_options(block_table=table)
+
+
+def spoilt(batch: Batch, row: int, value: float) -> Batch:
+    """The batch of `in_blocks` with a value in all that is not a row's: other blocks, and the slots behind its last."""
+    table, size = batch.options["block_table"], batch.k_cache.shape[1]
+    assert isinstance(table, Tensor)
+    count = int(batch.lengths[row] + batch.offsets.diff()[row])
+    own = table[row, : -(-count // size)].long()
+    caches = [torch.full_like(cache, value) for cache in (batch.k_cache, batch.v_cache)]
+    for cache, before in zip(caches, (batch.k_cache, batch.v_cache), strict=True):
+        cache[own] = before[own]
+        cache[own[-1], count % size or size :] = value
+    return replace(batch, k_cache=caches[0], v_cache=caches[1])
+
+
 def with_trees(batch: Batch, *, seed: int = 0, words: int | None = None) -> Batch:
     """The same batch with a random tree per row: ancestors, and the positions that go with them.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emssd_compile import ops
 from emssd_compile.ops import _move_kv
-from tests.ops.moves import Moves, expected_caches, make_moves, same_bits
+from tests.ops.moves import Moves, expected_caches, in_blocks, make_moves, same_bits
 
 ROWS = [(5, [0, 2, 3]), (0, [0, 1, 2, 3]), (9, []), (2, [4]), (3, [0, 3, 4, 11])]
 
@@ -34,15 +34,22 @@ def test_moves_the_accepted_tokens_and_nothing_else(
     kernels: str, rows: list[tuple[int, list[int]]], dtype: torch.dtype, spare_slots: int
 ) -> None:
     assert_moved(make_moves(rows, width=5, dtype=dtype, spare_slots=spare_slots))
+    assert_moved(in_blocks(make_moves(rows, width=5, dtype=dtype, spare_slots=spare_slots), 2))
 
 
-@given(rows=paths, extra=st.integers(0, 3), spare_slots=st.integers(0, 3))
+@given(rows=paths, extra=st.integers(0, 3), spare_slots=st.integers(0, 3), page=st.sampled_from([None, 1, 4, 64]))
 @pytest.mark.parametrize("form", [ops.move_kv, _move_kv.reference], ids=["cpp", "reference"])
 def test_moves_any_path(
-    cpu_kernels: None, form: Callable[..., None], rows: list[tuple[int, list[int]]], extra: int, spare_slots: int
+    cpu_kernels: None,
+    form: Callable[..., None],
+    rows: list[tuple[int, list[int]]],
+    extra: int,
+    spare_slots: int,
+    page: int | None,
 ) -> None:
     width = max(len(nodes) for _, nodes in rows) + extra
     moves = make_moves(rows, width=width, spare_slots=spare_slots)
+    moves = in_blocks(moves, page) if page else moves
     expected = expected_caches(moves)
     form(*moves.tensors)
     assert same_bits(moves.k_cache, expected[0])
@@ -95,8 +102,20 @@ def test_cpp_form_refuses_what_would_reach_outside(cpu_kernels: None, change: di
     assert same_bits(moves.k_cache, before)
 
 
-def test_opcheck(kernels: str) -> None:
-    torch.library.opcheck(ops.move_kv, make_moves(ROWS).tensors)
+def test_cpp_form_refuses_blocks_that_there_are_not(cpu_kernels: None) -> None:
+    moves = in_blocks(make_moves([(5, [0, 2, 3]), (0, [0])], spare_slots=0), 4)
+    assert moves.block_table is not None
+    for change in (-1, 9):
+        table = moves.block_table.clone()
+        table[0, 1] = change
+        with pytest.raises(RuntimeError, match=f"slots 4 to 7 of row 0 are in block {change}; there are 6 blocks"):
+            ops.move_kv(*replace(moves, block_table=table).tensors)
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_opcheck(kernels: str, page: int | None) -> None:
+    moves = make_moves(ROWS)
+    torch.library.opcheck(ops.move_kv, (in_blocks(moves, page) if page else moves).tensors)
 
 
 def test_compiled_step_moves_in_place(kernels: str) -> None:

@@ -1,5 +1,6 @@
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emssd_compile import ops
-from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_random_bits, with_trees
+from tests.ops.ragged import Batch, Heads, in_blocks, make_batch, oracle, spoilt, with_random_bits, with_trees
 
 ROWS = [(70, 3), (0, 1), (5, 0), (129, 5), (64, 1), (60, 4)]  # an empty row, no history, ends around a block of keys
 
@@ -54,6 +55,17 @@ def attend(batch: Batch) -> Tensor:
     return result
 
 
+def assert_same_in_blocks(batch: Batch, kernels: str = "cpp", sizes: Sequence[int] = (1, 16, 64, 128)) -> None:
+    """The bits of slabs, whatever the size of blocks; of the reference, which sums over all slots, up to rounding."""
+    expected = attend(batch)
+    for size in sizes:
+        result = attend(in_blocks(batch, size))
+        if kernels == "cpp":
+            assert torch.equal(result, expected)
+        else:
+            torch.testing.assert_close(result, expected)
+
+
 def seconds(batch: Batch) -> float:
     times = []
     for _ in range(5):
@@ -76,6 +88,7 @@ def test_matches_oracle_for_all_head_shapes(kernels: str, heads: Heads, tree: bo
     batch = make_batch(ROWS, heads, tail=2)
     batch = with_trees(batch) if tree else batch
     assert_exact(attend(batch), oracle(batch))
+    assert_same_in_blocks(batch, kernels)
 
 
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
@@ -84,6 +97,7 @@ def test_matches_oracle_for_all_options(kernels: str, options: dict[str, object]
     batch = make_batch(ROWS, tail=1)
     batch = (with_trees(batch) if tree else batch).with_options(**options)
     assert_exact(attend(batch), oracle(batch))
+    assert_same_in_blocks(batch, kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -93,6 +107,7 @@ def test_matches_oracle_for_all_dtypes(kernels: str, dtype: torch.dtype, head_si
     result = attend(batch)
     assert result.dtype == dtype
     assert_exact(result, oracle(batch))
+    assert_same_in_blocks(batch, kernels)
 
 
 @pytest.mark.parametrize("rows", [[(0, 1)], [(63, 1)], [(64, 1)], [(0, 0), (0, 0)], [(0, 70)], [(60, 40)]], ids=str)
@@ -122,6 +137,7 @@ def test_no_tokens_at_all(cpu_kernels: None) -> None:
     sinks=st.booleans(),
     alibi=st.booleans(),
     tree=st.booleans(),
+    page=st.sampled_from([1, 4, 64]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_matches_oracle_for_random_schedules(
@@ -135,6 +151,7 @@ def test_matches_oracle_for_random_schedules(
     sinks: bool,
     alibi: bool,
     tree: bool,
+    page: int,
     seed: int,
 ) -> None:
     batch = make_batch(rows, heads, tail=tail, seed=seed)
@@ -143,6 +160,7 @@ def test_matches_oracle_for_random_schedules(
     batch = batch.with_options(window=window, chunk=chunk, softcap=softcap, alibi_slopes=slopes)
     batch = batch.with_options(sinks=torch.linspace(-2.0, 3.0, heads.num_heads)) if sinks else batch
     assert_exact(attend(batch), oracle(batch))
+    assert_same_in_blocks(batch, sizes=[page])
 
 
 def test_long_rows_match_oracle(cpu_kernels: None) -> None:
@@ -150,6 +168,21 @@ def test_long_rows_match_oracle(cpu_kernels: None) -> None:
     assert_exact(attend(batch), oracle(batch))
     for option in ({"window": 1050}, {"chunk": 1050}, {"sinks": torch.tensor([1.0, -1.0])}):
         assert_exact(attend(batch.with_options(**option)), oracle(batch.with_options(**option)))
+        assert_same_in_blocks(batch.with_options(**option), sizes=[64])
+
+
+def test_rows_that_begin_alike_may_share_blocks(kernels: str) -> None:
+    batch = make_batch([(70, 3), (100, 1), (33, 2)])
+    for cache in (batch.k_cache, batch.v_cache):
+        cache[1:, :32] = cache[0, :32]
+    torch.testing.assert_close(attend(in_blocks(batch, 16, shared=2)), attend(batch), rtol=0, atol=1e-6)
+
+
+def test_a_block_of_another_row_is_not_read(kernels: str) -> None:
+    """NaN, and what would change any sum, in all that the row does not own."""
+    batch = in_blocks(make_batch([(70, 3), (100, 1)]), 16)
+    for value in (math.nan, 1e30):
+        assert torch.equal(attend(spoilt(batch, 0, value))[:3], attend(batch)[:3])
 
 
 @pytest.mark.parametrize("option", [{"chunk": 64}, {"window": 64}], ids=str)
@@ -314,8 +347,27 @@ def test_cpp_form_refuses_options_of_another_shape(cpu_kernels: None, option: di
         attend(make_batch([(8, 2), (3, 2)]).with_options(**option))
 
 
+TABLE = torch.tensor([[0], [1]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (TABLE.long(), r"block_table must be Int \[B, M\], got Long \[2, 1\] for 2 rows"),
+        (TABLE[:1], r"block_table must be Int \[B, M\], got Int \[1, 1\] for 2 rows"),
+        (TABLE - 1, "slots 0 to 12 of row 0 are in block -1; there are 2 blocks"),
+        (TABLE + 1, "slots 0 to 12 of row 1 are in block 2; there are 2 blocks"),
+    ],
+)
+def test_cpp_form_refuses_blocks_that_there_are_not(cpu_kernels: None, table: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        attend(make_batch([(8, 2), (3, 2)]).with_options(block_table=table))
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["slabs", "blocks"])
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-def test_opcheck(kernels: str, tree: bool) -> None:
+def test_opcheck(kernels: str, tree: bool, blocks: bool) -> None:
     batch = make_batch(ROWS, Heads(4, 2, 16, 8), tail=2)
     batch = (with_trees(batch) if tree else batch).with_options(**OPTIONS["all"])
+    batch = in_blocks(batch, 16) if blocks else batch
     torch.library.opcheck(ops.ragged_attention, batch.tensors, batch.options)

@@ -44,11 +44,9 @@ class TritonProcess:
         """`append_kv_triton`; the caches as it leaves them."""
         return self._pool.submit(_append, k_cache, v_cache, k, v, row_ids, slots).result()
 
-    def move(
-        self, k_cache: Tensor, v_cache: Tensor, starts: Tensor, path: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def move(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         """`move_kv_triton`; the caches as it leaves them."""
-        return self._pool.submit(_move, k_cache, v_cache, starts, path, counts).result()
+        return self._pool.submit(_move, *arguments).result()
 
     def launched(self) -> list[Launched]:
         """The kernels that were compiled since the last call."""
@@ -62,7 +60,8 @@ class TritonProcess:
 def _attend(batch: Batch, changes: dict[str, int]) -> Tensor:
     from emssd_compile.ops.triton import launch, ragged_attention
 
-    sizes = ragged_attention.check_arguments(*batch.tensors)
+    table = batch.options.get("block_table")
+    sizes = ragged_attention.check_arguments(*batch.tensors, block_table=table)  # type: ignore[arg-type]
     planned = launch.plan_launch(sizes, _processors or ragged_attention.processors_of(batch.q.device))
     group = sizes.num_heads // sizes.num_kv_heads
     block_queries = changes.get("block_queries", planned.block_queries)
@@ -80,11 +79,11 @@ def _append(
     return k_cache, v_cache
 
 
-def _move(k_cache: Tensor, v_cache: Tensor, starts: Tensor, path: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _move(*arguments: Tensor) -> tuple[Tensor, Tensor]:
     from emssd_compile.ops.triton.move_kv import move_kv_triton
 
-    move_kv_triton(k_cache, v_cache, starts, path, counts)
-    return k_cache, v_cache
+    move_kv_triton(*arguments)
+    return arguments[0], arguments[1]
 
 
 def interpret() -> None:

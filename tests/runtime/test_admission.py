@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emssd_compile.runtime.admission import next_requests, row_with_prompt
+from emssd_compile.runtime.admission import Fits, next_request, row_with_prompt
 from emssd_compile.runtime.requests import Request, Row
 
 
@@ -18,23 +18,41 @@ def _indices(requests: list[Request]) -> list[int]:
     return [request.index for request in requests]
 
 
+def _start(waiting: deque[Request], rows: list[Row | None], fits: Fits = lambda _: True) -> list[Request]:
+    """Start in free rows what can start."""
+    started = []
+    for b in [b for b, row in enumerate(rows) if row is None]:
+        request = next_request(waiting, rows, fits)
+        if request is None:
+            break
+        rows[b] = Row(request, len(request.prompt))
+        started.append(request)
+    return started
+
+
 def test_the_first_of_a_group_reads_and_the_others_wait():
     waiting = deque(_request(i, i // 3) for i in range(6))
-    assert _indices(next_requests(waiting, [None] * 4, 4)) == [0, 3]
+    assert _indices(_start(waiting, [None] * 4)) == [0, 3]
     assert _indices([*waiting]) == [1, 2, 4, 5]
 
 
 def test_once_a_row_has_read_the_prompt_they_start_from_it():
     rows = [Row(_request(0, 0, emitted=1), 1), None, Row(_request(3, 1), 5), None]
     waiting = deque([_request(1, 0), _request(2, 0), _request(4, 1)])
-    assert _indices(next_requests(waiting, rows, 2)) == [1, 2]
     assert [row_with_prompt(_request(9, group), rows) for group in (0, 1, 2)] == [0, None, None]
+    assert _indices(_start(waiting, rows)) == [1, 2]
 
 
 def test_prompts_of_one_token_and_requests_without_a_group_share_nothing():
     waiting = deque([_request(0, 0, length=1), _request(1, 0, length=1), _request(2, None), _request(3, None)])
-    assert _indices(next_requests(waiting, [None] * 4, 4)) == [0, 1, 2, 3]
+    assert _indices(_start(waiting, [None] * 4)) == [0, 1, 2, 3]
     assert row_with_prompt(_request(9, 0, length=1), [Row(_request(0, 0, length=1, emitted=2), 1)]) is None
+
+
+def test_nobody_overtakes_who_waits_for_memory():
+    waiting = deque(_request(i, i, length=9 if i == 1 else 2) for i in range(3))
+    assert _indices(_start(waiting, [None] * 3, lambda request: len(request.prompt) < 9)) == [0]
+    assert _indices([*waiting]) == [1, 2]
 
 
 @given(
@@ -45,7 +63,7 @@ def test_nobody_is_lost_and_nobody_waits_for_nothing(groups, busy):
     rows = [None if row is None else Row(_request(100 + b, row[0], emitted=row[1]), 1) for b, row in enumerate(busy)]
     waiting = deque(_request(i, group) for i, group in enumerate(groups))
     free = rows.count(None)
-    started = next_requests(waiting, rows, free)
+    started = _start(waiting, rows)
     assert sorted(_indices(started) + _indices([*waiting])) == [*range(len(groups))]
     assert _indices([*waiting]) == sorted(_indices([*waiting]))
     assert len(started) <= free

@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "append_kv.h"
+#include "slots.h"
 
 namespace emssd {
 
@@ -17,9 +19,9 @@ struct Moves {
   int64_t num_rows, num_nodes;
 };
 
-inline void move_tokens(const at::Tensor& cache, const Moves& moves) {
+inline void move_tokens(const at::Tensor& cache, const Moves& moves, const BlockTable& table) {
   const int64_t item = cache.element_size(), heads = cache.size(2), bytes = cache.size(3) * item;
-  const int64_t slot_stride = cache.stride(1) * item, head_stride = cache.stride(2) * item;
+  const int64_t head_stride = cache.stride(2) * item;
   char* data = static_cast<char*>(cache.mutable_data_ptr());
   constexpr int64_t kBytesPerThread = 1 << 16;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, moves.num_nodes * heads * bytes));
@@ -28,8 +30,10 @@ inline void move_tokens(const at::Tensor& cache, const Moves& moves) {
       const int64_t* path = moves.path + b * moves.num_nodes;
       for (int64_t i = 0; i < moves.counts[b]; ++i) {
         if (path[i] == i) continue;
-        char* first = data + b * cache.stride(0) * item + moves.starts[b] * slot_stride;
-        copy_token(first + i * slot_stride, head_stride, first + path[i] * slot_stride, head_stride, heads, bytes);
+        const auto place = [&](int64_t slot) {
+          return data + table.place(b, moves.starts[b] + slot, cache.stride(0), cache.stride(1)) * item;
+        };
+        copy_token(place(i), head_stride, place(path[i]), head_stride, heads, bytes);
       }
     }
   });
@@ -50,20 +54,22 @@ inline void check_moves(const Moves& moves, int64_t capacity) {
   }
 }
 
-inline void check_cache(const at::Tensor& cache, int64_t rows, const char* name) {
-  TORCH_CHECK(cache.dim() == 4 && cache.size(0) == rows, "emssd::move_kv: ", name, " must be [B, C, Hkv, D] for ", rows,
-              " rows, got ", cache.sizes());
+inline void check_cache(const at::Tensor& cache, int64_t rows, bool is_pool, const char* name) {
+  TORCH_CHECK(cache.dim() == 4 && (is_pool || cache.size(0) == rows), "emssd::move_kv: ", name,
+              " must be [B, C, Hkv, D] for ", rows, " rows, got ", cache.sizes());
   TORCH_CHECK(cache.stride(3) == 1 || cache.size(3) == 1, "emssd::move_kv: the last dimension of ", name,
               " must be contiguous, its strides are ", cache.strides());
 }
 
 inline void move_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& starts,
-                    const at::Tensor& path, const at::Tensor& counts) {
+                    const at::Tensor& path, const at::Tensor& counts,
+                    const std::optional<at::Tensor>& block_table) {
   TORCH_CHECK(path.dim() == 2 && starts.numel() == path.size(0) && counts.numel() == path.size(0),
               "emssd::move_kv: starts [B], path [B, N] and counts [B] do not fit: ", starts.sizes(), ", ", path.sizes(),
               ", ", counts.sizes());
-  check_cache(k_cache, path.size(0), "k_cache");
-  check_cache(v_cache, path.size(0), "v_cache");
+  check_cache(k_cache, path.size(0), block_table.has_value(), "k_cache");
+  check_cache(v_cache, path.size(0), block_table.has_value(), "v_cache");
+  const BlockTable table("emssd::move_kv", block_table, path.size(0), k_cache, v_cache);
   const auto starts_ = starts.expect_contiguous();
   const auto path_ = path.expect_contiguous();
   const auto counts_ = counts.expect_contiguous();
@@ -72,9 +78,12 @@ inline void move_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const 
                     .counts = counts_->const_data_ptr<int64_t>(),
                     .num_rows = path.size(0),
                     .num_nodes = path.size(1)};
-  check_moves(moves, std::min(k_cache.size(1), v_cache.size(1)));
-  move_tokens(k_cache, moves);
-  move_tokens(v_cache, moves);
+  check_moves(moves, table.capacity());
+  for (int64_t b = 0; b < moves.num_rows; ++b)
+    if (moves.counts[b] > 0)
+      table.check(b, moves.starts[b], moves.starts[b] + moves.path[b * moves.num_nodes + moves.counts[b] - 1] + 1);
+  move_tokens(k_cache, moves, table);
+  move_tokens(v_cache, moves, table);
 }
 
 }  // namespace emssd

@@ -66,13 +66,13 @@ void run_plan(const Arguments<scalar_t, T>& args, const Plan<scalar_t, T>& plan)
 }
 
 inline void check_shapes(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                         const at::Tensor& offsets, const at::Tensor& lengths, const at::Tensor& positions) {
+                         const at::Tensor& offsets, const at::Tensor& lengths, const at::Tensor& positions,
+                         int64_t rows) {
   TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && v_cache.dim() == 4 && q.size(2) == k_cache.size(3) &&
                   k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && q.size(1) % k_cache.size(2) == 0,
               "emssd::ragged_attention: q [T, Hq, Dk], k_cache [B, C, Hkv, Dk] and v_cache [B, C, Hkv, Dv] do not fit:",
               " ", q.sizes(), ", ", k_cache.sizes(), ", ", v_cache.sizes());
-  TORCH_CHECK(offsets.numel() == k_cache.size(0) + 1 && lengths.numel() == k_cache.size(0) &&
-                  positions.numel() == q.size(0),
+  TORCH_CHECK(offsets.numel() == rows + 1 && lengths.numel() == rows && positions.numel() == q.size(0),
               "emssd::ragged_attention: offsets [B + 1], lengths [B] and positions [T] do not fit: ", offsets.sizes(),
               ", ", lengths.sizes(), ", ", positions.sizes());
   TORCH_CHECK(q.scalar_type() == k_cache.scalar_type() && q.scalar_type() == v_cache.scalar_type(),
@@ -93,15 +93,18 @@ inline void check_ancestors(const at::Tensor& q, const std::optional<at::Tensor>
 }
 
 // Throws if the rows would reach outside the tokens or the cache.
-inline void check_rows(const int64_t* offsets, const int64_t* lengths, int64_t rows, int64_t tokens, int64_t capacity) {
+inline void check_rows(const int64_t* offsets, const int64_t* lengths, int64_t rows, int64_t tokens,
+                       const BlockTable& table) {
   TORCH_CHECK(offsets[0] == 0 && offsets[rows] <= tokens,
               "emssd::ragged_attention: offsets must run from 0 to at most ", tokens, " tokens, got ", offsets[0],
               " to ", offsets[rows]);
   for (int64_t b = 0; b < rows; ++b) {
     const int64_t count = offsets[b + 1] - offsets[b];
     TORCH_CHECK(count >= 0, "emssd::ragged_attention: offsets decrease at row ", b);
-    TORCH_CHECK(count == 0 || (lengths[b] >= 0 && lengths[b] + count <= capacity), "emssd::ragged_attention: row ", b,
-                " has ", lengths[b], " committed and ", count, " new tokens, its cache holds ", capacity);
+    if (count == 0) continue;
+    TORCH_CHECK(lengths[b] >= 0 && lengths[b] + count <= table.capacity(), "emssd::ragged_attention: row ", b, " has ",
+                lengths[b], " committed and ", count, " new tokens, its cache holds ", table.capacity());
+    table.check(b, 0, lengths[b] + count);
   }
 }
 
@@ -119,8 +122,10 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
                                    double scale, int64_t window, int64_t chunk, double softcap,
                                    const std::optional<at::Tensor>& alibi_slopes,
                                    const std::optional<at::Tensor>& sinks_,
-                                   const std::optional<at::Tensor>& ancestors) {
-  check_shapes(q_, k_cache_, v_cache_, offsets_, lengths_, positions_);
+                                   const std::optional<at::Tensor>& ancestors,
+                                   const std::optional<at::Tensor>& block_table) {
+  const int64_t rows = block_table ? lengths_.numel() : k_cache_.size(0);
+  check_shapes(q_, k_cache_, v_cache_, offsets_, lengths_, positions_, rows);
   check_per_head("alibi_slopes", alibi_slopes, q_.size(1));
   check_per_head("sinks", sinks_, q_.size(1));
   check_ancestors(q_, ancestors);
@@ -128,8 +133,8 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
   const at::Tensor k_cache = with_contiguous_rows(k_cache_), v_cache = with_contiguous_rows(v_cache_);
   const at::Tensor offsets = offsets_.contiguous(), lengths = lengths_.contiguous();
   const at::Tensor positions = positions_.contiguous();
-  const int64_t rows = k_cache.size(0);
-  check_rows(offsets.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>(), rows, q.size(0), k_cache.size(1));
+  const BlockTable table("emssd::ragged_attention", block_table, rows, k_cache, v_cache);
+  check_rows(offsets.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>(), rows, q.size(0), table);
   at::Tensor out = at::empty({q.size(0), q.size(1), v_cache.size(3)}, q.options());
   zero_tail(out, offsets.const_data_ptr<int64_t>()[rows]);
 
@@ -156,6 +161,7 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
         .sinks = sinks_ ? sinks.const_data_ptr<T>() : nullptr,
         .ancestors = ancestors ? tree.const_data_ptr<int32_t>() : nullptr,
         .ancestor_words = ancestors ? tree.size(1) : 0,
+        .table = &table,
         .out = out.mutable_data_ptr<scalar_t>()};
     run_plan(args, Plan<scalar_t, T>(args));
   };

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "slots.h"
 #include "tile_math.h"
 
 namespace emssd {
@@ -47,6 +48,7 @@ struct Arguments {
   const T* sinks;         // [num_heads] or null
   const int32_t* ancestors;  // [T, ancestor_words] or null; bit j % 32 of word j / 32: sees the row's token j
   int64_t ancestor_words;    // 0 without them
+  const BlockTable* table;   // where slots lie
   scalar_t* out;  // [T, num_heads, value_size]
 
   int64_t group() const { return num_heads / num_kv_heads; }

@@ -116,33 +116,57 @@ class TileAttention {
     }
   }
 
-  void load_keys(int64_t slot, int64_t num_keys) {
-    const scalar_t* keys = args_.k_cache + tile_.row * args_.k_row + slot * args_.k_slot + tile_.kv_head * args_.k_head;
-    const int64_t size = args_.head_size;
-    if constexpr (std::is_same_v<scalar_t, T>) {
-      at::vec::transpose_mxn<T>(keys, args_.k_slot, scratch_.keys, kKeyBlock, num_keys, size);
-    } else {
-      for (int64_t j = 0; j < num_keys; ++j) widen_row(keys + j * args_.k_slot, scratch_.rows + j * size, size);
-      at::vec::transpose_mxn<T>(scratch_.rows, size, scratch_.keys, kKeyBlock, num_keys, size);
+  // Calls function(i, slots) for slots that lie one behind the other, the first of them the i-th of the block.
+  template <typename F>
+  void for_runs(int64_t slot, int64_t num_keys, const F& function) const {
+    for (int64_t i = 0; i < num_keys;) {
+      const int64_t count = args_.table->run(slot + i, slot + num_keys);
+      function(i, count);
+      i += count;
     }
+  }
+  const scalar_t* keys_at(int64_t slot) const {
+    return args_.k_cache + args_.table->place(tile_.row, slot, args_.k_row, args_.k_slot) +
+           tile_.kv_head * args_.k_head;
+  }
+  const scalar_t* values_at(int64_t slot) const {
+    return args_.v_cache + args_.table->place(tile_.row, slot, args_.v_row, args_.v_slot) +
+           tile_.kv_head * args_.v_head;
+  }
+
+  void load_keys(int64_t slot, int64_t num_keys) {
+    const int64_t size = args_.head_size;
+    for_runs(slot, num_keys, [&](int64_t i, int64_t count) {
+      const scalar_t* keys = keys_at(slot + i);
+      if constexpr (std::is_same_v<scalar_t, T>) {
+        at::vec::transpose_mxn<T>(keys, args_.k_slot, scratch_.keys + i, kKeyBlock, count, size);
+      } else {
+        for (int64_t j = 0; j < count; ++j) widen_row(keys + j * args_.k_slot, scratch_.rows + (i + j) * size, size);
+      }
+    });
+    if constexpr (!std::is_same_v<scalar_t, T>)
+      at::vec::transpose_mxn<T>(scratch_.rows, size, scratch_.keys, kKeyBlock, num_keys, size);
   }
 
   // Returns the block's values as [num_keys][*stride], each padded with zeros to whole vectors.
   const T* load_values(int64_t slot, int64_t num_keys, int64_t* stride) {
-    const scalar_t* values =
-        args_.v_cache + tile_.row * args_.v_row + slot * args_.v_slot + tile_.kv_head * args_.v_head;
     const int64_t padded = scratch_.span.stride;
     if constexpr (std::is_same_v<scalar_t, T>) {
       // What is read only once is read where it lies.
-      if (padded == args_.value_size && tile_.num_queries <= kTileRows) {
+      const bool in_one_piece = args_.table->run(slot, slot + num_keys) == num_keys;
+      if (padded == args_.value_size && tile_.num_queries <= kTileRows && in_one_piece) {
         *stride = args_.v_slot;
-        return values;
+        return values_at(slot);
       }
     }
-    for (int64_t j = 0; j < num_keys; ++j) {
-      widen_row(values + j * args_.v_slot, scratch_.rows + j * padded, args_.value_size);
-      std::fill(scratch_.rows + j * padded + args_.value_size, scratch_.rows + (j + 1) * padded, T(0));
-    }
+    for_runs(slot, num_keys, [&](int64_t i, int64_t count) {
+      const scalar_t* values = values_at(slot + i);
+      for (int64_t j = 0; j < count; ++j) {
+        T* row = scratch_.rows + (i + j) * padded;
+        widen_row(values + j * args_.v_slot, row, args_.value_size);
+        std::fill(row + args_.value_size, row + padded, T(0));
+      }
+    });
     *stride = padded;
     return scratch_.rows;
   }

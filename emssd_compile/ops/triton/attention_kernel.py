@@ -1,5 +1,7 @@
 """Ragged attention on a GPU: flash attention over packed queries, each row with its own part of the KV cache.
 
+That part is a slab, or blocks of a pool that a table names.
+
 A program holds one tile of queries (a row's tokens times the query heads of one KV head) and walks over the row's slots
 in blocks, with a running softmax (Milakov and Gimelshein 2018, algorithm 3). So the bytes of each key and value are
 read once per KV head and tile, and a row costs what it holds: with few tokens per row the kernel should reach the
@@ -19,7 +21,7 @@ from emssd_compile.ops._ancestors import WORD_BITS
 
 _WORD_BITS = tl.constexpr(WORD_BITS)
 # Sizes that differ from step to step: Triton would compile anew where one happens to be 1 or a multiple of 16.
-_UNSPECIALIZED = ["num_tokens", "num_rows", "num_splits", "capacity", "window", "chunk", "ancestor_words"]
+_UNSPECIALIZED = ["num_tokens", "num_rows", "num_splits", "capacity", "window", "chunk", "ancestor_words", "row_blocks"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -35,6 +37,7 @@ def attend(
     alibi_slopes,  # [Hq] in log2, or None
     sinks,  # [Hq] in log2, or None; with several splits, `merge_splits` has them
     ancestors,  # int32 [T, ancestor_words], or None for chains
+    block_table,  # int32 [B, row_blocks], or None where each row has a slab
     q_strides,
     k_strides,
     v_strides,
@@ -45,6 +48,7 @@ def attend(
     window,  # or None
     chunk,  # or None
     ancestor_words,
+    row_blocks,
     score_scale,
     score_cap,  # or None
     GROUP: tl.constexpr,
@@ -55,6 +59,7 @@ def attend(
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
+    PAGE: tl.constexpr,  # slots of a block of the pool
 ):
     """One tile of queries, one KV head, one split of the row's slots."""
     row, begin, end, first_query = _find_tile(
@@ -121,8 +126,13 @@ def attend(
         slope = tl.load(alibi_slopes + head, mask=valid, other=0.0)
     if ancestors is not None:
         ancestors += token.to(tl.int64) * ancestor_words
-    keys = k_cache + row.to(tl.int64) * k_strides[0] + kv_head * k_strides[2]
-    values = v_cache + row.to(tl.int64) * v_strides[0] + kv_head * v_strides[2]
+    keys = k_cache + kv_head * k_strides[2]
+    values = v_cache + kv_head * v_strides[2]
+    if block_table is None:
+        keys += row.to(tl.int64) * k_strides[0]
+        values += row.to(tl.int64) * v_strides[0]
+    else:
+        block_table += row.to(tl.int64) * row_blocks
 
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_VALUE], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
@@ -133,8 +143,8 @@ def attend(
             acc, total, peak = _attend_slots(
                 acc, total, peak, bounds[part], bounds[part + 1], queries, keys, values, k_strides, v_strides,
                 step_index, position, first_seen, slope, length, end - begin, positions + begin, ancestors,
-                ancestor_words, score_scale, score_cap,
-                HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, MASKED=part != 1,
+                ancestor_words, block_table, score_scale, score_cap,
+                HEAD_SIZE, VALUE_SIZE, BLOCK_SLOTS, BLOCK_HEAD, BLOCK_VALUE, PAGE, MASKED=part != 1,
             )  # fmt: skip
 
     if sinks is not None and logsumexp is None:
@@ -177,16 +187,19 @@ def _find_tile(
 def _attend_slots(
     acc, total, peak, first_slot, stop_slot, queries, keys, values, k_strides, v_strides,
     step_index, position, first_seen, slope, length, num_step, step_positions, ancestors,
-    ancestor_words, score_scale, score_cap,
+    ancestor_words, block_table, score_scale, score_cap,
     HEAD_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_HEAD: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the slots `first_slot .. stop_slot - 1` to the running sums; without MASKED every query sees all of them."""
     block = tl.arange(0, BLOCK_SLOTS)
     head_dims, value_dims = tl.arange(0, BLOCK_HEAD), tl.arange(0, BLOCK_VALUE)
-    first_slots = first_slot.to(tl.int64) + block
-    keys += first_slots[None, :] * k_strides[1] + head_dims[:, None] * k_strides[3]
-    values += first_slots[:, None] * v_strides[1] + value_dims[None, :] * v_strides[3]
+    keys += head_dims[:, None] * k_strides[3]
+    values += value_dims[None, :] * v_strides[3]
+    if block_table is None:
+        first_slots = first_slot.to(tl.int64) + block
+        keys += first_slots[None, :] * k_strides[1]
+        values += first_slots[:, None] * v_strides[1]
     # The words of ancestors are loaded query by slot: to prefetch those would take more shared memory than there is.
     STAGES: tl.constexpr = 1 if MASKED and ancestors is not None else None
     for start in tl.range(first_slot, stop_slot, BLOCK_SLOTS, num_stages=STAGES):
@@ -196,7 +209,14 @@ def _attend_slots(
         if MASKED:
             key_mask &= (slots < stop_slot)[None, :]
             value_mask &= (slots < stop_slot)[:, None]
-        k = tl.load(keys, mask=key_mask, other=0.0)
+        if block_table is None:
+            k = tl.load(keys, mask=key_mask, other=0.0)
+        else:
+            number = tl.load(block_table + slots // PAGE, mask=slots < stop_slot, other=-1).to(tl.int64)
+            key_mask &= (number >= 0)[None, :]  # what a GPU cannot report must at least not be another row's
+            value_mask &= (number >= 0)[:, None]
+            in_pool = number * k_strides[0] + (slots % PAGE) * k_strides[1]
+            k = tl.load(keys + in_pool[None, :], mask=key_mask, other=0.0)
         scores = tl.dot(queries, k, input_precision="ieee") * score_scale
         if score_cap is not None:
             scores = score_cap * _tanh(scores)
@@ -221,7 +241,11 @@ def _attend_slots(
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
 
-        v = tl.load(values, mask=value_mask, other=0.0)
+        if block_table is None:
+            v = tl.load(values, mask=value_mask, other=0.0)
+        else:
+            in_pool = number * v_strides[0] + (slots % PAGE) * v_strides[1]
+            v = tl.load(values + in_pool[:, None], mask=value_mask, other=0.0)
         if MASKED:
             # A weight of 0 does not hide what is not finite, and a rejected draft may overflow: taken out for all
             # queries of the tile, and given back as NaN to those who see it.
@@ -231,8 +255,9 @@ def _attend_slots(
             sees_broken = tl.max((visible & broken[None, :]).to(tl.int32), 1) == 1
             total = tl.where(sees_broken, float("nan"), total)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        keys += BLOCK_SLOTS * k_strides[1]
-        values += BLOCK_SLOTS * v_strides[1]
+        if block_table is None:
+            keys += BLOCK_SLOTS * k_strides[1]
+            values += BLOCK_SLOTS * v_strides[1]
     return acc, total, peak
 
 

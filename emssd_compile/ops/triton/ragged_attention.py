@@ -29,6 +29,7 @@ def ragged_attention_triton(
     positions: Tensor,
     *,
     ancestors: Tensor | None = None,
+    block_table: Tensor | None = None,
     launch: LaunchConfig | None = None,
     **attributes: Any,
 ) -> Tensor:
@@ -38,14 +39,16 @@ def ragged_attention_triton(
     (a row that reaches past its cache) cannot be reported from a GPU: slots outside the cache are not read.
 
     Args:
-        ancestors, **attributes: as the op has them.
+        ancestors, block_table, **attributes: as the op has them; blocks are of a power of two of slots.
         launch: how the work is cut up; None: as `plan_launch` has it.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit.
     """
     rule = AttentionAttributes(**attributes)
-    sizes = check_arguments(q, k_cache, v_cache, offsets, lengths, positions, rule=rule, ancestors=ancestors)
+    sizes = check_arguments(
+        q, k_cache, v_cache, offsets, lengths, positions, rule=rule, ancestors=ancestors, block_table=block_table
+    )
     launch = launch or plan_launch(sizes, processors_of(q.device))
     query_shape = (sizes.num_tokens, sizes.num_heads)
     out = q.new_empty(*query_shape, sizes.value_size)
@@ -69,6 +72,7 @@ def ragged_attention_triton(
             _in_log2(rule.alibi_slopes),
             sinks,
             None if ancestors is None else ancestors.contiguous(),
+            None if block_table is None else block_table.contiguous(),
             q.stride(),
             k_cache.stride(),
             v_cache.stride(),
@@ -79,6 +83,7 @@ def ragged_attention_triton(
             rule.window if rule.window > 0 else None,
             rule.chunk if rule.chunk > 0 else None,
             0 if ancestors is None else ancestors.shape[1],
+            0 if block_table is None else block_table.shape[1],
             score_scale,
             score_cap,
             GROUP=sizes.num_heads // sizes.num_kv_heads,
@@ -89,6 +94,7 @@ def ragged_attention_triton(
             BLOCK_SLOTS=launch.block_slots,
             BLOCK_HEAD=block_size(sizes.head_size),
             BLOCK_VALUE=block_size(sizes.value_size),
+            PAGE=1 if block_table is None else k_cache.shape[1],
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -118,6 +124,7 @@ def check_arguments(
     *,
     rule: AttentionAttributes | None = None,
     ancestors: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> AttentionSizes:
     """The sizes of a call whose arguments fit together.
 
@@ -128,6 +135,13 @@ def check_arguments(
     fits = fits and k_cache.shape[:3] == v_cache.shape[:3] and q.shape[1] % k_cache.shape[2] == 0
     _check(fits, "q [T, Hq, Dk], k_cache [B, C, Hkv, Dk] and v_cache [B, C, Hkv, Dv]", q, k_cache, v_cache)
     (num_tokens, num_heads, head_size), (num_rows, capacity, num_kv_heads, value_size) = q.shape, v_cache.shape
+    if block_table is not None:
+        page, num_rows = capacity, lengths.shape[0]
+        fits = block_table.dim() == 2 and block_table.shape[0] == num_rows and block_table.dtype == torch.int32
+        fits = fits and page > 0 and page & (page - 1) == 0
+        what = "lengths [B], block_table int32 [B, M] and v_cache [blocks, P, Hkv, Dv], P a power of two,"
+        _check(fits, what, lengths, block_table, v_cache)
+        capacity = block_table.shape[1] * page
     fits = offsets.shape == (num_rows + 1,) and lengths.shape == (num_rows,) and positions.shape == (num_tokens,)
     _check(fits, "offsets [B + 1], lengths [B] and positions [T]", offsets, lengths, positions)
     for name in ("alibi_slopes", "sinks"):

@@ -1,7 +1,7 @@
 """``emssd::ragged_attention`` by ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention of PyTorch.
 
-It serves chains in half precision, windows included, but nothing else that changes scores. From torch 2.12 on it takes
-the number of keys of each row (``seqused_k``), so that a slab per row can be read as it lies.
+It serves chains in half precision, windows included, but nothing else that changes scores, and slabs only. From torch
+2.12 on it takes the number of keys of each row (``seqused_k``), so that a slab per row can be read as it lies.
 """
 
 import functools
@@ -29,10 +29,11 @@ def applies(
     v_cache: Tensor,
     *,
     ancestors: Tensor | None = None,
+    block_table: Tensor | None = None,
     **attributes: Any,
 ) -> bool:
     """Whether `ragged_attention_varlen` can do what `emssd::ragged_attention` is asked to."""
-    plain = in_use(attributes) <= {"scale", "window"} and ancestors is None
+    plain = in_use(attributes) <= {"scale", "window"} and ancestors is None and block_table is None
     head_size = q.shape[2]
     fits = head_size == v_cache.shape[3] and head_size % 8 == 0 and head_size <= _MAX_HEAD_SIZE
     half = q.dtype in (torch.float16, torch.bfloat16)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.moves import Moves, expected_caches, make_moves, same_bits
+from tests.ops.moves import Moves, expected_caches, in_blocks, make_moves, same_bits
 from tests.ops.triton_process import TritonProcess, needs_triton
 
 pytestmark = needs_triton
@@ -38,15 +38,18 @@ def test_moves_the_accepted_tokens_and_nothing_else(
     triton: TritonProcess, rows: list[tuple[int, list[int]]], dtype: torch.dtype
 ) -> None:
     assert_moved(triton, make_moves(rows, width=5, dtype=dtype))
+    assert_moved(triton, in_blocks(make_moves(rows, width=5, dtype=dtype), 2))
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 9), st.sets(st.integers(0, 60)).map(sorted)), min_size=1, max_size=4),
     extra=st.integers(0, 3),
+    page=st.sampled_from([None, 4, 64]),
 )
-def test_moves_any_path(triton: TritonProcess, rows: list[tuple[int, list[int]]], extra: int) -> None:
-    assert_moved(triton, make_moves(rows, width=max(len(nodes) for _, nodes in rows) + extra))
+def test_moves_any_path(triton: TritonProcess, rows: list[tuple[int, list[int]]], extra: int, page: int | None) -> None:
+    moves = make_moves(rows, width=max(len(nodes) for _, nodes in rows) + extra)
+    assert_moved(triton, in_blocks(moves, page) if page else moves)
 
 
 def test_a_path_of_several_blocks_of_tokens_and_of_elements(triton: TritonProcess) -> None:
@@ -83,5 +86,6 @@ def test_compiles_for_a_gpu() -> None:
     compiler = TritonProcess(capability=90)
     for width in (5, 1, 33):
         compiler.move(*make_moves([(row, [0]) for row in range(3)], width=width, dtype=torch.bfloat16).tensors)
-    assert [(kernel, grid) for kernel, grid, _ in compiler.launched()] == [("_move", (3, 1))] * 3
+    compiler.move(*in_blocks(make_moves([(row, [0]) for row in range(3)], dtype=torch.bfloat16), 4).tensors)
+    assert [(kernel, grid) for kernel, grid, _ in compiler.launched()] == [("_move", (3, 1))] * 4
     compiler.close()

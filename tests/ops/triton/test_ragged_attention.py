@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emssd_compile import ops
 from emssd_compile.ops.triton.launch import AttentionSizes, Processors, plan_launch
-from tests.ops.ragged import Batch, Heads, make_batch, oracle, with_random_bits, with_trees
+from tests.ops.ragged import Batch, Heads, in_blocks, make_batch, oracle, spoilt, with_random_bits, with_trees
 from tests.ops.triton_process import SHARED_MEMORY, TritonProcess, needs_triton
 
 pytestmark = needs_triton
@@ -70,7 +70,9 @@ def test_matches_oracle_for_all_options(
 ) -> None:
     batch = make_batch(ROWS, Heads(4, 2, 16, 16), tail=1)
     batch = (with_trees(batch) if tree else batch).with_options(**options)
-    assert_exact(triton.attend(batch, **SMALL, num_splits=splits), oracle(batch))
+    result = triton.attend(batch, **SMALL, num_splits=splits)
+    assert_exact(result, oracle(batch))
+    assert torch.equal(triton.attend(in_blocks(batch, 4 if tree else 64), **SMALL, num_splits=splits), result)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -114,6 +116,7 @@ def test_trees_of_several_query_tiles_and_words(
     alibi=st.booleans(),
     tree=st.booleans(),
     splits=st.integers(1, 4),
+    page=st.sampled_from([None, 1, 16]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_matches_oracle_for_random_schedules(
@@ -128,6 +131,7 @@ def test_matches_oracle_for_random_schedules(
     alibi: bool,
     tree: bool,
     splits: int,
+    page: int | None,
     seed: int,
 ) -> None:
     batch = make_batch(rows, heads, tail=tail, seed=seed)
@@ -135,7 +139,8 @@ def test_matches_oracle_for_random_schedules(
     slopes = torch.linspace(0.1, 1.0, heads.num_heads) if alibi else None
     batch = batch.with_options(window=window, chunk=chunk, softcap=softcap, alibi_slopes=slopes)
     batch = batch.with_options(sinks=torch.linspace(-2.0, 3.0, heads.num_heads)) if sinks else batch
-    assert_exact(triton.attend(batch, **SMALL, num_splits=splits), oracle(batch))
+    held = in_blocks(batch, page) if page else batch
+    assert_exact(triton.attend(held, **SMALL, num_splits=splits), oracle(batch))
 
 
 def test_any_strides(triton: TritonProcess) -> None:
@@ -184,6 +189,21 @@ def test_nan_in_a_committed_key_or_value_is_not_hidden(triton: TritonProcess, sp
     assert result[1:].isnan().all()
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_block_of_another_row_is_not_read(triton: TritonProcess, splits: int) -> None:
+    batch = in_blocks(make_batch([(40, 3), (20, 1)], Heads(2, 1, 16, 16)), 16)
+    expected = triton.attend(batch, **SMALL, num_splits=splits)
+    for value in (math.nan, 1e30):
+        result = triton.attend(spoilt(batch, 0, value), **SMALL, num_splits=splits)
+        assert torch.equal(result[:3], expected[:3])
+
+
+def test_blocks_that_there_are_not_read_nothing(triton: TritonProcess) -> None:
+    batch = in_blocks(make_batch([(40, 3)], Heads(2, 1, 16, 16)), 16)
+    lost = batch.with_options(block_table=torch.full((1, 3), -1, dtype=torch.int32))
+    assert triton.attend(lost, **SMALL).eq(0).all()
+
+
 def test_large_scores_do_not_overflow(triton: TritonProcess) -> None:
     batch = make_batch([(40, 2)], Heads(2, 1, 16, 16)).with_options(scale=1000.0)
     assert_exact(triton.attend(batch, **SMALL, num_splits=2), oracle(batch))
@@ -221,6 +241,7 @@ def test_a_chain_has_the_same_bits_however_it_is_said(triton: TritonProcess) -> 
         ({"q": torch.zeros(4, 4, 32, dtype=torch.float16)}, "of one dtype among float32, bfloat16 and float16"),
         ({"options": {"scale": 1.0, "sinks": torch.ones(3)}}, r"sinks \[Hq\] do not fit"),
         ({"options": {"scale": 1.0, "ancestors": torch.ones(4, 4, dtype=torch.bool)}}, r"ancestors int32 \[T, W\]"),
+        ({"options": {"scale": 1.0, "block_table": torch.zeros(2, 2)}}, r"block_table int32 \[B, M\]"),
     ],
 )
 def test_refuses_what_does_not_fit(triton: TritonProcess, change: dict[str, Tensor], message: str) -> None:
@@ -236,6 +257,7 @@ def compiler() -> Iterator[TritonProcess]:
 
 
 COMPILED: dict[str, Batch] = {
+    "bfloat16 blocks": in_blocks(make_batch([(200, 2)], Heads(4, 2, 16, 16), dtype=torch.bfloat16), 64),
     "float32 chain": make_batch([(200, 2)], Heads(4, 2, 16, 16)),
     "bfloat16 chain": make_batch([(200, 2)], Heads(4, 2, 16, 16), dtype=torch.bfloat16),
     "bfloat16 tree with all": with_trees(make_batch([(30, 2)], Heads(4, 2, 24, 16), dtype=torch.bfloat16)).with_options(
@@ -252,6 +274,8 @@ def test_compiles_for_a_gpu(compiler: TritonProcess, name: str) -> None:
 
 
 WIDE = {
+    "bfloat16 blocks": in_blocks(make_batch([(700, 8)], Heads(8, 2, 128, 128), dtype=torch.bfloat16), 64),
+    "float32 blocks": in_blocks(make_batch([(700, 8)], Heads(8, 2, 256, 256)), 64),
     "float32 chain": make_batch([(700, 8)], Heads(8, 2, 256, 256)),
     "bfloat16 chain": make_batch([(700, 8)], Heads(8, 2, 128, 128), dtype=torch.bfloat16).with_options(window=70),
     "bfloat16 tree": with_trees(make_batch([(700, 40)], Heads(8, 2, 64, 64), dtype=torch.bfloat16)),
@@ -264,8 +288,10 @@ WIDE = {
 def test_shared_memory_is_no_more_than_planned_with(capability: int, name: str) -> None:
     compiler = TritonProcess(capability)
     compiler.attend(WIDE[name])
-    (num_tokens, num_heads, _), dtype = WIDE[name].q.shape, WIDE[name].q.dtype
-    rows, capacity, num_kv_heads, head_size = WIDE[name].k_cache.shape
+    rows, num_tokens, num_heads, dtype = len(WIDE[name].lengths), *WIDE[name].q.shape[:2], WIDE[name].q.dtype
+    _, capacity, num_kv_heads, head_size = WIDE[name].k_cache.shape
+    table = WIDE[name].options.get("block_table")
+    capacity *= table.shape[1] if isinstance(table, Tensor) else 1
     sizes = AttentionSizes(num_tokens, rows, capacity, num_heads, num_kv_heads, head_size, head_size, dtype)
     planned = plan_launch(sizes, Processors(132, SHARED_MEMORY[capability])).shared_memory(sizes)
     assert max(shared for *_, shared in compiler.launched()) <= planned <= SHARED_MEMORY[capability]
