@@ -88,3 +88,14 @@ def test_threads_that_optimize_at_once_all_succeed_and_leave_the_process_as_it_w
     assert found == {i: [[*PROMPT, *Reference(m)(PROMPT, NEW)]] for i, m in enumerate(models)}
     assert [*warnings.filters] == filters
     assert logging.root.manager.disable == disabled
+
+
+def test_the_library_is_quiet_where_nobody_set_logging_up(monkeypatch):
+    heard = list[logging.LogRecord]()
+    monkeypatch.setattr(logging.root, "handlers", [])
+    last = logging.Handler()
+    monkeypatch.setattr(last, "emit", heard.append)
+    monkeypatch.setattr(logging, "lastResort", last)
+    logging.getLogger(f"{emssd_compile.__name__}.stream").warning("ours")
+    logging.getLogger("another").warning("another's")
+    assert [record.getMessage() for record in heard] == ["another's"]

@@ -256,6 +256,7 @@ def test_killed_at_random_moments_each_prompt_is_there_once(model, tmp_path, cap
     _check_each_is_there_once(model, tmp_path, capsys, count)
 
 
+@pytest.mark.long
 def test_killed_with_its_workers_each_prompt_is_there_once(model, tmp_path, capsys):
     pytest.importorskip("ray.data", reason="not installed: pip install 'emssd_compile[ray]'")
     count = 60

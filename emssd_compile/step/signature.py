@@ -129,7 +129,7 @@ class Signature:
         return PartSizes(rows, capacity, vocabulary, most, max_depth=depth, has_proposal=has_proposal)
 
     def specs(self, *roles: str) -> dict[str, TensorSpec]:
-        """The tensors to hold for the inputs that have one of these roles; where a step takes rows of one, all of it."""
+        """The tensors to hold for the inputs that have one of these roles, whole also where a step takes some rows."""
         rows = self.sizes.rows
         return {
             name: TensorSpec(tuple(rows if size == DRAFT_ROWS else int(size) for size in found.shape), found.dtype)

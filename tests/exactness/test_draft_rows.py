@@ -107,7 +107,7 @@ def test_a_drafter_has_to_say_that_it_can():
                 pass
             return super().forward(context)
 
-    with pytest.raises(DrafterError, match="a size of draft_rows differs from step to step.*`any_rows`"):
+    with pytest.raises(DrafterError, match=r"a size of draft_rows differs from step to step.*`any_rows`"):
         _fast(TakesTheRowsForANumber())
     careful = TakesTheRowsForANumber()
     careful.any_rows = False

@@ -61,7 +61,7 @@ def test_weights_are_shared():
 
 
 def test_what_would_be_compiled_for_one_size_only_is_refused():
-    """Inductor concludes from this view that there is one row, and would compile that; another torch may know better."""
+    """Inductor concludes from this view that there is one row, and would compile that."""
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
     rows = fresh_index(fake_mode, torch.device("cpu"))
     with fake_mode:
