@@ -3,22 +3,23 @@
     python -m bench.draft_share --heads examples/demo_model/heads/recurrent
     python -m bench.draft_share --batches 1 8 --json draft_share.json
 
-The same prompts are continued with a head and with a stand-in. That one drafts as many tokens as the head did, out of
-nothing, so its steps verify as much and draft for free. What a step with the head takes longer is drafting. Two runs
-that differ in their number of tokens are subtracted, so prompts are left out; runs alternate, figures are medians.
+The same prompts are continued with a head and with a stand-in. That one has heard what the head drafted at each place
+of each text and says it again, for free: its steps are the head's steps but for the drafting. Two runs that differ in
+their number of tokens are subtracted, so prompts are left out; runs alternate, figures are medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import emssd_compile
@@ -28,7 +29,10 @@ from bench.heads import shipped_heads
 from bench.timing import alternate
 from emssd_compile import OptimizedModel
 from emssd_compile.drafters import Draft, DraftContext, Drafter, DraftHead, load_head
+from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.runtime.launch import Report
 
+_CONTEXT = 512
 _FEW = 4
 """New tokens of the run that is subtracted."""
 
@@ -55,23 +59,45 @@ class Row:
 
 
 class StandIn(Drafter):
-    """Drafts guesses of the next token, which cost nothing and are no good: the newest token, again and again.
+    """Drafts what a head drafted where row b knew so many tokens.
 
     Args:
         head: what it stands in for: it has room for as many drafts and reads the same layers.
+        rows, capacity: B and C.
     """
 
-    def __init__(self, head: DraftHead) -> None:
+    any_rows = True
+
+    def __init__(self, head: DraftHead, rows: int, capacity: int) -> None:
         super().__init__()
         self.num_draft_tokens, self.max_depth, self.taps = head.num_draft_tokens, head.max_depth, head.taps
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.count: torch.Tensor
+        self.register_buffer("heard", torch.zeros(rows, capacity, 2 * self.num_draft_tokens + 1, dtype=torch.int64))
+        self.heard: Tensor  # [B, C, 2 K + 1]: drafts, their parents, and how many they are
+
+    def listen(self, fast: OptimizedModel, run: Callable[[], object]) -> None:
+        """Note what the head drafts in the steps of a run."""
+        launcher = fast._engine.launcher
+        launch = launcher.launch
+
+        def heard(sizes: StepSizes) -> Report:
+            report, tensors = launch(sizes), launcher.tensors
+            parents = tensors.get("draft_parents", torch.zeros_like(tensors["draft_tokens"]))
+            drafts = torch.cat([tensors["draft_tokens"], parents, tensors["draft_lengths"][:, None]], 1)
+            self.heard[torch.arange(len(drafts)), tensors["known"]] = drafts.to(self.heard.device)
+            return report
+
+        launcher.launch = heard  # type: ignore[method-assign]
+        try:
+            run()
+        finally:
+            launcher.launch = launch  # type: ignore[method-assign]
 
     def forward(self, context: DraftContext) -> Draft:
-        """`count` drafts; of a tree, all of them follow the root."""
-        newest = context.history.gather(1, (context.known - 1).clamp(min=0)[:, None])  # [B, 1]
-        tokens, lengths = newest.expand(-1, self.num_draft_tokens), self.count.expand(context.known.shape)
-        return Draft(tokens, lengths, parents=None if self.max_depth is None else torch.zeros_like(tokens))
+        """The same drafts."""
+        rows = torch.arange(context.known.shape[0], device=context.known.device)
+        count = self.num_draft_tokens
+        tokens, parents, lengths = self.heard[rows, context.known].split([count, count, 1], 1)
+        return Draft(tokens, lengths.squeeze(1), parents=None if self.max_depth is None else parents)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder in options.heads:
         with console.status(f"compiling with {folder.name}"):
             head = load_head(folder)
-            fast, stand_in = (compile_with(model, drafter, options) for drafter in (head, StandIn(head)))
+            again = StandIn(head, max(options.batches), _CONTEXT + options.tokens)
+            fast, stand_in = (compile_with(model, drafter, options) for drafter in (head, again))
         with console.status("decoding"):
             rows += [measure(folder.name, fast, stand_in, batch, options) for batch in options.batches]
     console.print(table(rows))
@@ -108,7 +135,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def compile_with(model: PreTrainedModel, drafter: Drafter, options: argparse.Namespace) -> OptimizedModel:
     """All drafts are verified."""
-    sizes = {"max_batch": max(options.batches), "max_length": 512 + options.tokens}
+    sizes = {"max_batch": max(options.batches), "max_length": _CONTEXT + options.tokens}
     fast = emssd_compile.optimize(model, drafter, backend=options.backend, layout="packed", **sizes)
     fast.warmup()
     return fast
@@ -117,10 +144,13 @@ def compile_with(model: PreTrainedModel, drafter: Drafter, options: argparse.Nam
 def measure(name: str, fast: OptimizedModel, stand_in: OptimizedModel, batch: int, options: argparse.Namespace) -> Row:
     """A head and its stand-in at one batch size."""
     prompts = shapes.spread(shapes.demo_prompts(), batch)
-    step_seconds(fast, prompts, options.tokens)
-    verified = fast.stats.num_draft_tokens / fast.stats.num_spec_steps
     assert isinstance(stand_in.drafter, StandIn)
-    stand_in.drafter.count.fill_(round(verified))
+    stand_in.drafter.listen(fast, partial(step_seconds, fast, prompts, options.tokens))
+    drafted = fast.stats
+    step_seconds(stand_in, prompts, options.tokens)
+    if stand_in.stats != drafted:
+        raise RuntimeError(f"the stand-in's steps are not those of {name}: {stand_in.stats} instead of {drafted}")
+    verified = drafted.num_draft_tokens / drafted.num_spec_steps
     ways = {each: partial(step_seconds, each, prompts, options.tokens) for each in (fast, stand_in)}
     took, without = (statistics.median(each[1:]) for each in alternate(ways, options.repeats).values())
     return Row(name, batch, verified, took, without, 1 - without / took)
