@@ -72,7 +72,7 @@ class InductorStep:
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.exc import InductorError
 
-        from emssd_compile.lowering.unbacked import OPTIONS, unbacked
+        from emssd_compile.lowering.unbacked import OPTIONS, SizeTakenError, unbacked
 
         graph = unbacked(piece)
         # On a CPU a wrapper in Python costs another 10 % of a step of 8 rows of a small model. Compiled apart from the
@@ -87,7 +87,7 @@ class InductorStep:
         try:
             with compiling, graph.compiling():
                 compiled = compile_fx(graph.graph_module, graph.inputs, config_patches=options)
-        except (InductorError, OSError) as error:
+        except (InductorError, SizeTakenError, OSError) as error:
             raise BackendError(
                 f'Inductor cannot compile the step: {reason(error)}; if that cannot be mended, backend="eager" runs it '
                 "as it is"

@@ -26,11 +26,15 @@ OPTIONS: dict[str, Any] = {
 """Options of Inductor that hold however the compiled step is kept."""
 
 
+class SizeTakenError(ValueError):
+    """What is compiled would hold for one size only."""
+
+
 class _OpenSizes(ShapeEnv):
     """Sizes that nothing is concluded about. Inductor takes `[4 u, 4]` viewed as `[u, 16]` to say that u is 1."""
 
     def _set_replacement(self, symbol: sympy.Symbol, value: sympy.Expr, reason: str) -> None:
-        raise ValueError(f"a size that differs from step to step is taken for {value}")
+        raise SizeTakenError(f"a size that differs from step to step is taken for {value}")
 
 
 @dataclass(frozen=True)

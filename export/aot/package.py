@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export.folder import Files
 from emssd_compile.export.schema import KEY, text
-from emssd_compile.lowering.unbacked import OPTIONS, unbacked
+from emssd_compile.lowering.unbacked import OPTIONS, SizeTakenError, unbacked
 from emssd_compile.ops import load_cpu_kernels, load_kernels, source_hash
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
 from emssd_compile.passes.fuse_projections import FuseProjections
@@ -79,7 +79,7 @@ def write_package(
             }
             files = cast("list[Any]", aot_compile(graph.graph_module, graph.inputs, options=settings))
             package_aoti(str(folder / PACKAGE), files)
-    except (CannotBuildError, InductorError) as error:
+    except (CannotBuildError, InductorError, SizeTakenError) as error:
         raise ArtifactError(f"the graph cannot be compiled to a package: {error}") from error
     (folder / BINDINGS).write_text(_bindings(signature))
     return {"versions": {"torch": str(torch.__version__)}}
