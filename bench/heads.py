@@ -72,7 +72,8 @@ class Row:
         tokens_per_second: of all rows, in the median.
         speedup: over decoding without drafts, in the median.
         num_slots: drafts that there is room for: a tree before branches that begin alike are one.
-        num_verified: drafts that a row verifies in a step that drafts.
+        num_proposed: drafts of a row in a step that drafts, and of a tree after that, if all of them are verified.
+        num_verified: drafts that a row verifies in a step that drafts, in these runs.
         tokens_identical: whether all tokens are those of decoding without drafts.
     """
 
@@ -82,6 +83,7 @@ class Row:
     tokens_per_second: float
     speedup: float
     num_slots: int
+    num_proposed: float
     num_verified: float
     tokens_identical: bool
 
@@ -93,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = shapes.prompts_for(options.model)
     with console.status("compiling"):
         compiled = {name: compile_with(model, make(), options) for name, make in drafters(options).items()}
+        proposed = {name: count_proposed(model, make(), prompts, options) for name, make in drafters(options).items()}
     title = f"{options.model.name if options.model else 'demo model'}, {options.backend}, layout {options.layout}, " + (
         f"temperature {options.temperature:g}" if options.temperature else "greedy"
     )
@@ -100,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for batch in options.batches:
         chosen = shapes.spread(prompts, batch)
         with console.status(f"decoding at batch {batch}"):
-            how = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
-            ways = {name: partial(decode, fast, chosen, options.tokens, how) for name, fast in compiled.items()}
-            rows += summed_up(compiled, batch, alternate(ways, options.repeats, options.least_seconds))
+            decoded = partial(decode, prompts=chosen, tokens=options.tokens, how=_how(options))
+            ways = {name: partial(decoded, fast) for name, fast in compiled.items()}
+            rows += summed_up(compiled, proposed, batch, alternate(ways, options.repeats, options.least_seconds))
         if options.json:
             save(options.json, "bench.heads", [{"title": title, "rows": [asdict(row) for row in rows]}])
     console.print(table(rows, title))
@@ -186,6 +189,21 @@ def compile_with(model: PreTrainedModel, drafter: str | Drafter, options: argpar
     return fast
 
 
+def count_proposed(
+    model: PreTrainedModel, drafter: str | Drafter, prompts: list[list[int]], options: argparse.Namespace
+) -> float:
+    """How many drafts a drafter proposes for a row, where the policy leaves out none."""
+    count = min(4, max(options.batches))
+    sizes = {"max_batch": count, "max_length": min(1024, 512 + options.tokens)}
+    fast = emssd_compile.optimize(model, drafter, backend="eager", layout="packed", **sizes)
+    return decode(fast, shapes.spread(prompts, count), options.tokens, _how(options)).num_verified
+
+
+def _how(options: argparse.Namespace) -> dict[str, Any]:
+    """Options of `generate`."""
+    return {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
+
+
 def decode(fast: OptimizedModel, prompts: list[list[int]], tokens: int, how: dict[str, Any]) -> Run:
     """Continue all prompts without EOS; every run has the same seeds."""
     fast.stats.reset()
@@ -199,7 +217,9 @@ def decode(fast: OptimizedModel, prompts: list[list[int]], tokens: int, how: dic
     return Run(seconds, len(prompts) * tokens, stats.mean_acceptance_length, verified, new)
 
 
-def summed_up(compiled: dict[str, OptimizedModel], batch: int, runs: dict[str, list[Run]]) -> list[Row]:
+def summed_up(
+    compiled: dict[str, OptimizedModel], proposed: dict[str, float], batch: int, runs: dict[str, list[Run]]
+) -> list[Row]:
     """One row a drafter; each list begins with a warm-up, and the first one is without drafts."""
     alone = runs["none"]
     return [
@@ -210,6 +230,7 @@ def summed_up(compiled: dict[str, OptimizedModel], batch: int, runs: dict[str, l
             statistics.median(run.num_tokens / run.seconds for run in timed_runs),
             median_ratio([run.seconds for run in alone[1:]], [run.seconds for run in timed_runs]),
             compiled[name].drafter.num_draft_tokens,
+            proposed[name],
             statistics.mean(run.num_verified for run in timed_runs),
             all(run.tokens == alone[0].tokens for run in timed_runs),
         )
@@ -221,11 +242,12 @@ def table(rows: Sequence[Row], title: str) -> Table:
     """For `rich`."""
     shown = Table(title=title)
     shown.add_column("drafter", no_wrap=True)
-    for heading in ("rows", "tokens a step", "tokens/s", "× none", "drafts", "verified", "tokens identical"):
+    for heading in ("rows", "tokens a step", "tokens/s", "× none", "room", "drafts", "verified", "tokens identical"):
         shown.add_column(heading, justify="right")
     for row in rows:
         figures = (f"{row.acceptance_length:.2f}", f"{row.tokens_per_second:.0f}", f"{row.speedup:.2f}")
-        drafts = (str(row.num_slots), f"{row.num_verified:.1f}", "yes" if row.tokens_identical else "NO")
+        counts = (str(row.num_slots), f"{row.num_proposed:.1f}", f"{row.num_verified:.1f}")
+        drafts = (*counts, "yes" if row.tokens_identical else "NO")
         shown.add_row(row.drafter, str(row.batch), *figures, *drafts)
     return shown
 

@@ -26,6 +26,7 @@ def test_the_command_compares_drafters_and_heads_on_the_same_prompts(how, tmp_pa
     none, lookup, tiny = rows[:3]
     assert (none["acceptance_length"], none["num_slots"], none["num_verified"], none["speedup"]) == (1, 0, 0, 1)
     assert 1 < lookup["acceptance_length"] <= 1 + lookup["num_verified"] <= 1 + lookup["num_slots"]
+    assert none["num_proposed"] == 0 < lookup["num_proposed"] <= lookup["num_slots"]
     assert (tiny["num_slots"], tiny["acceptance_length"] >= 1) == (2, True)
     assert all(row["tokens_identical"] and row["tokens_per_second"] > 0 for row in rows)
     printed = capsys.readouterr().out
@@ -40,9 +41,9 @@ def test_tokens_that_differ_are_said_to():
         class drafter:
             num_draft_tokens = 3
 
-    rows = heads.summed_up({"none": Drafts, "other": Drafts}, 1, runs)  # type: ignore[dict-item]
+    rows = heads.summed_up({"none": Drafts, "other": Drafts}, {"none": 0, "other": 2.5}, 1, runs)  # type: ignore[dict-item]
     assert [row.tokens_identical for row in rows] == [True, False]
-    assert rows[1].num_slots == 3
+    assert (rows[1].num_slots, rows[1].num_proposed) == (3, 2.5)
 
 
 def test_only_what_is_asked_for_is_compiled_beside_plain_decoding():
