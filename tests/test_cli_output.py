@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 COMMAND = """
-import logging, sys, time
+import logging, signal, sys, time
 from emssd_compile import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, which ignores it
 
 class Command:
     def add(commands):

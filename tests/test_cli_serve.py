@@ -69,7 +69,7 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(folder, capsys
             capsys, "--model", str(folder), "--port", port
         )
     assert "nothing is compiled for 'stop'" in refused(capsys, "--model", str(folder), "--warmup", "stop")
-    assert "max_queue=-1 is out of range" in refused(capsys, "--model", str(folder), "--max-queue", "-1")
+    assert "--max-queue -1 is out of range" in refused(capsys, "--model", str(folder), "--max-queue", "-1")
     assert "no such folder" in refused(capsys, "--model", "nowhere")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert 'pip install "emssd_compile[serve]"' in refused(capsys, "--model", str(folder))

@@ -60,7 +60,7 @@ def test_a_head_its_curve_and_a_summary_are_written(folder, tmp_path, capsys):
         (["--kind", "oracle"], "--kind oracle: there is no such head; choose one of tiny"),
         (["--data", "nothing.txt"], "nothing.txt cannot be read"),
         (["--held-out", "nothing.txt"], "nothing.txt cannot be read"),
-        (["--learning-rate", "-1"], "learning_rate=-1.0 is out of range"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0 is out of range"),
         (["--temperature", "0.5", "--no-distil"], "temperature is that of continuations"),
         (["--device", "quantum"], "--device quantum cannot be used"),
     ],
