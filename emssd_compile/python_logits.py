@@ -60,7 +60,8 @@ class PythonLogits:
                 if self._is_first:
                     _check_repeats(processor, input_ids, given, scores)
             logits[chosen] = scores
-        self._is_first = False
+        if bool((lengths > 0).any()):  # a step that only reads prompts asks nobody
+            self._is_first = False
         return logits
 
     def _restrict(self, input_ids: Tensor, scores: Tensor, rows: list[int]) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import append_kv, move_kv, ragged_attention
 from emssd_compile.passes.graph import aten, call, inputs
 from emssd_compile.passes.splice import add_input, inline_function
@@ -44,9 +45,16 @@ class PageCaches:
     def run(self, graph_module: fx.GraphModule) -> int:
         """Make pools of the caches; returns how many."""
         graph, paging = graph_module.graph, self.paging
-        paged = pageable(graph)
-        slabs = [str(node.target) for node in inputs(graph) if node.meta.get("role") == "cache" and node not in paged]
-        self.notes = (f"slabs stay: {', '.join(slabs)}",) if slabs else ()
+        paged = [node for node in pageable(graph) if paging.caches is None or node.target in paging.caches]
+        slabs = [node for node in inputs(graph) if node.meta.get("role") == "cache"]
+        names = {str(node.target) for node in paged}
+        if missing := {*(paging.caches or ())} & {str(node.target) for node in slabs} - names:
+            raise UnsupportedModelError(
+                f"{', '.join(sorted(missing))}: in a pool in other forms of the step, and used otherwise in this one",
+                remedy='pass memory="slab"',
+            )
+        stay = [str(node.target) for node in slabs if node not in paged]
+        self.notes = (f"slabs stay: {', '.join(stay)}",) if stay else ()
         if not paged:
             return 0
         with self.fake_mode:
@@ -58,6 +66,8 @@ class PageCaches:
                 shape = (paging.num_blocks, paging.block_size, *node.meta["val"].shape[2:])
                 node.meta["val"] = node.meta["val"].new_empty(shape)
             node.meta["role"] = "pool"
+            for size in [user for user in node.users if user.target == aten.sym_size.int]:
+                size.args = (self._draft_rows(graph), 0)
         places: dict[tuple[fx.Node, ...], tuple[fx.Node, ...]] = {}
         for node in [n for n in graph.nodes if n.target in _CACHES and n.args[_CACHES[n.target]][0] in paged]:
             own = tables[node.args[_CACHES[node.target]][0]]
@@ -75,9 +85,12 @@ class PageCaches:
         narrow = [node for node in paged if not isinstance(node.meta["val"].shape[0], int)]
         if not narrow:
             return {}
-        (rows,) = (node for node in inputs(graph) if node.target == DRAFT_ROWS)
+        rows = self._draft_rows(graph)
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
             return dict.fromkeys(narrow, call(graph, aten.index.Tensor, table, [rows]))
+
+    def _draft_rows(self, graph: fx.Graph) -> fx.Node:
+        return next(node for node in inputs(graph) if node.target == DRAFT_ROWS)
 
     def _places(self, graph_module: fx.GraphModule, tokens: tuple[fx.Node, ...], table: fx.Node) -> tuple[fx.Node, ...]:
         """Blocks and places of tokens that have these rows and slots, computed as soon as those are known."""
@@ -96,10 +109,17 @@ class PageCaches:
 
 
 def pageable(graph: fx.Graph) -> list[fx.Node]:
-    """The caches of a step that may be blocks of a pool: all that reads or writes them is an op that knows blocks."""
+    """The caches of a step that may be blocks of a pool: ops that know blocks use them, and their partners."""
     caches = [node for node in inputs(graph) if node.meta.get("role") == "cache"]
-    return [node for node in caches if all(map(_knows_blocks, node.users))]
+    able = dict.fromkeys(node for node in caches if all(_knows_blocks(user, node) for user in node.users))
+    pairs = [node.args[_CACHES[node.target]] for node in graph.nodes if node.target in _CACHES]
+    while torn := [cache for pair in pairs if not able.keys() >= {*pair} for cache in pair if cache in able]:
+        for cache in torn:
+            able.pop(cache, None)
+    return [*able]
 
 
-def _knows_blocks(user: fx.Node) -> bool:
-    return user.target in _CACHES
+def _knows_blocks(user: fx.Node, cache: fx.Node) -> bool:
+    """Whether it may be handed a pool; or asks for the number of rows, which another input tells, too."""
+    counts_rows = user.target == aten.sym_size.int and user.args[1] == 0
+    return user.target in _CACHES or bool(counts_rows and not isinstance(cache.meta["val"].shape[0], int))

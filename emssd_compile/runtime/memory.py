@@ -60,10 +60,14 @@ def plan_pool(
         CapacityError: nor has that share.
     """
     needed = sum(map(_bytes, (*slabs.values(), *others.values())))
+    if not slabs and is_asked_for:
+        raise OptionError(
+            'no cache of this step can be in a pool: its drafter uses them all in ways of its own; pass memory="slab"'
+        )
     if not slabs or not (is_asked_for or needed > available_memory(device)):
         return None
     rows, spare = next(iter(slabs.values())).shape[0], max(spec.shape[1] for spec in slabs.values()) - capacity
-    whole = Paging(0, rows, capacity, max(spare, 0), shares, BLOCK_SIZE)
+    whole = Paging(0, rows, capacity, max(spare, 0), shares, BLOCK_SIZE, tuple(slabs))
     most = rows * whole.row_blocks
     if kv_tokens is not None:
         if kv_tokens < whole.blocks_of(2) * BLOCK_SIZE:

@@ -26,6 +26,7 @@ class Paging:
         shares: whether rows of one prompt may have blocks in common: not where a drafter reads prompts by itself, and
             so writes its keys and values of them anew.
         block_size: P, tokens of a block.
+        caches: names of the caches that are in the pool, the same in all forms of a step; None for all that can be.
 
     Raises:
         OptionError: P is not a power of two from 1 to `MOST_BLOCK_SIZE`.
@@ -37,6 +38,7 @@ class Paging:
     spare: int = 0
     shares: bool = True
     block_size: int = BLOCK_SIZE
+    caches: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         size = self.block_size

@@ -10,9 +10,10 @@ import emssd_compile
 from emssd_compile.drafters import Drafter, DraftModel, PromptLookup
 from emssd_compile.errors import DrafterError
 from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.runtime import memory
 from emssd_compile.stats import Stats
 from emssd_compile.step.signature import DRAFT_ROWS
-from tests.exactness.compiled import target
+from tests.exactness.compiled import CAPACITY, target
 from tests.exactness.models import build
 from tests.exactness.trained_heads import (
     CASES,
@@ -32,7 +33,12 @@ FAMILY = FAMILIES[0]
 NARROW = tuple(case for case in (*CASES, *OTHERS) if case != "early-exit")
 """What can draft for few rows: not what writes to the target's caches, which have all."""
 OFTEN = ("suffix-or-head", "draft-model")
+PAGED = ("eagle3-tree", "draft-model")
 """Tried each time: a lookup, trees, a head with a cache of its own; a model that reads along. The others if --long."""
+
+
+def _drafter(case: str) -> Drafter:
+    return DraftModel(build("gpt2"), 3) if case == "draft-model" else make_drafter(FAMILY, case)
 
 
 def _fast(drafter: Drafter, backend: str = "eager") -> OptimizedModel:
@@ -52,10 +58,7 @@ def _decoded(fast: OptimizedModel) -> Iterator[tuple[int, Stats]]:
     [pytest.param(case, marks=() if case in OFTEN else pytest.mark.long) for case in (*NARROW, "draft-model")],
 )
 def test_drafts_do_not_depend_on_how_many_rows_there_are(case):
-    def drafter() -> Drafter:
-        return DraftModel(build("gpt2"), 3) if case == "draft-model" else make_drafter(FAMILY, case)
-
-    few, every = _fast(drafter()), drafter()
+    few, every = _fast(_drafter(case)), _drafter(case)
     every.any_rows = False
     all_rows = _fast(every)
     assert DRAFT_ROWS in few._engine.variant.input_names
@@ -76,6 +79,26 @@ def test_compiled_once_for_any_number_of_rows(cases):
     for (count, one), (_, other) in zip(_decoded(compiled), _decoded(eager), strict=True):
         assert one == other, f"{count} prompts"
         assert one.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in PAGED else pytest.mark.long) for case in (*NARROW, "draft-model")],
+)
+def test_caches_of_their_own_are_blocks_for_few_rows_too(case, monkeypatch):
+    """What a drafter keeps is found by the table of the rows in use; several sequences of a prompt share its blocks."""
+    monkeypatch.setattr(memory, "BLOCK_SIZE", 8)
+    model, pool = target(FAMILY, ROWS).model, {"memory": "paged", "kv_tokens": 2 * CAPACITY}
+    slabs, pages = (
+        emssd_compile.optimize(model, _drafter(case), backend="eager", **SIZES, **more) for more in ({}, pool)
+    )
+    assert DRAFT_ROWS in pages._engine.variant.input_names
+    assert not pages._engine.variant.signature.with_role("cache"), pages.explain().memory
+    for (count, one), (_, other) in zip(_decoded(pages), _decoded(slabs), strict=True):
+        assert one == other, f"{count} prompts"
+    for count in (1, ROWS):
+        several = {"num_return_sequences": count, **SAMPLING}
+        assert pages.generate(PROMPTS[2:], **several) == slabs.generate(PROMPTS[2:], **several)
 
 
 def test_the_step_is_given_the_rows_in_use_and_no_more():
