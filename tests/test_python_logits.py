@@ -137,6 +137,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+def test_a_processor_is_asked_twice_when_it_is_first_asked():
+    """A prompt of several chunks is read in steps that ask nobody."""
+    with pytest.raises(ProcessorError, match=r"_OfEachCall, called twice .* differs"):
+        _fast("none").generate([[*range(1, 30), *range(1, 11)]], max_new_tokens=4, logits_processor=[_OfEachCall()])
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_makes_no_sense_is_refused_and_the_object_goes_on(case):
     options, error, message = BAD[case]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emssd_compile.errors import OptionError
+from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.ops import append_kv, move_kv, ragged_attention
 from emssd_compile.passes.graph import inputs, placeholder
 from emssd_compile.passes.manager import PassManager, PassRecord
@@ -79,6 +79,31 @@ def test_what_is_used_in_another_way_stays_a_slab_and_is_named():
     record = _page(step)
     assert record.notes == ("slabs stay: drafter_mine",)
     assert placeholder(step.graph, "drafter_mine").meta["role"] == "cache"
+
+
+class _LooksAtKeys(Scripted):
+    """Reads the target's keys, and says so."""
+
+    writes_kv = True
+
+    def forward(self, context: DraftContext) -> Draft:
+        draft = super().forward(context)
+        return replace(draft, lengths=draft.lengths * (context.caches["k_cache_0"].sum() < torch.inf))
+
+
+def test_a_cache_stays_a_slab_where_its_partner_does():
+    """One op writes keys and values to the same places."""
+    step = step_of(_LooksAtKeys([1, 2]))
+    assert pageable(step.graph) == []
+    assert _page(step).notes == ("slabs stay: k_cache_0, v_cache_0",)
+
+
+def test_what_is_in_a_pool_is_in_it_in_all_forms():
+    chosen = replace(PAGING, caches=("k_cache_0",))
+    step = step_of(Scripted([1, 2]))
+    assert _page(step, chosen).changed == 1
+    with pytest.raises(UnsupportedModelError, match="k_cache_0: in a pool in other forms"):
+        _page(step_of(_LooksAtKeys([1, 2])), chosen)
 
 
 @pytest.mark.parametrize(("row", "slot", "block", "place"), [(0, 0, 5, 0), (0, 17, 2, 1), (2, 31, 6, 15), (3, 0, 7, 0)])
