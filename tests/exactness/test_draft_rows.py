@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -41,8 +42,8 @@ def _drafter(case: str) -> Drafter:
     return DraftModel(build("gpt2"), 3) if case == "draft-model" else make_drafter(FAMILY, case)
 
 
-def _fast(drafter: Drafter, backend: str = "eager") -> OptimizedModel:
-    return emssd_compile.optimize(target(FAMILY, ROWS).model, drafter, backend=backend, **SIZES)
+def _fast(drafter: Drafter, backend: str = "eager", **options: Any) -> OptimizedModel:
+    return emssd_compile.optimize(target(FAMILY, ROWS).model, drafter, backend=backend, **SIZES, **options)
 
 
 def _decoded(fast: OptimizedModel) -> Iterator[tuple[int, Stats]]:
@@ -88,16 +89,13 @@ def test_compiled_once_for_any_number_of_rows(cases):
 def test_caches_of_their_own_are_blocks_for_few_rows_too(case, monkeypatch):
     """What a drafter keeps is found by the table of the rows in use; several sequences of a prompt share its blocks."""
     monkeypatch.setattr(memory, "BLOCK_SIZE", 8)
-    model, pool = target(FAMILY, ROWS).model, {"memory": "paged", "kv_tokens": 2 * CAPACITY}
-    slabs, pages = (
-        emssd_compile.optimize(model, _drafter(case), backend="eager", **SIZES, **more) for more in ({}, pool)
-    )
+    slabs, pages = _fast(_drafter(case)), _fast(_drafter(case), memory="paged", kv_tokens=2 * CAPACITY)
     assert DRAFT_ROWS in pages._engine.variant.input_names
     assert not pages._engine.variant.signature.with_role("cache"), pages.explain().memory
     for (count, one), (_, other) in zip(_decoded(pages), _decoded(slabs), strict=True):
         assert one == other, f"{count} prompts"
     for count in (1, ROWS):
-        several = {"num_return_sequences": count, **SAMPLING}
+        several: dict[str, Any] = {"num_return_sequences": count, **SAMPLING}
         assert pages.generate(PROMPTS[2:], **several) == slabs.generate(PROMPTS[2:], **several)
 
 
