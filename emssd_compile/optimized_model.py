@@ -280,7 +280,8 @@ class OptimizedModel(Decoder):
         options = self.options
         if options.memory == "slab":
             return None
-        held = step.signature(step.graph_module.graph).specs("cache", "row", "memory", "host", "option")
+        roles = ("cache", "row", "memory", "host", "option", "state", "setting")
+        held = step.signature(step.graph_module.graph).specs(*roles)
         slabs = {name: held.pop(name) for name in step.pageable()}
         return plan_pool(
             slabs,

@@ -81,8 +81,8 @@ def plan_pool(
     if room < whole.blocks_of(2) * of_block:
         check_room(others, device)
         raise CapacityError(
-            f"the KV caches of one short request need {_gib(whole.blocks_of(2) * of_block)}; {device} has {_gib(room)} "
-            "to spare for them"
+            f"the KV caches of one short request need {_gib(whole.blocks_of(2) * of_block)}, and {device} has "
+            f"{_gib(max(room, 0))} to spare for them: compile with a smaller max_length or max_batch"
         )
     return replace(whole, num_blocks=min(room // of_block, most))
 
