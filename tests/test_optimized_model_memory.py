@@ -105,7 +105,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(monkeypatch, options, me
 def test_where_there_is_no_room_for_one_request_it_is_said(monkeypatch):
     fast = _optimized()
     monkeypatch.setattr(memory, "available_memory", lambda device: 20_000)
-    with pytest.raises(CapacityError, match=r"one short request need 0\.0 MiB; cpu has 0\.0 MiB to spare for them"):
+    with pytest.raises(CapacityError, match=r"one short request need 0\.0 MiB, and cpu has 0\.0 MiB to spare for them"):
         OptimizedModel(fast.model, fast._step, fast.options)
     with pytest.raises(CapacityError, match="the KV caches need"):
         OptimizedModel(fast.model, fast._step, replace(fast.options, memory="slab"))
