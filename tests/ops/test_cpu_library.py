@@ -207,7 +207,8 @@ def test_where_nothing_can_be_kept_the_library_serves_this_process(
 
 
 UNWRITABLE_PROGRAM = """
-import os
+import logging, os
+logging.basicConfig()
 from emssd_compile import ops
 from emssd_compile.ops import cpu_library
 
