@@ -194,8 +194,8 @@ def count_proposed(
 ) -> float:
     """How many drafts a drafter proposes for a row, where the policy leaves out none."""
     count = min(4, max(options.batches))
-    sizes = {"max_batch": count, "max_length": min(1024, 512 + options.tokens)}
-    fast = emssd_compile.optimize(model, drafter, backend="eager", layout="packed", **sizes)
+    plainly = {**vars(options), "backend": "eager", "layout": "packed", "batches": [count]}
+    fast = compile_with(model, drafter, argparse.Namespace(**plainly))
     return decode(fast, shapes.spread(prompts, count), options.tokens, _how(options)).num_verified
 
 

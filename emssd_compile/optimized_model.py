@@ -171,8 +171,8 @@ def _compile(
 
     drafter.prepare(replace(compiled.target(compile_draft_model), with_layers=with_layers))
     policy = LAYOUTS[options.layout].policy()
-    is_launched_once = _device(model).type != "cpu"  # and captured: for all rows, then
-    step = compile_step(compiled, rule, drafter, policy, processors, probes, drafts_for_few=not is_launched_once)
+    few = _device(model).type == "cpu"  # elsewhere steps are captured, for all rows
+    step = compile_step(compiled, rule, drafter, policy, processors, probes, drafts_for_few=few)
     parts = (rule, drafter, policy, *processors)
     merge_options(parts, ProcessorError)
     _check_names(merge_options((*parts, *probes), ProbeError))

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import append_kv, move_kv, ragged_attention
-from emssd_compile.passes.graph import aten, call, inputs
+from emssd_compile.passes.graph import aten, call, inputs, placeholder
 from emssd_compile.passes.splice import add_input, inline_function
 from emssd_compile.step.paging import BLOCK_TABLE, Paging
 from emssd_compile.step.signature import DRAFT_ROWS
@@ -46,7 +46,7 @@ class PageCaches:
         """Make pools of the caches; returns how many."""
         graph, paging = graph_module.graph, self.paging
         paged = [node for node in pageable(graph) if paging.caches is None or node.target in paging.caches]
-        slabs = [node for node in inputs(graph) if node.meta.get("role") == "cache"]
+        slabs = _slabs(graph)
         names = {str(node.target) for node in paged}
         if missing := {*(paging.caches or ())} & {str(node.target) for node in slabs} - names:
             raise UnsupportedModelError(
@@ -67,7 +67,7 @@ class PageCaches:
                 node.meta["val"] = node.meta["val"].new_empty(shape)
             node.meta["role"] = "pool"
             for size in [user for user in node.users if user.target == aten.sym_size.int]:
-                size.args = (self._draft_rows(graph), 0)
+                size.args = (placeholder(graph, DRAFT_ROWS), 0)
         places: dict[tuple[fx.Node, ...], tuple[fx.Node, ...]] = {}
         for node in [n for n in graph.nodes if n.target in _CACHES and n.args[_CACHES[n.target]][0] in paged]:
             own = tables[node.args[_CACHES[node.target]][0]]
@@ -85,12 +85,9 @@ class PageCaches:
         narrow = [node for node in paged if not isinstance(node.meta["val"].shape[0], int)]
         if not narrow:
             return {}
-        rows = self._draft_rows(graph)
+        rows = placeholder(graph, DRAFT_ROWS)
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
             return dict.fromkeys(narrow, call(graph, aten.index.Tensor, table, [rows]))
-
-    def _draft_rows(self, graph: fx.Graph) -> fx.Node:
-        return next(node for node in inputs(graph) if node.target == DRAFT_ROWS)
 
     def _places(self, graph_module: fx.GraphModule, tokens: tuple[fx.Node, ...], table: fx.Node) -> tuple[fx.Node, ...]:
         """Blocks and places of tokens that have these rows and slots, computed as soon as those are known."""
@@ -110,13 +107,16 @@ class PageCaches:
 
 def pageable(graph: fx.Graph) -> list[fx.Node]:
     """The caches of a step that may be blocks of a pool: ops that know blocks use them, and their partners."""
-    caches = [node for node in inputs(graph) if node.meta.get("role") == "cache"]
-    able = dict.fromkeys(node for node in caches if all(_knows_blocks(user, node) for user in node.users))
+    able = dict.fromkeys(node for node in _slabs(graph) if all(_knows_blocks(user, node) for user in node.users))
     pairs = [node.args[_CACHES[node.target]] for node in graph.nodes if node.target in _CACHES]
     while torn := [cache for pair in pairs if not able.keys() >= {*pair} for cache in pair if cache in able]:
         for cache in torn:
             able.pop(cache, None)
     return [*able]
+
+
+def _slabs(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in inputs(graph) if node.meta.get("role") == "cache"]
 
 
 def _knows_blocks(user: fx.Node, cache: fx.Node) -> bool:

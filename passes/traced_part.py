@@ -19,6 +19,7 @@ from emssd_compile.passes.splice import Tensors, add_input, inline_function
 from emssd_compile.step.fields import mapped, named, spelled
 from emssd_compile.step.parts import Part, PartSizes, check_options, check_tensors, clash
 from emssd_compile.step.probe import Probe, ReadingSpec, check_readings
+from emssd_compile.step.signature import DRAFT_ROWS
 
 _SPELLED = {"P": "D + 1", "N": "K + 1"}  # a size in the metadata of a field that no single letter says
 _CHAINS = "return None, or let the drafter set `max_depth`"
@@ -84,7 +85,7 @@ class TracedPart:
             rule += "; one with `any_rows` reads the number of rows from shapes, and never as a number of Python's"
         with self._blamed("failed while it was traced", rule):
             given = replace(context, state=state, options=options)
-            few = {} if few_rows is None else {str(few_rows.target): few_rows}
+            few = {} if few_rows is None else {DRAFT_ROWS: few_rows}
             answer = inline_function(into, self._run, (given, few), fake_mode)
         own = {f"{self.kind}_{name}": node for name, node in answer.state.items()}
         return replace(answer, state={}), own
@@ -130,8 +131,8 @@ class TracedPart:
 
     def _run(self, every: Any, few: Tensors) -> Any:
         """Call the part for all rows, or for `few`; its answer, checked."""
-        context, rows = every, self.sizes.rows
-        for first in few.values():
+        context, rows, first = every, self.sizes.rows, few.get(DRAFT_ROWS)
+        if first is not None:
             context, rows = self._of_first_rows(every, first), first.shape[0]
         written = {f"context.state[{name!r}]" for name, spec in self.specs.items() if spec.in_place}
         for given in fields(context):
@@ -152,9 +153,7 @@ class TracedPart:
         kept = {name: answer.state[name].contiguous() for name in self._returned}
         # A weight that is returned as it is would be none of the graph's values.
         answer = mapped(lambda v: v if isinstance(v, FakeTensor) else v.clone(), replace(answer, state=kept))
-        for first in few.values():
-            answer = self._with_all_rows(answer, every, first)
-        return answer
+        return answer if first is None else self._with_all_rows(answer, every, first)
 
     def _of_first_rows(self, context: Any, rows: Tensor) -> Any:
         by_row = {name for name, spec in self.specs.items() if spec.kept == "row"}
