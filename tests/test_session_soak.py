@@ -190,6 +190,8 @@ def test_sessions_are_opened_and_closed_while_others_submit(times):
             session.close(wait=way == "wait")
 
     def submit(draw: random.Random) -> None:
+        if not current:
+            over.wait(0.002)
         for session in [*current]:
             reader = _Reader(session, draw.randrange(1 << 30))
             try:
@@ -198,17 +200,18 @@ def test_sessions_are_opened_and_closed_while_others_submit(times):
                 ends.update(reader.ends)
 
     def work(act: Callable[[random.Random], None], seed: int) -> None:
-        draw = random.Random(seed)
+        draw, refused = random.Random(seed), 0
         while not over.is_set():
             try:
                 act(draw)
             except SessionError:
-                ends["refused"] += 1
-                if ends["refused"] % 50 == 0:
+                refused += 1
+                if refused % 20 == 0:
                     gc.collect()  # a raised error holds its reader's frame, that the stream, and that a dropped session
                 over.wait(0.002)
             if ends["length"] >= 30 * times and ends["wait"] >= 3 * times and ends["drop"] >= 3 * times:
                 over.set()
+        ends["refused"] += refused
 
     with ThreadPoolExecutor(6) as pool:
         jobs = [pool.submit(work, open_and_close, seed) for seed in range(2)]
