@@ -72,6 +72,7 @@ def unbacked(graph_module: fx.GraphModule) -> UnbackedGraph:
     results = graph.graph_copy(graph_module.graph, {})
     assert isinstance(results, dict)
     graph.output(tuple(results.values()))
+    _split_reshapes(graph)
     fake_mode = FakeTensorMode(shape_env=_OpenSizes(), allow_non_fake_inputs=True)
     sizes: dict[sympy.Expr, torch.SymInt] = {}
     inputs = []
@@ -86,6 +87,47 @@ def unbacked(graph_module: fx.GraphModule) -> UnbackedGraph:
         inputs.append(value)
     copy = fx.GraphModule(graph_module, graph, class_name=graph_module._get_name())
     return UnbackedGraph(copy, tuple(inputs), tuple(results), fake_mode)
+
+
+def _split_reshapes(graph: fx.Graph) -> None:
+    """Have each reshape either split dimensions or merge them: of one that does both Inductor takes a size for known.
+
+    before:  %y[u,6] = reshape(%x[3u,2], [u, -1])
+    after:   %y[u,6] = reshape(reshape(%x[3u,2], [-1, 3, 2]), [u, -1])
+    """
+    reshape = torch.ops.aten.reshape.default
+    for node in [*graph.nodes]:
+        if node.target not in (reshape, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            continue
+        (source,) = (argument for argument in node.args[:1] if isinstance(argument, fx.Node))
+        before, after = ([_expression(size) for size in each.meta["val"].shape] for each in (source, node))
+        parts = _common_parts(before, after)
+        if parts in (None, before, after) or sum(not part.is_Integer for part in parts) > 1:
+            continue
+        sizes = [int(part) if part.is_Integer else -1 for part in parts]
+        with graph.inserting_before(node):
+            split = graph.call_function(reshape, (source, sizes))
+        node.replace_input_with(source, split)
+
+
+def _common_parts(before: list[sympy.Expr], after: list[sympy.Expr]) -> list[sympy.Expr] | None:
+    """The fewest sizes that give both shapes where neighbours are merged; None if that cannot be told."""
+    olds, news, parts = before[::-1], after[::-1], list[sympy.Expr]()
+    while olds and news:
+        old, new = olds.pop(), news.pop()
+        for size, other, rest in ((new, old, olds), (old, new, news)):
+            left, denominator = sympy.fraction(sympy.cancel(other / size)) if size else (0, 0)
+            if denominator == 1:
+                parts.append(size)
+                rest += [left] if left != 1 else []
+                break
+        else:
+            return None
+    return parts + olds[::-1] + news[::-1] if {*olds, *news} <= {sympy.Integer(1)} else None
+
+
+def _expression(size: int | torch.SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _size(

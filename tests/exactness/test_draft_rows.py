@@ -29,6 +29,8 @@ from tests.exactness.trained_heads import (
     in_turn,
     make_drafter,
 )
+from tests.export.subjects import Small
+from tests.export.subjects import prompt as small_prompt
 
 FAMILY = FAMILIES[0]
 NARROW = tuple(case for case in (*CASES, *OTHERS) if case != "early-exit")
@@ -80,6 +82,21 @@ def test_compiled_once_for_any_number_of_rows(cases):
     for (count, one), (_, other) in zip(_decoded(compiled), _decoded(eager), strict=True):
         assert one == other, f"{count} prompts"
         assert one.num_draft_tokens > 0
+
+
+def test_a_draft_models_tree_is_compiled_for_any_number_of_rows():
+    """Drafts behind three nodes of each row become drafts of the row: a view that splits rows and merges drafts."""
+    given: dict[str, Any] = {"max_batch": 3, "max_length": 64, "layout": "packed"}
+    every = DraftModel(Small(1), tree=(3, 2, 1))
+    every.any_rows = False
+    compiled = emssd_compile.optimize(Small(), DraftModel(Small(1), tree=(3, 2, 1)), **given)
+    eager = emssd_compile.optimize(Small(), every, backend="eager", **given)
+    for count in (1, 2, 3):
+        prompts = [small_prompt(n) for n in (5, 1, 30)[:count]]
+        for fast in (compiled, eager):
+            fast.stats.reset()
+        assert compiled.generate(prompts, max_new_tokens=NEW) == eager.generate(prompts, max_new_tokens=NEW)
+        assert compiled.stats == eager.stats
 
 
 @pytest.mark.parametrize(

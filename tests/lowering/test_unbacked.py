@@ -1,7 +1,7 @@
 """The form that is compiled for all sizes: nothing is known of a size but that it is one, and not 0."""
 
-import contextlib
-
+import pytest
+import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from emssd_compile.drafters import PromptLookup
 from emssd_compile.errors import BackendError
 from emssd_compile.lowering.inductor import InductorStep
-from emssd_compile.lowering.unbacked import unbacked
+from emssd_compile.lowering.unbacked import _common_parts, unbacked
 from emssd_compile.passes.graph import fresh_index, inputs, results
 from emssd_compile.passes.splice import trace
 from emssd_compile.step.signature import SIZE_NAMES
@@ -60,8 +60,42 @@ def test_weights_are_shared():
     assert theirs <= ours
 
 
-def test_what_would_be_compiled_for_one_size_only_is_refused():
-    """Inductor concludes from this view that there is one row, and would compile that."""
+def test_a_view_that_splits_one_dimension_and_merges_others_is_compiled_for_any_size():
+    step = InductorStep(_graph_of_a_view())
+    for count in (1, 2, 5):
+        given = {"rows": torch.arange(3 * count).view(count, 3)}
+        assert torch.equal(step(*given.values())["widened"], _widened(given)["widened"])
+
+
+def test_what_would_be_compiled_for_one_size_only_is_refused(monkeypatch):
+    """Inductor concludes from this view, as it stands, that there is one row, and would compile that."""
+    monkeypatch.setattr("emssd_compile.lowering.unbacked._split_reshapes", lambda graph: None)
+    with pytest.raises(BackendError, match="taken for 1"):
+        InductorStep(_graph_of_a_view())(torch.arange(15).view(5, 3))
+
+
+U = sympy.Symbol("u", integer=True, positive=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "parts"),
+    [
+        ([4 * U, 3], [U, 12], [U, 4, 3]),
+        ([U, 12], [4 * U, 3], [U, 4, 3]),
+        ([1, 4 * U, 6], [2 * U, 4, 3], [1, 2 * U, 2, 2, 3]),
+        ([U, 2, 3], [U, 6], [U, 2, 3]),
+        ([6, U], [2, 3 * U], [2, 3, U]),
+        ([U, 6], [U, 3, 2, 1], [U, 3, 2, 1]),
+        ([0, U], [0], None),
+        ([4, 3 * U], [3, 4 * U], None),
+    ],
+)
+def test_the_parts_that_both_shapes_are_made_of(before, after, parts):
+    before, after = ([sympy.sympify(size) for size in shape] for shape in (before, after))
+    assert _common_parts(before, after) == parts
+
+
+def _graph_of_a_view() -> fx.GraphModule:
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
     rows = fresh_index(fake_mode, torch.device("cpu"))
     with fake_mode:
@@ -69,9 +103,7 @@ def test_what_would_be_compiled_for_one_size_only_is_refused():
     graph_module = trace(_widened, {"rows": fake}, fake_mode)
     (widened,) = results(graph_module.graph)
     graph_module.graph.output_node().args = ({"widened": widened},)
-    given = {"rows": torch.arange(15).view(5, 3)}
-    with contextlib.suppress(BackendError):
-        assert torch.equal(InductorStep(graph_module)(*given.values())["widened"], _widened(given)["widened"])
+    return graph_module
 
 
 def _widened(given):
