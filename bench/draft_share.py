@@ -1,7 +1,7 @@
 """What part of a decoding step is drafting.
 
     python -m bench.draft_share --heads examples/demo_model/heads/recurrent
-    python -m bench.draft_share --batches 1 8 --json draft_share.json
+    python -m bench.draft_share --options length=4 --heads examples/demo_model/heads/recurrent --json draft_share.json
 
 The same prompts are continued with a head and with a stand-in. That one has heard what the head drafted at each place
 of each text and says it again, for free: its steps are the head's steps but for the drafting. Two runs that differ in
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = shapes.build("demo", options.device, options.dtype)
     for folder in options.heads:
         with console.status(f"compiling with {folder.name}"):
-            head = load_head(folder)
+            head = load_head(folder, **dict(options.options))
             again = StandIn(head, max(options.batches), _CONTEXT + options.tokens)
             fast, stand_in = (compile_with(model, drafter, options) for drafter in (head, again))
         with console.status("decoding"):
@@ -125,12 +125,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--heads", type=Path, nargs="+", metavar="DIR", help="checkpoints of heads of the demo model (default: shipped)"
     )
+    parser.add_argument(
+        "--options", type=_option, nargs="+", default=[], metavar="NAME=N", help="of the heads, as in length=4"
+    )
     parser.add_argument("--batches", type=number, nargs="+", default=[1, 8], metavar="B", help="(%(default)s)")
     parser.add_argument("--tokens", type=at_least(_FEW + 1), default=64, help="new tokens of a row (%(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     options = parse(parser, arguments)
     options.heads = options.heads or shipped_heads("demo")
     return options
+
+
+def _option(given: str) -> tuple[str, int]:
+    name, _, value = given.partition("=")
+    return name, int(value)
 
 
 def compile_with(model: PreTrainedModel, drafter: Drafter, options: argparse.Namespace) -> OptimizedModel:

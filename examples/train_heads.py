@@ -19,7 +19,7 @@ from emssd_compile.drafters import load_head
 TARGET = Path(__file__).parent / "demo_model" / "target"
 SIZES = {
     "mlp": ["inner_size=256", "num_heads=4", "tie_weights=true", "scale_input=true"],
-    "recurrent": ["exit_size=256"],
+    "recurrent": ["exit_size=128"],
     "medusa": ["num_lm_heads=0", "num_heads=4"],
     "eagle3": [],
 }

@@ -10,6 +10,9 @@ from emssd_compile.step.drafting import DraftContext
 from emssd_compile.step.proposals import DETERMINISTIC, SAMPLED
 from emssd_compile.step.randomness import DRAFTS, gumbels
 
+_BLOCK = 64
+"""Scores of a block: the best of a row are in the blocks with the largest maxima."""
+
 
 def over(logits: Tensor, vocabulary: int) -> Tensor:
     """The logits of the tokens that the target has, `[R, V]`: only those are drawn."""
@@ -47,9 +50,7 @@ def best(logits: Tensor, count: int, depth: int, first_draft: int, context: Draf
     ids = torch.arange(logits.shape[1], device=logits.device)
     noise = _noise(logits, count, draws, depth, first_draft, context, ids)
     scores = logits[:, None] if noise is None else logits[:, None] + noise  # [R, W, V]
-    # To find one is much faster than to rank several.
-    found = scores.max(2, keepdim=True).indices if count == draws else scores.topk(count // draws, 2).indices
-    return found.flatten(1)
+    return scores.argmax(2) if draws == count else largest(scores.squeeze(1), count)[1]
 
 
 def likeliest(
@@ -68,8 +69,33 @@ def likeliest(
     ids = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
     noise = _noise(logits, count, 1, depth, 0, context, ids)
     scores = logits if noise is None else logits + noise.squeeze(1)  # [R, V]
-    found = scores.max(1, keepdim=True) if count == 1 else scores.topk(count, 1)
-    return ids[found.indices], found.values - scores.logsumexp(1, keepdim=True)
+    values, found = largest(scores, count)
+    return ids[found], values - scores.logsumexp(1, keepdim=True)
+
+
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `topk` gives, values and indices `[R, count]`, faster where there is much to choose from.
+
+    `topk` ranks all that it is given, in a kernel of its own. Maxima are found while scores are computed: there is one
+    of each block of scores, and ranked is what is in the blocks with the largest.
+
+    Args:
+        scores: `[R, V]`.
+        count: at most V.
+    """
+    if count == 1:  # to find one is much faster than to rank several
+        return scores.max(1, keepdim=True)
+    num_blocks, rest = divmod(scores.shape[1], _BLOCK)  # n
+    if num_blocks < 4 * count:
+        return scores.topk(count, 1)
+    blocks = scores[:, : num_blocks * _BLOCK].unflatten(1, (num_blocks, _BLOCK))  # [R, n, 64]
+    chosen = blocks.amax(2).topk(count, 1).indices[:, :, None]  # [R, count, 1]
+    ids = (chosen * _BLOCK + torch.arange(_BLOCK, device=scores.device)).flatten(1)  # [R, count * 64]
+    if rest:
+        behind = torch.arange(num_blocks * _BLOCK, scores.shape[1], device=scores.device)  # the last whole block
+        ids = torch.cat([ids, behind.expand(len(ids), rest)], 1)
+    found = scores.gather(1, ids).topk(count, 1)
+    return found.values, ids.gather(1, found.indices)
 
 
 def _noise(
