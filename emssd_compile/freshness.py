@@ -14,12 +14,13 @@ reads those tensors of which the step holds something derived.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emssd_compile.errors import StaleModelError
 from emssd_compile.ops import fingerprint
@@ -104,20 +105,25 @@ class _Place:
         name: for messages.
         stores: dicts of modules, and the key in each: one, or several if it is tied.
         tensor: it, as compiled.
+        parts: the attributes that lead to it, if what the modules hold wraps it, as quantised weights do.
     """
 
-    def __init__(self, name: str, stores: list[tuple[dict[str, Any], str]], tensor: Tensor) -> None:
-        self.name, self.stores, self.tensor = name, stores, tensor
+    def __init__(
+        self, name: str, stores: list[tuple[dict[str, Any], str]], tensor: Tensor, parts: tuple[str, ...] = ()
+    ) -> None:
+        self.name, self.stores, self.tensor, self.parts = ".".join((name, *parts)), stores, tensor, parts
         self._layout = _Layout.of(tensor)
 
     def found(self) -> Tensor:
         """What is there now. Raises StaleModelError if that cannot be taken for the tensor that was compiled."""
         held = [store.get(key) for store, key in self.stores] or [self.tensor]
         first = held[0]
-        if not isinstance(first, Tensor):
-            raise StaleModelError(f"{self.name} is gone")
         if any(other is not first for other in held):
             raise StaleModelError(f"{self.name} was one tensor in several places, and is several now")
+        for part in self.parts if self.stores else ():
+            first = getattr(first, part, None)
+        if not isinstance(first, Tensor):
+            raise StaleModelError(f"{self.name} is gone")
         difference = self._layout.difference(_Layout.of(first))
         if difference:
             raise StaleModelError(f"{self.name} is another tensor: {difference}")
@@ -148,8 +154,9 @@ class _Weight:
 
 
 def _places(modules: Iterable[nn.Module]) -> Iterable[_Place]:
-    """Every parameter and buffer, once."""
+    """Every parameter and buffer, once, and the tensors that they wrap."""
     found: dict[int, _Place] = {}
+    wrapped: list[_Place] = []
     for root in modules:
         for path, module in root.named_modules():
             for store in (module._parameters, module._buffers):
@@ -157,7 +164,18 @@ def _places(modules: Iterable[nn.Module]) -> Iterable[_Place]:
                     if tensor is not None:
                         name = f"{path}.{key}" if path else key
                         found.setdefault(id(tensor), _Place(name, [], tensor)).stores.append((store, key))
-    return found.values()
+    for place in found.values():
+        wrapped += [_Place(place.name, place.stores, tensor, parts) for tensor, parts in _wrapped(place.tensor)]
+    return [*found.values(), *wrapped]
+
+
+def _wrapped(tensor: Tensor) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """The plain tensors of a subclass, and the attributes that lead to each."""
+    if is_traceable_wrapper_subclass(tensor):
+        for part in tensor.__tensor_flatten__()[0]:
+            inner = getattr(tensor, part)
+            yield inner, (part,)
+            yield from ((deeper, (part, *parts)) for deeper, parts in _wrapped(inner))
 
 
 class _PlaceFinder:

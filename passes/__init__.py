@@ -31,8 +31,10 @@ from emssd_compile.passes.raise_attention import RaiseAttention
 from emssd_compile.passes.restore_all_logits import RestoreAllLogits
 from emssd_compile.passes.select_logits import SelectLogits
 from emssd_compile.passes.tap_features import TapFeatures
+from emssd_compile.passes.token_rules import linear_rule, register_token_rule
 from emssd_compile.passes.unpad_kv_cache import UnpadKVCache
 from emssd_compile.passes.unpad_tokens import UnpadTokens
+from emssd_compile.passes.unwrap_weights import UnwrapWeights
 from emssd_compile.step.acceptance import check_rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import check_drafter
@@ -45,7 +47,9 @@ __all__ = [
     "canonical",
     "captured",
     "drop_unused_weights",
+    "linear_rule",
     "paged",
+    "register_token_rule",
     "step",
     "tapped",
     "targeted",
@@ -56,7 +60,7 @@ __all__ = [
 
 def captured() -> Level:
     """L0: what `capture` gives, in ATen ops."""
-    return Level("L0", (LowerFlexAttention(),), verify_captured)
+    return Level("L0", (UnwrapWeights(), LowerFlexAttention()), verify_captured)
 
 
 def canonical(batch: BatchShape) -> Level:

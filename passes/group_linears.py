@@ -23,6 +23,11 @@ class GroupLinears:
 
         before:  %q = linear(%x, %wq); %k = linear(%x, %wk); %v = linear(%x, %wv)
         after:   %y = emssd.grouped_linear(%x, [%wq, %wk, %wv], 3); %q, %k, %v = split_with_sizes(%y, [...], -1)
+
+    Integers of 8 bits stay integers until they are in a register:
+
+        before:  %y = linear(%x, _to_copy(%integers[N,M], float32))
+        after:   %y = emssd.grouped_linear(%x, [%integers[N,M]], 1)
     """
 
     name = "group_linears"
@@ -35,6 +40,8 @@ class GroupLinears:
         self.refusals = []
         graph = graph_module.graph
         sites = [node for node in graph.nodes if node.target == aten.linear.default]
+        for node in sites:
+            _take_integers(node)
         found = {node: None for node in sites if self._is_fit(graph_module, node)}
         for group in find_projections(graph_module, self.refusals):
             if all(node in found for node in group.nodes):
@@ -59,10 +66,22 @@ class GroupLinears:
         weight = attribute(graph_module, source)
         if weight.device.type != "cpu":
             return self._refuse(node, f"its weight is on {weight.device.type}")
-        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() != 2:
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8) or weight.dim() != 2:
             return self._refuse(node, f"a weight of {weight.dtype} {list(weight.shape)} is left to torch")
         return True
 
     def _refuse(self, node: fx.Node, reason: str) -> bool:
         self.refusals.append(Refusal(node.name, reason))
         return False
+
+
+def _take_integers(node: fx.Node) -> None:
+    """Have a layer whose weight is cast from integers of 8 bits take the integers."""
+    cast = node.args[1]
+    if not isinstance(cast, fx.Node) or cast.target != aten._to_copy.default or argument(cast, 0).op != "get_attr":
+        return
+    is_known = cast.meta["val"].dtype == node.meta["val"].dtype in (torch.float32, torch.bfloat16)
+    if is_known and cast.meta["val"].device.type == "cpu" and argument(cast, 0).meta["val"].dtype == torch.int8:
+        node.replace_input_with(cast, argument(cast, 0))
+        if not cast.users:
+            node.graph.erase_node(cast)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from emssd_compile.ops import attention
 from emssd_compile.passes.graph import (
     aten,
     call,
@@ -16,8 +17,6 @@ from emssd_compile.passes.graph import (
     token_dims,
     token_symbol,
 )
-
-_HEADS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default})
 
 
 class SelectLogits:
@@ -36,22 +35,21 @@ class SelectLogits:
         """Move the selection of tokens before the LM head; returns 1.
 
         Raises:
-            UnsupportedModelError: the logits do not come out of one linear layer.
+            UnsupportedModelError: the logits do not come out of an LM head.
         """
         graph = graph_module.graph
         symbol = token_symbol(graph)
         (logits,) = output(graph).args
         assert isinstance(logits, fx.Node)
-        head, after = find_head(graph, logits)
-        source = head.args[1] if head.target == aten.addmm.default else head.args[0]
-        assert isinstance(source, fx.Node)
+        source, head = find_head(graph, logits)
         (dim,) = token_dims(source, symbol)
-        for node in after:
+        for node in head:
             _forget_token_count(node)
-        with inserting_for(head):
+        with inserting_for(head[0]):
             selected = call(graph, aten.index_select.default, source, dim, placeholder(graph, "logit_index"))
             hidden = call(graph, aten.reshape.default, source, [-1, source.meta["val"].shape[-1]])
-        head.replace_input_with(source, selected)
+        for node in head:
+            node.replace_input_with(source, selected)
         result = output(graph)
         with graph.inserting_before(result):
             flat = graph.call_function(aten.reshape.default, (logits, [-1, logits.meta["val"].shape[-1]]))
@@ -60,20 +58,33 @@ class SelectLogits:
 
 
 def find_head(graph: fx.Graph, logits: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The linear layer that makes the logits, and the token-local chain between it and them.
+    """The hidden states that logits are computed of, and the LM head: all that computes them, in order.
+
+    The head may be a linear layer, or what a quantised one is made of: it ends where all logits come out of one tensor
+    and a matrix has been read.
 
     Raises:
-        UnsupportedModelError: they do not come out of one linear layer.
+        UnsupportedModelError: there is no such tensor behind the last attention.
     """
-    dependent, node = data_dependent(graph), logits
-    after: list[fx.Node] = []
-    while node.target not in _HEADS:
-        sources = [n for n in node.all_input_nodes if n in dependent]
-        if len(sources) != 1:
-            raise refuse(node, "the logits do not come out of one linear layer", "end the forward with an LM head")
-        after.append(node)
-        node = sources[0]
-    return node, after
+    dependent = data_dependent(graph)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    head, pending, has_matrix = list[fx.Node](), {logits}, False
+    while True:
+        node = max(pending, key=order.__getitem__)
+        sources = [source for source in node.all_input_nodes if source in dependent]
+        if not sources or node.target == attention:
+            raise refuse(logits, "the logits do not come out of an LM head", "end the forward with a linear layer")
+        head.insert(0, node)
+        has_matrix |= any(_is_matrix(source) for source in node.all_input_nodes if source not in dependent)
+        pending = pending - {node} | {*sources}
+        (source, *others) = pending
+        if has_matrix and not others and source.meta["val"].is_floating_point():
+            return source, head
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and sum(size != 1 for size in value.shape) > 1
 
 
 def _forget_token_count(node: fx.Node) -> None:

@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
+from emssd_compile.errors import OptionError
 from emssd_compile.ops import attention
 from emssd_compile.passes.attention_sites.products import einsum_terms
 from emssd_compile.passes.graph import argument, aten, is_pointwise, same_size, shape
@@ -32,6 +34,32 @@ def check(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
     if is_pointwise(node.target):
         return _broadcast(node, dims, out)
     return "no rule proves that this op treats each token by itself"
+
+
+def register_token_rule(op: object, rule: TokenRule) -> None:
+    """Say how an op of yours treats tokens, so that a model with it is proved rather than tested.
+
+    A quantised product is what a linear layer is, as far as tokens are concerned:
+
+        register_token_rule(torch.ops.mine.int4_linear.default, linear_rule)
+
+    Args:
+        op: as it stands in the graph: an overload.
+        rule: called for each place where the op reads tokens; see the module's docstring.
+
+    Raises:
+        OptionError: `op` is no overload, or there is a rule for it here.
+    """
+    if not isinstance(op, torch._ops.OpOverload):
+        raise OptionError(
+            f"register_token_rule wants an op's overload, such as torch.ops.mine.linear.default, not {op!r}"
+        )
+    if op in RULES and op not in _registered:
+        raise OptionError(f"register_token_rule: there is a rule for {op} already")
+    if not callable(rule):
+        raise OptionError(f"register_token_rule wants a function for {op}, not {rule!r}")
+    RULES[op] = rule
+    _registered.add(op)
 
 
 def _rank(node: fx.Node) -> int:
@@ -80,7 +108,8 @@ def _trailing(index: int) -> TokenRule:
     return rule
 
 
-def _linear(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
+def linear_rule(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
+    """A product of each row of the first argument with weights, whatever form these have."""
     source, others = node.args[0], node.args[1:]
     if any(o in dims for o in others if isinstance(o, fx.Node)):
         return "its weight depends on the tokens"
@@ -186,12 +215,14 @@ def _attention(node: fx.Node, dims: dict[fx.Node, int], out: int) -> str | None:
 
 RULES: dict[Any, TokenRule] = {
     attention: _attention,
-    aten.linear.default: _linear,
+    aten.linear.default: linear_rule,
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
     aten.bmm.default: _matmul,
     aten.addmm.default: _matmul,
     aten.baddbmm.default: _matmul,
+    aten._weight_int8pack_mm.default: linear_rule,
+    aten._weight_int4pack_mm_for_cpu.default: linear_rule,
     aten.einsum.default: _einsum,
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
@@ -252,3 +283,4 @@ RULES: dict[Any, TokenRule] = {
     aten.new_zeros.default: _moves,
     aten.new_ones.default: _moves,
 }
+_registered = set[object]()

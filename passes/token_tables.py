@@ -34,6 +34,7 @@ class GraphTables:
     __hash__ = None  # type: ignore[assignment]
 
 
+_PRODUCTS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default})
 _TURNED = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
 
 
@@ -46,17 +47,20 @@ def token_tables(graph_module: fx.GraphModule) -> TokenTables:
     lookups = [node for node in _followed(placeholder(graph, "input_ids")) if node.target == aten.embedding.default]
     tables = {argument(node, 0) for node in lookups}
     embedding = _read(graph_module, *tables) if len(tables) == 1 else None
-    head, _ = find_head(graph, results(graph)[1])
-    bias: object = None
-    if head.target == aten.linear.default:
-        weight: object = head.args[1]
-        bias = head.args[2] if len(head.args) > 2 else None
-    else:
-        factor = argument(head, 1)
-        if head.target == aten.addmm.default:
-            bias, factor = head.args[0], argument(head, 2)
-        weight = factor.args[0] if factor.target in _TURNED else None
+    weight, bias = _of_head(find_head(graph, results(graph)[1])[1])
     return TokenTables(embedding, _read(graph_module, weight), _read(graph_module, bias))
+
+
+def _of_head(nodes: list[fx.Node]) -> tuple[object, object]:
+    """What an LM head multiplies with, `[V, H]`, and its bias; None each if it is something else."""
+    products = [node for node in nodes if node.target in _PRODUCTS]
+    if len(products) != 1:
+        return None, None
+    (head,) = products
+    if head.target == aten.linear.default:
+        return head.args[1], head.args[2] if len(head.args) > 2 else None
+    bias, factor = (head.args[0], argument(head, 2)) if head.target == aten.addmm.default else (None, argument(head, 1))
+    return factor.args[0] if factor.target in _TURNED else None, bias
 
 
 def _followed(ids: fx.Node) -> list[fx.Node]:

@@ -104,10 +104,11 @@ def require(device: torch.device) -> None:
 def passes(device: torch.device) -> tuple[Pass, ...]:
     """Our own products on a CPU, and layers compiled once; on a GPU, Inductor's own choices are good."""
     from emssd_compile.passes.group_linears import GroupLinears  # brings sympy: not needed to import the package
+    from emssd_compile.passes.hoist_scales import HoistScales
     from emssd_compile.passes.mark_regions import MarkRegions
     from emssd_compile.passes.raise_linears import RaiseLinears
 
-    return (RaiseLinears(), GroupLinears(), MarkRegions(BYTES_PER_CALL)) if device.type == "cpu" else ()
+    return (RaiseLinears(), HoistScales(), GroupLinears(), MarkRegions(BYTES_PER_CALL)) if device.type == "cpu" else ()
 
 
 def lower(graph_module: fx.GraphModule, deterministic: bool = False) -> InductorStep:

@@ -14,11 +14,11 @@ torch.library.define(
 
 
 def reference(x: Tensor, parameters: Sequence[Tensor], num_weights: int) -> Tensor:
-    """``x @ cat(weights).T + cat(biases)``; nothing is concatenated but results.
+    """``x @ cat(weights).T + cat(biases)``; nothing is concatenated but results. Weights may be int8.
 
     The C++ form reads each weight once, from where it lies. Up to 64 tokens, what it gives for one of them has the same
     bits whatever the others are, how many there are, and however many threads there are: if the weights' rows are
-    contiguous, and in float32 or bfloat16. Sums are in float32.
+    contiguous, in float32 or bfloat16, and x in the same or weights in int8. Sums are in float32.
 
     Args:
         x: ``[..., in]``.
@@ -31,7 +31,7 @@ def reference(x: Tensor, parameters: Sequence[Tensor], num_weights: int) -> Tens
     """
     weights, biases = parameters[:num_weights], parameters[num_weights:]
     given: Sequence[Tensor | None] = biases or [None] * num_weights
-    parts = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)]
+    parts = [torch.nn.functional.linear(x, w.to(x.dtype), b) for w, b in zip(weights, given, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

@@ -13,11 +13,18 @@ from emssd_compile.ops._grouped_linear import reference
 FORMS: dict[str, Any] = {"C++": ops.grouped_linear, "reference": reference}
 FEW = 64  # tokens that the kernel multiplies itself
 DTYPES = [torch.float32, torch.bfloat16]
+KINDS = [*((dtype, dtype) for dtype in DTYPES), *((dtype, torch.int8) for dtype in DTYPES)]
+"""Of x and of weights."""
 
 
 @pytest.fixture(autouse=True)
 def _kernels():
     assert load_cpu_kernels()
+
+
+def randoms(*size: int, dtype: torch.dtype) -> Tensor:
+    """Integers are all that there are."""
+    return torch.randn(size, dtype=dtype) if dtype.is_floating_point else torch.randint(-128, 128, size, dtype=dtype)
 
 
 def grouped_linear(x, weights, biases=(), form="C++"):
@@ -38,10 +45,10 @@ def assert_is_product(result: Tensor, x: Tensor, weights, biases=()):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kind"), KINDS)
 @pytest.mark.parametrize("depth", [1, 15, 48, 577])
-def test_is_the_product(form, dtype, depth):
-    weights = [torch.randn(n, depth, dtype=dtype) for n in (1, 80, 7)]
+def test_is_the_product(form, dtype, kind, depth):
+    weights = [randoms(n, depth, dtype=kind) for n in (1, 80, 7)]
     biases = [torch.randn(len(w), dtype=dtype) for w in weights]
     for tokens in [*range(1, 18), FEW, FEW + 1]:
         x = torch.randn(1, tokens, depth, dtype=dtype)
@@ -49,9 +56,9 @@ def test_is_the_product(form, dtype, depth):
         assert_is_product(grouped_linear(x, weights[1:], form=form), x, weights[1:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_has_the_same_bits_in_any_company_and_on_any_number_of_threads(dtype):
-    weights = [torch.randn(n, 203, dtype=dtype) for n in (500, 31)]
+@pytest.mark.parametrize(("dtype", "kind"), KINDS)
+def test_a_token_has_the_same_bits_in_any_company_and_on_any_number_of_threads(dtype, kind):
+    weights = [randoms(n, 203, dtype=kind) for n in (500, 31)]
     biases = [torch.randn(len(w), dtype=dtype) for w in weights]
     x = torch.randn(FEW, 203, dtype=dtype)
     alone = torch.cat([grouped_linear(token, weights, biases) for token in x.split(1)])
@@ -82,10 +89,10 @@ def test_biases_may_lie_in_any_way(dtype, tokens):
         assert_is_product(grouped_linear(x, [weight], [bias]), x, [weight], [bias])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kind"), KINDS)
 @pytest.mark.parametrize("tokens", [3, FEW + 1])
-def test_weights_and_tokens_may_lie_in_any_way(dtype, tokens):
-    both, x = torch.randn(40, 64, dtype=dtype), torch.randn(64, tokens, dtype=dtype).T
+def test_weights_and_tokens_may_lie_in_any_way(dtype, kind, tokens):
+    both, x = randoms(40, 64, dtype=kind), torch.randn(64, tokens, dtype=dtype).T
     weights = [both[:8, :40], both[::2, 3:43], both[:, :30].T, both[:1, :40].expand(5, 40), both[:6, ::2]]
     for weight in weights:
         part = x[:, : weight.shape[1]]

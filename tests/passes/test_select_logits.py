@@ -40,6 +40,7 @@ def test_runs_the_head_on_the_chosen_tokens_only():
 SCALED_HEADS = {
     "capped logits": lambda logits: 30 * torch.tanh(logits / 30),
     "scaled logits": lambda logits: logits * 0.5,
+    "logits that meet again": lambda logits: logits.softmax(-1) + logits.flip(-1),
 }
 
 
@@ -60,13 +61,14 @@ def test_keeps_what_follows_the_head(after):
     torch.testing.assert_close(logits, alone(model), rtol=1e-5, atol=1e-5)
 
 
-def _two_heads(logits: Tensor) -> Tensor:
-    return logits.softmax(-1) + logits.flip(-1)
+class _TwoHeads(TinyModel):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) + self.lm_head(self.embed(input_ids))
 
 
 def test_refuses_logits_that_come_from_two_places():
-    graph_module, manager = canonical(_AfterHead(_two_heads))
+    graph_module, manager = canonical(_TwoHeads(attend=causal))
     manager._run(UnpadTokens(BATCH, manager.fake_mode), "L2", graph_module)
-    with pytest.raises(UnsupportedModelError, match="do not come out of one linear layer") as caught:
+    with pytest.raises(UnsupportedModelError, match="do not come out of an LM head") as caught:
         manager._run(SelectLogits(), "L2", graph_module)
     assert caught.value.op == "aten.add.Tensor"

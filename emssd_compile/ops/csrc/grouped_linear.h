@@ -24,9 +24,10 @@ constexpr int64_t kBlockRows = 48;  // at most, and a multiple of the rows of mo
 constexpr int64_t kMacsPerThread = 1 << 16;
 
 // The linear layer of one weight, on x[tokens][depth].
-template <typename scalar_t>
+template <typename weight_t, typename scalar_t>
 struct LinearLayer {
-  const scalar_t *weight, *bias;  // bias may be null
+  const weight_t* weight;
+  const scalar_t* bias;           // may be null
   int64_t stride, size;           // of a row of the weight; number of rows
   const scalar_t* x;
   int64_t tokens, depth;
@@ -78,13 +79,13 @@ struct LinearLayer {
   // Each pass over a block asks for its share of a block to come.
   template <int kTokens, int kRows>
   void multiply(int64_t n, bool asks, int64_t first, float* sums) const {
-    const scalar_t* w = weight + n * stride;
-    multiply_rows<scalar_t, kTokens, kRows>(w, stride, asks ? w + block_rows() * stride : nullptr, x + first * depth, depth,
-                                            depth, sums, kBlockRows);
+    const weight_t* w = weight + n * stride;
+    multiply_rows<weight_t, scalar_t, kTokens, kRows>(w, stride, asks ? w + block_rows() * stride : nullptr,
+                                                      x + first * depth, depth, depth, sums, kBlockRows);
   }
 };
 
-template <typename scalar_t>
+template <typename weight_t, typename scalar_t>
 void multiply_few(const at::Tensor& x, at::TensorList weights, at::TensorList biases,
                   const at::Tensor& y) {
   const int64_t depth = x.size(-1), tokens = x.numel() / depth, columns = y.size(-1);
@@ -93,8 +94,8 @@ void multiply_few(const at::Tensor& x, at::TensorList weights, at::TensorList bi
     int64_t offset = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
       const int64_t size = weights[i].size(0);
-      const LinearLayer<scalar_t> layer{
-          weights[i].const_data_ptr<scalar_t>(), biases.empty() ? nullptr : biases[i].const_data_ptr<scalar_t>(),
+      const LinearLayer<weight_t, scalar_t> layer{
+          weights[i].const_data_ptr<weight_t>(), biases.empty() ? nullptr : biases[i].const_data_ptr<scalar_t>(),
           weights[i].stride(0), size, x.const_data_ptr<scalar_t>(), tokens, depth,
           y.mutable_data_ptr<scalar_t>() + offset, columns};
       layer.run(std::max<int64_t>(0, begin - offset), std::min(size, end - offset));
@@ -124,17 +125,31 @@ inline at::Tensor multiply_many(const at::Tensor& x, const at::Tensor& weight, c
 // The products side by side.
 inline at::Tensor multiply_many(const at::Tensor& x, at::TensorList weights, at::TensorList biases) {
   std::vector<at::Tensor> parts;
-  for (size_t i = 0; i < weights.size(); ++i)
-    parts.push_back(multiply_many(x, weights[i], biases.empty() ? std::nullopt : std::optional(biases[i])));
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::Tensor weight = weights[i].scalar_type() == at::kChar ? weights[i].to(x.scalar_type()) : weights[i];
+    parts.push_back(multiply_many(x, weight, biases.empty() ? std::nullopt : std::optional(biases[i])));
+  }
   return parts.size() == 1 ? parts[0] : at::cat(parts, -1);
 }
 
 // Whether the weights can be streamed as they lie, and for so few tokens that this is the fastest.
-inline bool is_streamed(const at::Tensor& x, at::TensorList parameters, at::TensorList weights) {
-  const auto dtype = x.scalar_type();
-  return (dtype == at::kFloat || dtype == at::kBFloat16) && x.size(-1) > 0 && x.numel() <= kFewTokens * x.size(-1) &&
-         std::all_of(parameters.begin(), parameters.end(), [&](const auto& p) { return p.scalar_type() == dtype; }) &&
-         std::all_of(weights.begin(), weights.end(), [](const auto& w) { return w.stride(1) == 1 || w.size(1) == 1; });
+inline bool is_streamed(const at::Tensor& x, at::TensorList weights, at::TensorList biases) {
+  const auto dtype = x.scalar_type(), kind = weights[0].scalar_type();
+  return (dtype == at::kFloat || dtype == at::kBFloat16) && (kind == dtype || kind == at::kChar) && x.size(-1) > 0 &&
+         x.numel() <= kFewTokens * x.size(-1) &&
+         std::all_of(biases.begin(), biases.end(), [&](const auto& b) { return b.scalar_type() == dtype; }) &&
+         std::all_of(weights.begin(), weights.end(), [&](const auto& w) {
+           return w.scalar_type() == kind && (w.stride(1) == 1 || w.size(1) == 1);
+         });
+}
+
+template <typename scalar_t>
+void multiply_streamed(const at::Tensor& x, at::TensorList weights, at::TensorList biases, const at::Tensor& y) {
+  if (weights[0].scalar_type() == at::kChar) {
+    multiply_few<int8_t, scalar_t>(x, weights, biases, y);
+  } else {
+    multiply_few<scalar_t, scalar_t>(x, weights, biases, y);
+  }
 }
 
 inline at::Tensor grouped_linear(const at::Tensor& x, at::TensorList parameters, int64_t num_weights) {
@@ -159,13 +174,13 @@ inline at::Tensor grouped_linear(const at::Tensor& x, at::TensorList parameters,
   const int64_t outputs = c10::multiply_integers(sizes);
   if (outputs == 0) return at::empty(sizes, x.options());
   const at::Tensor input = x.contiguous();
-  if (!is_streamed(x, parameters, weights))
+  if (!is_streamed(x, weights, biases))
     return multiply_many(input.view({outputs / columns, x.size(-1)}), weights, biases).view(sizes);
   at::Tensor y = at::empty(sizes, x.options());
   if (x.scalar_type() == at::kFloat) {
-    multiply_few<float>(input, weights, biases, y);
+    multiply_streamed<float>(input, weights, biases, y);
   } else {
-    multiply_few<at::BFloat16>(input, weights, biases, y);
+    multiply_streamed<at::BFloat16>(input, weights, biases, y);
   }
   return y;
 }
