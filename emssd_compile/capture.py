@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from emssd_compile.branches import DecideBranches
 from emssd_compile.errors import InvalidInputError, UnsupportedModelError
@@ -283,7 +284,7 @@ def _bind_weights(program: ExportedProgram) -> fx.GraphModule:
             values[node] = graph.node_copy(node, lambda n: values[n])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # get_attr of flat names
-        return fx.GraphModule(root, graph, class_name="CapturedModel")
+        return _LazyGraphModule(root, graph, class_name="CapturedModel")
 
 
 def _lookup(program: ExportedProgram, target: str) -> Tensor:

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from emssd_compile import passes
 from emssd_compile.capture import capture
@@ -358,8 +359,8 @@ def apply_target_passes(
 
 
 def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
-    """The same graph anew; weights are shared."""
-    return fx.GraphModule(source, copied(source.graph), class_name=name)
+    """The same graph anew; weights are shared. Its code is written when it is first called: most are never."""
+    return _LazyGraphModule(source, copied(source.graph), class_name=name)
 
 
 __all__ = ["CompiledModel", "CompiledStep", "apply_target_passes", "compile_model", "compile_step"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from emssd_compile.errors import DrafterError, PolicyError, ProbeError, ProcessorError, RuleError
 from emssd_compile.ops import append_kv, move_kv, ragged_attention
@@ -96,7 +97,7 @@ class FuseStep:
             RuleError, DrafterError, PolicyError, ProcessorError, ProbeError: that part fails while it is traced, or
                 breaks its contract.
         """
-        model = fx.GraphModule(graph_module, graph_module.graph)
+        model = _LazyGraphModule(graph_module, graph_module.graph)
         graph_module.graph = fx.Graph()
         fusion = _Fusion(self, graph_module, model)
         graph_module.graph.output(fusion.step())

@@ -51,7 +51,8 @@ def is_pointwise(target: Any) -> bool:
 
 def inputs(graph: fx.Graph) -> list[fx.Node]:
     """The inputs, in order."""
-    return [n for n in graph.nodes if n.op == "placeholder"]
+    found: list[fx.Node] = graph.find_nodes(op="placeholder")
+    return found
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:

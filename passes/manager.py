@@ -7,13 +7,14 @@ optionally `ensures(graph_module)` (raises if what should hold afterwards does n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from emssd_compile.errors import EmssdError, UnsupportedModelError
@@ -125,10 +126,9 @@ class PassManager:
 
 
 def tidy(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
-    """Dead code out, lint, recompile, fake values recomputed."""
+    """Dead code out, recompile, fake values recomputed; torch lints a graph before it looks for what is dead."""
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
-    graph_module.graph.lint()
     graph_module.recompile()
     propagate(graph_module, fake_mode)
 
@@ -138,8 +138,9 @@ def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
 
     A value is computed anew only if the node's op, its arguments or the values it reads are other objects than when it
     was computed last, and it stays the same object where it comes out as it was: most passes touch few nodes, and fake
-    execution is the slowest part of compiling.
+    execution is the slowest part of compiling. What layers do alike is computed for one of them.
     """
+    known: dict[Hashable, Any] = {}
     with fake_mode, torch.no_grad():
         for node in graph_module.graph.nodes:
             if is_current(node):
@@ -147,8 +148,35 @@ def propagate(graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
             if node.op == "get_attr":
                 _update(node, fake_mode.from_tensor(getattr(graph_module, node.target), static_shapes=True))
             elif node.op == "call_function":
-                _update(node, fake_result(node))
+                _update(node, _known_result(node, known))
             node.meta["val_basis"] = basis_of(node)
+
+
+def _known_result(node: fx.Node, known: dict[Hashable, Any]) -> Any:
+    """The fake result of a call; that of one before, if it had the same arguments but for the values of tensors."""
+    key = node.target, _said(node.args), _said(node.kwargs)
+    if key in known:
+        return known[key]
+    value = fake_result(node)
+    if not free_unbacked_symbols(value):  # else it is another size each time
+        known[key] = value
+    return value
+
+
+def _said(argument: Any) -> Hashable:
+    """What a fake result may follow from."""
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
+    if isinstance(value, FakeTensor):
+        return _described(value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_said, value))
+    if isinstance(value, dict):
+        return tuple((name, _said(item)) for name, item in value.items())
+    if isinstance(value, slice):
+        return slice, _said((value.start, value.stop, value.step))
+    return type(value), value
 
 
 def _update(node: fx.Node, value: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, fx
 
 from emssd_compile.ops import attention
-from emssd_compile.passes.attention_sites import AttentionSite, find_site
+from emssd_compile.passes.attention_sites import AttentionSite, Subject, find_site
 from emssd_compile.passes.graph import (
     Evaluator,
     argument,
@@ -64,11 +66,12 @@ class RaiseAttention:
         Raises:
             UnsupportedModelError: an attention whose mask is of no known family.
         """
-        dependent = data_dependent(graph_module.graph)
+        subject = Subject(graph_module, data_dependent(graph_module.graph))
+        known: dict[Hashable, MaskFamily] = {}
         families = [
-            self._replace(graph_module, site)
+            self._replace(graph_module, site, known)
             for node in list(graph_module.graph.nodes)
-            if (site := find_site(graph_module, node, dependent)) is not None
+            if (site := find_site(subject, node)) is not None
         ]
         if families:
             fewest = min(family.probed for family in families)
@@ -76,12 +79,14 @@ class RaiseAttention:
             self.notes = (f"tested: masks among positions up to {self.longest} ({among})",)
         return len(families)
 
-    def _replace(self, graph_module: fx.GraphModule, site: AttentionSite) -> MaskFamily:
+    def _replace(
+        self, graph_module: fx.GraphModule, site: AttentionSite, known: dict[Hashable, MaskFamily]
+    ) -> MaskFamily:
         graph = graph_module.graph
         result_dtype = site.result.meta["val"].dtype
         with inserting_for(site.result):
             key, value = _peel_repeats(graph_module, site.key, site.value)
-        family = _family(site, self.longest)
+        family = _family(site, self.longest, known)
         with inserting_for(site.result):
             result = call(
                 graph,
@@ -105,13 +110,16 @@ class RaiseAttention:
         return family
 
 
-def _family(site: AttentionSite, longest: int) -> MaskFamily:
+def _family(site: AttentionSite, longest: int, known: dict[Hashable, MaskFamily]) -> MaskFamily:
+    """The family of a site's mask: of layers with the same one, that of the first is evaluated."""
     value = site.query.meta["val"]
     dtype = coarsest(n.meta["val"].dtype for n in (site.query, site.key, site.value, site.result))
+    probed = ProbedAttention(site.probe, value.shape[1], site.scale, site.softcap, dtype, value.device)
+    key = (site.probe_key, *(getattr(probed, name) for name in ("heads", "scale", "softcap", "dtype", "device")))
     try:
-        return recognise(
-            ProbedAttention(site.probe, value.shape[1], site.scale, site.softcap, dtype, value.device), longest
-        )
+        if key not in known:
+            known[key] = recognise(probed, longest)
+        return known[key]
     except UnknownMaskError as error:
         raise refuse(site.result, f"the attention mask is not supported: {error}") from error
     except UnevaluatedError as error:

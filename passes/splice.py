@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from emssd_compile.passes.graph import basis_of
+from emssd_compile.passes.graph import inputs as graph_inputs
 from emssd_compile.step.fields import key_name
 
 Tensors = dict[str, Tensor]
@@ -39,8 +41,8 @@ def trace(function: Callable[[Tensors], Tensors], inputs: Tensors, fake_mode: Fa
     allowed, fake_mode.allow_non_fake_inputs = fake_mode.allow_non_fake_inputs, True  # weights of drafters are real
     try:
         # Composite ops in Python: in C++ some read sizes as numbers (matmul of torch 2.11).
-        with fake_mode, torch.no_grad(), enable_python_dispatcher():
-            traced = make_fx(flat)(*inputs.values())
+        with fake_mode, torch.no_grad(), enable_python_dispatcher(), _use_lazy_graph_module(True):
+            traced = make_fx(flat)(*_distinct(inputs.values()))
     finally:
         fake_mode.allow_non_fake_inputs = allowed
     for (name, size), symbol in zip(sizes, symbols, strict=True):
@@ -51,6 +53,14 @@ def trace(function: Callable[[Tensors], Tensors], inputs: Tensors, fake_mode: Fa
         node.target = name
     traced.meta["results"] = result_names
     return traced
+
+
+def _distinct(values: Iterable[Tensor]) -> list[Tensor]:
+    """The fake values, of which several nodes may have one, as an object each: by these a trace tells its inputs."""
+    found: list[Tensor] = []
+    for value in values:
+        found.append(torch.ops.aten.alias(value) if any(value is other for other in found) else value)
+    return found
 
 
 def inline(
@@ -138,7 +148,7 @@ def _readable(path: tuple[Any, ...]) -> str:
 
 def add_input(graph: fx.Graph, name: str, value: Tensor, role: str | None = None) -> fx.Node:
     """A new input, after those there are; `role` (`signature.ROLES`) goes to its metadata."""
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    placeholders = graph_inputs(graph)
     with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
         node = graph.placeholder(name)
     node.meta["val"] = value

@@ -6,7 +6,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emssd_compile.ops import append_kv, attention, ragged_attention
-from emssd_compile.passes.graph import aten, call, inserting_for, placeholder, refuse, shape
+from emssd_compile.passes.graph import aten, call, inputs, inserting_for, placeholder, refuse, shape
 from emssd_compile.step.batch import BatchShape
 
 
@@ -73,8 +73,7 @@ class UnpadKVCache:
         site.replace_all_uses_with(result)
 
     def _cache(self, graph: fx.Graph, name: str, values: fx.Node) -> fx.Node:
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
+        with graph.inserting_after(inputs(graph)[-1]):
             node = graph.placeholder(name)
         _, heads, _, size = shape(values) or ()
         with self.fake_mode:

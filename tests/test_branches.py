@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._export.passes import replace_set_grad_with_hop_pass as hop_pass
 
 import emssd_compile
 from emssd_compile.capture import capture
@@ -49,6 +50,23 @@ def test_branches_that_compute_the_same_are_no_matter():
 
     model = TinyModel(local, attend=causal)
     torch.testing.assert_close(run(capture(model, 64), 40), eager(model, 40), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_gradients_turned_off_within_the_forward_make_no_graph_of_their_own(monkeypatch, enabled):
+    def local(m: TinyModel, x: Tensor, ids: Tensor) -> Tensor:
+        with torch.set_grad_enabled(enabled):
+            positions = torch.arange(ids.shape[1])
+        return x + positions[None, :, None]
+
+    model = TinyModel(local, attend=causal)
+    changes = []
+    split = hop_pass.sequential_split
+    monkeypatch.setattr(hop_pass, "sequential_split", lambda *given: changes.append(given) or split(*given))
+    with torch.enable_grad():
+        torch.testing.assert_close(run(capture(model, 64), 40), eager(model, 40), rtol=1e-6, atol=1e-6)
+        assert torch.is_grad_enabled()
+    assert bool(changes) is enabled, "what does change something is left to export"
 
 
 def test_a_branch_on_token_ids_is_refused_in_a_line_that_names_the_place(capfd):

@@ -20,18 +20,16 @@ FORMS: tuple[Form[Any], ...] = (
 )
 
 
-def find_site(graph_module: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> AttentionSite | None:
+def find_site(subject: Subject, node: fx.Node) -> AttentionSite | None:
     """The attention around `node`, if `node` is the heart of one: an SDPA, or a softmax over tokens.
 
     Args:
-        graph_module: an L0 graph.
+        subject: an L0 graph.
         node: where to look.
-        dependent: nodes whose values depend on the token ids.
 
     Raises:
         UnsupportedModelError: it mixes tokens as an attention does, but is of no known form. The nearest miss is named.
     """
-    subject = Subject(graph_module, dependent)
     misses: list[Miss] = []
     for form in FORMS:
         found = form.match(subject, node)
@@ -51,4 +49,4 @@ def find_site(graph_module: fx.GraphModule, node: fx.Node, dependent: set[fx.Nod
     return None
 
 
-__all__ = ["FORMS", "AttentionSite", "find_site"]
+__all__ = ["FORMS", "AttentionSite", "Subject", "find_site"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import Tensor, fx
 
 from emssd_compile.passes.mask_family import Probe
+from emssd_compile.passes.value_numbers import ValueNumbers
 
 Match = TypeVar("Match")
 
@@ -21,10 +22,12 @@ class Subject:
     Attributes:
         graph_module: an L0 graph.
         dependent: nodes whose values depend on the token ids.
+        numbers: which nodes are computed alike.
     """
 
     graph_module: fx.GraphModule
     dependent: set[fx.Node]
+    numbers: ValueNumbers = field(default_factory=ValueNumbers)
 
     def varying(self, node: fx.Node) -> list[fx.Node]:
         """Inputs of `node` that depend on the token ids."""
@@ -59,6 +62,7 @@ class AttentionSite:
         softcap: 0, or c in `c * tanh(scaled / c)`.
         sinks: None, or a logit per head `[Hq]` that joins the softmax's sum and has no value.
         probe: computes its probabilities for given raw scores, as they are without sinks.
+        probe_key: equal for sites of a graph whose probes compute the same.
     """
 
     result: fx.Node
@@ -70,6 +74,7 @@ class AttentionSite:
     softcap: float
     sinks: fx.Node | Tensor | None
     probe: Probe
+    probe_key: Hashable
 
 
 class Form(ABC, Generic[Match]):

@@ -83,6 +83,7 @@ class ScaledDotProduct(Form[Call]):
             softcap=0.0,
             sinks=None,
             probe=probe,
+            probe_key=("sdpa", None if mask is None else subject.numbers(mask), scale),
         )
 
 

@@ -7,6 +7,7 @@ output, `sigmoid(logsumexp(scores) - sink)`, which is the share of the sum that 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -184,6 +185,11 @@ class _Scaled(Weights):
         assert match.factor is not None
         self.factor = match.factor
         super().__init__(subject, match.path, given)
+
+    def probe_key(self) -> Hashable:
+        """Equal for paths of a graph whose weights and factors are the same for the same scores."""
+        output = self.path.output
+        return super().probe_key(), self.number(self.factor), output.out, tuple(output.sizes(output.out)), self.features
 
     def __call__(self, places: Tensor, scores: Tensor) -> Tensor:
         """Probabilities `[H, P, P]` of the scores at these places, as if there were no sink."""

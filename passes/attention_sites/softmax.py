@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -202,6 +202,7 @@ class Weights:
 
     def __init__(self, subject: Subject, path: SoftmaxPath, given: dict[fx.Node, Given] | None = None) -> None:
         self.graph_module = subject.graph_module
+        self.numbers = subject.numbers
         self.path = path
         self.given = given or {}
         self.query, self.key = path.scores.left, path.scores.right
@@ -236,6 +237,18 @@ class Weights:
         """Weights for raw scores of the tokens at `places`."""
         value: Tensor = self.evaluator(places, scores)(self.entering.node)
         return laid_out(value.float(), self.entering.letters, self.rows + self.values.tokens).reshape(scores.shape)
+
+    def probe_key(self) -> Hashable:
+        """Equal for paths of a graph that compute the same weights of the same scores."""
+        product, heads = self.path.scores, self.heads
+        letters = product.out, heads, self.query.tokens, self.key.tokens, self.entering.letters, self.rows
+        added = product.added and (self.numbers(product.added), product.beta(), product.alpha())
+        sizes = *product.sizes(heads), product.node.meta["val"].dtype
+        return letters, self.values.tokens, added, sizes, self.number(self.entering.node)
+
+    def number(self, node: fx.Node) -> int:
+        """Equal for nodes of several paths that are computed alike of the scores."""
+        return self.numbers.where({self.path.scores.node: "scores", **dict.fromkeys(self.given, "given")})(node)
 
     def evaluator(self, places: Tensor, scores: Tensor) -> SampledEvaluator:
         """Computes nodes of the path for raw scores of the tokens at `places`."""
@@ -293,6 +306,7 @@ def site_of(subject: Subject, weights: Weights, result: fx.Node | None = None) -
         softcap=path.softcap,
         sinks=None,
         probe=weights,
+        probe_key=weights.probe_key(),
     )
 
 

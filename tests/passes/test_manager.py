@@ -6,8 +6,8 @@ from torch import fx
 
 from emssd_compile.capture import capture
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.passes import Level, PassManager, drop_unused_weights
-from emssd_compile.passes.graph import argument, aten, call, output, placeholder
+from emssd_compile.passes import Level, PassManager, drop_unused_weights, manager
+from emssd_compile.passes.graph import argument, aten, call, fake_result, output, placeholder
 from emssd_compile.passes.manager import Refusal, propagate
 from tests.passes.graphs import TinyModel, ops
 
@@ -120,6 +120,27 @@ def test_fake_values_follow_a_changed_input():
     linear.args = (linear.args[0], weight)
     propagate(graph_module, manager.fake_mode)
     assert linear.meta["val"].shape[-1] == 20
+
+
+def test_fake_values_of_what_is_done_alike_are_computed_once(monkeypatch):
+    """Of the same op, the same numbers and tensors that say the same, but for sizes that only values tell."""
+    graph_module, pass_manager = _manager()
+    propagate(graph_module, pass_manager.fake_mode)
+    computed: list[fx.Node] = []
+    monkeypatch.setattr(manager, "fake_result", lambda node: computed.append(node) or fake_result(node))
+    graph, source = graph_module.graph, argument(output(graph_module.graph), 0)
+    ids = placeholder(graph, "input_ids")
+    with graph.inserting_before(output(graph)):
+        alike = [graph.call_function(aten.add.Tensor, (source, 2)) for _ in range(3)]
+        alike += [graph.call_function(aten.mul.Tensor, (node, node)) for node in alike]
+        others = [graph.call_function(aten.sum.dim_IntList, (source, [-1], keeps)) for keeps in (True, False)]
+        others += [graph.call_function(aten.add.Tensor, (ids, n)) for n in (2, 2.0)]
+        unknown = [graph.call_function(aten.nonzero.default, (ids,)) for _ in range(2)]
+    propagate(graph_module, pass_manager.fake_mode)
+    assert computed == [alike[0], alike[3], *others, *unknown]
+    assert [node.meta["val"].shape for node in alike] == [source.meta["val"].shape] * 6
+    assert [node.meta["val"].dim() for node in others[:2]] == [3, 2]
+    assert [node.meta["val"].dtype for node in others[2:]] == [torch.int64, torch.float32]
 
 
 def test_a_fake_value_that_comes_out_as_it_was_is_kept():

@@ -10,9 +10,11 @@ from torch import Tensor
 from emssd_compile.capture import capture
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import attention
+from emssd_compile.passes import raise_attention
 from emssd_compile.passes.drop_noops import DropNoops
+from emssd_compile.passes.mask_family import recognise
 from emssd_compile.passes.raise_attention import RaiseAttention
-from tests.passes.graphs import HEADS, LONGEST, TinyModel, apply, capture_and_apply, eager, ops, run
+from tests.passes.graphs import HEADS, LONGEST, TinyModel, apply, capture_and_apply, causal, eager, ops, run
 
 
 def _causal(scores: Tensor) -> Tensor:
@@ -116,6 +118,55 @@ def test_attention_gets_scale_window_and_softcap_as_attributes():
         "alibi_slopes": None,
         "sinks": None,
     }
+
+
+def _layers(*attend):
+    """Attentions behind one another, each of what the ones before it gave."""
+
+    def attend_all(m: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for layer in attend:
+            q = layer(m, q, k, v) * 1.5
+        return q
+
+    return TinyModel(attend=attend_all)
+
+
+def _banded(width: int):
+    def attend(m: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = torch.arange(q.shape[2])
+        seen = (tokens <= tokens[:, None]) & (tokens > tokens[:, None] - width)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    return attend
+
+
+def _spelled_out(factor: float, width: int = LONGEST):
+    def attend(m: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = torch.arange(q.shape[2])
+        far = tokens <= tokens[:, None] - width
+        return _causal(_scores(q, k) * factor).masked_fill(far, -torch.inf).softmax(-1) @ v
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("layers", "evaluated"),
+    [
+        ((_banded(9), _banded(9), _banded(9)), 1),
+        ((_banded(9), _banded(10), _banded(9)), 2),
+        ((causal, causal, _banded(LONGEST)), 2),
+        ((_spelled_out(0.5, 9), _spelled_out(0.5, 9)), 1),
+        ((_spelled_out(0.5, 9), _spelled_out(0.25, 9), _spelled_out(0.5, 8)), 3),
+    ],
+)
+def test_masks_that_layers_compute_alike_are_evaluated_once(monkeypatch, layers, evaluated):
+    calls = []
+    monkeypatch.setattr(raise_attention, "recognise", lambda *given: calls.append(given) or recognise(*given))
+    model = _layers(*layers)
+    graph_module, _ = capture_and_apply(model, DropNoops(), RaiseAttention(LONGEST))
+    assert len(calls) == evaluated
+    assert ops(graph_module)["attention"] == len(layers)
+    torch.testing.assert_close(run(graph_module, 40), eager(model, 40), rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_run_changes_nothing():

@@ -22,6 +22,14 @@ def test_a_composite_op_is_traced_for_every_size():
         torch.testing.assert_close(traced(slots), [weights @ slots[None, None].float()])
 
 
+def test_inputs_that_share_a_fake_value_are_told_apart():
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+    with fake_mode:
+        value = torch.zeros(3)
+    traced = trace(lambda given: {"result": given["a"] - given["b"]}, {"a": value, "b": value}, fake_mode)
+    assert traced(torch.ones(3), torch.zeros(3))[0].tolist() == [1, 1, 1]
+
+
 def test_what_tracing_has_computed_is_right_and_not_computed_again(monkeypatch):
     own = len(compiled_model().graph_module.graph.nodes)
     computed: set[fx.Node] = set()

@@ -29,10 +29,8 @@ def test_of_forms_that_are_as_near_the_first_says_why():
 
 def test_what_is_the_heart_of_no_attention_is_left_alone():
     graph_module = capture(TinyModel(lambda m, x, ids: x.softmax(-1)))
-    dependent = data_dependent(graph_module.graph)
-    assert [find_site(graph_module, node, dependent) for node in graph_module.graph.nodes].count(None) == len(
-        graph_module.graph.nodes
-    )
+    subject, nodes = Subject(graph_module, data_dependent(graph_module.graph)), graph_module.graph.nodes
+    assert [find_site(subject, node) for node in nodes].count(None) == len(nodes)
 
 
 def test_inputs_that_vary_are_those_that_the_token_ids_reach():
