@@ -26,6 +26,12 @@ from emssd_compile.ops import fingerprint
 from emssd_compile.structure import Structure
 
 
+def fingerprints(modules: Iterable[nn.Module]) -> tuple[int, ...]:
+    """What tells whether any parameter or buffer of these modules has other values than before; reads all of them."""
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    return tuple(int(fingerprint(tensor)) for tensor in tensors.values())
+
+
 class Freshness:
     """Remembers a model as it was compiled.
 

@@ -16,7 +16,7 @@ from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime import memory
 from emssd_compile.runtime.blocks import BlockPool
 from emssd_compile.runtime.engine import Engine
-from emssd_compile.runtime.kv_memory import Pages
+from emssd_compile.runtime.pages import Pages
 from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import CAPACITY, LENGTHS, NEW_TOKENS, assert_exact, rechunked, target
 from tests.exactness.models import prompt
