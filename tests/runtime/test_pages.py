@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
