@@ -262,9 +262,11 @@ class OptimizedModel(Decoder):
         self._weights: tuple[int, ...] = ()  # that the cached prefixes were read with
         super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
 
-    def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
+    def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...], *, again: bool = False) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""
-        before, self._paging = self._paging, self._plan_pool(step)
+        before = self._paging
+        if before is not None or not again:  # slabs stay slabs: they take the memory that would be found missing
+            self._paging = self._plan_pool(step)
         try:
             return self._assemble_on(step, captured)
         except BaseException:
@@ -306,7 +308,7 @@ class OptimizedModel(Decoder):
         sharing = sharing_of(drafter, signature.sizes.depth, slabs, stay, keeps=options.prefix_cache)
         if options.prefix_cache and sharing.why_not:
             raise OptionError(f"prefix_cache=True: {sharing.why_not}; leave it out, or use another drafter")
-        if self._paging is not None and slabs:  # as large as before: a refresh would find the memory taken
+        if self._paging is not None:  # as large as it is, for the same reason
             return replace(self._paging, caches=(*slabs,), sharing=sharing)
         return plan_pool(
             slabs,
@@ -471,7 +473,7 @@ class OptimizedModel(Decoder):
                 check_weights(self._step.drafter)
                 step = self._step
                 parts = step.rule, step.drafter, self.options, step.processors, step.probes
-                self._take(self._assemble(*_compile(self.model, *parts)))
+                self._take(self._assemble(*_compile(self.model, *parts), again=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""

@@ -107,12 +107,8 @@ def test_continuous_batching(fast):
 
 def test_prompts_that_begin_alike():
     printed: list[Any] = []
-    given = {
-        "model": _model(),
-        "system": prompt(130),
-        "question": PROMPTS[2],
-        "print": lambda *what: printed.extend(what),
-    }
+    given = {"model": _model(), "system": prompt(130), "question": PROMPTS[2]}
+    given["print"] = lambda *values: printed.extend(values)
     given["optimize"] = functools.partial(emssd_compile.optimize, backend="eager", layout="packed")
     found = _run("Prompts that begin alike", 0, **given)
     cache, hits = printed

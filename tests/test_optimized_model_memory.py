@@ -153,20 +153,19 @@ def test_a_drafter_that_would_lack_what_was_read_has_no_prefix_cache():
         """Keys and values that no op knows, so that they stay slabs."""
 
         def tensors(self, sizes):
-            return {
-                **super().tensors(sizes),
-                "kept": TensorSpec((sizes.rows, sizes.capacity), torch.float32, "forever", True),
-            }
+            kept = TensorSpec((sizes.rows, sizes.capacity), torch.float32, kept="forever", in_place=True)
+            return {**super().tensors(sizes), "kept": kept}
 
         def forward(self, context):
             context.state["kept"].add_(1)
             return super().forward(context)
 
+    options: dict[str, Any] = {"max_batch": 2, "max_length": 64, "backend": "eager"}
     with pytest.raises(
-        OptionError, match=r"prefix_cache=True: Keeps keeps keys and values of its own that it would lack"
+        OptionError, match="prefix_cache=True: Keeps keeps keys and values of its own that it would lack"
     ):
-        emssd_compile.optimize(Small(), Keeps(), max_batch=2, max_length=64, backend="eager", prefix_cache=True)
-    fast = emssd_compile.optimize(Small(), Keeps(), max_batch=2, max_length=64, backend="eager", memory="paged")
+        emssd_compile.optimize(Small(), Keeps(), **options, prefix_cache=True)
+    fast = emssd_compile.optimize(Small(), Keeps(), **options, memory="paged")
     assert "texts that begin alike share nothing: Keeps keeps" in fast.explain().memory
 
 

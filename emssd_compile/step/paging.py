@@ -84,7 +84,7 @@ class Paging:
 
 
 def check_kv_tokens(kv_tokens: int, spare: int, block_size: int = BLOCK_SIZE) -> None:
-    """Raises OptionError if a pool of so many tokens is too small for any request, whose row needs `spare` slots more."""
+    """Raises OptionError if a pool of so many tokens is too small for any request; its row needs `spare` slots more."""
     blocks = -(-(2 + spare) // block_size)
     if kv_tokens < blocks * block_size:
         raise OptionError(

@@ -52,7 +52,8 @@ def test_what_was_read_is_not_read_again(drafter):
     again = sum((len(chat) - 1) // SIZE * SIZE for chat in CHATS)
     assert _reads(fast, CHATS) == again
     assert fast.stats.prefix_cache_queries == 2 * sum(map(len, CHATS))
-    assert fast.stats.num_fed_tokens - fed < fed - again / 2
+    if drafter == "none":  # of the prompts, what was not found; of what follows, all the same
+        assert fast.stats.num_fed_tokens - fed == fed - (again - (len(CHATS) - 1) * 3 * SIZE)
     cache = fast.prefix_cache
     assert cache is not None
     assert (cache.hits, cache.queries) == (fast.stats.prefix_cache_hits, fast.stats.prefix_cache_queries)
@@ -189,7 +190,8 @@ def test_a_request_that_cannot_start_leaves_no_block_behind(monkeypatch):
     def fail(*arguments: object) -> None:
         raise RuntimeError("no copy")
 
-    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="no copy"):
+    with monkeypatch.context() as broken:
         broken.setattr(Launcher, "copy_row", fail)
-        fast.generate(CHATS[:1], num_return_sequences=2, max_new_tokens=9, **SAMPLING)
+        with pytest.raises(RuntimeError, match="no copy"):
+            fast.generate(CHATS[:1], num_return_sequences=2, max_new_tokens=9, **SAMPLING)
     _reads(fast, CHATS)  # that no block is missing, `watched_pools` looks
