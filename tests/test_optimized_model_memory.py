@@ -133,6 +133,7 @@ def test_a_refresh_of_a_model_with_more_layers_has_them_all_in_the_pool():
     fast.generate([prompt(70)], max_new_tokens=4)
     other = toy_model("llama", num_hidden_layers=2)
     model.model.layers, model.config = other.model.layers, other.config
+    model.model.config = other.config  # by which it counts them
     fast.refresh()
     assert "slabs" not in fast.explain().memory
     assert len(fast._engine.variant.signature.with_role("pool")) == 4

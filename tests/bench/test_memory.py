@@ -22,8 +22,8 @@ def test_the_cache_is_counted_whole(fast):
 
 
 def test_a_pool_is_counted_as_large_as_it_is():
-    model, options = shapes.build("tiny-llama"), {"max_batch": 2, "max_length": 500, "backend": "eager"}
-    fast = emssd_compile.optimize(model, "none", **options, kv_tokens=128)
+    model = shapes.build("tiny-llama")
+    fast = emssd_compile.optimize(model, "none", max_batch=2, max_length=500, backend="eager", kv_tokens=128)
     assert kv_bytes(fast) == 128 * (2 * 2 * 2 * 16 * 4)
 
 
