@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from emssd_compile import OptimizedModel
+from emssd_compile.runtime.memory import CACHES
 
 _PROCESS = Path("/proc/self")
 
@@ -36,8 +36,8 @@ class Memory:
 
 
 def kv_bytes(fast: OptimizedModel) -> int:
-    """Bytes of the KV caches of all layers."""
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in fast._step.compiled.cache_shapes.values())
+    """Bytes of the KV caches of all layers, as they are allocated: slabs or a pool."""
+    return sum(held.nbytes for name, held in fast._engine.tensors.items() if name.startswith(CACHES))
 
 
 def peak_memory(fast: OptimizedModel, work: Callable[[], object]) -> Memory | None:

@@ -103,13 +103,15 @@ def read_call(
     logits_hook: LogitsHook | None = None,
     grammar: Grammar | Sequence[Grammar | None] | None = None,
     seed: int | Sequence[int] | None = None,
+    cache_salt: str | Sequence[str | None] | None = None,
     rows: Rows | None = None,
 ) -> Call:
     """Read the arguments of `generate`, which documents them and what is raised. Warnings point at its caller's caller.
 
     Args:
         terms: of the decoder.
-        inputs, generation_config, attention_mask, input_ids, token_type_ids, logits_hook, grammar, seed: as there.
+        inputs, generation_config, attention_mask, input_ids, token_type_ids, logits_hook, grammar, seed,
+        cache_salt: as there.
         options: the other keyword arguments.
         rows: what hooks are shown; None if each is shown the call's own requests alone.
     """
@@ -168,8 +170,18 @@ def read_call(
         )
     seeds = row_seeds(seed, len(own), times, draws=any(draws))
     texts = prompts.values.split(prompts.lengths)
+    scopes = _scopes(cache_salt, len(own))
     requests = [
-        Request(i, ids, most, own[i // times], group=i // times, seed=seeds[i], eos_token_ids=ends[i // times])
+        Request(
+            i,
+            ids,
+            most,
+            own[i // times],
+            group=i // times,
+            seed=seeds[i],
+            eos_token_ids=ends[i // times],
+            scope=scopes[i // times],
+        )
         for i, (ids, most) in enumerate(zip(texts, limits.max_new_tokens, strict=True))
     ]
     for request in requests:
@@ -190,6 +202,19 @@ def read_call(
             "option such as min_new_tokens may act on it; pass one for all, or submit each prompt to a session"
         )
     return Call(prompts, requests, chosen, hooks, masks, used, looks)
+
+
+def _scopes(salt: object, count: int) -> list[bytes]:
+    """Of each of so many prompts: it shares with none of another. Raises OptionError if there is no salt for each."""
+    each: Sequence[object] = salt if isinstance(salt, (list, tuple)) else [salt] * count
+    if len(each) != count:
+        raise OptionError(f"cache_salt has {len(each)} values for {count} prompts; pass one for each")
+    scopes = []
+    for own in each:
+        if own is not None and not isinstance(own, str):
+            raise OptionError(f"cache_salt={shown(own)} is no text; pass a str, or a list with one for each prompt")
+        scopes.append(b"" if own is None else b"salt " + own.encode(errors="surrogatepass"))
+    return scopes
 
 
 def _check_hook(chosen: GenerateOptions, own: object) -> None:

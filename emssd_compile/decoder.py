@@ -80,6 +80,11 @@ class Decoder(ContinuousBatching, ABC):
         return False
 
     @property
+    def _keeps_prefixes(self) -> bool:
+        """Whether what is read stays for requests to come."""
+        return False
+
+    @property
     def _assisted(self) -> dict[str, object]:
         """What `Drafter.assisted` says; of an artifact nothing but the drafter's name is known."""
         return {}
@@ -240,6 +245,7 @@ class Decoder(ContinuousBatching, ABC):
         logits_hook: LogitsHook | None = None,
         grammar: Grammar | Sequence[Grammar | None] | None = None,
         seed: int | Sequence[int] | None = None,
+        cache_salt: str | Sequence[str | None] | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Any:
@@ -269,6 +275,9 @@ class Decoder(ContinuousBatching, ABC):
                 seed of its own, the first the seed itself. A prompt with the same seed and options is continued in the
                 same way, whatever it is batched with and whatever drafts. Default: from torch's generator, so that
                 `torch.manual_seed` makes a program repeatable.
+            cache_salt: prompts of different ones share nothing of what is read (`memory="paged"`), so that none of them
+                tells by the time it takes what others begin with: one for all prompts, or one for each, None among them
+                for no salt.
             progress: show a progress bar.
             **options: what the parts of the step declare (`row_options`): a number, or one for each prompt; lists and
                 dicts of tokens, for all prompts; and Hugging Face's names: `max_new_tokens`, `max_length`,
@@ -305,6 +314,7 @@ class Decoder(ContinuousBatching, ABC):
                 logits_hook=logits_hook,
                 grammar=grammar,
                 seed=seed,
+                cache_salt=cache_salt,
                 rows=lambda: self._engine.requests,
             )
             with self._turns.take("generate"):

@@ -27,13 +27,14 @@ from emssd_compile.errors import (
     StaleModelError,
     UnsupportedModelError,
 )
-from emssd_compile.freshness import Freshness
+from emssd_compile.freshness import Freshness, fingerprints
 from emssd_compile.generation import honoured_options
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import declared_sizes, length_limit, resolve_length
 from emssd_compile.logits import LogitsProcessor, make_processors
 from emssd_compile.lowering import BACKENDS, StepFunction
 from emssd_compile.options import CompileOptions
+from emssd_compile.prefix_cache import PrefixCache
 from emssd_compile.probes import make_probes
 from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
@@ -47,7 +48,7 @@ from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
 from emssd_compile.step.logits import LogitContext
 from emssd_compile.step.options import RowOption
-from emssd_compile.step.paging import Paging
+from emssd_compile.step.paging import DRAFTER, Paging, own_reading, sharing_of
 from emssd_compile.step.parts import Part, merge_options
 from emssd_compile.step.probe import READING, Probe, ReadingSpec, check_readings, merge_readings
 from emssd_compile.structure import Structure
@@ -73,6 +74,7 @@ def optimize(
     probes: Sequence[Probe] = (),
     memory: str = "auto",
     kv_tokens: int | None = None,
+    prefix_cache: bool = False,
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
@@ -106,6 +108,10 @@ def optimize(
             it may become, and sequences of one prompt have its blocks in common. `"auto"`: slabs if they fit into the
             memory available. The tokens that come out never differ.
         kv_tokens: how many tokens the pool holds, over all rows; asks for one. Default: half of the memory available.
+        prefix_cache: keep what has been read in the pool, for requests to come that begin in the same way, until its
+            room is needed or the weights change; asks for one. See `OptimizedModel.prefix_cache`. Default: prompts of
+            one call share what is read of beginnings that they have in common, and nothing is left of them: what
+            another caller has sent could else be told from the time that a prompt takes.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
@@ -122,7 +128,9 @@ def optimize(
     others = make_processors(processors), make_probes(probes)
     check_fit(rule, proposer)
     length = resolve_length(model, max_length)
-    options = CompileOptions(max_batch, length, backend, layout, prefill_chunk, deterministic, memory, kv_tokens)
+    options = CompileOptions(
+        max_batch, length, backend, layout, prefill_chunk, deterministic, memory, kv_tokens, prefix_cache
+    )
     options.chunk(proposer.num_draft_tokens)
     options.check_pool(tree_nodes(proposer))
     check_state(options.max_batch, options.max_length, _device(model))
@@ -250,11 +258,22 @@ class OptimizedModel(Decoder):
         self.model = model
         self.drafter = step.drafter
         self.options = options
-        self._paging = self._plan_pool(step)  # once: a refresh would find the memory taken
+        self._paging: Paging | None = None
+        self._weights: tuple[int, ...] = ()  # that the cached prefixes were read with
         super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
 
-    def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
+    def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...], *, again: bool = False) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""
+        before = self._paging
+        if before is not None or not again:  # slabs stay slabs: they take the memory that would be found missing
+            self._paging = self._plan_pool(step)
+        try:
+            return self._assemble_on(step, captured)
+        except BaseException:
+            self._paging = before
+            raise
+
+    def _assemble_on(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
         backend, device, rows = BACKENDS[self.options.backend], _device(self.model), self.options.max_batch
         form = self._lower(step)
         freshness = self._compare_from_now(captured, [form])
@@ -280,17 +299,25 @@ class OptimizedModel(Decoder):
         options = self.options
         if options.memory == "slab":
             return None
-        roles = ("cache", "row", "memory", "host", "option", "state", "setting")
-        held = step.signature(step.graph_module.graph).specs(*roles)
-        slabs = {name: held.pop(name) for name in step.pageable()}
+        signature, drafter = step.signature(step.graph_module.graph), step.drafter
+        held = signature.specs("cache", "row", "memory", "host", "option", "state", "setting")
+        # A drafter that reads by itself would write to blocks that are shared: it reads into slabs.
+        stays = options.prefix_cache and own_reading(drafter)
+        slabs = {name: held.pop(name) for name in step.pageable() if not (stays and name.startswith(DRAFTER))}
+        stay = [name for name in signature.with_role("cache") if name not in slabs]
+        sharing = sharing_of(drafter, signature.sizes.depth, slabs, stay, keeps=options.prefix_cache)
+        if options.prefix_cache and sharing.why_not:
+            raise OptionError(f"prefix_cache=True: {sharing.why_not}; leave it out, or use another drafter")
+        if self._paging is not None:  # as large as it is, for the same reason
+            return replace(self._paging, caches=(*slabs,), sharing=sharing)
         return plan_pool(
             slabs,
             held,
             options.max_length,
             _device(self.model),
             kv_tokens=options.kv_tokens,
-            is_asked_for=options.memory == "paged" or options.kv_tokens is not None,
-            shares=not step.drafter.reads_ahead,
+            is_asked_for=options.asks_for_pool,
+            sharing=sharing,
         )
 
     def _in_memory(self, step: CompiledStep) -> CompiledStep:
@@ -406,6 +433,20 @@ class OptimizedModel(Decoder):
     def _follow(self) -> None:
         if self._freshness.follow():
             self._engine.launcher.forget_captures()
+        if self.options.prefix_cache:
+            weights = fingerprints((*(c.graph_module for c in self._captured), self.drafter))
+            if weights != self._weights:
+                self._engine.memory.forget()
+            self._weights = weights
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """What is kept of texts that have been read; None without `optimize(prefix_cache=True)`."""
+        return PrefixCache(self) if self.options.prefix_cache else None
+
+    @property
+    def _keeps_prefixes(self) -> bool:
+        return self.options.prefix_cache
 
     def refresh(self) -> None:
         """Make the compiled step that of the model as it is now.
@@ -432,7 +473,7 @@ class OptimizedModel(Decoder):
                 check_weights(self._step.drafter)
                 step = self._step
                 parts = step.rule, step.drafter, self.options, step.processors, step.probes
-                self._take(self._assemble(*_compile(self.model, *parts)))
+                self._take(self._assemble(*_compile(self.model, *parts), again=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""

@@ -8,7 +8,7 @@ from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.numeric import flag, integer
-from emssd_compile.step.paging import BLOCK_SIZE
+from emssd_compile.step.paging import BLOCK_SIZE, check_kv_tokens
 
 MOST_DRAFTS = 1024  # of a row in a step; what ranks drafts compares all pairs
 PREFILL_CHUNK = 512  # packed tokens of a step, unless the rows' drafts alone take more
@@ -28,6 +28,7 @@ class CompileOptions:
         deterministic: whether the sizes of steps depend on nothing but the call.
         memory: where keys and values are: `"slab"`, `"paged"` or `"auto"`.
         kv_tokens: tokens that the pool of paged memory holds; None for as many as there is memory for.
+        prefix_cache: whether what is read stays in the pool for requests to come.
     """
 
     max_batch: int
@@ -38,6 +39,7 @@ class CompileOptions:
     deterministic: bool = False
     memory: str = "auto"
     kv_tokens: int | None = None
+    prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("max_length", 1), ("prefill_chunk", 1)):
@@ -60,6 +62,19 @@ class CompileOptions:
                     f"kv_tokens={self.kv_tokens} is for memory='paged': slabs hold max_length tokens for each row; "
                     "leave one of them out"
                 )
+        object.__setattr__(self, "prefix_cache", flag("prefix_cache", self.prefix_cache))
+        if self.prefix_cache and self.memory == "slab":
+            raise OptionError("prefix_cache=True is for memory='paged': slabs have nothing in common; leave one out")
+        if self.prefix_cache and self.deterministic:
+            raise OptionError(
+                "prefix_cache=True makes the sizes of steps depend on earlier calls, and deterministic=True on the "
+                "call alone; leave one of them out"
+            )
+
+    @property
+    def asks_for_pool(self) -> bool:
+        """Whether memory is to be paged even if slabs fit."""
+        return self.memory == "paged" or self.kv_tokens is not None or self.prefix_cache
 
     def check_pool(self, spare: int) -> None:
         """Check the size of a pool whose rows may need so many slots behind their last token.
@@ -69,12 +84,8 @@ class CompileOptions:
         """
         if self.kv_tokens is None:
             return
-        least, most = (BLOCK_SIZE * -(-(tokens + spare) // BLOCK_SIZE) for tokens in (2, self.max_length))
-        if self.kv_tokens < least:
-            raise OptionError(
-                f"kv_tokens={self.kv_tokens} is too small: blocks have {BLOCK_SIZE} tokens, and the shortest request "
-                f"takes {least // BLOCK_SIZE}; pass at least {least}"
-            )
+        check_kv_tokens(self.kv_tokens, spare)
+        most = BLOCK_SIZE * -(-(self.max_length + spare) // BLOCK_SIZE)
         if self.kv_tokens > self.max_batch * most:
             raise OptionError(
                 f"kv_tokens={self.kv_tokens} is more than {self.max_batch} rows of {self.max_length} tokens take; pass "

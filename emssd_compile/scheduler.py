@@ -19,8 +19,9 @@ from emssd_compile.calls import Call
 from emssd_compile.ends import shared_eos
 from emssd_compile.errors import QueueFullError, ReentryError, SessionError
 from emssd_compile.row_hooks import RowHooks
-from emssd_compile.runtime.admission import Admission, Fits
+from emssd_compile.runtime.admission import Admission
 from emssd_compile.runtime.consumer import Consumer
+from emssd_compile.runtime.kv_memory import Beginning, KVMemory
 from emssd_compile.runtime.requests import Request, Row
 from emssd_compile.stream import FinishReason, Ticket
 
@@ -51,6 +52,7 @@ class Scheduler(Admission):
         super().__init__()
         self._decoder, self._max_queue, self._options = decoder, max_queue, options
         self.terms, self.num_rows = decoder._terms, decoder._engine.num_rows
+        self.capacity = decoder._engine.memory.capacity
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}  # by the number of the request
         self._room = threading.Condition()  # guards the two, and the number of requests
@@ -99,6 +101,8 @@ class Scheduler(Admission):
                     "timeout=... to wait for room"
                 )
             ticket.request.group = self._num_requests  # a prompt of its own
+            if not self._decoder._keeps_prefixes:
+                ticket.request.scope = None  # whose requests these are is not known
             self._num_requests += 1
             self._waiting.append(ticket)
         self.wake()
@@ -228,16 +232,18 @@ class Scheduler(Admission):
             elif ticket.ends_at is not None and now >= ticket.ends_at:
                 self._end(ticket, "deadline")
 
-    def take(self, rows: Sequence[Row | None], fits: Fits) -> Request | None:
-        """Start the first that waits, if there is memory for it."""
+    def take(self, rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
+        """Start the first that waits, if there is memory for it, and nothing that it would share is being read."""
         while self:
             with self._room:
-                if not fits(self._waiting[0].request):
+                request = self._waiting[0].request
+                beginning = None if memory.is_being_read(request) else memory.plan(request, None)
+                if beginning is None:
                     break
                 ticket = self._waiting.popleft()
                 self._running[_number(ticket.request)] = ticket
             if self._start(ticket):
-                return ticket.request
+                return beginning
         return None
 
     def _start(self, ticket: Ticket) -> bool:

@@ -51,6 +51,7 @@ class Session:
         logits_hook: LogitsHook | None = None,
         grammar: Grammar | None = None,
         seed: int | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> Stream:
         """Have one prompt continued; everything is checked before this returns.
@@ -60,8 +61,8 @@ class Session:
 
         Args:
             prompt: token ids: a list, or a 1-D tensor or array of numpy.
-            generation_config, logits_hook, grammar, seed, **options: as of `generate`, for this prompt. `max_time`
-                counts from when it starts.
+            generation_config, logits_hook, grammar, seed, cache_salt, **options: as of `generate`, for this prompt.
+                `max_time` counts from when it starts.
             deadline: seconds from now after which it is ended with what it has, waiting or running.
             timeout: seconds to wait for room in a full queue; None for as long as it takes.
 
@@ -82,6 +83,7 @@ class Session:
                 logits_hook=logits_hook,
                 grammar=grammar,
                 seed=seed,
+                cache_salt=cache_salt,
             )
         if len(call.requests) > 1:
             raise OptionError(
@@ -130,7 +132,7 @@ class Session:
     @property
     def capacity(self) -> int:
         """How many tokens a row can hold, prompt and new ones together."""
-        return self._scheduler.terms.capacity
+        return self._scheduler.capacity
 
     @property
     def readings(self) -> Mapping[str, ReadingSpec]:

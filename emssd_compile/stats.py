@@ -25,8 +25,10 @@ class Stats:
         num_fed_tokens: tokens of rows that went through the model.
         num_padding_tokens: tokens that went through the model for nobody, at the end of steps that were larger than
             needed: a size that was measured to be faster (`layout="auto"`), one that is captured, or a padded one.
-        num_shared_blocks: blocks of keys and values that a sequence of a prompt did not have to take, since another one
-            had read them (`memory="paged"`).
+        num_shared_blocks: blocks of keys and values that a request did not have to take, since another one had read
+            them (`memory="paged"`).
+        prefix_cache_queries: tokens of prompts that were looked for among what others had read (`memory="paged"`).
+        prefix_cache_hits: those of them that were found, and so were not read again.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.
         guarantee: what the acceptance rule promises of the tokens (`GUARANTEES` in `step/acceptance.py`): "tokens",
             "distribution" or "lossy"; not a count, and not reset.
@@ -41,6 +43,8 @@ class Stats:
     num_fed_tokens: int = 0
     num_padding_tokens: int = 0
     num_shared_blocks: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
     guarantee: str = "tokens"
 

@@ -113,6 +113,7 @@ BAD = [
         (BAD[:2], [], "line 2 is empty"),
         ([BAD[0], BAD[2]], [], "line 2: token 4096 is not in the vocabulary of 4096"),
         ([BAD[3]], ["--max-length", "64"], "new ones are more than the 64 of --max-length"),
+        ([BAD[0], BAD[3]], ["--kv-tokens", "64"], "of 64 tokens, and the pool of --kv-tokens 64 has 1"),
         ([BAD[0], BAD[0]], ["--skip-errors"], 'line 2 has the id "a", as line 1 has'),
         ([{"id": 3, "prompt": "x"}], [], "line 1: neither a string nor an object"),
         ([BAD[0]], ["--top-k", "3"], "--top-k is for tokens that are drawn"),

@@ -105,6 +105,20 @@ def test_continuous_batching(fast):
     assert printed == [new, *new[0], new[0][-1]]  # the last result says that it is the last
 
 
+def test_prompts_that_begin_alike():
+    printed: list[Any] = []
+    given = {"model": _model(), "system": prompt(130), "question": PROMPTS[2]}
+    given["print"] = lambda *values: printed.extend(values)
+    given["optimize"] = functools.partial(emssd_compile.optimize, backend="eager", layout="packed")
+    found = _run("Prompts that begin alike", 0, **given)
+    cache, hits = printed
+    first, second, asked = found["first"], found["second"], torch.tensor([found["second"]])
+    assert hits == len(first) // 64 * 64 == 128
+    assert str(cache).endswith(f"of {2 * len(first) - 16 + len(PROMPTS[2])} tokens of prompts {hits} were found)")
+    whole = given["model"].generate(asked[:, : len(first) + len(PROMPTS[2])], max_new_tokens=16, do_sample=False)
+    assert whole[0].tolist() == second
+
+
 def test_rollouts():
     given = {"Rollouts": Rollouts, "GRPOTrainer": dict, "model": {}, "reward": None, "args": None, "data": None}
     made = _run("Weights that change", 1, **given)  # tests/examples/test_grpo.py has a trainer

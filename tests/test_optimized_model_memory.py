@@ -14,8 +14,9 @@ import emssd_compile
 from emssd_compile.errors import CapacityError, OptionError
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime import memory
+from emssd_compile.step.tensor_spec import TensorSpec
 from tests.exactness.models import Reference, prompt
-from tests.export.subjects import Small, drafter
+from tests.export.subjects import LastBigram, Small, drafter
 from tests.zoo import toy_model
 
 LIMIT = 131_072
@@ -93,6 +94,9 @@ def test_asking_for_tokens_asks_for_a_pool():
         ({"kv_tokens": 0}, "kv_tokens=0 is out of range; pass at least 1"),
         ({"kv_tokens": 1.5}, "kv_tokens=1.5 is not an integer"),
         ({"kv_tokens": True}, "kv_tokens=True is a bool"),
+        ({"prefix_cache": True, "memory": "slab"}, "prefix_cache=True is for memory='paged'"),
+        ({"prefix_cache": True, "deterministic": True}, "prefix_cache=True makes the sizes of steps depend on earlier"),
+        ({"prefix_cache": 2}, "prefix_cache=2"),
         ({"kv_tokens": 513}, "kv_tokens=513 is more than 2 rows of 200 tokens take; pass at most 512"),
     ],
 )
@@ -120,6 +124,50 @@ def test_a_refresh_keeps_the_pool(monkeypatch):
     fast.refresh()
     assert fast.explain().memory == before
     assert fast.generate([[5, 6, 7]], max_new_tokens=20) == expected
+
+
+def test_a_refresh_of_a_model_with_more_layers_has_them_all_in_the_pool():
+    """Of a layer that stayed out of it, what others have read would be missing."""
+    model = toy_model("llama", num_hidden_layers=1)
+    fast = emssd_compile.optimize(model, "none", max_batch=2, max_length=200, backend="eager", prefix_cache=True)
+    fast.generate([prompt(70)], max_new_tokens=4)
+    other = toy_model("llama", num_hidden_layers=2)
+    model.model.layers, model.config = other.model.layers, other.config
+    model.model.config = other.config  # by which it counts them
+    fast.refresh()
+    assert "slabs" not in fast.explain().memory
+    assert len(fast._engine.variant.signature.with_role("pool")) == 4
+    assert fast.generate([prompt(70)], max_new_tokens=12) == [[*prompt(70), *Reference(model)(prompt(70), 12)]]
+    assert fast.stats.prefix_cache_hits == 0
+
+
+def test_what_a_row_can_hold_is_no_more_than_the_pool():
+    fast = _optimized(kv_tokens=128)
+    with fast.session() as session:
+        assert session.capacity == 128
+    with _optimized(kv_tokens=512).session() as session:
+        assert session.capacity == 200
+
+
+def test_a_drafter_that_would_lack_what_was_read_has_no_prefix_cache():
+    class Keeps(LastBigram):
+        """Keys and values that no op knows, so that they stay slabs."""
+
+        def tensors(self, sizes):
+            kept = TensorSpec((sizes.rows, sizes.capacity), torch.float32, kept="forever", in_place=True)
+            return {**super().tensors(sizes), "kept": kept}
+
+        def forward(self, context):
+            context.state["kept"].add_(1)
+            return super().forward(context)
+
+    options: dict[str, Any] = {"max_batch": 2, "max_length": 64, "backend": "eager"}
+    with pytest.raises(
+        OptionError, match="prefix_cache=True: Keeps keeps keys and values of its own that it would lack"
+    ):
+        emssd_compile.optimize(Small(), Keeps(), **options, prefix_cache=True)
+    fast = emssd_compile.optimize(Small(), Keeps(), **options, memory="paged")
+    assert "texts that begin alike share nothing: Keeps keeps" in fast.explain().memory
 
 
 def test_artifacts_have_slabs_and_say_so(tmp_path):

@@ -36,6 +36,7 @@ from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
 from emssd_compile.length import length_limit_of_config, text_config
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.progress import progress_bar, working
+from emssd_compile.step.paging import BLOCK_SIZE
 
 EXAMPLES = f"""
 examples:
@@ -107,6 +108,7 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         options = _options(arguments, tokenizer, how)
         started, written = time.perf_counter(), done
         try:
+            arguments.longest = None if arguments.skip_errors else found.longest
             for line, now in _shown(decode(lines, read, arguments, options, notes), done, found.count):
                 if now.error and not arguments.skip_errors:
                     raise InvalidInputError(f"line {line.number}: {now.error}")
@@ -136,6 +138,7 @@ def _job(arguments: argparse.Namespace) -> dict[str, Any]:
 def _reader(arguments: argparse.Namespace, tokenizer: Any) -> Read:
     config = load_config(arguments.model)
     vocabulary, limit = text_config(config).vocab_size, arguments.max_length or length_limit_of_config(config)
+    blocks = None if arguments.kv_tokens is None else -(-arguments.kv_tokens // BLOCK_SIZE)
 
     def read(entry: object, where: str) -> tuple[Prompt, list[int]]:
         prompt = parse_prompt(entry, where)
@@ -153,6 +156,12 @@ def _reader(arguments: argparse.Namespace, tokenizer: Any) -> Read:
             raise CapacityError(
                 f"{where}: its {len(tokens)} tokens and {arguments.max_new_tokens} new ones are more than the {limit} "
                 f"of {whose}"
+            )
+        needed = -(-(len(tokens) + arguments.max_new_tokens) // BLOCK_SIZE)
+        if blocks is not None and needed > blocks:
+            raise CapacityError(
+                f"{where}: its {len(tokens)} tokens and {arguments.max_new_tokens} new ones take {needed} blocks of "
+                f"{BLOCK_SIZE} tokens, and the pool of kv_tokens={arguments.kv_tokens} has {blocks}"
             )
         return prompt, tokens
 
@@ -177,7 +186,18 @@ def _here(
     with working("compiling", shown=True):
         fast = _compiled(arguments)
     with fast.session(max_queue=arguments.max_batch) as session:
+        _check_pool(session.capacity, arguments)
         yield from continued(session, lines, at_a_time=2 * arguments.max_batch, **options)
+
+
+def _check_pool(capacity: int, arguments: argparse.Namespace) -> None:
+    """Raises CapacityError, before any work, if there is a line that the pool that rows share has no room for."""
+    needed = (arguments.longest or 0) + arguments.max_new_tokens
+    if arguments.longest is not None and needed > capacity:
+        raise CapacityError(
+            f"the longest prompt has {arguments.longest} tokens, and with {arguments.max_new_tokens} new ones that is "
+            f"more than the {capacity} that the pool of keys and values has room for; pass a larger kv_tokens"
+        )
 
 
 def _on_ray(

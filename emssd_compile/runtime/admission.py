@@ -1,14 +1,12 @@
-"""Which requests start next: first come, first served; those of one prompt share its reading."""
+"""Which requests start next: first come, first served; prompts that begin alike share the reading of that."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
+from emssd_compile.runtime.kv_memory import Beginning, KVMemory
 from emssd_compile.runtime.requests import Request, Row
-
-Fits = Callable[[Request], bool]
-"""Whether there is memory for a request to start now and go on to its end."""
 
 
 class Admission:
@@ -28,32 +26,34 @@ class Admission:
     def update(self) -> None:
         """A step comes next: end requests here, running ones too, and their rows are free in it."""
 
-    def take(self, rows: Sequence[Row | None], fits: Fits) -> Request | None:
+    def take(self, rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
         """Take the request that is to start next in a free row; None where all wait for something.
 
         Args:
             rows: what each row decodes, None where it is free.
-            fits: asked of the one whose turn it is; who comes behind does not overtake it.
+            memory: who waits for it is not overtaken.
         """
-        return next_request(self._requests, rows, fits)
+        return next_request(self._requests, rows, memory)
 
 
-def next_request(waiting: deque[Request], rows: Sequence[Row | None], fits: Fits) -> Request | None:
-    """Take the first of those that wait; but whose prompt is being read, waits until it is.
+def next_request(waiting: deque[Request], rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
+    """Take the first of those that wait; but whose prompt is being read, or how it begins, waits until it is.
 
     Args:
-        waiting: loses what is returned.
+        waiting: loses the one that is returned.
         rows: what each row decodes, None where it is free.
-        fits: whether there is memory for it.
+        memory: what the request starts in.
     """
     reading = {row.request.group for row in rows if row and not row.request.output} - {None}
     for place, request in enumerate(waiting):
-        if request.group in reading and _is_shared(request) and row_with_prompt(request, rows) is None:
+        source = row_with_prompt(request, rows)
+        is_read_whole = request.group in reading and _is_shared(request)
+        if source is None and (is_read_whole or memory.is_being_read(request)):
             continue
-        if not fits(request):
-            return None
-        del waiting[place]
-        return request
+        beginning = memory.plan(request, source)
+        if beginning is not None:
+            del waiting[place]
+        return beginning
     return None
 
 

@@ -14,9 +14,10 @@ from emssd_compile.ops.triton.selection import standard_forms
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.host_parts import HostParts
-from emssd_compile.runtime.kv_memory import Pages, Slabs
+from emssd_compile.runtime.kv_memory import Slabs
 from emssd_compile.runtime.launch import Variant, make_launcher
 from emssd_compile.runtime.memory import allocate
+from emssd_compile.runtime.pages import Pages
 from emssd_compile.step.paging import Paging
 from emssd_compile.step.parts import Part
 from emssd_compile.step.signature import Signature

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emssd_compile.layouts import PackedLayout
-from emssd_compile.runtime.admission import Admission, row_with_prompt
+from emssd_compile.runtime.admission import Admission
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.draft_clock import DraftClock
 from emssd_compile.runtime.dry_run import DryRun, dry_run
@@ -207,13 +207,12 @@ class Engine:
         started: dict[int, Request] = {}
         read: list[int] = []
         for b in [b for b, row in enumerate(self._rows) if row is None]:
-            request = waiting.take(self._rows, self._has_memory)
-            if request is None:
+            beginning = waiting.take(self._rows, self.memory)
+            if beginning is None:
                 break
-            source = row_with_prompt(request, self._rows)
-            count = request.num_read if source is None else len(request.prompt) - 1
-            self.memory.start(self.launcher, b, request, source, count)
+            request, count = beginning.request, beginning.num_read
             self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count)
+            self.memory.start(self.launcher, b, beginning)  # if that fails, the row is there to be released
             started[b] = request
             read.append(count)
         if not started:
@@ -221,10 +220,6 @@ class Engine:
         rows, requests = self.launcher.upload(torch.tensor([*started])), [*started.values()]
         self._write(rows, {**first_values(requests, read, self.capacity), **option_values(requests, self._options)})
         self._zero(rows, self._row_state)
-
-    def _has_memory(self, request: Request) -> bool:
-        """Whether a request could start now and go on to its end."""
-        return self.memory.fits(request, row_with_prompt(request, self._rows))
 
     def _write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
         """Give some rows, `[n]`, these values, `[n, ...]` each."""
@@ -307,6 +302,7 @@ class Engine:
             else:
                 row.unseen += read + count - row.pending
             request.take(line[columns : columns + count], self._told(launch.report, b, count, request))
+            self.memory.note_read(b, row.num_known - row.pending)
             if count and read == 1:
                 request.count_step(count, drafts)
             row.is_active = bool(active)
@@ -352,5 +348,6 @@ class Engine:
         for b, row in enumerate(self._rows):
             if row:
                 self.memory.release(b)
+        self.memory.end_run()
         self._rows = [None] * self.num_rows
         self.launcher.assign("active", torch.zeros_like(self.tensors["active"]))

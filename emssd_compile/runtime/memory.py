@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emssd_compile.errors import CapacityError, OptionError
 from emssd_compile.memory import available_memory
-from emssd_compile.step.paging import BLOCK_SIZE, Paging
+from emssd_compile.step.paging import BLOCK_SIZE, DRAFTER, Paging, Sharing, check_kv_tokens
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -21,7 +21,7 @@ CACHES = ("k_cache_", "v_cache_")
 _CACHES, _STATE = "the KV caches", "the rows' own tensors"
 _OWNERS = {
     **dict.fromkeys(CACHES, _CACHES),
-    "drafter_": "the drafter's own tensors",
+    DRAFTER: "the drafter's own tensors",
     "rule_": "the acceptance rule's own tensors",
     "policy_": "the length policy's own tensors",
     "processor_": "the logits processors' own tensors",
@@ -42,7 +42,7 @@ def plan_pool(
     *,
     kv_tokens: int | None,
     is_asked_for: bool,
-    shares: bool,
+    sharing: Sharing,
 ) -> Paging | None:
     """The pool of blocks in the place of slabs; None if slabs are to be kept, since they fit into memory.
 
@@ -53,7 +53,7 @@ def plan_pool(
         device: where all of it is.
         kv_tokens: tokens that the pool is to hold; None for a share of the memory that is available.
         is_asked_for: whether it is to be a pool even if slabs fit.
-        shares: as in `Paging`.
+        sharing: as in `Paging`.
 
     Raises:
         OptionError: `kv_tokens` has no room for a single request.
@@ -67,14 +67,10 @@ def plan_pool(
     if not slabs or not (is_asked_for or needed > available_memory(device)):
         return None
     rows, spare = next(iter(slabs.values())).shape[0], max(spec.shape[1] for spec in slabs.values()) - capacity
-    whole = Paging(0, rows, capacity, max(spare, 0), shares, BLOCK_SIZE, tuple(slabs))
+    whole = Paging(0, rows, capacity, max(spare, 0), sharing, BLOCK_SIZE, tuple(slabs))
     most = rows * whole.row_blocks
     if kv_tokens is not None:
-        if kv_tokens < whole.blocks_of(2) * BLOCK_SIZE:
-            raise OptionError(
-                f"kv_tokens={kv_tokens} is too small for a request with this drafter, whose drafts take up to "
-                f"{whole.spare} more; pass at least {whole.blocks_of(2) * BLOCK_SIZE}"
-            )
+        check_kv_tokens(kv_tokens, whole.spare, BLOCK_SIZE)
         return replace(whole, num_blocks=min(-(-kv_tokens // BLOCK_SIZE), most))
     of_block = sum(_bytes(spec) // (spec.shape[0] * spec.shape[1]) for spec in slabs.values()) * BLOCK_SIZE
     room = available_memory(device) // _POOL_SHARE - sum(map(_bytes, others.values()))
@@ -96,7 +92,11 @@ def describe(signature: Signature, paging: Paging | None) -> str:
         return slabs
     pool = f"a pool of {paging.num_blocks} blocks of {paging.block_size} tokens, {paging.num_tokens} in all for "
     pool += f"{sizes.rows} rows of up to {sizes.capacity}, {_gib(taken['pool'])}"
-    return f"{pool}; and {slabs}" if taken["cache"] else pool
+    pool += f"; and {slabs}" if taken["cache"] else ""
+    sharing = paging.sharing
+    if sharing.why_not:
+        return f"{pool}; texts that begin alike share nothing: {sharing.why_not}"
+    return f"{pool}; what is read is kept for requests to come" if sharing.keeps else pool
 
 
 def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

@@ -62,12 +62,15 @@ class Planner:
         # After the step a drafter that reads along has at most this left to read: of a row that reads its prompt, what
         # this step feeds and the token after it.
         reading = sum(max(count + 1, most_unread(self.max_depth)) for count in pending)
-        reading += sum(row.unseen for row in rows if row)  # what steps without the drafter fed
+        busy = zip((row for row in rows if row), pending, strict=True)
+        unseen = [(row.unseen, count) for row, count in busy if row.unseen]  # fed by steps without it, or by other rows
+        reading += sum(count for count, _ in unseen)
+        catching_up = max((count + 1 + behind for behind, count in unseen), default=0)
         return StepSizes(
             token_range=self.layout.tokens(needed, self.times),
             logit_range=min(len(pending) + drafts, needed),
             draft_range=min(reading, self.chunk + self.num_rows),
-            row_range=self._row_range(rows, pending, needed, exact=not launched),
+            row_range=max(self._row_range(rows, pending, needed, exact=not launched), min(catching_up, self.chunk)),
         )
 
     def room(self, num_rows: int, buckets: Sequence[StepSizes]) -> int:

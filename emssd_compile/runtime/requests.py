@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from emssd_compile.runtime.block_keys import BlockKeys
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.launch import Report
 
@@ -27,6 +28,9 @@ class Request:
             at the others.
         seed: of its random numbers, for acceptance rules that draw.
         num_read: tokens of the prompt, less than S, whose KV the row's cache is taken to hold already.
+        scope: requests of the same one may share what is read of beginnings that they have in common; None: it shares
+            with none but those of its group.
+        block_keys: by what blocks of its text are found, once it has been asked.
         output: tokens emitted so far.
         told: what probes told of them, by the names of results: pieces `[n, ...]`, in order.
         finished: whether it has ended.
@@ -45,6 +49,8 @@ class Request:
     seed: int = 0
     eos_token_ids: frozenset[int] = frozenset()
     num_read: int = 0
+    scope: bytes | None = None
+    block_keys: BlockKeys | None = field(default=None, repr=False)
     output: list[int] = field(default_factory=list)
     told: dict[str, list[Tensor]] = field(default_factory=dict)
     finished: bool = False

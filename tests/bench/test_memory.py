@@ -21,6 +21,12 @@ def test_the_cache_is_counted_whole(fast):
     assert kv_bytes(fast) == 2 * 50 * (2 * 2 * 2 * 16 * 4)  # rows, tokens; layers, K and V, 2 heads of 16, float32
 
 
+def test_a_pool_is_counted_as_large_as_it_is():
+    model = shapes.build("tiny-llama")
+    fast = emssd_compile.optimize(model, "none", max_batch=2, max_length=500, backend="eager", kv_tokens=128)
+    assert kv_bytes(fast) == 128 * (2 * 2 * 2 * 16 * 4)
+
+
 def test_what_the_work_holds_for_a_while_is_in_the_peak(fast):
     size = 64 * 2**20
     memory = peak_memory(fast, lambda: torch.ones(size, dtype=torch.uint8))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +11,12 @@ import torch
 import emssd_compile
 from emssd_compile.errors import CapacityError
 from emssd_compile.optimized_model import OptimizedModel
-from emssd_compile.runtime import memory
-from emssd_compile.runtime.blocks import BlockPool
 from emssd_compile.runtime.engine import Engine
-from emssd_compile.runtime.kv_memory import Pages
+from emssd_compile.runtime.pages import Pages
 from emssd_compile.runtime.requests import Request
 from tests.exactness.compiled import CAPACITY, LENGTHS, NEW_TOKENS, assert_exact, rechunked, target
 from tests.exactness.models import prompt
+from tests.exactness.pools import paged, watched_pools
 from tests.exactness.trained_heads import NEW, PROMPTS, expected_texts, learn, make_head
 from tests.export import subjects
 from tests.runtime.engines import graph_engine
@@ -41,40 +38,8 @@ SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 20, 
 
 @pytest.fixture(autouse=True)
 def _watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks are small; what is given back is NaN at once, so that whoever still reads it shows; all is given back."""
-    monkeypatch.setattr(memory, "BLOCK_SIZE", SIZE)
-    pools: list[tuple[Pages, BlockPool]] = []
-    begin, prepare, release = Pages.__init__, Pages.prepare, Pages.release
-
-    def watch(self, *arguments) -> None:
-        begin(self, *arguments)
-        pools.append((self, self._pool))
-        self.tensors = {}
-
-    def look(self, launcher, tokens) -> None:
-        prepare(self, launcher, tokens)
-        self.tensors = {name: launcher.tensors[name] for name in self._signature.with_role("pool")}
-
-    def poison(self, row: int) -> None:
-        held = self._held[row].blocks
-        release(self, row)
-        for block in held:
-            for pool in self.tensors.values() if self._pool.owners(block) == 0 else ():
-                pool[block] = math.nan
-
-    for name, method in (("__init__", watch), ("prepare", look), ("release", poison)):
-        monkeypatch.setattr(Pages, name, method)
-    yield
-    for pages, pool in pools:
-        assert pool.num_free == pool.num_open == pool.num_blocks
-        assert pages._table.eq(-1).all()
-
-
-def paged(fast: OptimizedModel, kv_tokens: int | None = None) -> OptimizedModel:
-    """The same step on a pool of blocks: for so many tokens, else for as many as rows can hold."""
-    kv_tokens = kv_tokens or fast.options.max_batch * (CAPACITY + 128)
-    options = replace(fast.options, memory="paged", kv_tokens=kv_tokens)
-    return OptimizedModel(fast.model, fast._step, options)
+    with watched_pools(monkeypatch, SIZE):
+        yield
 
 
 def _engine(fast: OptimizedModel) -> tuple[Engine, Pages]:

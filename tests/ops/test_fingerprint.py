@@ -1,12 +1,12 @@
-"""`emssd::fingerprint`: it changes with every bit, in both of its forms."""
+"""`emssd::fingerprint`: it changes with every bit, in all of its forms."""
 
 import pytest
 import torch
 
 from emssd_compile.ops import fingerprint, load_cpu_kernels
-from emssd_compile.ops._fingerprint import reference
+from emssd_compile.ops._fingerprint import on_device, reference
 
-FORMS = {"C++": fingerprint, "reference": reference}
+FORMS = {"C++": fingerprint, "reference": reference, "on device": on_device}
 
 
 @pytest.fixture(autouse=True)

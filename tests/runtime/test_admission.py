@@ -1,12 +1,15 @@
 """`admission`: requests of one prompt share its reading, and nobody waits for what is not being read."""
 
 from collections import deque
+from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emssd_compile.runtime.admission import Fits, next_request, row_with_prompt
+from emssd_compile.runtime.admission import next_request, row_with_prompt
+from emssd_compile.runtime.kv_memory import Beginning, KVMemory
 from emssd_compile.runtime.requests import Request, Row
 
 
@@ -18,15 +21,34 @@ def _indices(requests: list[Request]) -> list[int]:
     return [request.index for request in requests]
 
 
-def _start(waiting: deque[Request], rows: list[Row | None], fits: Fits = lambda _: True) -> list[Request]:
+class _Memory:
+    """Has room for requests, and reads what some of them would share.
+
+    Args:
+        fits: whether there is room for one.
+        reads: indices of those who would share what is being read.
+    """
+
+    def __init__(self, fits: Callable[[Request], bool] = lambda _: True, reads: Collection[int] = ()) -> None:
+        self._fits, self._reads = fits, reads
+
+    def is_being_read(self, request: Request) -> bool:
+        return request.index in self._reads
+
+    def plan(self, request: Request, source: int | None) -> Beginning | None:
+        return Beginning(request, 0, source) if self._fits(request) else None
+
+
+def _start(waiting: deque[Request], rows: list[Row | None], memory: _Memory | None = None) -> list[Request]:
     """Start in free rows what can start."""
     started = []
     for b in [b for b, row in enumerate(rows) if row is None]:
-        request = next_request(waiting, rows, fits)
-        if request is None:
+        beginning = next_request(waiting, rows, cast(KVMemory, memory or _Memory()))
+        if beginning is None:
             break
-        rows[b] = Row(request, len(request.prompt))
-        started.append(request)
+        assert beginning.source == row_with_prompt(beginning.request, rows)
+        rows[b] = Row(beginning.request, len(beginning.request.prompt))
+        started.append(beginning.request)
     return started
 
 
@@ -51,8 +73,15 @@ def test_prompts_of_one_token_and_requests_without_a_group_share_nothing():
 
 def test_nobody_overtakes_who_waits_for_memory():
     waiting = deque(_request(i, i, length=9 if i == 1 else 2) for i in range(3))
-    assert _indices(_start(waiting, [None] * 3, lambda request: len(request.prompt) < 9)) == [0]
+    assert _indices(_start(waiting, [None] * 3, _Memory(lambda request: len(request.prompt) < 9))) == [0]
     assert _indices([*waiting]) == [1, 2]
+
+
+def test_who_would_share_what_is_being_read_waits_and_others_overtake():
+    waiting = deque(_request(i, i, length=9 if i == 3 else 2) for i in range(5))
+    memory = _Memory(lambda request: len(request.prompt) < 9, reads=(0, 2))
+    assert _indices(_start(waiting, [None] * 5, memory)) == [1], "and nobody overtakes who waits for memory"
+    assert _indices([*waiting]) == [0, 2, 3, 4]
 
 
 @given(
