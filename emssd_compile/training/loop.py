@@ -173,7 +173,8 @@ class Trainer:
     @property
     def windows_per_step(self) -> int:
         """Of all processes."""
-        return self.options.batch * self.options.accumulate * self.accelerator.num_processes
+        count: int = self.accelerator.num_processes
+        return self.options.batch * self.options.accumulate * count
 
     def run(self, told: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Train from the newest checkpoint on to the end; `told` is called with the progress after each step.

@@ -13,8 +13,8 @@ from emssd_compile.lowering import BACKENDS
 from emssd_compile.numeric import flag, integer, number
 from emssd_compile.training.loss import LOSSES
 
-_LEAST = {"epochs": 1, "batch": 1, "window": 4, "accumulate": 1, "prompt_tokens": 1, "checkpoint_every": 1}
-_LEAST |= {"continued_epochs": 0}
+_LEAST = dict.fromkeys(("epochs", "batch", "accumulate", "prompt_tokens", "checkpoint_every"), 1)
+_LEAST |= {"window": 4, "continued_epochs": 0}
 
 
 @dataclass(frozen=True)

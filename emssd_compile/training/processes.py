@@ -16,6 +16,8 @@ try:
 except ImportError as error:
     raise OptionError('training is done with accelerate; pip install "emssd_compile[train]"') from error
 
+__all__ = ["Accelerator", "accelerator", "launched"]
+
 _KNOWN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 

@@ -93,7 +93,7 @@ def train(
         CheckpointError: what was left of a run is damaged.
         DrafterError: the head does not fit, or training diverges.
     """
-    processes = processes or accelerator(cpu=next(model.parameters()).device.type == "cpu")
+    processes = processes or accelerator(cpu=all(p.device.type == "cpu" for p in model.parameters()))
     limit = length_limit(model)
     if limit is not None and options.window > limit:
         raise OptionError(
