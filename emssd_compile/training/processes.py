@@ -12,7 +12,7 @@ from emssd_compile.errors import OptionError
 
 try:
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
 except ImportError as error:
     raise OptionError('training is done with accelerate; pip install "emssd_compile[train]"') from error
 
@@ -28,7 +28,8 @@ def accelerator(*, cpu: bool = False) -> Accelerator:
         cpu: whether they compute on CPUs, where there are GPUs, too.
 
     Raises:
-        OptionError: `accelerate launch` was told what this command says by options of its own, or to cut up the head.
+        OptionError: `accelerate launch` was told what this command says by options of its own, or to cut up or compile
+            the head; or processes were launched that do not find one another.
     """
     same = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants, the same everywhere
     made = Accelerator(cpu=cpu and _count() > 1, device_placement=False, kwargs_handlers=[same])
@@ -40,6 +41,13 @@ def accelerator(*, cpu: bool = False) -> Accelerator:
         raise OptionError(f"launched with --mixed_precision {made.mixed_precision}: leave it out, and pass --dtype")
     if made.gradient_accumulation_steps != 1:
         raise OptionError("launched with --gradient_accumulation_steps: leave it out, and pass --accumulate")
+    if made.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise OptionError("launched with --dynamo_backend: leave it out, a head is trained as it is written")
+    if made.num_processes != _count():
+        raise OptionError(
+            f"{_count()} processes were launched, and this one is one of {made.num_processes}; launch them by torchrun "
+            "or accelerate launch"
+        )
     return made
 
 

@@ -26,6 +26,7 @@ def afresh():
     ("name", "value", "said"),
     [
         ("ACCELERATE_MIXED_PRECISION", "bf16", "launched with --mixed_precision bf16: leave it out, and pass --dtype"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "--dynamo_backend: leave it out"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps: leave it out, and pass"),
     ],
 )
@@ -33,6 +34,12 @@ def test_what_the_command_says_itself_is_not_for_the_launcher(name, value, said,
     monkeypatch.setenv(name, value)
     with pytest.raises(OptionError, match=said):
         accelerator()
+
+
+def test_processes_that_do_not_find_one_another_do_not_train_alone(afresh, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="2 processes were launched, and this one is one of 1"):
+        accelerator()  # on a CPU, and not told so
 
 
 def test_a_head_is_not_cut_up(afresh, monkeypatch):
