@@ -26,6 +26,7 @@ from emssd_compile.drafters import (
     load_head,
 )
 from emssd_compile.files import cache_folder
+from emssd_compile.length import length_limit
 from emssd_compile.training.data import read_documents
 from emssd_compile.training.features import FrozenTarget
 from emssd_compile.training.options import TrainingOptions
@@ -106,7 +107,8 @@ def _trained(kind: type[DraftHead], model: PreTrainedModel, options: argparse.Na
     folder = options.model or shapes.DEMO_MODEL / "target"
     named = "\0".join([str(folder.resolve()), str(options.train_tokens), *map(str, options.train_on)])
     out = cache_folder() / "bench_heads" / hashlib.sha256(named.encode()).hexdigest()[:16] / kind.kind
-    given = {"epochs": 1, "distil": False, "tokens": options.train_tokens, "window": 256, "backend": options.backend}
+    window = min(256, length_limit(model) or 256)
+    given = {"epochs": 1, "distil": False, "tokens": options.train_tokens, "window": window, "backend": options.backend}
     texts = Texts(read_documents(options.train_on), [], AutoTokenizer.from_pretrained(folder))
     train(model, kind, texts, out, TrainingOptions.of(kind.recipe, **given))
     return load_head(out)

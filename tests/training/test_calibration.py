@@ -27,7 +27,7 @@ def head_for(model: Any) -> Medusa:
     head = Medusa(MedusaConfig(model.config.hidden_size, VOCABULARY, 3))
     with torch.no_grad():  # one that is sometimes right: the target's LM head, and a little noise
         for lm_head in head.lm_heads:
-            lm_head.weight.copy_(model.lm_head.weight)  # type: ignore[operator, union-attr]
+            lm_head.weight.copy_(model.lm_head.weight)  # type: ignore[operator]
         for parameter in head.blocks.parameters():
             parameter.mul_(0.3)
     return head
@@ -45,7 +45,7 @@ def measured_plainly(model: Any, head: Medusa) -> list[list[float]]:
                 token = place + 2 + k  # the k-th behind the root, which is behind this place
                 if token < len(ids):
                     continue
-                likeliest = (head.blocks[k](hidden[place]) @ head.lm_heads[k].weight.T).topk(RANKS).indices.tolist()  # type: ignore[union-attr, operator]
+                likeliest = (head.blocks[k](hidden[place]) @ head.lm_heads[k].weight.T).topk(RANKS).indices.tolist()
                 number[k] += 1
                 for rank in range(RANKS):
                     right[k][rank] += likeliest[rank] == text[token]
