@@ -5,8 +5,11 @@
     python -m bench.heads --temperature 1
     python -m bench.heads --shape smollm2 --exit 20
     python -m bench.heads --model models/llama --heads models/llama-eagle3 --draft models/small
+    python -m bench.heads --train-on texts/*.txt --train-tokens 100000
 
-The demo model has its own draft model; heads that are shipped with a model are in `examples`. All decode the same
+The demo model has its own draft model; heads that are shipped with a model are in `examples`. Of every other kind there
+is one that is untrained, and drafts nothing that is right, or is trained first on a few texts: the table says so. All
+decode the same
 prompts without EOS, greedily, or drawing the same tokens by the same seeds, which repeat less; runs alternate,
 prompts are read in each of them. `layout="auto"`, as in `optimize`: a drafter that is not worth it is left out as far
 as the policy notices.
@@ -28,13 +31,13 @@ from transformers import PreTrainedModel
 import emssd_compile
 from bench import plots, shapes
 from bench.command import argument_parser, at_least, describe, hardware, make_console, parse, save, timed, versions
+from bench.head_subjects import subjects
 from bench.real_models import smollm2
 from bench.timing import alternate, median_ratio
 from emssd_compile import OptimizedModel
-from emssd_compile.drafters import Drafter, DraftModel, EarlyExit, Hybrid, SuffixLookup, load_head
+from emssd_compile.drafters import Drafter
 
 SHIPPED = {"demo": shapes.DEMO_MODEL / "heads", shapes.SMOLLM2: shapes.DEMO_MODEL.with_name("smollm2_heads")}
-TREE = (3, 2, 1)
 
 
 def shipped_heads(shape: str) -> list[Path]:
@@ -67,6 +70,7 @@ class Row:
 
     Attributes:
         drafter: its name.
+        weights: where they come from; whether they are trained.
         batch: rows.
         acceptance_length: tokens a row and step.
         tokens_per_second: of all rows, in the median.
@@ -78,6 +82,7 @@ class Row:
     """
 
     drafter: str
+    weights: str
     batch: int
     acceptance_length: float
     tokens_per_second: float
@@ -94,8 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, model = make_console(), load(options)
     prompts = shapes.prompts_for(options.model)
     with console.status("compiling"):
-        compiled = {name: compile_with(model, make(), options) for name, make in drafters(options).items()}
-        proposed = {name: count_proposed(model, make(), prompts, options) for name, make in drafters(options).items()}
+        compared = subjects(model, options)
+        compiled = {name: compile_with(model, each.make(), options) for name, each in compared.items()}
+        proposed = {name: count_proposed(model, each.make(), prompts, options) for name, each in compared.items()}
+    weights = {name: each.weights for name, each in compared.items()}
     title = f"{options.model.name if options.model else 'demo model'}, {options.backend}, layout {options.layout}, " + (
         f"temperature {options.temperature:g}" if options.temperature else "greedy"
     )
@@ -105,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with console.status(f"decoding at batch {batch}"):
             decoded = partial(decode, prompts=chosen, tokens=options.tokens, how=_how(options))
             ways = {name: partial(decoded, fast) for name, fast in compiled.items()}
-            rows += summed_up(compiled, proposed, batch, alternate(ways, options.repeats, options.least_seconds))
+            measured = alternate(ways, options.repeats, options.least_seconds)
+            rows += summed_up(compiled, weights, proposed, batch, measured)
         if options.json:
             save(options.json, "bench.heads", [{"title": title, "rows": [asdict(row) for row in rows]}])
     console.print(table(rows, title))
@@ -129,7 +137,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--heads", type=Path, nargs="*", metavar="DIR", help="checkpoints of heads (default: those shipped, or none)"
     )
-    parser.add_argument("--exit", type=number, metavar="E", help="draft with so many layers, too, by early exit")
+    parser.add_argument("--exit", type=number, metavar="E", help="layers of the early exit (default: half of them)")
+    parser.add_argument(
+        "--train-on",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="train heads of kinds that are not given on these texts",
+    )
+    parser.add_argument(
+        "--train-tokens", type=number, default=50_000, metavar="N", help="most tokens of them (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these drafters only")
     parser.add_argument("--batches", type=number, nargs="+", default=[1, 4, 8, 16], metavar="B", help="(%(default)s)")
     parser.add_argument("--tokens", type=number, default=96, help="new tokens of each row (default: %(default)s)")
@@ -150,34 +168,6 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
     if options.model is None:
         return shapes.build("demo", options.device, options.dtype)
     return shapes.pretrained(options.model, options.device, options.dtype)
-
-
-def drafters(options: argparse.Namespace) -> dict[str, Callable[[], str | Drafter]]:
-    """What drafts, by name; without drafts first."""
-
-    def draft_model() -> PreTrainedModel:
-        if options.draft is None:
-            return shapes.build("demo-draft", options.device, options.dtype)
-        return shapes.pretrained(options.draft, options.device, options.dtype)
-
-    made: dict[str, Callable[[], str | Drafter]] = {
-        "none": lambda: "none",
-        "lookup": lambda: "prompt-lookup",
-        "suffix": lambda: "suffix",
-    }
-    if options.exit is not None:
-        made[f"exit {options.exit}"] = lambda: EarlyExit(options.exit, 4)
-    if options.model is None or options.draft is not None:
-        made["draft model"] = lambda: DraftModel(draft_model(), 4)
-        made[f"draft model {TREE}"] = lambda: DraftModel(draft_model(), tree=TREE)
-    for folder in options.heads:
-        made[folder.name] = partial(load_head, folder)
-        made[f"suffix or {folder.name}"] = partial(_with_suffix, folder)
-    return {name: make for name, make in made.items() if not options.only or name in {"none", *options.only}}
-
-
-def _with_suffix(folder: Path) -> Drafter:
-    return Hybrid(SuffixLookup(), load_head(folder))
 
 
 def compile_with(model: PreTrainedModel, drafter: str | Drafter, options: argparse.Namespace) -> OptimizedModel:
@@ -218,13 +208,18 @@ def decode(fast: OptimizedModel, prompts: list[list[int]], tokens: int, how: dic
 
 
 def summed_up(
-    compiled: dict[str, OptimizedModel], proposed: dict[str, float], batch: int, runs: dict[str, list[Run]]
+    compiled: dict[str, OptimizedModel],
+    weights: dict[str, str],
+    proposed: dict[str, float],
+    batch: int,
+    runs: dict[str, list[Run]],
 ) -> list[Row]:
     """One row a drafter; each list begins with a warm-up, and the first one is without drafts."""
     alone = runs["none"]
     return [
         Row(
             name,
+            weights[name],
             batch,
             statistics.mean(run.acceptance_length for run in timed_runs),
             statistics.median(run.num_tokens / run.seconds for run in timed_runs),
@@ -242,13 +237,14 @@ def table(rows: Sequence[Row], title: str) -> Table:
     """For `rich`."""
     shown = Table(title=title)
     shown.add_column("drafter", no_wrap=True)
+    shown.add_column("weights")
     for heading in ("rows", "tokens a step", "tokens/s", "× none", "room", "drafts", "verified", "tokens identical"):
         shown.add_column(heading, justify="right")
     for row in rows:
         figures = (f"{row.acceptance_length:.2f}", f"{row.tokens_per_second:.0f}", f"{row.speedup:.2f}")
         counts = (str(row.num_slots), f"{row.num_proposed:.1f}", f"{row.num_verified:.1f}")
         drafts = (*counts, "yes" if row.tokens_identical else "NO")
-        shown.add_row(row.drafter, str(row.batch), *figures, *drafts)
+        shown.add_row(row.drafter, row.weights, str(row.batch), *figures, *drafts)
     return shown
 
 

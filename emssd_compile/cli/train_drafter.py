@@ -24,7 +24,7 @@ examples:
   {PROGRAM} train-drafter --model llama/ --kind mlp --data a.txt b.py --held-out c.txt --sizes depth=4 --out head/
       sizes are the fields of the head's configuration
   torchrun --nproc-per-node 4 -m emssd_compile train-drafter --model llama/ --kind eagle3 --data a.txt --out head/
-      four GPUs share each step, each with a batch of its own
+      four GPUs share each step, each with a batch of its own; `accelerate launch` does as well
 
 data files:
   *.jsonl    an object with "text" a line, each a text
@@ -57,12 +57,19 @@ def add(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help=f"learn from the model's own continuations of prompts cut from the data ({of_recipe})",
     )
+    parser.add_argument(
+        "--continued-epochs",
+        metavar="N",
+        type=int,
+        help=f"times that, after the data, such continuations are read, too, at a tenth of the rate ({of_recipe})",
+    )
     parser.add_argument("--temperature", metavar="T", type=float, help="that they are sampled at (default: 0, greedy)")
     parser.add_argument("--prompt-tokens", metavar="P", type=positive, help="of each such prompt (default: 64)")
     parser.add_argument(
         "--loss",
-        choices=("tokens", "distribution"),
-        help=f"cross-entropy with the text's tokens, or with the model's distribution ({of_recipe})",
+        choices=("tokens", "distribution", "acceptance"),
+        help="cross-entropy with the text's tokens, or with the model's distribution, or how far the head's is from it "
+        f"({of_recipe})",
     )
     parser.add_argument("--epochs", metavar="N", type=positive, help=f"times that the data is read ({of_recipe})")
     parser.add_argument("--learning-rate", metavar="X", type=float, help=f"the highest ({of_recipe})")
@@ -93,7 +100,7 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from emssd_compile.training.data import read_documents
     from emssd_compile.training.options import TrainingOptions
-    from emssd_compile.training.processes import joined, own_device
+    from emssd_compile.training.processes import launched
     from emssd_compile.training.train import Texts, train
 
     head_class = _kind(arguments.kind)
@@ -101,8 +108,7 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     options = TrainingOptions.of(head_class.recipe, **given | {"sizes": dict(arguments.sizes)})
     data = read_documents(arguments.data)
     held_out = read_documents(arguments.held_out) if arguments.held_out else []
-    device = own_device(arguments.device)
-    with joined(device) as processes:
+    with launched(arguments.device) as (processes, device):
         model = load_model(arguments.model, arguments.dtype, "--model").to(device)
         train(
             model,
@@ -111,11 +117,11 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
             arguments.out,
             options,
             processes=processes,
-            note=notes.print if processes.is_first else lambda text: None,
+            note=notes.print if processes.is_main_process else lambda text: None,
             shows_progress=True,
             tensorboard=arguments.tensorboard,
         )
-        if processes.is_first:
+        if processes.is_main_process:
             notes.print(f"{arguments.out} is written")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emssd_compile.drafters.anchors import at_anchors, choose_anchors
 from emssd_compile.drafters.block_config import BlockConfig, default_taps
 from emssd_compile.drafters.block_layouts import DeepSpecBlock, SpeculatorsBlock, ZLabBlock
 from emssd_compile.drafters.block_options import read_shape, read_threshold
@@ -24,15 +25,12 @@ from emssd_compile.drafters.head_attention import BlockAttention, Cache
 from emssd_compile.drafters.marginal_tree import MarginalTree
 from emssd_compile.drafters.markov_head import MARKOV_HEADS, ConfidenceHead, MarkovHead
 from emssd_compile.drafters.own_tables import OwnTables
-from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.errors import DrafterError
 from emssd_compile.ops import pack_ancestors
 from emssd_compile.step.drafting import Draft, DraftContext, Target, TargetSizes
 from emssd_compile.step.pack import pack_each
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.tensor_spec import TensorSpec
-
-MOST_ANCHORS = 512
-"""Of a window that is learnt from, at most so many places have a block behind them."""
 
 
 class BlockDrafter(OwnTables):
@@ -104,6 +102,7 @@ class BlockDrafter(OwnTables):
         if rank := config.markov_rank:
             kind = MARKOV_HEADS[config.markov_head]
             self.markov_head = kind(rank, width, config.vocabulary, config.draft_vocabulary)
+        self.needs_teacher = config.has_confidence
         if config.has_confidence:
             self.confidence_head = ConfidenceHead(width + rank * config.confidence_reads_token)
 
@@ -112,10 +111,8 @@ class BlockDrafter(OwnTables):
         """A head to be trained; it reads the layers that DFlash does, unless `taps` are among the sizes.
 
         Raises:
-            OptionError: as for `DraftHead`, or a confidence head is asked for, which no loss here teaches anything.
+            OptionError: as for `DraftHead`.
         """
-        if sizes.get("has_confidence"):
-            raise OptionError("has_confidence: confidence heads are read from checkpoints only; leave it out")
         taps = default_taps(target.num_layers, 5)
         return super().for_target(target, **{"taps": tuple(dict.fromkeys(taps)), **sizes})
 
@@ -269,8 +266,12 @@ class BlockDrafter(OwnTables):
         A token that the head cannot draft has -inf; so have all, where no block is made: behind all but `MOST_ANCHORS`
         places of a window.
         """
+        return (logits for logits, _ in self.graded_rollout(features))
+
+    def graded_rollout(self, features: Features) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The same, and what the confidence head says of each draft, if there is one."""
         tokens, context = features.tokens, self.features_of(features.taps)  # [B, S], [B, S, H]
-        anchors = self._anchors(tokens)  # [A], the last tokens before blocks
+        anchors = choose_anchors(tokens, at_random=self.training)  # [A], the last tokens before blocks
         text = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # [B, S]
         x = self._blank(tokens.roll(-1, 1)[:, anchors])  # [B, A, n, H]
         positions = anchors[:, None] + 1 + torch.arange(self.block, device=tokens.device)  # [A, n]
@@ -284,16 +285,9 @@ class BlockDrafter(OwnTables):
             logits, state = self._informed(self.head_logits(each).float(), each, previous, state)
             if self.config.draft_vocabulary < self.config.vocabulary:
                 logits = over_all(logits, self.ids(), self.config.vocabulary)
-            if len(anchors) < tokens.shape[1]:
-                nowhere = logits.new_full((*tokens.shape, logits.shape[-1]), -torch.inf)
-                logits = nowhere.index_copy(1, anchors, logits)
-            yield logits
-
-    def _anchors(self, tokens: Tensor) -> Tensor:
-        """int64 `[A]`, ascending places of windows `[B, S]`: in training they are drawn, else spread evenly."""
-        size = tokens.shape[1]
-        if size <= MOST_ANCHORS:
-            return torch.arange(size, device=tokens.device)
-        if self.training:
-            return torch.randperm(size, device=tokens.device)[:MOST_ANCHORS].sort().values
-        return torch.arange(MOST_ANCHORS, device=tokens.device) * size // MOST_ANCHORS
+            logits = at_anchors(anchors, logits, tokens, -torch.inf)
+            confidence: Tensor | None = None
+            if self.confidence_head is not None:
+                log_odds = self.confidence_head.log_odds(self._with_token(each, previous))  # [B, A]
+                confidence = at_anchors(anchors, log_odds, tokens, 0)
+            yield logits, confidence

@@ -66,6 +66,7 @@ class Recipe:
         distils: learn the target's distribution (cross-entropy with it), rather than the text's tokens.
         continues: learn from the target's own continuations of prompts cut from the text, rather than from the text.
         epochs: times that the text is read.
+        continued_epochs: times that, after the text, the target's own continuations of it are read, too.
     """
 
     learning_rate: float = 1e-3
@@ -73,6 +74,7 @@ class Recipe:
     distils: bool = False
     continues: bool = False
     epochs: int = 2
+    continued_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class DraftHead(Drafter):
         layouts: of checkpoints that it reads; the first one is written.
         recipe: how it is trained by default.
         borrows: the target's own tables that it reads (`TokenTables`), where it has none of its own.
+        needs_teacher: whether it cannot be trained without the target's distribution.
+        drafts_ranks: whether it drafts a tree of ranks, which `calibrate` chooses.
         config: its sizes.
     """
 
@@ -109,6 +113,8 @@ class DraftHead(Drafter):
     layouts: ClassVar[tuple[Layout, ...]]
     recipe: ClassVar[Recipe] = Recipe()
     borrows: tuple[str, ...] = ()
+    needs_teacher = False
+    drafts_ranks = False
     reads_options = ("do_sample", "temperature", "top_k", "top_p")
 
     def __init__(self, config: HeadSizes) -> None:
@@ -204,6 +210,15 @@ class DraftHead(Drafter):
         """
 
     @property
+    def open_ranks(self) -> int:
+        """After training, of how many of the likeliest tokens of each draft it is measured how often they are right."""
+        return 0
+
+    def calibrate(self, accuracies: Tensor, num_nodes: int | None = None) -> None:
+        """Draft the tree of so many nodes that is best for the accuracies `[D, ranks]` of each draft's tokens."""
+        raise NotImplementedError
+
+    @property
     def tables(self) -> TokenTables:
         """The target's, as they are now; empty until `prepare`."""
         return self._read_tables()
@@ -217,6 +232,14 @@ class DraftHead(Drafter):
             past the end are rubbish.
         """
         raise NotImplementedError
+
+    def graded_rollout(self, features: Features) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For training: `rollout`, and with the logits of each draft how sure the head is of it.
+
+        Yields:
+            The logits, and float `[B, S]`, the log-odds that the draft is accepted; None from heads that say nothing.
+        """
+        return ((logits, None) for logits in self.rollout(features))
 
 
 def _check(head: DraftHead, weights: Mapping[str, Tensor], where: str) -> None:

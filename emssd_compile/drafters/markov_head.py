@@ -89,5 +89,9 @@ class ConfidenceHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 `[...]` for `x[..., width]`."""
-        result: Tensor = self.proj(x).squeeze(-1).float().sigmoid()
+        return self.log_odds(x).sigmoid()
+
+    def log_odds(self, x: Tensor) -> Tensor:
+        """What the sigmoid is taken of."""
+        result: Tensor = self.proj(x).squeeze(-1).float()
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,8 +39,8 @@ class Medusa(DraftHead):
     Args:
         config: its sizes.
         tree: what to draft: paths of ranks, such as `((0,), (1,), (0, 0))`, or how many children the nodes of each
-            depth have, such as `(4, 2, 2)`. By default that of the config, or else 31 nodes that are the best for
-            accuracies as published: for a head of one's own, measure them and pass `calibrated_tree(...).paths`.
+            depth have, such as `(4, 2, 2)`. By default that of the config, which training chooses by what it measures
+            (see `calibrate`), or else 31 nodes that are the best for accuracies as published.
 
     Raises:
         OptionError: the tree makes no sense, or is deeper than there are heads.
@@ -52,26 +53,51 @@ class Medusa(DraftHead):
     is_costly = True
     any_rows = True
     num_grades = 8
+    drafts_ranks = True
     config: MedusaConfig
 
     def __init__(self, config: MedusaConfig, *, tree: Iterable[Any] | None = None) -> None:
         super().__init__(config)
-        self.tree = _tree(config, tree)
-        self.num_draft_tokens, self.max_depth = self.tree.num_nodes, self.tree.depth
+        self._draft(_tree(config, tree))
         self.borrows = () if config.num_lm_heads else ("head",)
         hidden, own = config.hidden_size, config.draft_vocabulary or config.vocabulary
         self.blocks = nn.ModuleList(_Blocks(hidden, config.num_layers, config.bias) for _ in range(config.num_heads))
         self.lm_heads = nn.ModuleList(nn.Linear(hidden, own, bias=False) for _ in range(config.num_lm_heads or 0))
         if config.draft_vocabulary:
             self.register_buffer("token_map", torch.arange(own))
-        firsts = [sum(self.tree.widths[: depth - 1]) for depth in self.tree.depths]
-        places = [first + rank for first, rank in zip(firsts, self.tree.ranks, strict=True)]
-        for name, numbers in (("parents", self.tree.parents), ("depths", self.tree.depths), ("places", places)):
-            self.register_buffer(name, torch.tensor(numbers), persistent=False)
         self.token_map: Tensor
         self.parents: Tensor
         self.depths: Tensor
         self.places: Tensor
+
+    def _draft(self, tree: SparseTree) -> None:
+        """Take a tree; the place of a node is where its token lies among the likeliest ones of all depths."""
+        self.tree = tree
+        self.num_draft_tokens, self.max_depth = tree.num_nodes, tree.depth
+        firsts = [sum(tree.widths[: depth - 1]) for depth in tree.depths]
+        places = [first + rank for first, rank in zip(firsts, tree.ranks, strict=True)]
+        for name, numbers in (("parents", tree.parents), ("depths", tree.depths), ("places", places)):
+            self.register_buffer(name, torch.tensor(numbers), persistent=False)
+
+    @property
+    def open_ranks(self) -> int:
+        """None, if the config says which tree to draft."""
+        return 0 if self.config.tree is not None else _ranks(self.config)
+
+    def calibrate(self, accuracies: Tensor, num_nodes: int | None = None) -> None:
+        """Draft the tree that is the best for measured accuracies, and have it in the config.
+
+        Args:
+            accuracies: `[D, ranks]`, how often head k is right with its token of that rank, 0 the likeliest.
+            num_nodes: of the tree; 31 by default. With its root such a tree fills one word of 32 bits.
+
+        Raises:
+            OptionError: as `calibrated_tree`.
+        """
+        device = self.parents.device
+        self._draft(calibrated_tree(accuracies, DEFAULT_NODES if num_nodes is None else num_nodes))
+        self.config = replace(self.config, tree=self.tree.paths)
+        self.to(device=device)
 
     def begin(self, counts: Tensor) -> None:
         """Each of the heads predicts what the target does, until it has learned; of fewer tokens, those said most."""
@@ -174,6 +200,9 @@ def _default_tree(config: MedusaConfig) -> SparseTree:
     Head k is assumed to be right in 0.6 * 0.65^(k - 1) of texts, and its token of rank r in 1 / (1 + r)^2 of that.
     Of the first 31 nodes published for Vicuna-7B, 26 are the same.
     """
-    ranks = min(DEFAULT_RANKS, config.draft_vocabulary or config.vocabulary)
-    accuracies = [[0.6 * 0.65**k / (1 + rank) ** 2 for rank in range(ranks)] for k in range(config.num_heads)]
+    accuracies = [[0.6 * 0.65**k / (1 + rank) ** 2 for rank in range(_ranks(config))] for k in range(config.num_heads)]
     return calibrated_tree(accuracies, DEFAULT_NODES)
+
+
+def _ranks(config: MedusaConfig) -> int:
+    return min(DEFAULT_RANKS, config.draft_vocabulary or config.vocabulary)

@@ -151,7 +151,7 @@ class MLPSpeculator(DraftHead):
     kind = "mlp"
     config_class: ClassVar[type[MLPSpeculatorConfig]] = MLPSpeculatorConfig
     layouts = (IbmLayout(), InSpeculators("mlp_speculator", IbmLayout()))
-    recipe = Recipe(learning_rate=1e-3)
+    recipe = Recipe(learning_rate=1e-3, continued_epochs=1)
     is_costly = True
     any_rows = True
     num_grades = 8

@@ -16,7 +16,7 @@ from emssd_compile.optimized_model import OptimizedModel, optimize
 from emssd_compile.progress import progress_bar
 from emssd_compile.training.data import Windows, mixed
 from emssd_compile.training.options import TrainingOptions
-from emssd_compile.training.processes import Processes
+from emssd_compile.training.processes import Accelerator
 
 _SHARD = 64
 """Prompts whose continuations are one file: what is lost if the run is killed."""
@@ -34,7 +34,7 @@ class Continuations:
     """
 
     def __init__(
-        self, model: nn.Module, folder: Path, options: TrainingOptions, processes: Processes, *, shows: bool
+        self, model: nn.Module, folder: Path, options: TrainingOptions, processes: Accelerator, *, shows: bool
     ) -> None:
         self._model, self._folder, self._options = model, folder, options
         self._processes, self._shows = processes, shows
@@ -47,14 +47,18 @@ class Continuations:
         """
         prompts = windows.tokens[:, : self._options.prompt_tokens]  # [N, P]
         starts = range(0, len(prompts), _SHARD)
-        own = [start for number, start in enumerate(starts) if number % self._processes.count == self._processes.rank]
+        own = [
+            start
+            for number, start in enumerate(starts)
+            if number % self._processes.num_processes == self._processes.process_index
+        ]
         with progress_bar(self._shows, len(own), f"continuations, {what}, in {_SHARD}s") as advance:
             for start in own:
                 file = self._file(what, start)
                 if not file.exists():
                     write_whole(file, save(self._decode(prompts[start : start + _SHARD], what, start)))
                 advance(1)
-        self._processes.wait()
+        self._processes.wait_for_everyone()
         parts = [_read(self._file(what, start)) for start in starts]
         tokens, counts = (torch.cat(each) for each in zip(*parts, strict=True))
         return Windows.cut(tokens, self._options.window, counts)

@@ -11,9 +11,10 @@ from emssd_compile.drafters.head import Recipe
 from emssd_compile.errors import OptionError
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.numeric import flag, integer, number
+from emssd_compile.training.loss import LOSSES
 
-LOSSES = ("tokens", "distribution")
-_LEAST = {"epochs": 1, "batch": 1, "window": 4, "accumulate": 1, "prompt_tokens": 1, "checkpoint_every": 1}
+_LEAST = dict.fromkeys(("epochs", "batch", "accumulate", "prompt_tokens", "checkpoint_every"), 1)
+_LEAST |= {"window": 4, "continued_epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class TrainingOptions:
         window: S, tokens of a window.
         accumulate: batches of a process in one step of the optimizer.
         tokens: most tokens that are read of the data; None for all.
-        loss: `"tokens"`: cross-entropy with the words of the text; `"distribution"`: with the target's distribution.
+        loss: `"tokens"`: cross-entropy with the words of the text; `"distribution"`: with the target's distribution;
+            `"acceptance"`: how far the head's distribution is from it, and a little of the tokens (DSpark's).
         distil: learn from the target's own continuations of prompts cut from the data, not from the data.
+        continued_epochs: times that, after the data, such continuations are gone through, at a tenth of the rate.
         prompt_tokens: P, tokens of such a prompt, and of those that acceptance is measured on.
         temperature: at which continuations are sampled; 0: the likeliest token is taken.
         held_out_share: part of the windows that is never trained on, where there are no files for that.
@@ -46,6 +49,7 @@ class TrainingOptions:
     tokens: int | None = None
     loss: str = "tokens"
     distil: bool = False
+    continued_epochs: int = 0
     prompt_tokens: int = 64
     temperature: float = 0.0
     held_out_share: float = 0.05
@@ -70,8 +74,13 @@ class TrainingOptions:
             raise OptionError(f"unknown loss {self.loss!r}; choose one of {list(LOSSES)}")
         if self.backend not in BACKENDS:
             raise OptionError(f"unknown backend {self.backend!r}; choose one of {list(BACKENDS)}")
-        if flag("distil", self.distil) is False and self.temperature:
-            raise OptionError("temperature is that of continuations, and none are made; pass distil, too, or leave it")
+        if flag("distil", self.distil) and self.continued_epochs:
+            raise OptionError("continued_epochs come after those on the data; with distil, all are on continuations")
+        if not (self.distil or self.continued_epochs) and self.temperature:
+            raise OptionError(
+                "temperature is that of continuations, and none are made; pass distil or continued_epochs, too, or "
+                "leave it"
+            )
         if self.prompt_tokens >= self.window:
             raise OptionError(
                 f"prompt_tokens={self.prompt_tokens} leaves nothing of a window of {self.window} tokens to go on in; "
@@ -86,5 +95,6 @@ class TrainingOptions:
             "learning_rate": recipe.learning_rate,
             "loss": LOSSES[recipe.distils],
             "distil": recipe.continues,
+            "continued_epochs": recipe.continued_epochs if given.get("distil") is None else 0,
         }
         return cls(**prescribed | {name: value for name, value in given.items() if value is not None})

@@ -1,79 +1,90 @@
-"""One process, or several that share the windows of each step: started by torchrun, or what sets the same variables."""
+"""One process, or several that share the windows of each step: started by torchrun or `accelerate launch`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from emssd_compile.errors import OptionError
 
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
+except ImportError as error:
+    raise OptionError('training is done with accelerate; pip install "emssd_compile[train]"') from error
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a run, seen from one of them.
+__all__ = ["Accelerator", "accelerator", "launched"]
 
-    Attributes:
-        rank: which one this is.
-        count: how many there are.
+_KNOWN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def accelerator(*, cpu: bool = False) -> Accelerator:
+    """What the processes of a run do together; each has the whole head, and a share of the windows.
+
+    Args:
+        cpu: whether they compute on CPUs, where there are GPUs, too.
+
+    Raises:
+        OptionError: `accelerate launch` was told what this command says by options of its own, or to cut up or compile
+            the head; or processes were launched that do not find one another.
     """
-
-    rank: int = 0
-    count: int = 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one that writes files and talks."""
-        return self.rank == 0
-
-    def sum_(self, *tensors: Tensor) -> None:
-        """Put into each tensor the sum over all processes."""
-        if self.count > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-
-    def wait(self) -> None:
-        """Go on when all processes have come to this place."""
-        if self.count > 1:
-            dist.barrier()
+    same = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants, the same everywhere
+    made = Accelerator(cpu=cpu and _count() > 1, device_placement=False, kwargs_handlers=[same])
+    if made.distributed_type not in _KNOWN:
+        raise OptionError(
+            f"a head is trained whole in each process, not by {made.distributed_type.value}; launch it with --multi_gpu"
+        )
+    if made.mixed_precision != "no":
+        raise OptionError(f"launched with --mixed_precision {made.mixed_precision}: leave it out, and pass --dtype")
+    if made.gradient_accumulation_steps != 1:
+        raise OptionError("launched with --gradient_accumulation_steps: leave it out, and pass --accumulate")
+    if made.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise OptionError("launched with --dynamo_backend: leave it out, a head is trained as it is written")
+    if made.num_processes != _count():
+        raise OptionError(
+            f"{_count()} processes were launched, and this one is one of {made.num_processes}; launch them by torchrun "
+            "or accelerate launch"
+        )
+    return made
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
-    """The processes that the launcher has started, connected."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Processes()
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), count)
-    finally:
-        dist.destroy_process_group()
+def launched(name: str | None) -> Iterator[tuple[Accelerator, torch.device]]:
+    """The processes that were launched, connected, and where this one computes.
 
-
-def own_device(name: str | None) -> torch.device:
-    """Where this process computes: the device of that name; by default a GPU of its own, or else the CPU.
+    Args:
+        name: of a device; None for a GPU if there is one. Of several processes, each has a GPU of its own.
 
     Raises:
-        OptionError: there is no such device.
+        OptionError: there is no such device, or what `accelerator` says.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _usable(name)
+    if _count() > 1 and device.index is not None:
+        raise OptionError(f"--device {name}: each of {_count()} processes has a device of its own; pass {device.type}")
+    processes = accelerator(cpu=device.type == "cpu")
+    if device.type == "cuda":
+        device = device if device.index is not None else torch.device("cuda", processes.local_process_index)
+        torch.cuda.set_device(device)
+    try:
+        yield processes, device
+    finally:
+        processes.end_training()
+
+
+def _count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _usable(name: str) -> torch.device:
+    """The device of that name. Raises OptionError if there is none."""
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"--device {name} cannot be used: {reason}; pass cpu, or a device of this machine") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return device

@@ -17,12 +17,13 @@ from emssd_compile.errors import OptionError
 from emssd_compile.length import declared_sizes, length_limit
 from emssd_compile.progress import progress_bar
 from emssd_compile.training import report
+from emssd_compile.training.calibration import rank_accuracies
 from emssd_compile.training.continuations import Continuations
 from emssd_compile.training.data import Windows, check_disjoint, check_ids, encode
 from emssd_compile.training.features import FrozenTarget
-from emssd_compile.training.loop import Trainer, learning_rate
+from emssd_compile.training.loop import Trainer
 from emssd_compile.training.options import TrainingOptions
-from emssd_compile.training.processes import Processes
+from emssd_compile.training.processes import Accelerator, accelerator
 from emssd_compile.training.work import Progress, WorkFolder
 
 _WITHOUT_EFFECT = ("checkpoint_every", "backend")
@@ -63,7 +64,7 @@ def train(
     out: Path,
     options: TrainingOptions,
     *,
-    processes: Processes | None = None,
+    processes: Accelerator | None = None,
     note: Callable[[str], None] = lambda text: None,
     shows_progress: bool = False,
     tensorboard: bool = False,
@@ -80,7 +81,7 @@ def train(
         texts: what to learn from.
         out: where the head is written.
         options: all else.
-        processes: who share the work.
+        processes: who share the work; None for this one, or those that it was launched with.
         note: told of what has been reached.
         shows_progress: whether to show bars.
         tensorboard: whether to write event files, too.
@@ -92,7 +93,7 @@ def train(
         CheckpointError: what was left of a run is damaged.
         DrafterError: the head does not fit, or training diverges.
     """
-    processes = processes or Processes()
+    processes = processes or accelerator(cpu=all(p.device.type == "cpu" for p in model.parameters()))
     limit = length_limit(model)
     if limit is not None and options.window > limit:
         raise OptionError(
@@ -101,32 +102,38 @@ def train(
     check_model(model)
     if (sizes := declared_sizes(model, options.batch, options.window)) is not None:
         with torch.device("meta"):
-            head_class.for_target(sizes, **options.sizes).check(sizes)
+            to_be = head_class.for_target(sizes, **options.sizes)
+            to_be.check(sizes)
+            _check_loss(to_be, options)
     check_weights(model)
-    tell = report.open_tensorboard(out) if tensorboard and processes.is_first else lambda progress: None
-    windows, held_out = texts.windows(options)
+    tell = report.open_tensorboard(out) if tensorboard and processes.is_main_process else lambda progress: None
+    windows, held_out = read = texts.windows(options)
     target = FrozenTarget(model, options.batch, options.window)
-    for each in (windows, held_out):
+    for each in read:
         check_ids(each.tokens, target.vocabulary)
-    texts_held_out = held_out
     torch.manual_seed(options.seed)
     head = head_class.for_target(target.as_target(), **options.sizes)
+    _check_loss(head, options)
     target.tap(head.taps)
     head.prepare(target.as_target())
     work = WorkFolder(out)
-    processes.wait()  # all have looked, before one writes
-    work.begin(_command(model, head_class, windows, held_out, options, processes), writes=processes.is_first)
+    processes.wait_for_everyone()  # all have looked, before one writes
+    work.begin(_command(model, head_class, windows, held_out, options, processes), writes=processes.is_main_process)
 
-    shows_progress = shows_progress and processes.is_first
-    if options.distil:
+    shows_progress = shows_progress and processes.is_main_process
+    learnt, continued = read, None
+    if options.distil or options.continued_epochs:
         made = Continuations(model, work.continuations, options, processes, shows=shows_progress)
-        windows, held_out = made.of(windows, "training"), made.of(held_out, "held-out")
+        own_words = made.of(windows, "training"), made.of(held_out, "held-out")
+        learnt, continued = (own_words, None) if options.distil else (read, own_words)
 
-    head.begin(torch.bincount(windows.tokens[windows.counts], minlength=target.vocabulary)[: head.config.vocabulary])
+    said = learnt[0].tokens[learnt[0].counts]
+    head.begin(torch.bincount(said, minlength=target.vocabulary)[: head.config.vocabulary])
     own = next((p.dtype for p in model.parameters()), torch.float32)
     autocast = own if own in (torch.bfloat16, torch.float16) else None
-    trainer = Trainer(head, target, windows, held_out, options, processes, work, autocast)
-    note(f"{len(windows)} windows of {options.window} tokens, {len(held_out)} held out; {trainer.steps} steps")
+    trainer = Trainer(head, target, learnt, options, processes, work, autocast, continued)
+    numbers = " + ".join(f"{len(stage.windows)}" for stage in trainer.stages)
+    note(f"{numbers} windows of {options.window} tokens, {len(learnt[1])} held out; {trainer.steps} steps")
     with progress_bar(shows_progress, trainer.steps, "steps") as advance:
         shown = 0
 
@@ -141,10 +148,22 @@ def train(
                 note(f"step {progress.steps}: held-out loss {point.loss:.4f}, top-1 of each draft {accuracy}")
 
         progress = trainer.run(told)
-    if processes.is_first:
-        _finish(model, head, trainer, texts_held_out, progress, out, note)
-    processes.wait()
+    if head.open_ranks:
+        accuracies = rank_accuracies(head, trainer.readings(), head.open_ranks)
+        if accuracies[0].any():  # else there is nothing to choose by
+            head.calibrate(accuracies)
+    if processes.is_main_process:
+        _finish(model, head, trainer, held_out, progress, out, note)
+    processes.wait_for_everyone()
     return head
+
+
+def _check_loss(head: DraftHead, options: TrainingOptions) -> None:
+    if head.needs_teacher and options.loss == "tokens":
+        raise OptionError(
+            f"loss='tokens' does not teach a {type(head).__name__} how sure to be of a draft, and has_confidence asks "
+            "for that; pass loss='acceptance' or 'distribution'"
+        )
 
 
 def _finish(
@@ -159,7 +178,7 @@ def _finish(
     """Write the head and the reports."""
     options = trainer.options
     head.save_pretrained(out)
-    report.write_curve(out, progress, lambda step: learning_rate(step, trainer.steps, options.learning_rate))
+    report.write_curve(out, progress, trainer.rate)
     if not report.plot(out, progress, f"{head.kind} head, {trainer.steps} steps"):
         note(f'no {report.PICTURE}: matplotlib is not installed; pip install "emssd_compile[train]"')
     acceptance = report.measure_acceptance(model, head, texts, options)
@@ -171,8 +190,8 @@ def _finish(
             "config": asdict(head.config),  # type: ignore[call-overload]  # `config_class` is a dataclass
             "options": asdict(options),
             "steps": trainer.steps,
-            "windows": len(trainer.windows),
-            "windows_held_out": len(trainer.held_out),
+            "windows": sum(len(stage.windows) for stage in trainer.stages),
+            "windows_held_out": sum(len(stage.held_out) for stage in trainer.stages),
             "tokens_seen": trainer.steps * trainer.windows_per_step * options.window,
             "held_out": {"loss": last.loss, **{f"top{top}": each for top, each in last.accuracy.items()}},
             "acceptance": acceptance,
@@ -187,7 +206,7 @@ def _command(
     windows: Windows,
     held_out: Windows,
     options: TrainingOptions,
-    processes: Processes,
+    processes: Accelerator,
 ) -> dict[str, Any]:
     """All that the numbers of a run depend on."""
     digest = hashlib.sha256()
@@ -200,5 +219,5 @@ def _command(
         "model": digest.hexdigest(),
         "data": windows.digest(),
         "held_out": held_out.digest(),
-        "processes": processes.count,
+        "processes": processes.num_processes,
     }

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import emssd_compile
-from emssd_compile.drafters import BlockDrafter, MarginalTree, block_drafter, load_head
+from emssd_compile.drafters import BlockDrafter, MarginalTree, anchors, load_head
 from emssd_compile.drafters.block_config import BlockConfig, default_taps
 from emssd_compile.drafters.decoder_layer import LayerSizes
 from emssd_compile.drafters.rotary import Rotary
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.step.drafting import TokenTables
+from emssd_compile.training.features import FrozenTarget
+from emssd_compile.training.loss import acceptance, drafts_of
 from emssd_compile.training.train import Texts, train
 from tests.drafters.contexts import target_of
 from tests.drafters.llama_heads import (
@@ -181,7 +183,7 @@ def test_it_is_trained_on_what_it_does_when_it_drafts(name, monkeypatch):
                 torch.testing.assert_close(logits[row, place, plain.ids], expected, rtol=1e-3, atol=1e-3)
         undrafted = torch.ones(VOCABULARY, dtype=torch.bool).index_fill(0, plain.ids, False)
         assert (logits[..., undrafted] == -torch.inf).all()
-    monkeypatch.setattr(block_drafter, "MOST_ANCHORS", 4)
+    monkeypatch.setattr(anchors, "MOST_ANCHORS", 4)
     for training in (True, False):
         some = list(head.train(training).rollout(features))
         places = (some[0] > -torch.inf).any(-1)[0]
@@ -203,6 +205,24 @@ def test_a_head_is_trained(tmp_path):
     assert isinstance(read, BlockDrafter)
     assert read.config == head.config
     assert read.config.mask_token is None
+
+
+def test_a_confidence_head_learns_what_is_accepted(tmp_path):
+    """On average over a text, it says what share of drafts the target accepts; it takes the target to learn."""
+    sizes = {"num_layers": 1, "block_size": 3, "markov_rank": 4, "has_confidence": True, "confidence_reads_token": True}
+    with pytest.raises(OptionError, match="loss='tokens' does not teach a BlockDrafter how sure to be"):
+        train(toy_target(), BlockDrafter, Texts([TEXT], [], Characters()), tmp_path / "no", options(sizes=sizes))
+    given = options(sizes=sizes, epochs=8, loss="acceptance")
+    head = train(toy_target(), BlockDrafter, Texts([TEXT], [], Characters()), tmp_path, given)
+    target = FrozenTarget(toy_target(), 2, 24)
+    target.tap(head.taps)
+    tokens = torch.tensor([*TEXT[:48].encode()]).view(2, 24)
+    with torch.no_grad():
+        features, teacher = target.read(tokens, with_logits=True)
+        for drafts in drafts_of(head, features, torch.ones_like(tokens, dtype=torch.bool), teacher):
+            said = torch.as_tensor(drafts.confidence).sigmoid().mean()
+            torch.testing.assert_close(said, acceptance(drafts).mean(), rtol=0, atol=0.1)
+            assert abs(float(said) - 0.5) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -255,8 +275,6 @@ def test_a_target_that_does_not_fit_is_refused():
     few = TokenTables(torch.zeros(MASK, HIDDEN), torch.zeros(VOCABULARY, HIDDEN))
     with pytest.raises(DrafterError, match=f"mask token of the BlockDrafter is {MASK}, and the embedding has {MASK}"):
         head_of("dflash").prepare(target_of(None, ROWS, 96, VOCABULARY, HIDDEN, few))
-    with pytest.raises(OptionError, match="confidence heads are read from checkpoints only"):
-        BlockDrafter.for_target(target_of(None, ROWS, 96, VOCABULARY, HIDDEN, few), has_confidence=True)
 
 
 def test_layers_are_read_that_lie_evenly():

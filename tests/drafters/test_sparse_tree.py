@@ -5,6 +5,8 @@ from math import prod
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from emssd_compile.drafters.sparse_tree import SparseTree, calibrated_tree
 from emssd_compile.drafters.tree_shape import MOST_NODES, TreeShape
@@ -78,6 +80,22 @@ def test_no_tree_of_as_many_nodes_is_expected_to_be_better(accuracies, count):
     tree = calibrated_tree(accuracies, count)
     assert tree.num_nodes == count
     assert _expected_length(tree.paths, accuracies) == pytest.approx(_best_by_trial(accuracies, count))
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda ranks: st.lists(st.lists(st.integers(0, 10), min_size=ranks, max_size=ranks), min_size=1, max_size=2)
+    ),
+    st.integers(1, 4),
+)
+def test_whatever_is_measured_the_tree_is_the_best_of_its_size(tenths, count):
+    accuracies = [[share / 10 for share in row] for row in tenths]
+    assume(any(accuracies[0]))
+    number = sum(len(accuracies[0]) ** depth for depth in range(1, len(accuracies) + 1))
+    paths = calibrated_tree(accuracies, count).paths
+    assert len(paths) <= count
+    best = _best_by_trial(accuracies, min(count, number))
+    assert _expected_length(paths, accuracies) == pytest.approx(best)
 
 
 def test_the_example_of_the_docstring():

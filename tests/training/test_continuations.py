@@ -5,7 +5,7 @@ from emssd_compile.errors import CheckpointError
 from emssd_compile.training import continuations
 from emssd_compile.training.continuations import Continuations
 from emssd_compile.training.data import Windows, encode
-from emssd_compile.training.processes import Processes
+from emssd_compile.training.processes import accelerator
 from tests.training.toys import TEXT, WINDOW, Characters, options
 
 PROMPT = 8
@@ -17,7 +17,7 @@ def windows() -> Windows:
 
 
 def make(model, folder, **given) -> Continuations:
-    return Continuations(model, folder, options(distil=True, **given), Processes(), shows=False)
+    return Continuations(model, folder, options(distil=True, **given), accelerator(), shows=False)
 
 
 def test_they_are_the_models_own_and_made_once(model, windows, tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ import torch
 
 from emssd_compile.errors import DrafterError
 from emssd_compile.training import loop
+from emssd_compile.training.data import Windows, encode
 from emssd_compile.training.features import FrozenTarget
 from emssd_compile.training.loop import Trainer, learning_rate
 from emssd_compile.training.work import Progress
-from tests.training.toys import BATCH, DEPTH, WINDOW, toy_target, trainer
+from tests.training.toys import BATCH, DEPTH, TEXT, WINDOW, Characters, toy_target, trainer
 
 
 class Killed(Exception):
@@ -37,15 +38,15 @@ def test_a_rise_then_half_a_cosine():
     assert learning_rate(0, 1, 2.0) == 2.0
 
 
-@pytest.mark.parametrize("loss", ["tokens", "distribution"])
+@pytest.mark.parametrize("loss", ["tokens", "distribution", "acceptance"])
 def test_a_head_learns(loss, target, tmp_path):
     """Untrained it is no better than chance, afterwards far better."""
     torch.manual_seed(0)
     made = trainer(target, tmp_path, epochs=6, loss=loss)
-    before = made.evaluate()
+    before = made.evaluate(made.texts[1])
     progress = made.run()
     after = progress.held_out[made.steps]
-    assert len(progress.curve) == made.steps == -(-6 * len(made.windows) // 3)
+    assert len(progress.curve) == made.steps == -(-6 * len(made.texts[0]) // 3)
     assert after[0] < (0.6 if loss == "tokens" else 0.9) * before[0]
     assert progress.curve[-1][0] < progress.curve[0][0]
     if loss == "tokens":
@@ -78,6 +79,33 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(accumulate, target,
     assert again.run().curve == expected.curve  # nothing is left to do
 
 
+def test_what_the_target_goes_on_with_is_learnt_after_the_text(target, tmp_path):
+    """At a tenth of the rate, and looked at by itself; killed in either stage, the run ends as if it had not been."""
+    both = Windows.cut(encode([TEXT], Characters(), None), WINDOW).split(0.1, 5)
+    seen: list[torch.Tensor] = []
+
+    def made(name: str) -> Trainer:
+        torch.manual_seed(0)
+        of = replace(trainer(target, tmp_path / name, epochs=2, continued_epochs=1), continued=both)
+        of.read = lambda windows: (seen.append(windows.tokens), Trainer.read(of, windows))[1]  # type: ignore[method-assign, func-returns-value]
+        return of
+
+    whole = made("whole")
+    first, second = (stage.steps for stage in whole.stages)
+    assert (first, second) == (-(-2 * len(whole.texts[0]) // BATCH), -(-len(both[0]) // BATCH))
+    rates = [whole.rate(step) for step in range(whole.steps)]
+    assert max(rates[first:]) == pytest.approx(0.1 * max(rates[:first]))
+    assert whole.rate(first) == learning_rate(0, second, 0.1 * whole.options.learning_rate)
+    expected = whole.run()
+    assert len(expected.curve) == first + second
+    learnt = {tuple(row.tolist()) for tokens in seen for row in tokens}
+    assert {tuple(row.tolist()) for row in both[0].tokens} <= learnt
+    assert expected.held_out[whole.steps] == whole.evaluate(both[1])
+    run_until(first - 2, made("cut"))
+    run_until(first + 2, made("cut"))
+    assert made("cut").run() == expected
+
+
 def test_the_curve_depends_on_the_seed(target, tmp_path):
     curves = []
     for number, seed in enumerate((0, 0, 1)):
@@ -104,11 +132,11 @@ def test_accumulated_batches_give_the_gradient_of_a_larger_one(target, tmp_path,
 def test_later_drafts_count_as_the_recipe_says(target, tmp_path, monkeypatch):
     torch.manual_seed(0)
     made = trainer(target, tmp_path)
-    even = made.evaluate()[0]
+    even = made.evaluate(made.texts[1])[0]
     monkeypatch.setattr(type(made.head), "recipe", replace(made.head.recipe, decay=0.0))
-    first_only = made.evaluate()[0]
+    first_only = made.evaluate(made.texts[1])[0]
     monkeypatch.setattr(type(made.head), "recipe", replace(made.head.recipe, decay=0.5))
-    assert made.evaluate()[0] == pytest.approx(first_only + 0.5 * (even - first_only))
+    assert made.evaluate(made.texts[1])[0] == pytest.approx(first_only + 0.5 * (even - first_only))
 
 
 def test_the_target_stays_as_it_is(target, model, tmp_path):

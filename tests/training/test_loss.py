@@ -9,7 +9,14 @@ from torch import Tensor
 from emssd_compile.drafters import DraftHead
 from emssd_compile.drafters.head import Features
 from emssd_compile.errors import OptionError
-from emssd_compile.training.loss import position_scores, score_distribution, score_tokens
+from emssd_compile.training.loss import (
+    LOSSES,
+    Drafts,
+    position_scores,
+    score_acceptance,
+    score_distribution,
+    score_tokens,
+)
 
 B, S, V, DEPTH = 2, 7, 9, 3
 
@@ -31,7 +38,9 @@ def made() -> tuple[list[Tensor], Features, Tensor, Tensor]:
     return logits, Features(tokens, torch.empty(0), {}), torch.rand(B, S) > 0.3, torch.randn(B, S, V)
 
 
-def expected(logits: Tensor, ahead: int, features: Features, counts: Tensor, teacher: Tensor | None) -> Any:
+def expected(
+    logits: Tensor, ahead: int, features: Features, counts: Tensor, teacher: Tensor | None, learns: str
+) -> Any:
     """Loss and accuracies of the k-th drafts, one token at a time."""
     losses, top1, top5 = [], [], []
     for row in range(B):
@@ -46,22 +55,26 @@ def expected(logits: Tensor, ahead: int, features: Features, counts: Tensor, tea
                 losses.append(-log_q[right])
             else:
                 own = teacher[row, drafted - 1]  # where the target predicts that token
-                right = int(own.argmax())
-                losses.append(-sum(float(p) * q for p, q in zip(own.softmax(0), log_q, strict=True)))
+                right, p = int(own.argmax()), own.softmax(0).tolist()
+                if learns == "distribution":
+                    losses.append(-sum(each * q for each, q in zip(p, log_q, strict=True)))
+                else:
+                    distance = sum(abs(each - math.exp(q)) for each, q in zip(p, log_q, strict=True))
+                    losses.append(0.9 * distance - 0.1 * log_q[int(features.tokens[row, drafted])])
             rank = sorted(range(V), key=lambda token: -log_q[token]).index(right)
             top1.append(rank < 1)
             top5.append(rank < 5)
     return tuple(sum(each) / len(each) for each in (losses, top1, top5))
 
 
-@pytest.mark.parametrize("learns", ["tokens", "distribution"])
+@pytest.mark.parametrize("learns", LOSSES)
 def test_scores_are_those_of_the_formula(learns):
     logits, features, counts, teacher = made()
-    given = teacher if learns == "distribution" else None
-    scores = list(position_scores(Given(logits), features, counts, given))
+    given = None if learns == "tokens" else teacher
+    scores = list(position_scores(Given(logits), features, counts, given, learns))
     assert len(scores) == DEPTH
     for ahead, score in enumerate(scores, start=1):
-        loss, top1, top5 = expected(logits[ahead - 1].detach(), ahead, features, counts, given)
+        loss, top1, top5 = expected(logits[ahead - 1].detach(), ahead, features, counts, given, learns)
         assert float(score.loss.detach()) == pytest.approx(loss, rel=1e-5)
         assert score.accuracy.tolist() == pytest.approx([top1, top5])
 
@@ -82,7 +95,8 @@ def test_what_a_head_cannot_say_is_not_learnt():
     logits[..., 3] = -torch.inf
     logits.requires_grad_()
     counts = torch.ones(1, 3, dtype=torch.bool)
-    score = score_tokens(logits, torch.tensor([[0, 3, 1]]), counts)
+    tokens = torch.tensor([[0, 3, 1]])
+    score = score_tokens(Drafts(logits, tokens, counts, None))
     log_q = logits.detach()[..., :3].log_softmax(-1)
     assert float(score.loss.detach()) == pytest.approx(float(-(log_q[0, 0, 0] + log_q[0, 2, 1]) / 2))
     score.loss.backward()
@@ -94,13 +108,38 @@ def test_what_a_head_cannot_say_is_not_learnt():
     teacher = torch.randn(1, 3, 4)
     teacher[0, 1, 3] = 9  # where it finds it likeliest, nothing is learnt
     teacher[0, [0, 2], 3] = -1
-    score = score_distribution(logits, teacher, counts)
+    score = score_distribution(Drafts(logits, tokens, counts, teacher))
     p = teacher[..., :3].softmax(-1)
     assert float(score.loss.detach()) == pytest.approx(float(-(p * log_q).sum(-1)[0, [0, 2]].mean()), rel=1e-5)
     score.loss.backward()
     gradient = torch.as_tensor(logits.grad)
     assert gradient.isfinite().all()
     assert not gradient[0, 1].any()
+
+    logits.grad = None
+    tokens = torch.tensor([[3, 0, 1]])  # of the text, the first cannot be said; the teacher's distribution still counts
+    score = score_acceptance(Drafts(logits, tokens, counts, teacher))
+    distance = (p - log_q.exp()).abs().sum(-1)[0, [0, 2]]
+    assert float(score.loss.detach()) == pytest.approx(
+        float((0.9 * distance.sum() - 0.1 * log_q[0, 2, 1]) / 2), rel=1e-5
+    )
+    score.loss.backward()
+    assert torch.as_tensor(logits.grad).isfinite().all()
+
+
+def test_how_sure_a_head_is_is_learnt_from_what_would_be_accepted():
+    """The gradient of its log-odds is sigmoid(x) minus the share of draws that the target accepts; no other has one."""
+    logits, features, counts, teacher = made()
+    drafts = Drafts(logits[0], features.tokens, counts, teacher, torch.randn(B, S, requires_grad=True))
+    confidence = torch.as_tensor(drafts.confidence)
+    score_distribution(drafts).loss.backward()
+    accepted = torch.minimum(teacher.softmax(-1), logits[0].detach().softmax(-1)).sum(-1)
+    wanted = torch.where(counts, confidence.detach().sigmoid() - accepted, 0) / counts.sum()
+    torch.testing.assert_close(confidence.grad, wanted)
+    of_logits = logits[0].grad
+    logits[0].grad = None
+    score_distribution(Drafts(logits[0], features.tokens, counts, teacher)).loss.backward()
+    torch.testing.assert_close(logits[0].grad, of_logits)
 
 
 def test_where_nothing_counts_the_loss_is_nothing():

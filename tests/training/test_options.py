@@ -1,6 +1,6 @@
 import pytest
 
-from emssd_compile.drafters import RecurrentDrafter
+from emssd_compile.drafters import MLPSpeculator, RecurrentDrafter
 from emssd_compile.drafters.head import Recipe
 from emssd_compile.errors import OptionError
 from emssd_compile.training.options import TrainingOptions
@@ -28,9 +28,21 @@ def test_a_recurrent_head_learns_what_its_target_goes_on_with():
     assert not TrainingOptions.of(RecurrentDrafter.recipe, distil=False).distil
 
 
+def test_an_mlp_speculator_learns_the_text_and_then_what_its_target_goes_on_with():
+    """IBM's two stages; who says which of them is to be learnt from gets that one."""
+    prescribed = TrainingOptions.of(MLPSpeculator.recipe)
+    assert (prescribed.distil, prescribed.epochs, prescribed.continued_epochs) == (False, 2, 1)
+    for distil in (True, False):
+        one = TrainingOptions.of(MLPSpeculator.recipe, distil=distil)
+        assert (one.distil, one.continued_epochs) == (distil, 0)
+    assert TrainingOptions.of(MLPSpeculator.recipe, distil=False, continued_epochs=3).continued_epochs == 3
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"continued_epochs": -1}, "continued_epochs=-1 is out of range"),
+        ({"continued_epochs": 1, "distil": True}, "with distil, all are on continuations"),
         ({"epochs": 0}, "epochs=0 is out of range; pass at least 1"),
         ({"window": 3}, "window=3 is out of range"),
         ({"tokens": 10}, "tokens=10 is out of range; pass at least 24"),

@@ -31,20 +31,21 @@ from pathlib import Path
 import torch
 from torch import nn
 from emssd_compile.training.features import FrozenTarget
-from emssd_compile.training.processes import joined
+from emssd_compile.training.processes import launched
 from tests.training.toys import BATCH, WINDOW, toy_target, trainer
 
 out, given = Path(sys.argv[1]), json.loads(sys.argv[2])
 dropout = given.pop("dropout", 0.1)
-with joined(torch.device("cpu")) as processes:
+with launched("cpu") as (processes, _):
     torch.manual_seed(0)
     target = FrozenTarget(toy_target(), BATCH, WINDOW)
     torch.manual_seed(0)
     made = trainer(target, out, processes, **given)
     made.head.dropout.p = dropout
     progress = made.run()
-    if processes.is_first:
-        (out / "curve.json").write_text(json.dumps(progress.curve))
+    if processes.is_main_process:
+        made = {"curve": progress.curve, "held_out": list(progress.held_out.values())}
+        (out / "progress.json").write_text(json.dumps(made))
 """
 
 
@@ -129,18 +130,27 @@ def test_a_run_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(seed, m
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_two_processes_share_each_step(target, tmp_path):
-    """As torchrun starts them; their steps are those of one process with two batches a step."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = started(tmp_path / "two", *launcher, epochs=2, dropout=0.0)
-    said, _ = process.communicate(timeout=300)
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+}
+
+
+@pytest.mark.parametrize(("launcher", "accumulate"), [("torchrun", 1), ("accelerate", 2)])
+def test_two_processes_share_each_step(launcher, accumulate, target, tmp_path):
+    """Their steps, and looks at what is held out, are those of one process with twice the batches a step."""
+    given: dict[str, Any] = {"epochs": 2, "dropout": 0.0, "accumulate": accumulate}
+    process = started(tmp_path / "two", *LAUNCHERS[launcher], **given)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     torch.manual_seed(0)
-    one = trainer(target, tmp_path / "one", epochs=2, accumulate=2)
+    one = trainer(target, tmp_path / "one", epochs=2, accumulate=2 * accumulate)
     one.head.dropout.p = 0.0  # type: ignore[union-attr]
-    expected = one.run().curve
-    curve = json.loads((tmp_path / "two" / "curve.json").read_text())
-    torch.testing.assert_close(torch.tensor(curve)[:, 0], torch.tensor(expected)[:, 0], rtol=1e-3, atol=1e-4)
+    expected = one.run()
+    made = json.loads((tmp_path / "two" / "progress.json").read_text())
+    assert len(made["curve"]) == len(expected.curve)
+    for curve, of_one in ((made["curve"], expected.curve), (made["held_out"], [*expected.held_out.values()])):
+        torch.testing.assert_close(torch.tensor(curve)[:, 0], torch.tensor(of_one)[:, 0], rtol=1e-3, atol=1e-4)
 
 
 def predictable() -> nn.Module:
@@ -198,6 +208,8 @@ def test_every_kind_is_trained_and_what_is_written_is_what_was_trained(kind, mod
     monkeypatch.setattr("emssd_compile.training.report.measure_acceptance", lambda *given: MEASURED)
     monkeypatch.setattr("emssd_compile.training.train.FrozenTarget", lambda *given: target)
     trained = train(model, kind, texts(), tmp_path, options(sizes={}, epochs=1, learning_rate=1e-3))
+    without = [name for name, one in trained.named_parameters() if one.requires_grad and one.grad is None]
+    assert not without, "several processes would wait for the gradients of these"
     with (tmp_path / "curve.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file) if row["windows"] == "train"]
     assert losses[-1] < losses[0]

@@ -11,7 +11,7 @@ from emssd_compile.training.data import Windows, encode
 from emssd_compile.training.features import FrozenTarget
 from emssd_compile.training.loop import Trainer
 from emssd_compile.training.options import TrainingOptions
-from emssd_compile.training.processes import Processes
+from emssd_compile.training.processes import Accelerator, accelerator
 from emssd_compile.training.work import WorkFolder
 from tests.training.tiny_head import TinyHead
 from tests.zoo import toy_model
@@ -45,11 +45,11 @@ def options(**given: Any) -> TrainingOptions:
     return TrainingOptions(**defaults | {"sizes": sizes, "checkpoint_every": 3, "backend": "eager"} | given)
 
 
-def trainer(target: FrozenTarget, out: Path, processes: Processes | None = None, **given: Any) -> Trainer:
+def trainer(target: FrozenTarget, out: Path, processes: Accelerator | None = None, **given: Any) -> Trainer:
     """A trainer with a fresh head, as `train` makes it."""
     chosen = options(**given)
-    windows, held_out = Windows.cut(encode([TEXT], Characters(), None), WINDOW).split(0.1, chosen.seed)
+    windows = Windows.cut(encode([TEXT], Characters(), None), WINDOW).split(0.1, chosen.seed)
     target.tap(TinyHead.taps)
     head = TinyHead.for_target(target.as_target(), **chosen.sizes)
     head.prepare(target.as_target())
-    return Trainer(head, target, windows, held_out, chosen, processes or Processes(), WorkFolder(out))
+    return Trainer(head, target, windows, chosen, processes or accelerator(), WorkFolder(out))
