@@ -41,6 +41,12 @@ def test_a_batch_by_names_in_order():
     assert fast().generate_batch([]) == {}
 
 
+def test_progress_is_of_requests(capfd):
+    assert len(fast().generate_batch(PROMPTS[:3], CONFIG, progress_bar=True)) == 3
+    out, err = capfd.readouterr()
+    assert (out, "requests: 3/3" in err) == ("", True)
+
+
 def test_options_of_the_call_and_of_the_batching():
     eos = _new(PROMPTS[0])[3]
     found = fast().generate_batch(PROMPTS[:2], max_new_tokens=7, eos_token_id=eos)
