@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test versions lint format
+.PHONY: help demo test versions range lint format
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*##/make \1 -/p' $(MAKEFILE_LIST)
@@ -25,11 +25,16 @@ test: $(INSTALLED)  ## Run every test (JOBS=2 processes)
 
 # What is not named in WITH is taken from .venv.
 VERSIONED := .venv-versions
+QUICK := tests/test_hf.py
+TRANSFORMERS := 5.0.0 5.24.0
 versions: $(INSTALLED)  ## Run quick tests with other versions, as in WITH="transformers==5.24.0"
 	@$(BIN)/python -m venv --clear --without-pip $(VERSIONED)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VERSIONED)/lib/python3*/site-packages)/base.pth
 	@$(BIN)/pip --python $(VERSIONED)/bin/python install -qq $(WITH)
-	$(VERSIONED)/bin/python -m pytest tests/test_hf.py tests/test_session.py
+	$(VERSIONED)/bin/python -m pytest --quiet $(QUICK)
+
+range: $(INSTALLED)  ## Run quick tests with the oldest and the newest transformers that are supported
+	$(foreach version,$(TRANSFORMERS),$(MAKE) versions WITH=transformers==$(version) &&) true
 
 lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from emssd_compile.errors import ArtifactError
 from emssd_compile.export import Target, find_target
 from emssd_compile.export.folder import Files, fingerprints, new_folder, seal
 from emssd_compile.export.manifest import Manifest
+from emssd_compile.export.tokenizer import check_tokenizer, save_tokenizer
 from emssd_compile.generation import saved_options
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import StepFunction
@@ -97,6 +98,7 @@ def export(
     *,
     verify_only: bool,
     check: bool,
+    tokenizer: Any,
     advance: Callable[[int], None],
     **options: Any,
 ) -> None:
@@ -110,11 +112,12 @@ def export(
         check: decode a few random prompts with the artifact, if it runs on the kind of device that the weights are on,
             and compare the tokens; in float32, where rounding decides between two tokens only if their logits are
             nearly the same. It takes the memory of another set of KV caches.
+        tokenizer: of transformers, to lie in the artifact; None for no tokenizer.
         advance: called with 1 after each of `STAGES`.
         **options: the target's own.
 
     Raises:
-        OptionError, ArtifactError: as `prepare`, before any work.
+        OptionError, ArtifactError: as `prepare`, before any work; or what is no tokenizer.
         UnsupportedModelError: the target cannot express an op of the step; says which, and where it comes from.
         ArtifactError: the folder cannot be written, or the artifact decodes other tokens. Nothing is left behind.
         CapacityError: the KV caches of the check do not fit into memory.
@@ -122,8 +125,12 @@ def export(
     target, chosen, is_checked = prepare(
         target_name, options, what.device, what.dtype, verify_only=verify_only, check=check
     )
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     compiled = what.step.compiled
     with new_folder(folder) as draft:
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, draft)
         records = [*(compiled if verify_only else what.step).records]
         source = compiled.named() if verify_only else what.step.graph_module
         graph_module = apply_target_passes(source, compiled, target.passes(what.sizes, chosen), records)

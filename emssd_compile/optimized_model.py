@@ -527,6 +527,7 @@ class OptimizedModel(Decoder):
         row_options: Collection[str] | None = None,
         verify_only: bool = False,
         check: bool = True,
+        tokenizer: Any = None,
         progress: bool = False,
     ) -> None:
         """Write the step as an ONNX model of standard operators, with all that `emssd_compile.load` needs.
@@ -539,6 +540,7 @@ class OptimizedModel(Decoder):
                 Default: `min_new_tokens` and what the model's `generation_config` asks for.
             verify_only: the model on packed rows alone, for a loop of your own (`emssd_compile.export.open_graph`).
             check: decode a few prompts with the artifact before it is finished, and compare; in float32 only.
+            tokenizer: of transformers, to lie in the artifact, too (`emssd_compile.export.load_tokenizer`).
             progress: show a progress bar.
 
         Raises:
@@ -548,7 +550,7 @@ class OptimizedModel(Decoder):
                 check fails. Nothing is left behind.
             CapacityError: the check needs another set of KV caches, and they do not fit into memory.
         """
-        self._export("onnx", folder, verify_only, check, progress, row_options, opset_version=opset_version)
+        self._export("onnx", folder, verify_only, check, progress, row_options, tokenizer, opset_version=opset_version)
 
     def export_aot(
         self,
@@ -557,13 +559,14 @@ class OptimizedModel(Decoder):
         row_options: Collection[str] | None = None,
         verify_only: bool = False,
         check: bool = True,
+        tokenizer: Any = None,
         progress: bool = False,
     ) -> None:
         """Write the step as machine code (an AOTInductor package), with all that `emssd_compile.load` needs.
 
         Args and errors are those of `export_onnx`.
         """
-        self._export("aot", folder, verify_only, check, progress, row_options)
+        self._export("aot", folder, verify_only, check, progress, row_options, tokenizer)
 
     def export_tensorrt(
         self,
@@ -572,6 +575,7 @@ class OptimizedModel(Decoder):
         row_options: Collection[str] | None = None,
         verify_only: bool = False,
         check: bool = True,
+        tokenizer: Any = None,
         progress: bool = False,
         **options: Any,
     ) -> None:
@@ -579,7 +583,7 @@ class OptimizedModel(Decoder):
 
         Args:
             folder: the artifact; must not exist, or be empty.
-            row_options, verify_only, check, progress: as in `export_onnx`; the check needs a GPU.
+            row_options, verify_only, check, tokenizer, progress: as in `export_onnx`; the check needs a GPU.
             **options: the attributes of `emssd_compile.export.tensorrt.BuildOptions`: `compute_capabilities` (GPUs to
                 build for, as in `["8.9"]`; default: the one that is here), `attention`, `weights`, ...
 
@@ -588,7 +592,7 @@ class OptimizedModel(Decoder):
             UnsupportedModelError: TensorRT has nothing that does what an op does; says which, and where it comes from.
             ArtifactError: no TensorRT is installed, or it fails to build; says what it said. Nothing is left behind.
         """
-        self._export("tensorrt", folder, verify_only, check, progress, row_options, **options)
+        self._export("tensorrt", folder, verify_only, check, progress, row_options, tokenizer, **options)
 
     def _export(
         self,
@@ -598,6 +602,7 @@ class OptimizedModel(Decoder):
         check: bool,
         progress: bool,
         row_options: Collection[str] | None = None,
+        tokenizer: Any = None,
         **options: Any,
     ) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
@@ -609,4 +614,5 @@ class OptimizedModel(Decoder):
             step = self._step.suited(self._served_with(honoured), drafts_for_few=False)
         what = Exportable(step, self.options, self._engine.chunk, self.device, self.dtype, self.generation_config)
         with compiling, progress_bar(progress, len(STAGES), f"exporting to {target}") as advance:
-            export(what, target, Path(folder), verify_only=verify_only, check=check, advance=advance, **options)
+            chosen: dict[str, Any] = {"verify_only": verify_only, "check": check, "tokenizer": tokenizer, **options}
+            export(what, target, Path(folder), advance=advance, **chosen)

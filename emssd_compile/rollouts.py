@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from emssd_compile.chat import chat_tokens
 from emssd_compile.numeric import integer
@@ -51,24 +54,48 @@ class Rollouts:
         model = trainer.accelerator.unwrap_model(trainer.model)
         ids = [_tokens(prompt, trainer.processing_class) for prompt in prompts]
         ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        seeds = torch.randint(-(2**63), 2**63 - 1, (ranks, len(ids)), generator=self._seeds)[rank]
+        with self._compiled(model) as fast:
+            found: Any = fast.generate(
+                ids,
+                trainer.generation_config,
+                seed=self._next_seeds(len(ids), ranks, rank),
+                logprobs=True,
+                return_dict_in_generate=True,
+            )
+        new = [row[len(prompt) :] for row, prompt in zip(found.sequences, ids, strict=True)]
+        return {"prompt_ids": ids, "completion_ids": new, "logprobs": [each.tolist() for each in found.logprobs]}
+
+    def attach(self, model: nn.Module) -> None:
+        """Sample where a trainer calls `model.generate_batch`: with `use_transformers_continuous_batching=True`.
+
+        Only what transformers' `generate_batch` tells comes back, so log-probabilities are the trainer's to compute.
+        """
+
+        def generate_batch(inputs: Sequence[Sequence[int]], *given: Any, **options: Any) -> dict[str, Any]:
+            ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+            (seed, *_) = self._next_seeds(1, ranks, rank)
+            with self._compiled(model) as fast:
+                return fast.generate_batch(inputs, *given, seed=seed, **options)
+
+        model.generate_batch = generate_batch  # type: ignore[assignment]
+
+    def _next_seeds(self, count: int, ranks: int, rank: int) -> list[int]:
+        """So many, which no other process has."""
+        seeds: list[int] = torch.randint(-(2**63), 2**63 - 1, (ranks, count), generator=self._seeds)[rank].tolist()
+        return seeds
+
+    @contextlib.contextmanager
+    def _compiled(self, model: nn.Module) -> Iterator[OptimizedModel]:
+        """The compiled model; what is in training is in evaluation meanwhile."""
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
             if self.fast is None:
                 self.fast = optimize(model, **self._options)
-            found: Any = self.fast.generate(
-                ids,
-                trainer.generation_config,
-                seed=seeds.tolist(),
-                logprobs=True,
-                return_dict_in_generate=True,
-            )
+            yield self.fast
         finally:
             for module in training:
                 module.training = True
-        new = [row[len(prompt) :] for row, prompt in zip(found.sequences, ids, strict=True)]
-        return {"prompt_ids": ids, "completion_ids": new, "logprobs": [each.tolist() for each in found.logprobs]}
 
 
 def _tokens(prompt: Any, tokenizer: Any) -> list[int]:

@@ -23,7 +23,7 @@ from emssd_compile.step.parts import Part
 
 _HARMLESS_OF_MODULES = frozenset(
     {
-        *("generation_config", "name_or_path", "_compiled_call_impl", "_emssd_compiled"),
+        *("generation_config", "generate_batch", "name_or_path", "_compiled_call_impl", "_emssd_compiled"),
         *("_compiled_call", "_last_compile_config", "_previous_max_cache_length"),  # of transformers' generate
         *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks"),
         *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),

@@ -10,6 +10,7 @@ import importlib
 from emssd_compile.errors import OptionError
 from emssd_compile.export.opening import LoadedGraph, open_graph
 from emssd_compile.export.target import Target
+from emssd_compile.export.tokenizer import load_tokenizer
 
 TARGETS = ("onnx", "tensorrt", "aot")
 
@@ -22,4 +23,4 @@ def find_target(name: str) -> Target:
     return target
 
 
-__all__ = ["TARGETS", "LoadedGraph", "Target", "find_target", "open_graph"]
+__all__ = ["TARGETS", "LoadedGraph", "Target", "find_target", "load_tokenizer", "open_graph"]

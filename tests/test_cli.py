@@ -292,8 +292,16 @@ def test_an_export_is_an_artifact_and_inspect_says_what_is_in_it(models, tmp_pat
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
-    for entry in ("onnx: step", "NoDrafter", "history", "[2, 48]", "cache", "step.onnx"):
+    for entry in ("onnx: step", "NoDrafter", "history", "[2, 48]", "cache", "step.onnx", "tokenizer/tokenizer.json"):
         assert entry in shown
+    prompt = ["generate", "--model", str(out), "--prompt", PROMPTS[0], "--max-new-tokens", str(NEW_TOKENS)]
+    assert main(prompt) == 0
+    assert capsys.readouterr().out == own_text(models / "target", PROMPTS[0]) + "\n"
+    assert main([*prompt, "--max-batch", "4"]) == 1
+    assert "--max-batch was chosen when" in capsys.readouterr().err.replace("\n", " ")
+    here = (str(models), str(tmp_path), sys.prefix, str(Path(__file__).parents[1]))
+    for file in filter(Path.is_file, out.rglob("*")):
+        assert not [place for place in here if place.encode() in file.read_bytes()], file
     (out / "step.onnx").write_bytes(b"")
     assert main(["inspect", str(out)]) == 1
     assert "0 bytes" in capsys.readouterr().err.replace("\n", " ")

@@ -1,6 +1,7 @@
 """transformers' interface of continuous batching: the tokens of `generate` for each prompt alone."""
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from emssd_compile.errors import InvalidInputError, OptionError, SessionError
+from emssd_compile.session import Session
 from tests.export.subjects import VOCABULARY, prompt
 from tests.sessions import NEW, WAIT, alone, fast, held
 
@@ -37,6 +39,12 @@ def test_a_batch_by_names_in_order():
     assert len(times) == NEW
     assert times == sorted(times)
     assert fast().generate_batch([]) == {}
+
+
+def test_progress_is_of_requests(capfd):
+    assert len(fast().generate_batch(PROMPTS[:3], CONFIG, progress_bar=True)) == 3
+    out, err = capfd.readouterr()
+    assert (out, "requests: 3/3" in err) == ("", True)
 
 
 def test_options_of_the_call_and_of_the_batching():
@@ -104,8 +112,8 @@ def test_a_request_that_is_refused_leaves_no_trace():
     with pytest.raises(InvalidInputError):
         manager.add_request([999], request_id="bad")
     assert manager.background_thread_status.fatal_error is None
-    assert manager._session is not None
-    with held(manager._session):
+    assert manager._run is not None
+    with held(manager._run.session):
         manager.add_request(PROMPTS[0], request_id="bad")
         with pytest.raises(OptionError, match="'bad': a request of that name"):
             manager.add_request(PROMPTS[0], request_id="bad")
@@ -123,8 +131,8 @@ def test_a_request_that_is_refused_leaves_no_trace():
 def test_a_stop_that_does_not_wait_cancels():
     manager = fast().init_continuous_batching(CONFIG)
     manager.start()
-    assert manager._session is not None
-    with held(manager._session):
+    assert manager._run is not None
+    with held(manager._run.session):
         manager.add_requests(PROMPTS)
         stopping = threading.Thread(target=manager.stop, kwargs={"hard_stop": True})
         stopping.start()
@@ -133,6 +141,62 @@ def test_a_stop_that_does_not_wait_cancels():
     results = [*manager]
     assert len(results) == len(PROMPTS)
     assert all(len(each.generated_tokens) < NEW for each in results[-2:])
+
+
+def test_a_start_while_a_stop_is_ending_waits_for_it(monkeypatch):
+    closed, go = threading.Event(), threading.Event()
+    close = Session.close
+
+    def slow(session: Session, wait: bool = False) -> None:
+        close(session, wait)
+        closed.set()
+        assert go.wait(WAIT)
+
+    manager = fast().init_continuous_batching(CONFIG)
+    manager.start()
+    monkeypatch.setattr(Session, "close", slow)
+    threads = [threading.Thread(target=manager.stop)]
+    threads[0].start()
+    assert closed.wait(WAIT)
+    threads += [threading.Thread(target=manager.start) for _ in range(2)]
+    for thread in threads[1:]:
+        thread.start()
+    threads[1].join(0.2)
+    go.set()
+    for thread in threads:
+        thread.join(WAIT)
+    manager.add_request(PROMPTS[0], request_id="after")
+    result = manager.get_result("after", timeout=WAIT)
+    assert result is not None, "the event loop of the new session is not the one that was stopped"
+    assert result.generated_tokens == _new(PROMPTS[0])
+    manager.stop(timeout=WAIT)
+
+
+def test_threads_that_start_and_stop_at_once():
+    """A request between them is refused or decoded, and nothing is left running."""
+    manager = fast().init_continuous_batching(CONFIG)
+    wrong, names = list[object](), list[str]()
+
+    def flip(number: int) -> None:
+        try:
+            for turn in range(6):
+                manager.start()
+                with contextlib.suppress(SessionError):
+                    names.append(manager.add_request(PROMPTS[number], f"{number}/{turn}"))
+                manager.stop(block=turn % 2 == 0, timeout=WAIT)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=flip, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * WAIT)
+    manager.stop(timeout=WAIT)
+    results = {each.request_id: each.generated_tokens for each in manager}
+    assert not wrong
+    assert results == {name: _new(PROMPTS[int(name[0])]) for name in names}
+    assert not [thread for thread in threading.enumerate() if thread.name == "emssd_compile.results"]
 
 
 @pytest.fixture
@@ -185,7 +249,7 @@ def test_a_handler_gets_what_came_before_it():
     async def hear(manager: Any) -> list[Any]:
         heard, done = list[Any](), asyncio.Event()
         manager.add_request(PROMPTS[2], request_id="early", streaming=True)
-        while manager._open:
+        while not manager._results.wait(0):
             await asyncio.sleep(0.01)
 
         def take(result: Any) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def _has_source(test: Path) -> bool:
         for mark in ("", "_")
         for suffix in (".py", "")
     )
+
+
+def test_the_range_of_transformers_is_the_same_everywhere():
+    (oldest, newest) = re.search(r"TRANSFORMERS := (\S+) (\S+)\n", (ROOT / "Makefile").read_text()).groups()
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hf"][0]
+    assert f"{asked.removeprefix('transformers>=')}.0.0" == oldest
+    assert f"{oldest} and {newest}, the oldest and the newest" in (ROOT / "README.md").read_text()
+    assert "make range" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers", reason="trainers hand over its generation configs")
 
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from emssd_compile.rollouts import Rollouts
 from tests.exactness.models import build
@@ -74,6 +74,41 @@ def test_a_rollout_is_of_the_weights_as_they_are():
     again = Rollouts(seed=3, **OPTIONS)
     assert again(PROMPTS, trainer) == first
     assert again(PROMPTS, trainer)["completion_ids"] != first["completion_ids"]
+
+
+def _generated(model: Any, **options: Any) -> list[list[int]]:
+    """What TRL's GRPOTrainer does with `use_transformers_continuous_batching=True`."""
+    config = GenerationConfig(max_new_tokens=NEW, pad_token_id=0, **options)
+    batching = ContinuousBatchingConfig()
+    prompts = [Letters()("abc")["input_ids"]] * 3
+    with torch.no_grad():
+        found = model.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=batching, progress_bar=False
+        )
+    model.train()
+    return [each.generated_tokens for each in found.values()]
+
+
+def test_a_model_that_they_are_attached_to_samples_with_them_with_its_weights_as_they_are():
+    model: Any = build("llama")
+    rollouts = Rollouts(seed=3, **OPTIONS)
+    rollouts.attach(model)
+    model.train()
+    assert len({tuple(new) for new in _generated(model, do_sample=True, top_k=0)}) == 3
+    ids = torch.tensor([Letters()("abc")["input_ids"]])
+    seen = []
+    for _ in range(2):
+        found = _generated(model, do_sample=False)
+        model.eval()
+        expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
+        model.train()
+        assert found == [expected] * 3
+        seen.append(expected)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(-1.0)
+    assert seen[0] != seen[1]
+    assert rollouts.fast is not None
+    assert rollouts.fast.stats.num_emitted_tokens == 9 * NEW
 
 
 def test_processes_draw_other_members_of_a_group():

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import emssd_compile.export as targets
-from emssd_compile.cli.models import PROGRAM, add_command, add_model, add_sizes, load_model, optimize
+from emssd_compile.cli.models import PROGRAM, add_command, add_model, add_sizes, load_model, optimize, tokenizer_beside
 from emssd_compile.cli.target_options import add_target_options, target_options
 from emssd_compile.export.folder import check_new
 from emssd_compile.exporting import prepare
@@ -30,7 +30,8 @@ examples:
   {PROGRAM} export --model llama/ --to onnx --verify-only --out llama.verify/
       the model on packed rows alone, for a loop of your own
 
-In Python, emssd_compile.load("llama.onnx/") gives back an object with the same generate.
+The tokenizer beside the model is copied into the artifact, and then `{PROGRAM} generate --model llama.onnx/` takes
+text. In Python, emssd_compile.load("llama.onnx/") gives back an object with the same generate.
 """
 
 
@@ -56,9 +57,11 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     common: dict[str, Any] = {"verify_only": arguments.verify_only, "check": not arguments.no_check}
     check_new(arguments.out)  # before the work, which takes a while
     prepare(arguments.to, options, torch.device("cpu"), getattr(torch, arguments.dtype), **common)
+    tokenizer = tokenizer_beside(arguments.model)
     model = load_model(arguments.model, arguments.dtype, "--model")
     with notes.status("capturing the model"):
         fast = optimize(model, arguments)
     export = getattr(fast, f"export_{arguments.to}")
-    export(arguments.out, row_options=arguments.row_options, progress=True, **common, **options)
+    common |= {"row_options": arguments.row_options, "tokenizer": tokenizer}
+    export(arguments.out, progress=True, **common, **options)
     notes.print(f"{arguments.out} is written; `{PROGRAM} inspect {arguments.out}` shows what is in it")

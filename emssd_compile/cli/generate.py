@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+import emssd_compile
 from emssd_compile.cli.decoding import add_decoding, sampling, stats_table
 from emssd_compile.cli.models import (
     PROGRAM,
@@ -19,11 +20,13 @@ from emssd_compile.cli.models import (
     add_memory,
     add_model,
     add_sizes,
+    is_artifact,
     load_model,
     load_tokenizer,
     optimize,
 )
 from emssd_compile.cli.prompts import Prompt, read_prompts
+from emssd_compile.decoder import Decoder
 from emssd_compile.errors import OptionError
 
 EXAMPLES = f"""
@@ -34,7 +37,8 @@ examples:
       a smaller model of the same vocabulary drafts; all prompts are decoded together, none is padded
   {PROGRAM} generate --model llama/ --drafter none --backend eager --prompt-file essay.txt
       no drafts and no compilation: slower, and the same text
-
+  {PROGRAM} generate --model llama.onnx/ --prompt "def fibonacci(n):"
+      an artifact with its tokenizer, as `export` writes one; what was chosen when it was written is no option here
   {PROGRAM} generate --model llama/ --chat --temperature 0.7 --top-p 0.9 --stop "Q:" --stream --prompt "What is jazz?"
       a chat's answer, drawn, word by word as it comes
   {PROGRAM} generate --model llama/ --prompt-file - --format jsonl
@@ -49,6 +53,12 @@ prompt files:
 The text goes to standard output, everything else to standard error. With --format jsonl an object a line does: what the
 prompt came in, with "completion" and "num_new_tokens" added, and for token ids "completion_ids".
 """
+
+_CHOSEN = (
+    *("drafter", "num_draft_tokens", "dtype", "max_batch", "max_length", "layout", "deterministic"),
+    *("memory", "kv_tokens", "backend"),
+)
+"""What a compiled model is made for: of an artifact, no option any more."""
 
 
 def add(commands: Any) -> None:
@@ -67,6 +77,7 @@ def add(commands: Any) -> None:
         help="see below; may be repeated",
     )
     add_decoding(parser)
+    parser.set_defaults(chosen={name: parser.get_default(name) for name in _CHOSEN})
     parser.add_argument("--format", choices=("text", "jsonl"), default="text", help="see below (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="print a single prompt's text as it comes")
 
@@ -81,13 +92,10 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         prompts = [prompt.as_chat() for prompt in prompts]
     tokenizer = load_tokenizer(arguments.model)
     ids = [prompt.tokens(tokenizer) for prompt in prompts]
-    arguments.max_length = _length(ids, arguments)
     if arguments.stop:
         how |= {"stop_strings": arguments.stop, "tokenizer": tokenizer}
-    model = load_model(arguments.model, arguments.dtype, "--model")
-    with notes.status("compiling"):
-        fast = optimize(model, arguments)
-        fast.warmup()
+    open_decoder = _load if is_artifact(arguments.model) else _compile
+    fast = open_decoder(ids, arguments, notes)
     if arguments.stream:
         from transformers import TextStreamer
 
@@ -103,6 +111,26 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         ]
         _write(prompts, completed, arguments.format)
     notes.print(stats_table(fast.stats, seconds))
+
+
+def _load(ids: Sequence[Sequence[int]], arguments: argparse.Namespace, notes: Console) -> Decoder:
+    """An artifact."""
+    given = [name for name, default in arguments.chosen.items() if getattr(arguments, name) != default]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise OptionError(f"{flag} was chosen when {arguments.model} was written; leave it out, or export again")
+    with notes.status("loading"):
+        return emssd_compile.load(arguments.model)
+
+
+def _compile(ids: Sequence[Sequence[int]], arguments: argparse.Namespace, notes: Console) -> Decoder:
+    """A model, compiled for rows that hold these prompts."""
+    arguments.max_length = _length(ids, arguments)
+    model = load_model(arguments.model, arguments.dtype, "--model")
+    with notes.status("compiling"):
+        fast = optimize(model, arguments)
+        fast.warmup()
+    return fast
 
 
 def _length(ids: Sequence[Sequence[int]], arguments: argparse.Namespace) -> int:

@@ -16,11 +16,15 @@ import emssd_compile
 from emssd_compile.checkpoints import CONFIG
 from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, head_kind
 from emssd_compile.errors import OptionError
+from emssd_compile.export import manifest
+from emssd_compile.export.tokenizer import load_tokenizer as load_tokenizer_of_artifact
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import MEMORY
 
 PROGRAM = "emssd-compile"
+
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def positive(text: str) -> int:
@@ -161,13 +165,25 @@ def load_model(folder: Path, dtype: str, option: str) -> nn.Module:
     return model.eval()
 
 
+def tokenizer_beside(folder: Path) -> Any:
+    """The tokenizer beside a model; None if there are no files of one. Raises OptionError if it cannot be loaded."""
+    return load_tokenizer(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
+
+
 def load_config(folder: Path) -> Any:
     """A model's configuration."""
     return _load("AutoConfig", folder, "--model")
 
 
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder is one that an export wrote."""
+    return (folder / manifest.NAME).is_file()
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside a model."""
+    """The tokenizer beside a model, or that of an artifact."""
+    if is_artifact(folder):
+        return load_tokenizer_of_artifact(folder)
     return _load("AutoTokenizer", folder, "--model")
 
 

@@ -18,6 +18,7 @@ from emssd_compile.export.folder import Files
 from emssd_compile.export.installed import load_library
 from emssd_compile.export.onnx.model import FILE
 from emssd_compile.export.schema import KEY, differences, text
+from emssd_compile.export.tokenizer import is_of_tokenizer
 from emssd_compile.step.signature import Signature
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def open_session(files: Files, details: Mapping[str, Any], signature: Signature,
     options.log_severity_level = 3
     chosen = [(provider, {"device_id": str(device.index)})] if device.type == "cuda" else []
     model = files.read(FILE)
-    weights = {name: files.map(name) for name in files.names if name != FILE}
+    weights = {name: files.map(name) for name in files.names if name != FILE and not is_of_tokenizer(name)}
     options.add_external_initializers_from_files_in_memory(
         [*weights], [*weights.values()], [*map(len, weights.values())]
     )

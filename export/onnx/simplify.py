@@ -12,6 +12,8 @@ from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 from onnxscript.rewriter.rules.fusion._rotary_embedding import fuse_rotary_embedding
 
+from emssd_compile.export.onnx.naming import name_nodes, name_sizes
+
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze")
 
 
@@ -31,7 +33,9 @@ def simplify(model: ir.Model) -> None:
     common.DeduplicateInitializersPass(size_limit=1 << 13)(model)  # small weights were transposed at each use
     common.CommonSubexpressionEliminationPass()(model)  # sines and cosines, for each rotary embedding
     common.RemoveUnusedNodesPass()(model)
-    common.ClearMetadataAndDocStringPass()(model)  # which source files each node came from
+    name_sizes(model.graph)
+    name_nodes(model.graph)
+    common.ClearMetadataAndDocStringPass()(model)  # notes of source files, and what the names say by now
 
 
 class _RotateInPlace(pattern.RewriteRuleClassBase):

@@ -66,6 +66,12 @@ def test_the_check_holds_one_set_of_caches_at_a_time(fast, tmp_path, monkeypatch
     assert len(made) == 2
 
 
+def test_each_stage_is_told_when_it_is_done(fast, tmp_path, capfd):
+    fast._export("toy", tmp_path / "artifact", False, True, True)
+    out, err = capfd.readouterr()
+    assert (out, "exporting to toy: 4/4" in err) == ("", True)
+
+
 def test_an_artifact_that_decodes_other_tokens_is_not_finished(fast, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "distort", lambda results: {**results, "history": results["history"].flip(0)})
     with pytest.raises(ArtifactError, match="decodes other tokens"):
