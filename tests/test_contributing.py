@@ -38,7 +38,7 @@ def _has_source(test: Path) -> bool:
 
 
 def test_the_range_of_transformers_is_the_same_everywhere():
-    (oldest, newest) = re.search(r"TRANSFORMERS := (\S+) (\S+)\n", (ROOT / "Makefile").read_text()).groups()
+    ((oldest, newest),) = re.findall(r"TRANSFORMERS := (\S+) (\S+)\n", (ROOT / "Makefile").read_text())
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hf"][0]
     assert f"{asked.removeprefix('transformers>=')}.0.0" == oldest
     assert f"{oldest} and {newest}, the oldest and the newest" in (ROOT / "README.md").read_text()

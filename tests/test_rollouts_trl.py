@@ -40,7 +40,7 @@ def test_a_trainer_samples_with_rollouts_and_with_the_weights_of_each_step(tmp_p
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     model: Any = build("llama")
     words = Tokenizer(models.WordLevel({str(token): token for token in range(model.config.vocab_size)}, "0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", padding_side="left")
     rollouts = Rollouts(seed=3, max_batch=4, max_length=32, backend="eager", layout="packed")
     rollouts.attach(model)

@@ -43,7 +43,7 @@ def _node(op, inputs, scopes):
 
 def test_what_lies_between_modules_is_of_the_innermost_that_has_both():
     given = ir.val("input_ids", shape=["s3"], type=ir.TensorType(ir.DataType.FLOAT))
-    nodes = []
+    nodes = list[ir.Node]()
     for op, scopes in {
         "Abs": None,
         "Neg": ["model", "model.layers.0.attn.q"],
