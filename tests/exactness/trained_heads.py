@@ -197,7 +197,8 @@ class InTurn(Drafter):
             parents = torch.arange(draft.tokens.shape[1], device=turn.device).expand_as(draft.tokens)
             parents = F.pad(parents if draft.parents is None else draft.parents, (0, missing))
             each = (F.pad(draft.tokens, (0, missing)), parents, draft.lengths[:, None])
-            taken = [torch.where(turn == number, *pair) for pair in zip(each, taken or each, strict=True)]
+            pairs = zip(each, taken, strict=True) if taken else ()
+            taken = [torch.where(turn == number, *pair) for pair in pairs] or [*each]
         tokens, parents, lengths = taken
         return Draft(tokens, lengths.squeeze(1), gather_tensors(states), parents=parents)
 
