@@ -169,7 +169,7 @@ def _said(argument: Any) -> Hashable:
     if isinstance(value, FakeTensor):
         return _described(value)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value.node.expr
+        return value.node.expr  # type: ignore[no-any-return]
     if isinstance(value, (list, tuple)):
         return tuple(map(_said, value))
     if isinstance(value, dict):

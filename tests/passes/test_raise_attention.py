@@ -1,6 +1,7 @@
 """`raise_attention`: every form that models write attention in becomes one op, or is refused."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -160,11 +161,11 @@ def _spelled_out(factor: float, width: int = LONGEST):
     ],
 )
 def test_masks_that_layers_compute_alike_are_evaluated_once(monkeypatch, layers, evaluated):
-    calls = []
-    monkeypatch.setattr(raise_attention, "recognise", lambda *given: calls.append(given) or recognise(*given))
+    evaluating = Mock(wraps=recognise)
+    monkeypatch.setattr(raise_attention, "recognise", evaluating)
     model = _layers(*layers)
     graph_module, _ = capture_and_apply(model, DropNoops(), RaiseAttention(LONGEST))
-    assert len(calls) == evaluated
+    assert evaluating.call_count == evaluated
     assert ops(graph_module)["attention"] == len(layers)
     torch.testing.assert_close(run(graph_module, 40), eager(model, 40), rtol=1e-5, atol=1e-5)
 
