@@ -66,6 +66,7 @@ TRAINED = (*SHIPPED, SMOLLM2)
 CONFIGS = {
     "opt-2.7b": lambda: _opt(2560, 32, 32),
     "opt-6.7b": lambda: _opt(4096, 32, 32),
+    "llama-0.5b": lambda: _llama(1024, 24, 16, 8, 4096, vocab_size=49152),
     "llama-3-8b": lambda: _llama(4096, 32, 32, 8, 14336),
     "tiny-gpt2": lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=4096, initializer_range=64**-0.5),
     "tiny-opt": lambda: _opt(64, 2, 4, vocab_size=4096),

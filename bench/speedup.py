@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from rich.progress import Progress
+from transformers import PreTrainedModel
 
 from bench import command, shapes, speedup_report
 from bench.baselines import hf_generate
@@ -105,10 +106,15 @@ def prepare(
     }
     needed = sorted({index for batch in options.batches for index in shapes.spread(range(len(prompts)), batch)})
     expected = {
-        index: hf_generate.run(model, [prompts[index]], max_new_tokens=options.tokens).tokens[0]
+        index: alone(model, prompts[index], options.tokens)
         for index in progress.track(needed, description="decoding each prompt alone, for comparison")
     }
     return attempts, expected
+
+
+def alone(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
+    """The model's own greedy continuation of a prompt."""
+    return hf_generate.run(model, [prompt], max_new_tokens=tokens).tokens[0]
 
 
 def measure(

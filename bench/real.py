@@ -1,0 +1,231 @@
+"""Models of real sizes in several precisions: speed beside that of transformers, seconds to start, memory.
+
+    python -m bench.real
+    python -m bench.real --models smollm2 --precisions float32 int8 --batches 1 8 --json real.json
+
+Of each model and precision there are two starts of the compiled model, in processes of their own: on an empty cache,
+and after that. Then all ways to decode alternate in a third process, as `bench.speedup` has them. int8 is torchao's, of
+weights only: what transformers does with it is what torchao makes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from statistics import median
+from typing import TypeVar
+from unittest.mock import patch
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+
+import emssd_compile
+from bench import command, shapes, speedup
+from bench.candidates import CANDIDATES, Attempt, Task
+from bench.figures import Phase
+from bench.memory import kv_bytes
+from emssd_compile.errors import OptionError
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+WAYS = ("hf_generate", "hf_generate_static", "ours_none", "ours_auto")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A process that compiles a model and decodes; sizes are in bytes, and what imports take does not count.
+
+    Attributes:
+        load, optimize, warmup, first_token: seconds of each, one after the other.
+        peak: the most memory that there was.
+        needed: what weights and KV caches take.
+    """
+
+    load: float
+    optimize: float
+    warmup: float
+    first_token: float
+    peak: int
+    needed: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A way to decode at a batch size.
+
+    Attributes:
+        way: its name.
+        batch: rows.
+        tokens_per_second: of all rows, prompts included; None where it failed.
+        first_token: seconds until all rows have their first token.
+        acceptance_length: tokens a row and step.
+        tokens_identical: whether all tokens are those of the model's own decoding of each prompt alone.
+        failure: why there are no figures.
+    """
+
+    way: str
+    batch: int
+    tokens_per_second: float | None = None
+    first_token: float | None = None
+    acceptance_length: float | None = None
+    tokens_identical: bool | None = None
+    failure: str | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Start, decode, print, save."""
+    options = parse_arguments(arguments)
+    console, tables = command.make_console(), []
+    for model in options.models:
+        for precision in options.precisions:
+            title = f"{model}, {precision}"
+            with console.status(title):
+                try:
+                    starts, speeds = measure(model, precision, options)
+                except OptionError as error:
+                    console.print(f"{title}: {error}")
+                    continue
+            tables.append({"title": title, "starts": [*map(asdict, starts)], "rows": [*map(asdict, speeds)]})
+            console.print(starts_table(title, starts), speeds_table(title, speeds))
+            if options.json:
+                command.save(options.json, "bench.real", tables)
+    console.print(f"{command.describe(command.hardware())}\n{command.describe(command.versions())}")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = command.argument_parser(__doc__, repeats=3, least_seconds=0)
+    number = command.at_least(1)
+    parser.add_argument("--models", nargs="+", choices=shapes.NAMES, default=["smollm2", "llama-0.5b"], metavar="NAME")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=[*PRECISIONS], metavar="NAME")
+    parser.add_argument("--ways", nargs="+", choices=CANDIDATES, default=[*WAYS], metavar="NAME", help="to decode")
+    parser.add_argument("--batches", type=number, nargs="+", default=[1, 4, 8, 16], metavar="B", help="(%(default)s)")
+    parser.add_argument("--tokens", type=command.at_least(2), default=64, help="new tokens a row (%(default)s)")
+    parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor", help="ours (%(default)s)")
+    return command.parse(parser, arguments)
+
+
+def measure(model: str, precision: str, options: argparse.Namespace) -> tuple[list[Start], list[Speed]]:
+    """A cold start, a warm one, and the speed of all ways, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+        starts = [apart(start, model, precision, options) for _ in ("cold", "warm")]
+        return starts, apart(speeds_of, model, precision, options)
+
+
+def apart(work: Callable[..., Result], *arguments: object) -> Result:
+    """What `work` gives in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def build(name: str, precision: str, device: torch.device) -> PreTrainedModel:
+    """A model of `shapes`. Raises OptionError if what it takes is not installed."""
+    if precision != "int8":
+        return shapes.build(name, device, getattr(torch, precision))
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise OptionError("int8 needs torchao: pip install torchao") from error
+    model = shapes.build(name, device)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def start(name: str, precision: str, options: argparse.Namespace) -> Start:
+    """Compile with prompt lookup and decode once, as a program of a user does."""
+    prompts = shapes.spread(shapes.prompts(name), max(options.batches))
+    longest, before = max(map(len, prompts)) + options.tokens, _peak()
+    model, load = command.timed(partial(build, name, precision, options.device), options.device)
+    sizes = {"max_batch": len(prompts), "max_length": longest}
+    compile_it = partial(emssd_compile.optimize, model, "prompt-lookup", backend=options.backend, **sizes)
+    fast, optimize = command.timed(compile_it, options.device)
+    _, warmup = command.timed(fast.warmup, options.device)
+    _, first_token = command.timed(partial(fast.generate, prompts[:1], max_new_tokens=1), options.device)
+    fast.generate(prompts, max_new_tokens=options.tokens, eos_token_id=None)
+    needed = sum(map(_bytes, model.parameters())) + kv_bytes(fast)
+    return Start(load, optimize, warmup, first_token, _peak() - before, needed)
+
+
+def speeds_of(name: str, precision: str, options: argparse.Namespace) -> list[Speed]:
+    """All ways at all batch sizes, as `bench.speedup` measures them."""
+    model, prompts = build(name, precision, options.device), shapes.prompts(name)
+    longest = max(map(len, prompts)) + options.tokens
+    task = Task(
+        model,
+        None,
+        max_batch=max(options.batches),
+        max_length=longest,
+        lookup_tokens=7,
+        max_ngram=3,
+        draft_tokens=4,
+        backend=options.backend,
+    )
+    attempts = {way: Attempt(partial(CANDIDATES[way], task)) for way in options.ways}
+    speeds = []
+    for batch in options.batches:
+        rows = shapes.spread(prompts, batch)
+        expected = [speedup.alone(model, row, options.tokens) for row in rows]
+        with Progress(disable=True) as progress:
+            figures = speedup.measure(attempts, rows, expected, options, progress)
+        for each in figures:
+            if each.failure is not None:
+                speeds.append(Speed(each.name, batch, failure=each.failure))
+                continue
+            speed, first = each.tokens_per_second(Phase.TOTAL), median(each.prefill_seconds)
+            speeds.append(Speed(each.name, batch, speed, first, each.acceptance_length, each.identical))
+    return speeds
+
+
+def starts_table(title: str, starts: Sequence[Start]) -> Table:
+    """For `rich`."""
+    table = Table("start", "load, s", "optimize, s", "warmup, s", "first token, s", "peak, MiB", "of weights and KV")
+    table.title = title
+    for name, each in zip(("cold", "warm"), starts, strict=True):
+        seconds = (f"{value:.2f}" for value in (each.load, each.optimize, each.warmup, each.first_token))
+        table.add_row(name, *seconds, f"{each.peak >> 20}", f"{each.peak / each.needed:.2f}")
+    return table
+
+
+def speeds_table(title: str, speeds: Sequence[Speed]) -> Table:
+    """For `rich`; ratios are over `hf_generate` at the same batch size."""
+    table = Table(
+        "rows", "way", "tokens/s", "x hf_generate", "first token, s", "tokens a step", "identical", title=title
+    )
+    reference = {each.batch: each.tokens_per_second for each in speeds if each.way == "hf_generate"}
+    for each in speeds:
+        if each.tokens_per_second is None:
+            table.add_row(str(each.batch), each.way, each.failure or "")
+            continue
+        base = reference.get(each.batch)
+        ratio = f"{each.tokens_per_second / base:.2f}" if base else ""
+        cells = f"{each.tokens_per_second:.0f}", ratio, f"{each.first_token:.2f}", f"{each.acceptance_length:.2f}"
+        table.add_row(str(each.batch), each.way, *cells, "yes" if each.tokens_identical else "no")
+    return table
+
+
+def _peak() -> int:
+    """Bytes of the most memory that this process had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of a tensor, or of those that it wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
+
+
+if __name__ == "__main__":
+    main()
