@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the command line loads Hugging Face models")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import emssd_compile
 from emssd_compile import cli
@@ -369,4 +369,7 @@ def test_an_export_is_checked_unless_that_is_declined(models, tmp_path, monkeypa
     command = ["export", "--model", str(models / "target"), "--to", "aot", "--out", str(tmp_path / "artifact")]
     names = ["repetition_penalty", "logit_bias"]
     assert main([*command, "--drafter", "none", "--max-length", "32", *flags, "--row-options", *names]) == 0
-    assert seen == [{"progress": True, "verify_only": False, "check": check, "row_options": names}]
+    (named,) = seen
+    tokenizer = named.pop("tokenizer")
+    assert named == {"progress": True, "verify_only": False, "check": check, "row_options": names}
+    assert isinstance(tokenizer, PreTrainedTokenizerBase), "that beside the model"

@@ -36,7 +36,7 @@ def calibrate(
 
     Args:
         model: the target.
-        head: a `Medusa`.
+        head: one that drafts a tree over the ranks of its logits.
         prompts: token ids, such as the head will meet.
         max_new_tokens: that each prompt is continued with, greedily.
         num_nodes: of the tree.
@@ -51,7 +51,7 @@ def calibrate(
         InvalidInputError, UnsupportedModelError: as `optimize` and its `generate`.
     """
     if not head.drafts_ranks:
-        raise OptionError(f"a {type(head).__name__} drafts no tree of ranks; pass a Medusa")
+        raise OptionError(f"a {type(head).__name__} drafts no tree of ranks: there is nothing to choose")
     integer("num_nodes", num_nodes, least=1, most=MOST_NODES)
     integer("ranks", ranks, least=1)
     rows = min(ROWS, len(prompts)) or 1

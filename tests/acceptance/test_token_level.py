@@ -61,5 +61,6 @@ def test_tokens_decoded_with_a_draft_model_follow_the_law():
     """Drafts are chosen among, and steps without the drafter take turns with those with it."""
     likely, stats = decoded_by("token-level", layout="auto", num_draft_tokens=3)
     assert likely > FALSE_ALARM
-    assert 0.2 < stats.draft_acceptance_rate < 0.9
+    # Some are accepted and some are not; of how many drafts, is chosen by measured times: of all it is 24 %.
+    assert 500 < stats.num_accepted_draft_tokens < stats.num_draft_tokens - 500
     assert stats.guarantee == "distribution"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,7 +111,7 @@ def test_caches_of_their_own_are_blocks_for_few_rows_too(case, monkeypatch):
     assert DRAFT_ROWS in pages._engine.variant.input_names
     assert not pages._engine.variant.signature.with_role("cache"), pages.explain().memory
     for (count, one), (_, other) in zip(_decoded(pages), _decoded(slabs), strict=True):
-        assert one == other, f"{count} prompts"
+        assert replace(one, prefix_cache_queries=0) == other, f"{count} prompts"  # slabs have nothing to ask
     for count in (1, ROWS):
         several: dict[str, Any] = {"num_return_sequences": count, **SAMPLING}
         assert pages.generate(PROMPTS[2:], **several) == slabs.generate(PROMPTS[2:], **several)
