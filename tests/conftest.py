@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, or they fight fo
 
 import gc
 import logging
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -46,6 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def little_garbage() -> Iterator[None]:
+    """Collecting looks at what this test makes: to look at all that many tests have made takes seconds each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

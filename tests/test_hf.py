@@ -166,6 +166,7 @@ def test_a_folder_has_any_model_compiled_and_decode(tmp_path):
     assert torch.equal(model.generate(**INPUTS, **how, **where), model.generate(**INPUTS, **how))
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_what_was_compiled_lasts_as_long_as_the_model():
     model: Any = build("llama")
     options = {"drafter": "none", "max_batch": 1, "max_length": 16, "backend": "eager"}

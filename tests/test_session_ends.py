@@ -262,6 +262,7 @@ def test_a_form_that_cannot_be_had_ends_who_asked_for_it(monkeypatch):
     assert beside.result() == alone(prompt(4), max_new_tokens=20)
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_nothing_of_a_request_that_has_ended_is_kept_while_others_run():
     def submitted(session: Session, **options: Any) -> tuple[Any, list[weakref.ref[Any]]]:
         """A request, and all that only it should keep."""

@@ -5,7 +5,7 @@ import gc
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -157,6 +157,7 @@ def _held() -> tuple[int, int]:
     return len(gc.get_objects()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize("count", [480, pytest.param(10_000, marks=pytest.mark.long)])
 def test_tokens_are_right_and_memory_is_flat(count):
     with fast().session(max_queue=6) as session:
@@ -170,16 +171,7 @@ def test_tokens_are_right_and_memory_is_flat(count):
     assert later - used < MOST_BYTES
 
 
-@pytest.fixture
-def _little_garbage() -> Iterator[None]:
-    """Collecting looks at what is made from now on: all objects of a process that has run many tests take seconds."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("_little_garbage")
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize("times", [1, pytest.param(50, marks=pytest.mark.long)])
 def test_sessions_are_opened_and_closed_while_others_submit(times):
     """Whoever opens is refused or let in, whoever submits is refused or served, and what was served is right."""

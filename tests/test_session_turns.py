@@ -102,6 +102,7 @@ def test_calls_from_inside_the_sessions_thread_are_refused_and_not_waited_for():
         model.generate([prompt(5)], max_new_tokens=2, stopping_criteria=[lambda ids, scores: bool(model.session())])
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_a_session_that_is_dropped_gives_the_turn_back():
     model = fast()
     thread = model.session()._scheduler._thread

@@ -77,10 +77,7 @@ def test_only_what_is_asked_for_is_compiled_beside_plain_decoding():
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, id=kind.kind, marks=() if kind.kind in ("medusa", "mtp") else pytest.mark.long)
-        for kind in HEADS
-    ],
+    [pytest.param(kind, id=kind.kind, marks=() if kind.kind == "medusa" else pytest.mark.long) for kind in HEADS],
 )
 def test_a_head_of_each_kind_is_made_for_the_model(kind):
     options = heads.parse_arguments(["--only", kind.kind, "--heads"])

@@ -36,7 +36,7 @@ from tests.export.subjects import prompt as small_prompt
 FAMILY = FAMILIES[0]
 NARROW = tuple(case for case in (*CASES, *OTHERS) if case != "early-exit")
 """What can draft for few rows: not what writes to the target's caches, which have all."""
-OFTEN = ("suffix-or-head", "draft-model")
+OFTEN = ("suffix-or-head",)
 PAGED = ("eagle3-tree", "draft-model")
 """Tried each time: a lookup, trees, a head with a cache of its own; a model that reads along. The others if --long."""
 
@@ -72,9 +72,8 @@ def test_drafts_do_not_depend_on_how_many_rows_there_are(case):
     assert few.generate(PROMPTS, **SAMPLING) == all_rows.generate(PROMPTS, **SAMPLING)
 
 
-@pytest.mark.parametrize(
-    "cases", [("recurrent",), pytest.param(NARROW, marks=pytest.mark.long)], ids=["recurrent", "all"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("cases", [("recurrent",), NARROW], ids=["recurrent", "all"])
 def test_compiled_once_for_any_number_of_rows(cases):
     """Where drafts are lost in some rows, only counts show it: tokens are right whatever is drafted."""
     every = in_turn(FAMILY, cases)

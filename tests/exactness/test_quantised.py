@@ -33,9 +33,8 @@ CASES = [
     *((kind, "eager") for kind in KINDS),
     ("wrapped weights", "paged"),
     ("wrapped weights", "inductor"),
-    ("integers of four bits", "inductor"),
     ("wrapped weights", "onnx"),
-    pytest.param("layers that write weights out", "inductor", marks=pytest.mark.long),
+    *(pytest.param(kind, "inductor", marks=pytest.mark.long) for kind in [*KINDS][1:]),
     pytest.param("wrapped weights", "aot", marks=pytest.mark.long),
 ]
 

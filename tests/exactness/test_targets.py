@@ -29,7 +29,8 @@ def _decoder(target: str, drafter: str) -> Decoder:
 
 CASES = [
     *(("eager", drafter) for drafter in DRAFTERS),
-    ("inductor", "target-initialized"),  # trees, and the target's logits; chains: `test_compile.py`
+    # Trees, and the target's logits; other trees: `test_draft_rows.py`, chains: `test_compile.py`.
+    pytest.param("inductor", "target-initialized", marks=pytest.mark.long),
     *(("onnx", drafter) for drafter in (*DRAFTERS[:-1], "target-initialized")),
     pytest.param("onnx", "forks", marks=pytest.mark.long),  # exported with options below, each time
     ("aot", "lookup"),

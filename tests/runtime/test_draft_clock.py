@@ -124,7 +124,10 @@ def _optimize(drafter: DraftModel | str, **options: Any) -> OptimizedModel:
     return emssd_compile.optimize(model, drafter, max_batch=2, max_length=24, backend="eager", **options)
 
 
-@pytest.mark.parametrize(("tree", "acceptance"), [((2, 2), "match"), (None, "token-level"), ((2, 2), "rrs")])
+@pytest.mark.parametrize(
+    ("tree", "acceptance"),
+    [((2, 2), "match"), (None, "token-level"), pytest.param((2, 2), "rrs", marks=pytest.mark.long)],
+)
 def test_a_drafter_that_is_left_out_leaves_the_step_of_a_model_without_one(tree, acceptance):
     """It has no ops for drafts, and gives the same tokens, scores and counts."""
     small = model_with_attention()

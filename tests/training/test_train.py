@@ -136,7 +136,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(("launcher", "accumulate"), [("torchrun", 1), ("accelerate", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "accumulate"), [("torchrun", 2), pytest.param("accelerate", 1, marks=pytest.mark.long)]
+)
 def test_two_processes_share_each_step(launcher, accumulate, target, tmp_path):
     """Their steps, and looks at what is held out, are those of one process with twice the batches a step."""
     given: dict[str, Any] = {"epochs": 2, "dropout": 0.0, "accumulate": accumulate}
