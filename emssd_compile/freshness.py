@@ -118,27 +118,23 @@ class _Place:
 
     Args:
         name: for messages.
-        stores: dicts of modules, and the key in each: one, or several if it is tied.
+        stores: dicts of modules, the key in each, and the attributes that lead on from there, if what the modules hold
+            wraps the tensor, as quantised weights do: one of these, or several if it is tied.
         tensor: it, as compiled.
-        parts: the attributes that lead to it, if what the modules hold wraps it, as quantised weights do.
     """
 
-    def __init__(
-        self, name: str, stores: list[tuple[dict[str, Any], str]], tensor: Tensor, parts: tuple[str, ...] = ()
-    ) -> None:
-        self.name, self.stores, self.tensor, self.parts = ".".join((name, *parts)), stores, tensor, parts
+    def __init__(self, name: str, stores: list[tuple[dict[str, Any], str, tuple[str, ...]]], tensor: Tensor) -> None:
+        self.name, self.stores, self.tensor = name, stores, tensor
         self._layout = _Layout.of(tensor)
 
     def found(self) -> Tensor:
         """What is there now. Raises StaleModelError if that cannot be taken for the tensor that was compiled."""
-        held = [store.get(key) for store, key in self.stores] or [self.tensor]
+        held = [_reached(store.get(key), parts) for store, key, parts in self.stores] or [self.tensor]
         first = held[0]
-        if any(other is not first for other in held):
-            raise StaleModelError(f"{self.name} was one tensor in several places, and is several now")
-        for part in self.parts if self.stores else ():
-            first = getattr(first, part, None)
         if not isinstance(first, Tensor):
             raise StaleModelError(f"{self.name} is gone")
+        if any(other is not first for other in held):
+            raise StaleModelError(f"{self.name} was one tensor in several places, and is several now")
         difference = self._layout.difference(_Layout.of(first))
         if difference:
             raise StaleModelError(f"{self.name} is another tensor: {difference}")
@@ -169,28 +165,32 @@ class _Weight:
 
 
 def _places(modules: Iterable[nn.Module]) -> Iterable[_Place]:
-    """Every parameter and buffer, once, and the tensors that they wrap."""
+    """Every parameter and buffer, and the tensors that they wrap, each once."""
     found: dict[int, _Place] = {}
-    wrapped: list[_Place] = []
     for root in modules:
         for path, module in root.named_modules():
             for store in (module._parameters, module._buffers):
-                for key, tensor in store.items():
-                    if tensor is not None:
-                        name = f"{path}.{key}" if path else key
-                        found.setdefault(id(tensor), _Place(name, [], tensor)).stores.append((store, key))
-    for place in found.values():
-        wrapped += [_Place(place.name, place.stores, tensor, parts) for tensor, parts in _wrapped(place.tensor)]
-    return [*found.values(), *wrapped]
+                for key, held in store.items():
+                    for tensor, parts in _with_parts(held):
+                        name = ".".join((*([path] if path else []), key, *parts))
+                        found.setdefault(id(tensor), _Place(name, [], tensor)).stores.append((store, key, parts))
+    return found.values()
 
 
-def _wrapped(tensor: Tensor) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    """The plain tensors of a subclass, and the attributes that lead to each."""
-    if is_traceable_wrapper_subclass(tensor):
-        for part in tensor.__tensor_flatten__()[0]:
-            inner = getattr(tensor, part)
-            yield inner, (part,)
-            yield from ((deeper, (part, *parts)) for deeper, parts in _wrapped(inner))
+def _with_parts(held: Tensor | None) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """A tensor and those that it wraps, and the attributes that lead to each."""
+    if held is not None:
+        yield held, ()
+    if is_traceable_wrapper_subclass(held):
+        for part in held.__tensor_flatten__()[0]:
+            yield from ((tensor, (part, *parts)) for tensor, parts in _with_parts(getattr(held, part)))
+
+
+def _reached(held: object, parts: tuple[str, ...]) -> object:
+    """What these attributes lead to; None if one is not there."""
+    for part in parts:
+        held = getattr(held, part, None)
+    return held
 
 
 class _PlaceFinder:

@@ -10,7 +10,6 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
@@ -212,12 +211,16 @@ class Scheduler(Admission):
             self._end(ticket, _reason(ticket))
 
     def __bool__(self) -> bool:
-        """Whether the first that waits can run beside those that do: all that need to see their own EOS do."""
+        """Whether the first that waits can run beside those that do."""
         with self._room:
-            tickets = [*islice(self._waiting, 1), *self._running.values()]
-            shared = shared_eos(each.request for each in tickets)
-            looking = (each.request for each in tickets if each.call.looks_at_ends)
-            return bool(self._waiting) and all(each.eos_token_ids == shared for each in looking)
+            return bool(self._waiting) and self._may_start(self._waiting[0])
+
+    def _may_start(self, ticket: Ticket) -> bool:
+        """Whether it can run beside those that do: all that need to see their own EOS do."""
+        tickets = [ticket, *self._running.values()]
+        shared = shared_eos(each.request for each in tickets)
+        looking = (each.request for each in tickets if each.call.looks_at_ends)
+        return all(each.eos_token_ids == shared for each in looking)
 
     def update(self) -> None:
         """End what was cancelled, and what is over its deadline."""
@@ -233,14 +236,17 @@ class Scheduler(Admission):
                 self._end(ticket, "deadline")
 
     def take(self, rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
-        """Start the first that waits, if there is memory for it, and nothing that it would share is being read."""
-        while self:
+        """Start the first that waits, if there is memory for it; who waits until others have read is overtaken."""
+        while True:
             with self._room:
-                request = self._waiting[0].request
-                beginning = None if memory.is_being_read(request) else memory.plan(request, None)
+                waiting = (each for each in self._waiting if not memory.is_being_read(each.request))
+                ticket = next(waiting, None)
+                if ticket is None or not self._may_start(ticket):
+                    break
+                beginning = memory.plan(ticket.request, None)
                 if beginning is None:
                     break
-                ticket = self._waiting.popleft()
+                self._waiting.remove(ticket)
                 self._running[_number(ticket.request)] = ticket
             if self._start(ticket):
                 return beginning

@@ -42,14 +42,18 @@ class SelectLogits:
         (logits,) = output(graph).args
         assert isinstance(logits, fx.Node)
         source, head = find_head(graph, logits)
-        (dim,) = token_dims(source, symbol)
         for node in head:
             _forget_token_count(node)
+        for node in head:  # what else has the tokens, such as a term of their positions, is selected, too
+            for each in node.all_input_nodes:
+                if each not in head and token_dims(each, symbol):
+                    with inserting_for(node):
+                        (dim,) = token_dims(each, symbol)
+                        selected = call(graph, aten.index_select.default, each, dim, placeholder(graph, "logit_index"))
+                    for user in head:
+                        user.replace_input_with(each, selected)
         with inserting_for(head[0]):
-            selected = call(graph, aten.index_select.default, source, dim, placeholder(graph, "logit_index"))
             hidden = call(graph, aten.reshape.default, source, [-1, source.meta["val"].shape[-1]])
-        for node in head:
-            node.replace_input_with(source, selected)
         result = output(graph)
         with graph.inserting_before(result):
             flat = graph.call_function(aten.reshape.default, (logits, [-1, logits.meta["val"].shape[-1]]))
@@ -83,8 +87,10 @@ def find_head(graph: fx.Graph, logits: fx.Node) -> tuple[fx.Node, list[fx.Node]]
 
 
 def _is_matrix(node: fx.Node) -> bool:
+    """Whether it is as large for any number of tokens, in two dimensions or more."""
     value = node.meta["val"]
-    return isinstance(value, torch.Tensor) and sum(size != 1 for size in value.shape) > 1
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    return all(isinstance(size, int) for size in sizes) and sum(size != 1 for size in sizes) > 1
 
 
 def _forget_token_count(node: fx.Node) -> None:

@@ -30,7 +30,7 @@ class UnwrapWeights:
             tensor = getattr(getattr(graph_module, str(weight.target)), part)
             assert isinstance(tensor, Tensor)
             name = f"{weight.target}_{part}"
-            if getattr(graph_module, name, tensor) is not tensor:
+            while getattr(graph_module, name, tensor) is not tensor:
                 name += "_"
             if not hasattr(graph_module, name):
                 graph_module.register_buffer(name, tensor, persistent=False)

@@ -171,6 +171,19 @@ def test_salts_keep_tenants_apart():
             fast.generate(CHATS[:2], max_new_tokens=2, cache_salt=salt)
 
 
+def test_who_waits_for_a_prompt_that_is_being_read_holds_up_nobody():
+    """Two of one long prompt, the second of which starts when the first has read; a third is through before that."""
+    fast = rechunked(_cached("none"), 4)
+    long, short = [*SYSTEM, *prompt(40)], prompt(5)
+    with fast.session() as session:
+        first, second = (session.submit(long, max_new_tokens=4) for _ in range(2))
+        third = session.submit(short, max_new_tokens=4)
+        assert third.result(60) == [*short, *target("llama", ROWS).reference(short, 4)]
+        assert not first.tokens
+        assert first.result(60) == second.result(60) == [*long, *target("llama", ROWS).reference(long, 4)]
+    assert fast.stats.prefix_cache_hits == (len(long) - 1) // SIZE * SIZE
+
+
 def test_requests_of_a_session_share_if_asked_to():
     fast, reference = _cached(), target("llama", ROWS).reference
     with fast.session() as session:

@@ -99,6 +99,18 @@ def test_weights_are_followed(change):
     assert after == [[*ids, *Reference(model)(ids, NEW)] for ids in PROMPTS] != before
 
 
+def test_a_scale_that_two_weights_have_in_common_is_followed_or_refused():
+    model: Any = quantised("wrapped weights")
+    model.k.weight.scale = model.q.weight.scale
+    fast = optimized(model)
+    fast.generate(PROMPTS, max_new_tokens=NEW)
+    model.q.weight.scale.mul_(1.5)
+    assert fast.generate(PROMPTS, max_new_tokens=NEW) == [[*ids, *Reference(model)(ids, NEW)] for ids in PROMPTS]
+    _replace(model)
+    with pytest.raises(StaleModelError, match=r"weight\.scale was one tensor in several places, and is several now"):
+        fast.generate(PROMPTS, max_new_tokens=NEW)
+
+
 def test_another_kind_of_weight_is_refused():
     model: Any = quantised("wrapped weights")
     fast = optimized(model)

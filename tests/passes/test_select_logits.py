@@ -61,6 +61,22 @@ def test_keeps_what_follows_the_head(after):
     torch.testing.assert_close(logits, alone(model), rtol=1e-5, atol=1e-5)
 
 
+class _WithTerm(TinyModel):
+    """Logits of which a part follows from the tokens' places, and one that has their number for no reason."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        tokens = input_ids.shape[1]
+        places = torch.arange(tokens)
+        return super().forward(input_ids) * (2.0 + places)[:, None].log() + torch.zeros(tokens, 1)
+
+
+def test_terms_that_have_the_tokens_are_selected_too():
+    model = _WithTerm(attend=causal)
+    graph_module, _ = unpadded(model)
+    _, logits = run_packed(graph_module, ROWS, COMMITTED)
+    torch.testing.assert_close(logits, alone(model), rtol=1e-5, atol=1e-5)
+
+
 class _TwoHeads(TinyModel):
     def forward(self, input_ids: Tensor) -> Tensor:
         return super().forward(input_ids) + self.lm_head(self.embed(input_ids))
