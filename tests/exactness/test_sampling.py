@@ -79,8 +79,8 @@ def _sample(fast: OptimizedModel, prompts: Any = PROMPTS, **options: Any) -> Any
     [
         *(("gpt2", drafter) for drafter in DRAFTERS if drafter not in SELDOM),
         *(pytest.param("gpt2", drafter, marks=pytest.mark.long) for drafter in SELDOM),
-        *((other, "draft-model-tree") for other in ("bloom", "mistral")),
-        pytest.param("gemma", "draft-model-tree", marks=pytest.mark.long),
+        ("mistral", "draft-model-tree"),
+        *(pytest.param(other, "draft-model-tree", marks=pytest.mark.long) for other in ("bloom", "gemma")),
         ("own-positions", "draft-model"),
     ],
 )

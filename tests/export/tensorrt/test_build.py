@@ -109,7 +109,10 @@ def test_float32_can_be_decomposed(tmp_path):
     assert (tmp_path / ENGINE).exists()
 
 
-@pytest.mark.parametrize(("drafter", "attention", "writes"), [(Forks(), "fused", 2), ("prompt-lookup", "masked", 1)])
+@pytest.mark.parametrize(
+    ("drafter", "attention", "writes"),
+    [pytest.param(Forks(), "fused", 2, marks=pytest.mark.long), ("prompt-lookup", "masked", 1)],
+)
 def test_layers_that_see_the_same_are_built(drafter, attention, writes, tmp_path):
     """What two layers may see is one mask. Where drafts are trees, each cache is written once more, in place."""
     model = toy_model("llama").to(torch.float16)
