@@ -114,6 +114,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batches", type=number, nargs="+", default=[1, 4, 8, 16], metavar="B", help="(%(default)s)")
     parser.add_argument("--tokens", type=command.at_least(2), default=64, help="new tokens a row (%(default)s)")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor", help="ours (%(default)s)")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="leave a way out of larger batches when a run takes longer"
+    )
     return command.parse(parser, arguments)
 
 
