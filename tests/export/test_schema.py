@@ -68,8 +68,8 @@ def test_an_edited_manifest_with_tables_is_refused_or_decodes_right(fast, tmp_pa
 @pytest.mark.parametrize(
     ("target", "name", "number"),
     [
-        ("onnx", "draft-model", 30),
-        ("aot", "lookup", 15),
+        ("onnx", "draft-model", 60),
+        ("aot", "lookup", 30),
         pytest.param("onnx", "lookup", 40, marks=pytest.mark.long),
         pytest.param("aot", "draft-model", 30, marks=pytest.mark.long),
     ],
