@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from emssd_compile import OptimizedModel
+from emssd_compile.freshness import plain_tensors
 from emssd_compile.runtime.memory import CACHES
 
 _PROCESS = Path("/proc/self")
@@ -35,6 +37,11 @@ class Memory:
         return self.peak / (self.weights + self.kv)
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters; of quantised ones, of the tensors that they are made of."""
+    return sum(tensor.nbytes for parameter in model.parameters() for tensor in plain_tensors(parameter))
+
+
 def kv_bytes(fast: OptimizedModel) -> int:
     """Bytes of the KV caches of all layers, as they are allocated: slabs or a pool."""
     return sum(held.nbytes for name, held in fast._engine.tensors.items() if name.startswith(CACHES))
@@ -46,8 +53,7 @@ def peak_memory(fast: OptimizedModel, work: Callable[[], object]) -> Memory | No
     On CUDA the peak is what torch had allocated, CUDA graphs included. On a CPU, where a process holds much else, it is
     weights and KV cache and what the resident set grew by. `None` where the system does not tell (Linux does).
     """
-    weights = sum(p.numel() * p.element_size() for p in fast.model.parameters())
-    kv = kv_bytes(fast)
+    weights, kv = weight_bytes(fast.model), kv_bytes(fast)
     work()
     if fast.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(fast.device)

@@ -26,15 +26,13 @@ from unittest.mock import patch
 import torch
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 import emssd_compile
 from bench import command, shapes, speedup
 from bench.candidates import CANDIDATES, Attempt, Task
 from bench.figures import Phase
-from bench.memory import kv_bytes
+from bench.memory import kv_bytes, weight_bytes
 from emssd_compile.errors import OptionError
 
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -157,7 +155,7 @@ def start(name: str, precision: str, options: argparse.Namespace) -> Start:
     _, warmup = command.timed(fast.warmup, options.device)
     _, first_token = command.timed(partial(fast.generate, prompts[:1], max_new_tokens=1), options.device)
     fast.generate(prompts, max_new_tokens=options.tokens, eos_token_id=None)
-    needed = sum(map(_bytes, model.parameters())) + kv_bytes(fast)
+    needed = weight_bytes(model) + kv_bytes(fast)
     return Start(load, optimize, warmup, first_token, _peak() - before, needed)
 
 
@@ -221,13 +219,6 @@ def speeds_table(title: str, speeds: Sequence[Speed]) -> Table:
 def _peak() -> int:
     """Bytes of the most memory that this process had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Of a tensor, or of those that it wraps."""
-    if is_traceable_wrapper_subclass(tensor):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.nbytes
 
 
 if __name__ == "__main__":

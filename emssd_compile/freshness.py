@@ -30,16 +30,12 @@ from emssd_compile.structure import Structure
 def fingerprints(modules: Iterable[nn.Module]) -> tuple[int, ...]:
     """What tells whether any parameter or buffer of these modules has other values than before; reads all of them."""
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    return tuple(int(fingerprint(plain)) for tensor in tensors.values() for plain in _plain(tensor))
+    return tuple(int(fingerprint(plain)) for tensor in tensors.values() for plain in plain_tensors(tensor))
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """It, or of one that is made of others (quantised weights are) those."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))
+    return (part for part, _ in _with_parts(tensor) if not is_traceable_wrapper_subclass(part))
 
 
 class Freshness:

@@ -259,7 +259,7 @@ class OptimizedModel(Decoder):
         self.drafter = step.drafter
         self.options = options
         self._paging: Paging | None = None
-        self._weights: tuple[int, ...] = ()  # that the cached prefixes were read with
+        self._fingerprints: tuple[int, ...] = ()  # of the weights that the cached prefixes were read with
         super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...], *, again: bool = False) -> Engine:
@@ -434,10 +434,10 @@ class OptimizedModel(Decoder):
         if self._freshness.follow():
             self._engine.launcher.forget_captures()
         if self.options.prefix_cache:
-            weights = fingerprints((*(c.graph_module for c in self._captured), self.drafter))
-            if weights != self._weights:
+            found = fingerprints((*(c.graph_module for c in self._captured), self.drafter))
+            if found != self._fingerprints:
                 self._engine.memory.forget()
-            self._weights = weights
+            self._fingerprints = found
 
     @property
     def prefix_cache(self) -> PrefixCache | None:

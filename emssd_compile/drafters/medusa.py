@@ -81,7 +81,7 @@ class Medusa(DraftHead):
 
     @property
     def open_ranks(self) -> int:
-        """None, if the config says which tree to draft."""
+        """0 if the config says which tree to draft."""
         return 0 if self.config.tree is not None else _ranks(self.config)
 
     def calibrate(self, accuracies: Tensor, num_nodes: int | None = None) -> None:

@@ -41,9 +41,6 @@ class _Held:
         return len(self.request.prompt) + self.request.max_new_tokens
 
 
-_NOTHING = _Held(Request(-1, torch.empty(0, dtype=torch.int64), 0))
-
-
 class Pages:
     """Blocks of a pool, taken as rows grow and given back when they end.
 
@@ -157,9 +154,9 @@ class Pages:
 
     def release(self, row: int) -> None:
         """Give its blocks back."""
-        held = self._held.pop(row, _NOTHING)
-        self._pool.free(held.blocks)
-        self._pool.withdraw(held.promised)
+        if (held := self._held.pop(row, None)) is not None:  # else its request failed before it had any
+            self._pool.free(held.blocks)
+            self._pool.withdraw(held.promised)
         self._table[row] = -1
         self._is_new = True
 
