@@ -53,17 +53,16 @@ class Subject:
 def subjects(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Subject]:
     """What drafts, by name; without drafts first."""
     exit_layer = options.exit or max(1, model.config.num_hidden_layers // 2)
+    small, weights = _draft_model(model, exit_layer, options)
     made = {
         "none": Subject(lambda: "none"),
         "lookup": Subject(lambda: "prompt-lookup"),
         "suffix": Subject(lambda: "suffix"),
         f"exit {exit_layer}": Subject(partial(EarlyExit, exit_layer, 4), "the target's"),
+        "draft model": Subject(lambda: DraftModel(small(), 4), weights),
+        f"draft model {TREE}": Subject(lambda: DraftModel(small(), tree=TREE), weights),
+        "parallel model": Subject(lambda: ParallelDraftModel(small(), MASK, 4), f"{weights}, {UNTRAINED} for it"),
     }
-    if options.model is None or options.draft is not None:
-        small = partial(_draft_model, options)
-        made["draft model"] = Subject(lambda: DraftModel(small(), 4), "given")
-        made[f"draft model {TREE}"] = Subject(lambda: DraftModel(small(), tree=TREE), "given")
-        made["parallel model"] = Subject(lambda: ParallelDraftModel(small(), MASK, 4), f"given, {UNTRAINED} for it")
     for folder in options.heads:
         made[folder.name] = Subject(partial(load_head, folder), "given")
         made[f"suffix or {folder.name}"] = Subject(partial(_with_suffix, folder), "given")
@@ -73,10 +72,15 @@ def subjects(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, S
     return {name: subject for name, subject in made.items() if not options.only or name in {"none", *options.only}}
 
 
-def _draft_model(options: argparse.Namespace) -> PreTrainedModel:
-    if options.draft is None:
-        return shapes.build("demo-draft", options.device, options.dtype)
-    return shapes.pretrained(options.draft, options.device, options.dtype)
+def _draft_model(
+    model: PreTrainedModel, layers: int, options: argparse.Namespace
+) -> tuple[Callable[[], PreTrainedModel], str]:
+    """What makes a draft model, and where its weights come from."""
+    if options.draft is not None:
+        return partial(shapes.pretrained, options.draft, options.device, options.dtype), "given"
+    if options.model is None:
+        return partial(shapes.build, "demo-draft", options.device, options.dtype), "given"
+    return partial(shapes.first_layers, model, layers), f"the target's first {layers} layers"
 
 
 def _with_suffix(folder: Path) -> Drafter:

@@ -7,12 +7,11 @@
     python -m bench.heads --model models/llama --heads models/llama-eagle3 --draft models/small
     python -m bench.heads --train-on texts/*.txt --train-tokens 100000
 
-The demo model has its own draft model; heads that are shipped with a model are in `examples`. Of every other kind there
-is one that is untrained, and drafts nothing that is right, or is trained first on a few texts: the table says so. All
-decode the same
-prompts without EOS, greedily, or drawing the same tokens by the same seeds, which repeat less; runs alternate,
-prompts are read in each of them. `layout="auto"`, as in `optimize`: a drafter that is not worth it is left out as far
-as the policy notices.
+The demo model has its own draft model, of another its first layers are one; heads that are shipped with a model are in
+`examples`. Of every other kind there is one that is untrained, and drafts nothing that is right, or is trained first on
+a few texts: the table says so. All decode the same prompts without EOS, greedily, or drawing the same tokens by the
+same seeds, which repeat less; runs alternate, prompts are read in each of them. `layout="auto"`, as in `optimize`: a
+drafter that is not worth it is left out as far as the policy notices.
 """
 
 from __future__ import annotations
@@ -133,11 +132,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--shape", choices=SHIPPED, help="a model that heads are shipped for (default: demo)")
     target.add_argument("--model", type=Path, metavar="DIR", help="a model of transformers")
-    parser.add_argument("--draft", type=Path, metavar="DIR", help="its draft model (default: the demo's, or none)")
+    parser.add_argument(
+        "--draft", type=Path, metavar="DIR", help="its draft model (default: the demo's, or its first layers)"
+    )
     parser.add_argument(
         "--heads", type=Path, nargs="*", metavar="DIR", help="checkpoints of heads (default: those shipped, or none)"
     )
-    parser.add_argument("--exit", type=number, metavar="E", help="layers of the early exit (default: half of them)")
+    parser.add_argument(
+        "--exit", type=number, metavar="E", help="layers of the early exit and of such a draft model (default: half)"
+    )
     parser.add_argument(
         "--train-on",
         type=Path,

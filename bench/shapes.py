@@ -6,6 +6,7 @@ drafts are therefore those of the demo model, or say where their drafts come fro
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,11 +117,15 @@ def build(
         config.max_position_embeddings = max(positions, config.max_position_embeddings)
     if layers is not None:
         config.num_hidden_layers = layers
-    device = torch.device(device)
+    return _random(config, torch.device(device), dtype)
+
+
+def _random(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights, the same every time."""
     generators = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(generators), device:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval()
 
 
@@ -128,6 +133,18 @@ def pretrained(folder: Path, device: torch.device | str, dtype: torch.dtype) -> 
     """A model of transformers from a folder, in eval mode and with SDPA attention."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()
+
+
+def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A model of its own: the first layers of a model, with its embedding, final norm and LM head."""
+    config = copy.deepcopy(model.config)
+    sizes = config.get_text_config()
+    sizes.num_hidden_layers = count
+    if getattr(sizes, "layer_types", None):
+        sizes.layer_types = sizes.layer_types[:count]
+    small = _random(config, model.device, model.dtype)
+    small.load_state_dict(model.state_dict(), strict=False)  # but for the other layers
+    return small
 
 
 def prompts(name: str) -> list[list[int]]:

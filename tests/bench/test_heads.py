@@ -58,7 +58,8 @@ def test_tokens_that_differ_are_said_to():
 
 def test_every_drafter_is_compared_and_said_to_be_untrained_where_it_is(tmp_path, monkeypatch):
     options = heads.parse_arguments([])
-    compared = head_subjects.subjects(cast(Any, SimpleNamespace(config=SimpleNamespace(num_hidden_layers=4))), options)
+    model = cast(Any, SimpleNamespace(config=SimpleNamespace(num_hidden_layers=4)))
+    compared = head_subjects.subjects(model, options)
     kinds = {kind.kind for kind in HEADS}
     assert kinds < {*compared}
     assert {"none", "lookup", "suffix", "suffix or mlp", "exit 2", "draft model", "parallel model"} < {*compared}
@@ -66,6 +67,8 @@ def test_every_drafter_is_compared_and_said_to_be_untrained_where_it_is(tmp_path
     assert {name for name in kinds if compared[name].weights == "untrained"} == kinds - shipped
     assert compared["parallel model"].weights == "given, untrained for it"
     assert {compared[name].weights for name in shipped} == {"given"}
+    options.model = tmp_path
+    assert head_subjects.subjects(model, options)["draft model"].weights == "the target's first 2 layers"
 
 
 def test_only_what_is_asked_for_is_compiled_beside_plain_decoding():

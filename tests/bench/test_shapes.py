@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from bench import shapes
 from emssd_compile.errors import OptionError
+from tests.zoo import toy_model
 
 
 @pytest.mark.parametrize(("name", "millions"), [("opt-2.7b", 2652), ("opt-6.7b", 6658), ("llama-3-8b", 8030)])
@@ -62,6 +63,17 @@ def test_a_model_can_have_fewer_layers_unless_it_is_trained():
     assert shapes.build("tiny-opt").config.num_hidden_layers == 2
     with pytest.raises(OptionError, match="demo is trained"):
         shapes.build("demo", layers=1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_the_first_layers_of_a_model_compute_what_they_do_in_it(name):
+    model, ids = toy_model(name), torch.tensor([[3, 1, 4, 1, 5]])
+    first = shapes.first_layers(model, 1)
+    whole, found = (each(ids, output_hidden_states=True).hidden_states for each in (model, first))
+    assert len(found) == 2 < len(whole)
+    assert torch.equal(found[0], whole[0])
+    norm = next(module for path, module in first.named_modules() if path.endswith((".norm", ".ln_f")))
+    assert torch.equal(found[1], norm(whole[1]))
 
 
 def test_prompts_are_in_every_vocabulary():
