@@ -31,10 +31,11 @@ versions: $(INSTALLED)  ## Run quick tests with other versions, as in WITH="tran
 	@$(BIN)/python -m venv --clear --without-pip $(VERSIONED)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VERSIONED)/lib/python3*/site-packages)/base.pth
 	@$(BIN)/pip --python $(VERSIONED)/bin/python install -qq $(WITH)
-	$(VERSIONED)/bin/python -m pytest --quiet $(QUICK)
+	$(VERSIONED)/bin/python -m pytest --quiet -p no:cacheprovider $(QUICK)
 
-range: $(INSTALLED)  ## Run quick tests with the oldest and the newest transformers that are supported
-	$(foreach version,$(TRANSFORMERS),$(MAKE) versions WITH=transformers==$(version) &&) true
+range: $(TRANSFORMERS:%=range-%)  ## Run quick tests with the oldest and the newest transformers that are supported
+range-%: $(INSTALLED)
+	@$(MAKE) versions WITH=transformers==$* VERSIONED=$(VERSIONED)-$*
 
 lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/ruff check .
