@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from emssd_compile import tested_graphs
 from emssd_compile.capture import PlainForward
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
@@ -21,7 +22,7 @@ from emssd_compile.step.tensor_spec import TensorSpec
 
 _SHORT = (1, 6, 19)
 _SHORT_FIRST = (1, 2, 11)
-_LONGEST = 2048
+_LONGEST, _BRIEF = 2048, 64
 _COMPARED = 64
 """Tokens of the long row whose logits are compared: spread over it, its last one among them."""
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
@@ -63,9 +64,10 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
     The proofs of the passes rest on what a graph says; this rests on what the model does. It catches a forward whose
     graph depends on the length it was captured with, and rows that influence one another: three short rows stand
     beside one as long as a row can be (2,048 tokens at most, fewer where memory is short), half of it in the first
-    chunk. A model in half precision is compared in float32, weight by weight, so that a mistake does not pass as
-    rounding; where that is impossible, with the rounding of its coarsest dtype. What was compared is noted in the
-    compiled model's records.
+    chunk. What was compared so before on this machine, with whatever weights, is compared with a long row of 64 tokens
+    (`tested_graphs`). A model in half precision is compared in float32, weight by weight, so that a mistake does not
+    pass as rounding; where that is impossible, with the rounding of its coarsest dtype. What was compared is noted in
+    the compiled model's records.
 
     Raises:
         UnsupportedModelError: logits differ by more than rounding.
@@ -73,8 +75,11 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
     start = time.perf_counter()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     own = _coarsest(compiled)
-    prompts = _Prompts.of(compiled.vocabulary, _longest(compiled, device), device)
+    longest = _longest(compiled, device)
     raised = own not in _TOLERANCE and _room_for_float32(model, device)
+    name = tested_graphs.name_of(model, compiled, (longest, raised)) if longest > _BRIEF else None
+    known = name is not None and tested_graphs.is_known(name)
+    prompts = _Prompts.of(compiled.vocabulary, _BRIEF if known else longest, device)
     try:
         error = _error(model, compiled, prompts, torch.float32 if raised else None)
         dtype = torch.float32 if raised else own
@@ -91,7 +96,11 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
             remedy="report this model; until then use it without compiling",
         )
     nodes = len(compiled.graph_module.graph.nodes)
+    if name is not None and not known:
+        tested_graphs.remember(name)
     note = f"tested: logits of rows of {prompts.lengths} tokens side by side, in {str(dtype).removeprefix('torch.')}"
+    if known:
+        note = f"tested at full length when this graph was first made; {note}"
     compiled.records.append(
         PassRecord("selfcheck", "L2", 0, nodes, nodes, time.perf_counter() - start, (f"{note}: {error:.0e} apart",))
     )
