@@ -29,7 +29,7 @@ class MarkRegions:
         after:   the same, the nodes of the first five marked (0, 0), those of the last five (0, 5)
 
     Args:
-        bytes_per_call: there is at most one block for so many bytes of all the weights there are.
+        bytes_per_call: there is about one block for so many bytes of all the weights there are, or none.
     """
 
     name = "mark_regions"
@@ -43,7 +43,7 @@ class MarkRegions:
         self.notes = ()
         read = graph_module.graph.find_nodes(op="get_attr")
         weights = {str(node.target): attribute(graph_module, node).nbytes for node in read}
-        most = sum(weights.values()) // self.bytes_per_call
+        most = round(sum(weights.values()) / self.bytes_per_call)
         if most < 2:
             return 0
         order = [node for node in graph_module.graph.nodes if is_computed(node)]

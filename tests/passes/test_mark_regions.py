@@ -71,5 +71,8 @@ def test_layers_of_a_block_may_share_only_what_those_of_all_blocks_share(added, 
     for node in graph.nodes:
         node.meta["val"] = torch.empty(4)
     graph.output({"x": x})
-    assert MarkRegions(bytes_per_call=4).run(fx.GraphModule(root, graph)) == blocks
+    graph_module = fx.GraphModule(root, graph)
+    assert MarkRegions(bytes_per_call=4).run(graph_module) == blocks
     assert len({node.meta["region"] for node in graph.nodes if "region" in node.meta}) == blocks
+    if added == "aaaaaaaa":  # of 16 bytes
+        assert [MarkRegions(bytes_per_call=count).run(graph_module) for count in (10, 11)] == [2, 0]
