@@ -149,6 +149,8 @@ def start(name: str, precision: str, options: argparse.Namespace) -> Start:
     prompts = shapes.spread(shapes.prompts(name), max(options.batches))
     longest, before = max(map(len, prompts)) + options.tokens, _peak()
     model, load = command.timed(partial(build, name, precision, options.device), options.device)
+    # a converted model is kept where our kernels are, which the first start has to compile
+    os.environ["EMSSD_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
     sizes = {"max_batch": len(prompts), "max_length": longest}
     compile_it = partial(emssd_compile.optimize, model, "prompt-lookup", backend=options.backend, **sizes)
     fast, optimize = command.timed(compile_it, options.device)
