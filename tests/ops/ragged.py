@@ -100,7 +100,7 @@ def in_blocks(batch: Batch, size: int, *, shared: int = 0, seed: int = 0) -> Bat
 
 
 def in_rings(batch: Batch, size: int, window: int) -> Batch:
-    """The same batch with a window, whose rows keep no more slots than that and their new tokens, in blocks of `size`."""
+    """The same batch with a window: rows keep no more slots than that and their new tokens, in blocks of `size`."""
     new = int(batch.offsets.diff().max())
     count = -(-(window + new - 1) // size)
     rows, capacity = batch.k_cache.shape[:2]
