@@ -111,7 +111,7 @@ def sharing_of(
         has_rings: whether other caches keep a window only.
     """
     if has_rings:
-        why = "of layers that keep a window nothing else is there to share"
+        why = "layers that keep a window lack what came before it"
         return Sharing(prompts=not drafter.reads_ahead, keeps=keeps, why_not=why)
     own = [name for name in pooled if name.startswith(DRAFTER)]
     kind, lookahead = type(drafter).__name__, depth if own else 0

@@ -45,7 +45,7 @@ def test_a_row_that_has_gone_too_far_is_no_source(launcher: DirectLauncher, toke
     windows.prepare(launcher, {1: written})
     assert windows.plan(_request(tokens), 1).source == (1 if is_source else None)
     windows.release(1)
-    windows.prepare(launcher, {1: 9})
+    windows.prepare(launcher, {1: 8})
     assert windows.plan(_request(tokens), 1).source == 1
 
 
