@@ -104,7 +104,7 @@ def test_all_is_kept_where_that_is_asked_for_or_takes_no_more(windowed, options,
 def test_on_a_gpu_slabs_are_kept_where_they_fit(monkeypatch):
     """The fastest form of attention there reads nothing else."""
     slabs = {"k_cache_0": TensorSpec((2, 4096, 4, 16), torch.float32)}
-    plan = partial(memory.plan_rings, {"k_cache_0": 30}, slabs, {}, num_new=100)
+    plan: Any = partial(memory.plan_rings, {"k_cache_0": 30}, slabs, {}, num_new=100)
     monkeypatch.setattr(memory, "available_memory", lambda device: 2 << 20)
     assert plan(torch.device("cuda")) is None
     assert plan(torch.device("cpu")).size("k_cache_0") == 192

@@ -216,7 +216,9 @@ def test_who_waits_for_a_block_waits_while_it_is_read():
         Request(index, torch.tensor(text), 2, scope=b"")
         for index, text in enumerate([[0] * 14, [0] * 6, [0] * 4 + [1] * 6])
     )
-    pages.start(launcher, 0, pages.plan(longer, None))
+    beginning = pages.plan(longer, None)
+    assert beginning is not None
+    pages.start(launcher, 0, beginning)
     assert [pages.is_being_read(request) for request in (shorter, other)] == [True, True]
     pages.note_read(0, SIZE - 1)
     assert [pages.is_being_read(request) for request in (shorter, other)] == [True, True]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
-from emssd_compile.runtime.kv_memory import Beginning
+from emssd_compile.runtime.kv_memory import Beginning, KVMemory
 from emssd_compile.runtime.launch import DirectLauncher, Variant
 from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.windows import Windows
@@ -41,7 +43,7 @@ def _request(tokens: int) -> Request:
 @pytest.mark.parametrize(("tokens", "written", "is_source"), [(10, 15, True), (10, 16, False), (2, 8, True)])
 def test_a_row_that_has_gone_too_far_is_no_source(launcher: DirectLauncher, tokens, written, is_source):
     """Of a prompt of 10 tokens, 9 are read by others; what follows sees 7 and 8, and slot 15 lies where 7 did."""
-    windows = Windows(_Others(), RINGS)
+    windows: Any = Windows(cast(KVMemory, _Others()), RINGS)
     windows.prepare(launcher, {1: written})
     assert windows.plan(_request(tokens), 1).source == (1 if is_source else None)
     windows.release(1)
@@ -50,7 +52,8 @@ def test_a_row_that_has_gone_too_far_is_no_source(launcher: DirectLauncher, toke
 
 
 def test_rings_are_copied_whole(launcher: DirectLauncher):
-    windows = Windows(others := _Others(), RINGS)
+    others = _Others()
+    windows = Windows(cast(KVMemory, others), RINGS)
     beginning = Beginning(_request(10), 9, source=0)
     windows.start(launcher, 2, beginning)
     assert launcher.tensors["k_cache_0"].flatten().tolist() == [*range(16), *range(8)]

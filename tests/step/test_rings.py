@@ -17,7 +17,8 @@ def test_a_ring_has_a_window_and_what_a_step_may_add(window: int, num_new: int, 
 def test_what_a_step_sees_is_there_when_it_has_written(window: int, num_new: int):
     """Slot by slot: the first token of a step sees its window, whatever the step has added."""
     rings = Rings({"k": window}, num_new, block_size=2)
-    size, held = rings.size("k"), {}
+    size = rings.size("k")
+    held: dict[int, int] = {}
     for length in range(30):
         held |= {slot % size: slot for slot in range(length + num_new)}
         seen = range(max(length - window + 1, 0), length + num_new)
