@@ -17,6 +17,7 @@ from emssd_compile.dumping import active_observers
 from emssd_compile.errors import PartError, UnsupportedModelError
 from emssd_compile.ops import kernel_status, load_kernels, ragged_attention
 from emssd_compile.passes import PassManager, PassRecord
+from emssd_compile.passes.block_tables import pageable
 from emssd_compile.passes.fuse_step import FuseStep, sizes_of
 from emssd_compile.passes.graph import (
     caches,
@@ -29,7 +30,8 @@ from emssd_compile.passes.graph import (
     results,
 )
 from emssd_compile.passes.manager import Pass
-from emssd_compile.passes.page_caches import PageCaches, pageable
+from emssd_compile.passes.page_caches import PageCaches
+from emssd_compile.passes.ring_caches import RingCaches, reaches
 from emssd_compile.passes.split_halves import Halves, split_halves
 from emssd_compile.passes.token_tables import GraphTables
 from emssd_compile.step.acceptance import Rule
@@ -39,10 +41,11 @@ from emssd_compile.step.fields import named
 from emssd_compile.step.logits import LogitsProcessor
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.pack import Packed, as_trees
-from emssd_compile.step.paging import Paging
+from emssd_compile.step.paging import DRAFTER, Paging
 from emssd_compile.step.parts import Part, in_use
 from emssd_compile.step.policy import LengthPolicy
 from emssd_compile.step.probe import Probe, ReadingSpec
+from emssd_compile.step.rings import Rings
 from emssd_compile.step.signature import Signature
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -258,11 +261,20 @@ class CompiledStep:
         """The names of the KV caches that can be blocks of a pool."""
         return [str(node.target) for node in pageable(self.graph_module.graph)]
 
-    def paged(self, paging: Paging) -> CompiledStep:
-        """The same step on a pool of blocks."""
-        graph_module, fake_mode = _copy(self.graph_module, "Step"), self.compiled.fake_mode
+    def reaches(self) -> dict[str, int]:
+        """How many tokens are seen of the target's KV caches whose attention sees no further, by their names."""
+        return {name: seen for name, seen in reaches(self.graph_module.graph).items() if not name.startswith(DRAFTER)}
+
+    def placed(self, rings: Rings | None = None, paging: Paging | None = None) -> CompiledStep:
+        """The same step on rings and on a pool of blocks; without either it keeps its slabs."""
+        fake_mode = self.compiled.fake_mode
+        ring = (RingCaches(rings, fake_mode),) if rings else ()
+        page = (PageCaches(paging, fake_mode),) if paging else ()
+        if not ring + page:
+            return self
+        graph_module = _copy(self.graph_module, "Step")
         manager = PassManager(fake_mode, active_observers(), [*self.records])
-        manager.apply(graph_module, (passes.paged(PageCaches(paging, fake_mode)),))
+        manager.apply(graph_module, (passes.placed(ring + page),))
         return replace(self, graph_module=graph_module, records=manager.records)
 
     def halves(self) -> Halves:

@@ -144,7 +144,7 @@ def export(
                 step = target.open(files, details, signature, what.device)
             _compare(what, signature, step)
         advance(1)
-        memory = "" if verify_only else f"{describe(signature, None)} (artifacts have no pool of blocks)"
+        memory = "" if verify_only else f"{describe(signature)} (artifacts have no pool of blocks and no rings)"
         explanation = Explanation.of(records, graph_module, memory)
         unsealed = _manifest(what, target, verify_only, details, explanation).with_signature(signature)
         seal(draft, lambda files: replace(unsealed, files=files))

@@ -42,7 +42,7 @@ from emssd_compile.runtime.assembly import assemble, make_variant, switch
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.launch import Variant
-from emssd_compile.runtime.memory import check_state, describe, plan_pool
+from emssd_compile.runtime.memory import check_state, describe, plan_pool, plan_rings
 from emssd_compile.step.acceptance import Rule
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Drafter, tree_nodes
@@ -51,12 +51,17 @@ from emssd_compile.step.options import RowOption
 from emssd_compile.step.paging import DRAFTER, Paging, own_reading, sharing_of
 from emssd_compile.step.parts import Part, merge_options
 from emssd_compile.step.probe import READING, Probe, ReadingSpec, check_readings, merge_readings
+from emssd_compile.step.rings import Rings
 from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
     from emssd_compile.lowering.halves import HalvedStep, LogitsHook
     from emssd_compile.passes import PassRecord
+
+
+_HELD = ("row", "memory", "host", "option", "state", "setting")
+"""Roles of what is allocated beside keys and values."""
 
 
 def optimize(
@@ -105,8 +110,10 @@ def optimize(
         probes: probes of your own, which tell of each token what `generate` then returns.
         memory: where keys and values are. `"slab"`: memory for `max_length` tokens in each row. `"paged"`: rows share a
             pool of blocks, and take of it what they come to hold; a request waits until there are enough for all that
-            it may become, and sequences of one prompt have its blocks in common. `"auto"`: slabs if they fit into the
-            memory available. The tokens that come out never differ.
+            it may become, and sequences of one prompt have its blocks in common. `"auto"`: layers that see no further
+            than a window keep that and `prefill_chunk` tokens of each row, if that is less (on a GPU, if slabs do not
+            fit); the others have slabs if they fit into the memory available, else a pool. The tokens that come out
+            never differ, and `explain().memory` says what is where.
         kv_tokens: how many tokens the pool holds, over all rows; asks for one. Default: half of the memory available.
         prefix_cache: keep what has been read in the pool, for requests to come that begin in the same way, until its
             room is needed or the weights change; asks for one. See `OptimizedModel.prefix_cache`. Default: prompts of
@@ -259,18 +266,22 @@ class OptimizedModel(Decoder):
         self.drafter = step.drafter
         self.options = options
         self._paging: Paging | None = None
+        self._rings: Rings | None = None
         self._fingerprints: tuple[int, ...] = ()  # of the weights that the cached prefixes were read with
         super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...], *, again: bool = False) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""
-        before = self._paging
-        if before is not None or not again:  # slabs stay slabs: they take the memory that would be found missing
-            self._paging = self._plan_pool(step)
+        before = self._paging, self._rings
         try:
+            # Slabs stay slabs: they take the memory that would be found missing.
+            if self._rings is not None or not again:
+                self._rings = self._plan_rings(step)
+            if self._paging is not None or not again:
+                self._paging = self._plan_pool(step.placed(self._rings))
             return self._assemble_on(step, captured)
         except BaseException:
-            self._paging = before
+            self._paging, self._rings = before
             raise
 
     def _assemble_on(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
@@ -287,6 +298,7 @@ class OptimizedModel(Decoder):
             buckets=decode_buckets(rows, drafts, step.drafter.max_depth) if backend.is_captured else (),
             parts=step.parts,
             paging=self._paging,
+            rings=self._rings,
         )
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness
@@ -294,18 +306,33 @@ class OptimizedModel(Decoder):
         self._forms = {(step.used, False): form}
         return engine
 
+    def _plan_rings(self, step: CompiledStep) -> Rings | None:
+        """The caches that keep a window; None if none does, as where all is asked to be in slabs or in a pool."""
+        options, signature = self.options, step.signature(step.graph_module.graph)
+        if options.memory != "auto" or options.asks_for_pool:
+            return None
+        return plan_rings(
+            step.reaches(),
+            signature.specs("cache"),
+            signature.specs(*_HELD),
+            _device(self.model),
+            num_new=options.chunk(step.drafter.num_draft_tokens),
+            is_asked_for=self._rings is not None,
+        )
+
     def _plan_pool(self, step: CompiledStep) -> Paging | None:
-        """The pool that keys and values are in; None if each row has a slab."""
+        """The pool that keys and values are in, but for rings; None if each row has a slab."""
         options = self.options
         if options.memory == "slab":
             return None
         signature, drafter = step.signature(step.graph_module.graph), step.drafter
-        held = signature.specs("cache", "row", "memory", "host", "option", "state", "setting")
+        held = signature.specs("cache", "ring", *_HELD)
         # A drafter that reads by itself would write to blocks that are shared: it reads into slabs.
         stays = options.prefix_cache and own_reading(drafter)
         slabs = {name: held.pop(name) for name in step.pageable() if not (stays and name.startswith(DRAFTER))}
         stay = [name for name in signature.with_role("cache") if name not in slabs]
-        sharing = sharing_of(drafter, signature.sizes.depth, slabs, stay, keeps=options.prefix_cache)
+        keeps, has_rings = options.prefix_cache, self._rings is not None
+        sharing = sharing_of(drafter, signature.sizes.depth, slabs, stay, keeps=keeps, has_rings=has_rings)
         if options.prefix_cache and sharing.why_not:
             raise OptionError(f"prefix_cache=True: {sharing.why_not}; leave it out, or use another drafter")
         if self._paging is not None:  # as large as it is, for the same reason
@@ -322,7 +349,7 @@ class OptimizedModel(Decoder):
 
     def _in_memory(self, step: CompiledStep) -> CompiledStep:
         """The step as it finds keys and values where they are."""
-        return step if self._paging is None else step.paged(self._paging)
+        return step.placed(self._rings, self._paging)
 
     def _lower(self, slabs: CompiledStep) -> _Form:
         """A step in the form that the backend runs."""
@@ -517,7 +544,8 @@ class OptimizedModel(Decoder):
 
     def explain(self) -> Explanation:
         """What each pass did and refused, and which ops the step holds; prints as tables."""
-        return Explanation.of(self._records, self.graph_module, describe(self._engine.variant.signature, self._paging))
+        memory = describe(self._engine.variant.signature, self._paging, self._rings)
+        return Explanation.of(self._records, self.graph_module, memory)
 
     def export_onnx(
         self,

@@ -1,7 +1,7 @@
 """The compile order, from a captured forward to one decoding step.
 
     L0 captured --canonicalise--> L1 canonical --unpad--> L2 unpadded --fuse--> L3 step --target--> L3 for a target
-                                                                               (--page--> L3 on a pool of blocks)
+                                                                               (--place--> L3 on rings or a pool)
 
 Each tuple below is one stage; each level is verified when it is reached (`levels`).
 """
@@ -25,7 +25,6 @@ from emssd_compile.passes.lift_positions import LiftPositions
 from emssd_compile.passes.lower_einsum import LowerEinsum
 from emssd_compile.passes.lower_flex_attention import LowerFlexAttention
 from emssd_compile.passes.manager import Level, Pass, PassManager, PassRecord, Refusal, drop_unused_weights
-from emssd_compile.passes.page_caches import PageCaches
 from emssd_compile.passes.prove_token_pointwise import ProveTokenPointwise
 from emssd_compile.passes.raise_attention import RaiseAttention
 from emssd_compile.passes.restore_all_logits import RestoreAllLogits
@@ -48,7 +47,7 @@ __all__ = [
     "captured",
     "drop_unused_weights",
     "linear_rule",
-    "paged",
+    "placed",
     "register_token_rule",
     "step",
     "tapped",
@@ -114,9 +113,9 @@ def step(fuse: FuseStep) -> Level:
     return Level("L3", (fuse,), verify_step)
 
 
-def paged(page_caches: PageCaches) -> Level:
-    """L3 still; before the passes of a target, which see one more input."""
-    return Level("L3", (page_caches,), verify_step)
+def placed(kinds: tuple[Pass, ...]) -> Level:
+    """L3 still, with caches in other kinds of memory; before the passes of a target, which may see one more input."""
+    return Level("L3", kinds, verify_step)
 
 
 def targeted(own: tuple[Pass, ...]) -> Level:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,6 +56,74 @@ def test_a_model_of_many_positions_simply_works(monkeypatch, long_model):
         fast.generate([prompt(70)], max_new_tokens=131_000)
     monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 40)
     assert emssd_compile.optimize(long_model, backend="eager").explain().memory.startswith("slabs of 131072 tokens")
+
+
+@pytest.fixture(scope="module")
+def windowed() -> OptimizedModel:
+    """Of one layer that sees 30 tokens, and one that sees all."""
+    model = toy_model("gemma2", max_position_embeddings=4096)
+    sizes: dict[str, Any] = {"max_batch": 2, "max_length": 4096, "prefill_chunk": 100}
+    return emssd_compile.optimize(model, "none", backend="eager", **sizes)
+
+
+def _in_memory(fast: OptimizedModel, **options: Any) -> OptimizedModel:
+    return OptimizedModel(fast.model, fast._step, replace(fast.options, **options))
+
+
+def test_a_layer_with_a_window_takes_no_more_than_that_and_a_chunk(windowed):
+    """Of 4096 slots a row, 192: 30 and 99, in whole blocks."""
+    slabs = _in_memory(windowed, memory="slab")
+    whole = _allocated(slabs) // 2
+    assert _allocated(windowed) == whole + whole * 192 // 4096
+    assert windowed.explain().memory == (
+        f"slabs of 4096 tokens for each of 2 rows, {whole / 2**20:.1f} MiB; and rings of 192 slots for each of 2 rows "
+        f"in layers that see no further than a window, {whole * 192 / 4096 / 2**20:.1f} MiB"
+    )
+    text = [prompt(n % 90 + 3)[1:] for n in range(20)]
+    prompts = [[token for part in text for token in part], prompt(5)]
+    assert len(prompts[0]) > 4 * 192
+    assert windowed.generate(prompts, max_new_tokens=12) == slabs.generate(prompts, max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"memory": "slab"}, "slabs of 4096 tokens"),
+        ({"memory": "paged"}, "a pool of 128 blocks"),
+        ({"kv_tokens": 128}, "a pool of 2 blocks"),
+        ({"prefix_cache": True}, "a pool of 128 blocks"),
+        ({"prefill_chunk": 4096}, "slabs of 4096 tokens"),  # a ring for that would be larger
+    ],
+)
+def test_all_is_kept_where_that_is_asked_for_or_takes_no_more(windowed, options, kind):
+    fast = _in_memory(windowed, **options)
+    assert fast.explain().memory.startswith(kind)
+    assert not fast._engine.variant.signature.with_role("ring")
+
+
+def test_on_a_gpu_slabs_are_kept_where_they_fit(monkeypatch):
+    """The fastest form of attention there reads nothing else."""
+    slabs = {"k_cache_0": TensorSpec((2, 4096, 4, 16), torch.float32)}
+    plan: Any = partial(memory.plan_rings, {"k_cache_0": 30}, slabs, {}, num_new=100)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2 << 20)
+    assert plan(torch.device("cuda")) is None
+    assert plan(torch.device("cpu")).size("k_cache_0") == 192
+    assert plan(torch.device("cuda"), is_asked_for=True).size("k_cache_0") == 192
+    monkeypatch.setattr(memory, "available_memory", lambda device: (2 << 20) - 1)
+    assert plan(torch.device("cuda")).size("k_cache_0") == 192
+
+
+def test_a_refresh_keeps_rings_as_far_as_the_model_still_has_windows():
+    model = toy_model("gemma2")
+    fast = emssd_compile.optimize(model, "none", max_batch=1, max_length=120, backend="eager", prefill_chunk=20)
+    assert fast.generate([prompt(70)], max_new_tokens=12)[0][70:] == Reference(model)(prompt(70), 12)
+    assert "rings of 64 slots" in fast.explain().memory
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    model.config.sliding_window = 4096
+    fast.refresh()
+    assert "rings" not in fast.explain().memory
+    assert fast.generate([prompt(70)], max_new_tokens=12)[0][70:] == Reference(model)(prompt(70), 12)
 
 
 def test_slabs_are_taken_where_they_fit():

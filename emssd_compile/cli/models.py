@@ -111,7 +111,10 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_length: str) -> None:
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """Where keys and values are."""
     parser.add_argument(
-        "--memory", choices=MEMORY, default="auto", help="of keys and values: auto is slabs where they fit, else paged"
+        "--memory",
+        choices=MEMORY,
+        default="auto",
+        help="of keys and values: auto is a window in layers that see no more, slabs where they fit, else paged",
     )
     parser.add_argument(
         "--kv-tokens", metavar="N", type=positive, help="tokens that paged memory holds (default: half of what is free)"

@@ -78,6 +78,16 @@ def in_use(attributes: Mapping[str, object]) -> set[str]:
     return {name for name, value in given.items() if name == "scale" or _matters(value)}
 
 
+def reach(attributes: Mapping[str, object]) -> int | None:
+    """How many tokens a query may see, itself included, by window and chunk; None for all.
+
+    Args:
+        attributes: as for `in_use`.
+    """
+    limits = [size for size in map(attributes.get, ("window", "chunk")) if isinstance(size, int) and size > 0]
+    return min(limits, default=None)
+
+
 def _matters(value: object) -> bool:
     return value > 0 if isinstance(value, (int, float)) else value is not None
 

@@ -14,13 +14,15 @@ from emssd_compile.ops.triton.selection import standard_forms
 from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.host_parts import HostParts
-from emssd_compile.runtime.kv_memory import Slabs
+from emssd_compile.runtime.kv_memory import KVMemory, Slabs
 from emssd_compile.runtime.launch import Variant, make_launcher
 from emssd_compile.runtime.memory import allocate
 from emssd_compile.runtime.pages import Pages
+from emssd_compile.runtime.windows import Windows
 from emssd_compile.step.paging import Paging
 from emssd_compile.step.parts import Part
-from emssd_compile.step.signature import Signature
+from emssd_compile.step.rings import Rings
+from emssd_compile.step.signature import KV_ROLES, Signature
 from emssd_compile.step.state import StepState
 from emssd_compile.step.tensor_spec import TensorSpec
 
@@ -35,6 +37,7 @@ def assemble(
     buckets: tuple[StepSizes, ...] = (),
     parts: Mapping[str, Part] = MappingProxyType({}),
     paging: Paging | None = None,
+    rings: Rings | None = None,
 ) -> Engine:
     """An engine that drives `step`, with all tensors that travel from step to step allocated on `device`.
 
@@ -47,6 +50,7 @@ def assemble(
         buckets: sizes that are captured, where the device captures any.
         parts: those of the step, by what the names of their inputs begin with; an artifact has none.
         paging: the pool of blocks that the step was made for; None where each row has a slab.
+        rings: the caches that the step was made for to keep a window of; None without any.
 
     Raises:
         CapacityError: the KV caches, or what a part keeps, do not fit into memory.
@@ -56,7 +60,9 @@ def assemble(
     launcher = make_launcher(variant, {**state.tensors(), **tensors}, buckets)
     lag = 0 if device.type == "cpu" else 1
     told = HostParts(launcher, parts)
-    memory = Pages(paging, variant.signature) if paging else Slabs(variant.signature)
+    memory: KVMemory = Pages(paging, variant.signature) if paging else Slabs(variant.signature)
+    if rings:
+        memory = Windows(memory, rings)
     return Engine(launcher, memory, layout, told, prefill_chunk=prefill_chunk, lag=lag, deterministic=deterministic)
 
 
@@ -85,7 +91,7 @@ def switch(engine: Engine, variant: Variant) -> None:
 
 def _own(signature: Signature, *more: str) -> dict[str, TensorSpec]:
     """What is allocated beside `StepState`, and the inputs that have one of more roles."""
-    return signature.specs("cache", "pool", "table", "row", "memory", "host", "option", *more)
+    return signature.specs(*KV_ROLES, "table", "row", "memory", "host", "option", *more)
 
 
 def _without_clock(step: StepFunction) -> StepFunction:

@@ -19,12 +19,14 @@ class BlockKeys:
 
     Attributes:
         keys: of the first blocks; those whose tokens, and what is looked ahead to, have been told.
+        awaited: the one that there was no block of when its blocks were looked for last; empty for none.
     """
 
     def __init__(self, scope: bytes, block_size: int, lookahead: int) -> None:
         self._block_size, self._lookahead = block_size, lookahead
         self._chain = _digest(scope)
         self.keys: list[bytes] = []
+        self.awaited = b""
 
     def extend(self, text: Tensor) -> None:
         """Go on with the same text, which is longer now: int64 `[S]`, on the CPU."""

@@ -1,4 +1,4 @@
-"""What is allocated once, when a model is compiled: the KV caches above all, as slabs or as a pool of blocks."""
+"""What is allocated once, when a model is compiled: the KV caches above all, as slabs, rings or a pool of blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from emssd_compile.errors import CapacityError, OptionError
 from emssd_compile.memory import available_memory
 from emssd_compile.step.paging import BLOCK_SIZE, DRAFTER, Paging, Sharing, check_kv_tokens
-from emssd_compile.step.signature import Signature
+from emssd_compile.step.rings import Rings
+from emssd_compile.step.signature import KV_ROLES, Signature
 from emssd_compile.step.tensor_spec import TensorSpec
 
 CACHES = ("k_cache_", "v_cache_")
@@ -32,6 +33,35 @@ _OWNERS = {
 _WORTH_NAMING = 20  # who needs less than this part of all is not worth a word
 _POOL_SHARE = 2
 """A pool whose size nobody says takes one part in so many of the memory available, with what is allocated beside it."""
+
+
+def plan_rings(
+    reaches: Mapping[str, int],
+    slabs: Mapping[str, TensorSpec],
+    others: Mapping[str, TensorSpec],
+    device: torch.device,
+    *,
+    num_new: int,
+    is_asked_for: bool = False,
+) -> Rings | None:
+    """The caches that take less memory if they keep a window only; None if slabs are to be kept.
+
+    On a GPU they are kept if they fit into memory: the fastest form of attention there knows nothing else.
+
+    Args:
+        reaches: how many tokens are seen of each cache whose attention sees no further.
+        slabs: all caches as they are if they keep everything, `[B, C, ...]` each, or with more slots.
+        others: what else is allocated beside them.
+        device: where all of it is.
+        num_new: the most tokens of a row in one step.
+        is_asked_for: whether rings are to be had even if slabs fit.
+    """
+    needed = sum(map(_bytes, (*slabs.values(), *others.values())))
+    if device.type != "cpu" and not is_asked_for and needed <= available_memory(device):
+        return None
+    every = Rings(reaches, num_new, BLOCK_SIZE)
+    smaller = {name: seen for name, seen in reaches.items() if every.size(name) < slabs[name].shape[1]}
+    return replace(every, reaches=smaller) if smaller else None
 
 
 def plan_pool(
@@ -83,20 +113,26 @@ def plan_pool(
     return replace(whole, num_blocks=min(room // of_block, most))
 
 
-def describe(signature: Signature, paging: Paging | None) -> str:
+def describe(signature: Signature, paging: Paging | None = None, rings: Rings | None = None) -> str:
     """Where keys and values are and how much memory that takes, in a few words."""
-    taken = {role: sum(map(_bytes, signature.specs(role).values())) for role in ("cache", "pool")}
-    sizes = signature.sizes
-    slabs = f"slabs of {sizes.capacity} tokens for each of {sizes.rows} rows, {_gib(taken['cache'])}"
+    taken = {role: sum(map(_bytes, signature.specs(role).values())) for role in KV_ROLES}
+    sizes, said = signature.sizes, []
+    if paging is not None:
+        pool = f"a pool of {paging.num_blocks} blocks of {paging.block_size} tokens, {paging.num_tokens} in all for "
+        said.append(f"{pool}{sizes.rows} rows of up to {sizes.capacity}, {_gib(taken['pool'])}")
+    if taken["cache"] or not (paging or rings):
+        said.append(f"slabs of {sizes.capacity} tokens for each of {sizes.rows} rows, {_gib(taken['cache'])}")
+    if rings is not None:
+        slots = " or ".join(map(str, sorted({rings.size(name) for name in rings.reaches})))
+        ring = f"rings of {slots} slots for each of {sizes.rows} rows in layers that see no further than a window"
+        said.append(f"{ring}, {_gib(taken['ring'])}")
+    text = "; and ".join(said)
     if paging is None:
-        return slabs
-    pool = f"a pool of {paging.num_blocks} blocks of {paging.block_size} tokens, {paging.num_tokens} in all for "
-    pool += f"{sizes.rows} rows of up to {sizes.capacity}, {_gib(taken['pool'])}"
-    pool += f"; and {slabs}" if taken["cache"] else ""
+        return text
     sharing = paging.sharing
     if sharing.why_not:
-        return f"{pool}; texts that begin alike share nothing: {sharing.why_not}"
-    return f"{pool}; what is read is kept for requests to come" if sharing.keeps else pool
+        return f"{text}; texts that begin alike share nothing: {sharing.why_not}"
+    return f"{text}; what is read is kept for requests to come" if sharing.keeps else text
 
 
 def allocate(specs: dict[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

@@ -58,6 +58,7 @@ class Pages:
         self._paging, self._signature = paging, signature
         self._pool = BlockPool(paging.num_blocks)
         self._held: dict[int, _Held] = {}  # by row
+        self._readers: dict[bytes, set[int]] = {}  # rows that have yet to read a block of a prompt, by its key
         self._table = self._empty_table()
         self._is_new = True  # whether the step has yet to see the table as it is
         self._counts = Counter[str]()
@@ -91,10 +92,18 @@ class Pages:
         )
 
     def is_being_read(self, request: Request) -> bool:
-        """Whether a busy row reads the first block that is not there yet."""
+        """Whether a busy row reads the first block that is not there yet.
+
+        Asked of all that wait, before each step: who waited for a block, and for whom it is still read, waits on.
+        """
+        known = request.block_keys
+        if known is not None and known.awaited in self._readers and not self._pool.find([known.awaited]):
+            return True
         keys = self._keys(request)
-        missing = keys[len(self._pool.find(keys)) :][:1]
-        return any(key in self._keys(held.request)[held.num_kept :] for key in missing for held in self._held.values())
+        (missing,) = keys[len(self._pool.find(keys)) :][:1] or [b""]
+        if request.block_keys is not None:
+            request.block_keys.awaited = missing
+        return missing in self._readers
 
     def plan(self, request: Request, source: int | None) -> Beginning | None:
         """Whether all the blocks that it may need can be promised, beside those that it shares."""
@@ -111,6 +120,8 @@ class Pages:
         """Share what is shared, and copy what else the source has read."""
         request, shared, source = beginning.request, beginning.blocks, beginning.source
         held = self._held[row] = _Held(request)
+        for key in self._keys(request):
+            self._readers.setdefault(key, set()).add(row)
         self._pool.share(shared)
         held.blocks += shared
         promised = self._needed(request) - len(shared)
@@ -142,6 +153,7 @@ class Pages:
         keys.extend(torch.cat([held.request.prompt, torch.tensor(held.request.output, dtype=torch.int64)]))
         for place in range(held.num_kept, most):
             self._pool.keep(held.blocks[place], keys.keys[place])
+            self._reads_no_more(row, keys.keys[place])
         held.num_kept = most
 
     def prepare(self, launcher: Launcher, tokens: Mapping[int, int]) -> None:
@@ -157,6 +169,8 @@ class Pages:
         if (held := self._held.pop(row, None)) is not None:  # else its request failed before it had any
             self._pool.free(held.blocks)
             self._pool.withdraw(held.promised)
+            for key in self._keys(held.request)[held.num_kept :]:
+                self._reads_no_more(row, key)
         self._table[row] = -1
         self._is_new = True
 
@@ -196,6 +210,12 @@ class Pages:
             request.block_keys = BlockKeys(request.scope, self._paging.block_size, self._paging.sharing.lookahead)
             request.block_keys.extend(request.prompt)
         return request.block_keys.keys[: (len(request.prompt) - 1) // self._paging.block_size]
+
+    def _reads_no_more(self, row: int, key: bytes) -> None:
+        if readers := self._readers.get(key):  # what follows the prompt is read by nobody else
+            readers.discard(row)
+            if not readers:
+                del self._readers[key]
 
     def _grow(self, row: int, tokens: int) -> None:
         """Let a row have the blocks for so many tokens, or for as many as it may come to hold."""

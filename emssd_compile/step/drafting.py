@@ -40,8 +40,8 @@ class DraftContext:
         source: int64 `[T]`, where each of them lay among the tokens of the step.
         taps: what the target computed of each token of the step, float `[T, H]` each: `"hidden"`, the input of its LM
             head, and the outputs of the layers in `Drafter.taps`, by the numbers given there.
-        caches: the target's KV caches by name, if `Drafter.writes_kv`; else none. They may be written to, from the slot
-            of the root token on: the next step writes there in any case.
+        caches: the target's KV caches by name, if `Drafter.writes_kv`; else none. They may be written to, K + 1 slots
+            from that of the root token on: the next step writes there in any case.
         logits: float `[B, V]`, the target's processed logits where it predicted the root token, if
             `Drafter.reads_logits`; else None. Rubbish for rows that emitted nothing.
         options: the options that the drafter declares, `[B]` each, by name.

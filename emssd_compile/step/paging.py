@@ -99,7 +99,7 @@ def own_reading(drafter: Drafter) -> bool:
 
 
 def sharing_of(
-    drafter: Drafter, depth: int, pooled: Collection[str], slabs: Collection[str], *, keeps: bool
+    drafter: Drafter, depth: int, pooled: Collection[str], slabs: Collection[str], *, keeps: bool, has_rings: bool
 ) -> Sharing:
     """What rows may have in common.
 
@@ -108,7 +108,11 @@ def sharing_of(
         depth: D.
         pooled, slabs: the names of the caches that are in the pool, and of those that are not.
         keeps: whether what is read is to be found in later calls.
+        has_rings: whether other caches keep a window only.
     """
+    if has_rings:
+        why = "layers that keep a window lack what came before it"
+        return Sharing(prompts=not drafter.reads_ahead, keeps=keeps, why_not=why)
     own = [name for name in pooled if name.startswith(DRAFTER)]
     kind, lookahead = type(drafter).__name__, depth if own else 0
     if targets := [name for name in slabs if not name.startswith(DRAFTER)]:

@@ -31,6 +31,8 @@ ROLES = {
     "host": "what a part knows of earlier requests, zeros at first: set by the host; the step reads it",
     "cache": "keys and values, `[B, slots, ...]`; the step writes them where they lie, and where rows share a prompt "
     "the host copies its slots",
+    "ring": "keys and values of a window, `[B * R, P, ...]`: R blocks for each row, which the step writes around where "
+    "they lie, and where rows share a prompt the host copies them",
     "pool": "keys and values of all rows, `[blocks, P, ...]`; the step writes them where they lie",
     "table": "int32 `[B, M]`, which block of the pools each row's m-th is, -1 for none; set by the host as rows grow",
     "input": "given anew at each call",
@@ -38,6 +40,9 @@ ROLES = {
     "reading": "what a probe tells of each token that the step emits, `[B, D + 1, ...]`, for the host to read",
 }
 """Roles of bindings, and what each means for whoever drives a step."""
+
+KV_ROLES = ("cache", "ring", "pool")
+"""Those of keys and values, which the step writes where they lie."""
 
 
 def role_of_state(name: str) -> str:
@@ -108,7 +113,7 @@ class Signature:
 
         placeholders = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
         (results,) = next(node for node in graph.nodes if node.op == "output").args
-        kept = {name: node for name, node in results.items() if roles.get(name) not in ("cache", "pool")}
+        kept = {name: node for name, node in results.items() if roles.get(name) not in KV_ROLES}
         return cls(
             tuple(bind(name, node, roles[name]) for name, node in placeholders.items()),
             tuple(bind(n, node, "reading" if n in told else roles.get(n, "result")) for n, node in kept.items()),

@@ -40,10 +40,11 @@ class Target:
     Args:
         architecture: its name.
         rows: B.
+        overrides: fields of its configuration.
     """
 
-    def __init__(self, architecture: str, rows: int = ROWS) -> None:
-        self.model = build(architecture)
+    def __init__(self, architecture: str, rows: int = ROWS, **overrides: Any) -> None:
+        self.model = build(architecture, **overrides)
         self.reference = Reference(self.model)
         self.rows = rows
 
@@ -120,9 +121,9 @@ def rechunked(fast: OptimizedModel, prefill_chunk: int) -> OptimizedModel:
 
 
 @functools.lru_cache(maxsize=2)
-def target(architecture: str, rows: int = ROWS) -> Target:
+def target(architecture: str, rows: int = ROWS, **overrides: Any) -> Target:
     """One target at a time is kept: tests go through the architectures one by one."""
-    return Target(architecture, rows)
+    return Target(architecture, rows, **overrides)
 
 
 def assert_exact(

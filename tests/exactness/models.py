@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,10 @@ ARCHITECTURES = (*HUGGING_FACE, *PLAIN)
 
 
 @torch.no_grad()
-def build(architecture: str) -> nn.Module:
+def build(architecture: str, **overrides: Any) -> nn.Module:
     """A tiny random model, in fp32 and eval mode, whose text depends on all of its context.
+
+    `overrides` are fields of its configuration.
 
     Layers are louder and embeddings quieter than in `tests.zoo`: where logits share the weights of the embedding, a
     model would else go on repeating one token, and a mistake in its attention would not show in the text.
@@ -84,7 +87,7 @@ def build(architecture: str) -> nn.Module:
         for parameter in plain.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.6)
         return plain
-    model = toy_model(architecture)
+    model = toy_model(architecture, **overrides)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter is not embedding and parameter is not head:

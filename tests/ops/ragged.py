@@ -99,6 +99,23 @@ def in_blocks(batch: Batch, size: int, *, shared: int = 0, seed: int = 0) -> Bat
     return replace(batch, k_cache=pools[0], v_cache=pools[1]).with_options(block_table=table)
 
 
+def in_rings(batch: Batch, size: int, window: int) -> Batch:
+    """The same batch with a window: rows keep no more slots than that and their new tokens, in blocks of `size`."""
+    new = int(batch.offsets.diff().max())
+    count = -(-(window + new - 1) // size)
+    rows, capacity = batch.k_cache.shape[:2]
+    columns = torch.arange(-(-capacity // size)) % count
+    table = (torch.arange(rows)[:, None] * count + columns).to(torch.int32)
+    caches = []
+    for cache in (batch.k_cache, batch.v_cache):
+        ring = cache.new_full((rows * count, size, *cache.shape[2:]), math.nan)
+        for row, (length, added) in enumerate(zip(batch.lengths.tolist(), batch.offsets.diff().tolist(), strict=True)):
+            for slot in range(length + added):  # the later ones over the earlier ones
+                ring[table[row, slot // size], slot % size] = cache[row, slot]
+        caches.append(ring)
+    return replace(batch, k_cache=caches[0], v_cache=caches[1]).with_options(window=window, block_table=table)
+
+
 def spoilt(batch: Batch, row: int, value: float) -> Batch:
     """The batch of `in_blocks` with a value in all that is not a row's: other blocks, and the slots behind its last."""
     table, size = batch.options["block_table"], batch.k_cache.shape[1]

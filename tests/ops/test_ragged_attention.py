@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emssd_compile import ops
-from tests.ops.ragged import Batch, Heads, in_blocks, make_batch, oracle, spoilt, with_random_bits, with_trees
+from tests.ops.ragged import Batch, Heads, in_blocks, in_rings, make_batch, oracle, spoilt, with_random_bits, with_trees
 
 ROWS = [(70, 3), (0, 1), (5, 0), (129, 5), (64, 1), (60, 4)]  # an empty row, no history, ends around a block of keys
 
@@ -169,6 +169,18 @@ def test_long_rows_match_oracle(cpu_kernels: None) -> None:
     for option in ({"window": 1050}, {"chunk": 1050}, {"sinks": torch.tensor([1.0, -1.0])}):
         assert_exact(attend(batch.with_options(**option)), oracle(batch.with_options(**option)))
         assert_same_in_blocks(batch.with_options(**option), sizes=[64])
+
+
+@pytest.mark.parametrize("window", [1, 9, 70])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_a_ring_has_what_a_window_sees(kernels: str, tree: bool, window: int) -> None:
+    """Its columns name the same blocks again and again; what has been written over is seen by nobody."""
+    batch = make_batch([(300, 7), (0, 20), (150, 0), (64, 1)], tail=2)
+    batch = with_trees(batch) if tree else batch
+    expected = attend(batch.with_options(window=window))
+    for size in (1, 4, 64):
+        result = attend(in_rings(batch, size, window))
+        torch.testing.assert_close(result, expected, rtol=0, atol=0 if kernels == "cpp" else 1e-6)
 
 
 def test_rows_that_begin_alike_may_share_blocks(kernels: str) -> None:

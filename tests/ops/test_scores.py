@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emssd_compile import ops
-from emssd_compile.ops._scores import AttentionAttributes, in_use
+from emssd_compile.ops._scores import AttentionAttributes, in_use, reach
 
 
 @pytest.mark.parametrize("op", [ops.attention, ops.ragged_attention], ids=str)
@@ -37,3 +37,12 @@ def test_a_query_reaches_back_to_its_window_and_its_chunk(window, chunk):
             near = window == 0 or key > query - window
             together = chunk == 0 or key // chunk == query // chunk
             assert reached[query, key] == (near and together)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (3, 0), (0, 4), (3, 4), (9, 4)])
+def test_how_far_is_the_most_that_any_query_sees(window, chunk):
+    tokens = torch.arange(40)
+    reached = AttentionAttributes(1.0, window=window, chunk=chunk).reaches(tokens[:, None], tokens)
+    most = int((reached & (tokens <= tokens[:, None])).sum(1).max())
+    found = reach({"scale": 1.0, "window": window, "chunk": chunk, "sinks": torch.ones(2)})
+    assert most == (40 if found is None else found)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.ops import append_kv, move_kv, ragged_attention
+from emssd_compile.passes.block_tables import pageable
 from emssd_compile.passes.graph import inputs, placeholder
 from emssd_compile.passes.manager import PassManager, PassRecord
-from emssd_compile.passes.page_caches import PageCaches, pageable
+from emssd_compile.passes.page_caches import PageCaches
 from emssd_compile.step.drafting import Draft, DraftContext
 from emssd_compile.step.paging import Paging
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -48,7 +48,7 @@ def test_caches_become_pools_and_all_that_uses_them_is_told_where_rows_are():
 
 def test_where_tokens_go_is_looked_up_once_for_all_layers():
     compiled = target("llama", 3)
-    step = compiled.optimize(compiled.drafter("none"))._step.paged(PAGING)
+    step = compiled.optimize(compiled.drafter("none"))._step.placed(paging=PAGING)
     appends = _calls(step.graph_module, append_kv)
     assert len(appends) == 2
     assert len({node.args[4:6] for node in appends}) == 1
@@ -104,14 +104,6 @@ def test_what_is_in_a_pool_is_in_it_in_all_forms():
     assert _page(step, chosen).changed == 1
     with pytest.raises(UnsupportedModelError, match="k_cache_0: in a pool in other forms"):
         _page(step_of(_LooksAtKeys([1, 2])), chosen)
-
-
-@pytest.mark.parametrize(("row", "slot", "block", "place"), [(0, 0, 5, 0), (0, 17, 2, 1), (2, 31, 6, 15), (3, 0, 7, 0)])
-def test_slots_are_found_in_blocks(row: int, slot: int, block: int, place: int):
-    table = torch.tensor([[5, 2, -1, -1], [-1] * 4, [0, 6, 1, -1]], dtype=torch.int32)
-    locate = PageCaches(PAGING, None)._locate  # type: ignore[arg-type]
-    found: tuple[Tensor, Tensor] = locate(torch.tensor([row]), torch.tensor([slot]), table)
-    assert [int(each) for each in found] == [block, place]
 
 
 @pytest.mark.parametrize("size", [0, 3, 48, 8192, -64])

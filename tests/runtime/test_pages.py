@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import settings
@@ -206,3 +206,28 @@ def test_a_dry_run_shares_the_pool_among_as_many_rows_as_it_has_blocks_for():
         assert (given.rows, given.tokens) == (rows, tokens)
         used = given.tensors["block_table"][given.tensors["block_table"] >= 0].tolist()
         assert sorted(used) == [*range(len(used))]
+
+
+def test_who_waits_for_a_block_waits_while_it_is_read():
+    """For the first that is missing, not for those behind it; and not for a row that has gone."""
+    pages = Pages(Paging(BLOCKS, ROWS, CAPACITY, SPARE, Sharing(lookahead=0), SIZE), SIGNATURE)
+    launcher: Any = _Launcher()
+    longer, shorter, other = (
+        Request(index, torch.tensor(text), 2, scope=b"")
+        for index, text in enumerate([[0] * 14, [0] * 6, [0] * 4 + [1] * 6])
+    )
+    beginning = pages.plan(longer, None)
+    assert beginning is not None
+    pages.start(launcher, 0, beginning)
+    assert [pages.is_being_read(request) for request in (shorter, other)] == [True, True]
+    pages.note_read(0, SIZE - 1)
+    assert [pages.is_being_read(request) for request in (shorter, other)] == [True, True]
+    pages.note_read(0, SIZE)
+    assert [pages.is_being_read(request) for request in (shorter, other)] == [False, False], "what is missing is theirs"
+    again = Request(3, torch.tensor([0] * 13), 2, scope=b"")
+    assert pages.is_being_read(again)
+    pages.note_read(0, 2 * SIZE)
+    assert pages.is_being_read(again), "the next one is read, too"
+    pages.release(0)
+    assert not pages.is_being_read(again)
+    assert not pages._readers

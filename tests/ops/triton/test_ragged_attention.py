@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emssd_compile import ops
 from emssd_compile.ops.triton.launch import AttentionSizes, Processors, plan_launch
-from tests.ops.ragged import Batch, Heads, in_blocks, make_batch, oracle, spoilt, with_random_bits, with_trees
+from tests.ops.ragged import Batch, Heads, in_blocks, in_rings, make_batch, oracle, spoilt, with_random_bits, with_trees
 from tests.ops.triton_process import SHARED_MEMORY, TritonProcess, needs_triton
 
 pytestmark = needs_triton
@@ -73,6 +73,14 @@ def test_matches_oracle_for_all_options(
     result = triton.attend(batch, **SMALL, num_splits=splits)
     assert_exact(result, oracle(batch))
     assert torch.equal(triton.attend(in_blocks(batch, 4 if tree else 64), **SMALL, num_splits=splits), result)
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_a_ring_has_what_a_window_sees(triton: TritonProcess, tree: bool) -> None:
+    batch = make_batch(ROWS, Heads(4, 2, 16, 16), tail=1)
+    batch = with_trees(batch) if tree else batch
+    result = triton.attend(batch.with_options(window=9), **SMALL, num_splits=3)
+    assert torch.equal(triton.attend(in_rings(batch, 4, 9), **SMALL, num_splits=3), result)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
