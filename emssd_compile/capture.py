@@ -140,6 +140,11 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def capture(model: nn.Module, longest: int = _EXAMPLE_TOKENS) -> fx.GraphModule:
     """Capture `model` as a level-L0 graph `forward(input_ids[1, T], positions[1, T]) -> logits`.
 
@@ -184,7 +189,7 @@ def _export_one_way(model: nn.Module, longest: int) -> ExportedProgram:
 
 
 def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
     try:
         with torch.no_grad(), _quiet():

@@ -3,65 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from emssd_compile import keywords
 from emssd_compile.acceptance import check_fit, make_rule
 from emssd_compile.ambient import compiling, neutral
-from emssd_compile.capture import check_model, check_weights
+from emssd_compile.capture import check_model, check_weights, device_of
 from emssd_compile.decoder import Decoder
-from emssd_compile.drafters import make_drafter, without
+from emssd_compile.drafters import make_drafter
 from emssd_compile.ends import all_are_ours
 from emssd_compile.errors import (
     OptionError,
     PartError,
-    ProbeError,
-    ProcessorError,
     StaleModelError,
-    UnsupportedModelError,
 )
+from emssd_compile.forms import Form, Forms
 from emssd_compile.freshness import Freshness, fingerprints
 from emssd_compile.generation import honoured_options
 from emssd_compile.layouts import LAYOUTS
-from emssd_compile.length import declared_sizes, length_limit, resolve_length
+from emssd_compile.length import declared_sizes, resolve_length
 from emssd_compile.logits import LogitsProcessor, make_processors
-from emssd_compile.lowering import BACKENDS, StepFunction
+from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import CompileOptions
+from emssd_compile.placement import place
 from emssd_compile.prefix_cache import PrefixCache
 from emssd_compile.probes import make_probes
 from emssd_compile.progress import progress_bar
 from emssd_compile.report import Explanation
-from emssd_compile.runtime.assembly import assemble, make_variant, switch
+from emssd_compile.runtime.assembly import assemble, switch
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.runtime.engine import Engine
-from emssd_compile.runtime.launch import Variant
-from emssd_compile.runtime.memory import check_state, describe, plan_pool, plan_rings
+from emssd_compile.runtime.memory import check_state, describe
 from emssd_compile.step.acceptance import Rule
-from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.drafting import Drafter, tree_nodes
-from emssd_compile.step.logits import LogitContext
+from emssd_compile.step.drafting import tree_nodes
 from emssd_compile.step.options import RowOption
-from emssd_compile.step.paging import DRAFTER, Paging, own_reading, sharing_of
 from emssd_compile.step.parts import Part, merge_options
-from emssd_compile.step.probe import READING, Probe, ReadingSpec, check_readings, merge_readings
-from emssd_compile.step.rings import Rings
+from emssd_compile.step.probe import READING, Probe, ReadingSpec, merge_readings
 from emssd_compile.structure import Structure
 
 if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel, CompiledStep
-    from emssd_compile.lowering.halves import HalvedStep, LogitsHook
-    from emssd_compile.passes import PassRecord
-
-
-_HELD = ("row", "memory", "host", "option", "state", "setting")
-"""Roles of what is allocated beside keys and values."""
+    from emssd_compile.lowering.halves import LogitsHook
 
 
 def optimize(
@@ -140,105 +126,17 @@ def optimize(
     )
     options.chunk(proposer.num_draft_tokens)
     options.check_pool(tree_nodes(proposer))
-    check_state(options.max_batch, options.max_length, _device(model))
-    BACKENDS[options.backend].require(_device(model))
+    check_state(options.max_batch, options.max_length, device_of(model))
+    BACKENDS[options.backend].require(device_of(model))
     if (sizes := declared_sizes(model, max_batch, length)) is not None:
         proposer.check(sizes)
     check_weights(model)
     check_weights(proposer)
     with compiling, neutral(torch.get_default_dtype()):
-        step, captured = _compile(model, rule, proposer, options, *others)
+        from emssd_compile.pipeline import compile_checked  # brings sympy: not needed to import us
+
+        step, captured = compile_checked(model, rule, proposer, options, *others)
         return OptimizedModel(model, step, options, captured)
-
-
-def _compile(
-    model: nn.Module,
-    rule: Rule,
-    drafter: Drafter,
-    options: CompileOptions,
-    processors: tuple[LogitsProcessor, ...],
-    probes: tuple[Probe, ...],
-) -> tuple[CompiledStep, tuple[CompiledModel, ...]]:
-    """The step, and the models that were captured for it."""
-    from emssd_compile.compiler import compile_model, compile_step  # brings sympy: not needed to import us
-    from emssd_compile.selfcheck import check_against
-
-    batch = BatchShape(options.max_batch, options.max_length, tree_nodes(drafter))
-    captured: list[CompiledModel] = []
-
-    def checked(source: nn.Module, compiled: CompiledModel) -> CompiledModel:
-        check_against(source, compiled)
-        captured.append(compiled)
-        return compiled
-
-    def compile_draft_model(source: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:
-        check_model(source)
-        if all(source is not held for held in drafter.modules()):  # what it holds is checked with it
-            check_weights(source)
-        most = min(batch.capacity, length_limit(source) or batch.capacity)
-        return checked(source, _compile_as_far(source, BatchShape(batch.rows, most, tree_nodes)))
-
-    compiled = checked(model, compile_model(model, batch, drafter.taps))
-
-    def with_layers(layers: tuple[int, ...]) -> CompiledModel:
-        captured.append(thinned := compiled.with_layers(layers))
-        return thinned
-
-    drafter.prepare(replace(compiled.target(compile_draft_model), with_layers=with_layers))
-    policy = LAYOUTS[options.layout].policy()
-    few = _device(model).type == "cpu"  # elsewhere steps are captured, for all rows
-    step = compile_step(compiled, rule, drafter, policy, processors, probes, drafts_for_few=few)
-    parts = (rule, drafter, policy, *processors)
-    merge_options(parts, ProcessorError)
-    _check_names(merge_options((*parts, *probes), ProbeError))
-    sizes = step.signature(step.graph_module.graph).sizes
-    merge_readings(check_readings(probe, probe.readings(sizes)) for probe in probes)
-    return step, tuple(captured)
-
-
-def _check_names(options: Collection[str]) -> None:
-    """Raises PartError if `generate` takes something else by the name of an option."""
-    taken = sorted({*options} & (keywords.NO_OPTIONS | inspect.signature(Decoder.generate).parameters.keys()))
-    if taken:
-        raise PartError(f"a part declares the option {taken[0]!r}, which `generate` knows as something else; rename it")
-
-
-def _compile_as_far(model: nn.Module, batch: BatchShape) -> CompiledModel:
-    """A draft model for rows of C tokens, or of fewer where it cannot be right for so many."""
-    from emssd_compile.compiler import compile_model
-
-    try:
-        return compile_model(model, batch)
-    except UnsupportedModelError as error:
-        if error.longest is None or not 0 < error.longest < batch.capacity:
-            raise
-        shorter = replace(batch, capacity=error.longest)
-    return _compile_as_far(model, shorter)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class _Form:
-    """One form of the step.
-
-    Attributes:
-        variant: what runs.
-        graphs: what holds weights: the graphs as the backend's passes left them, and as they were before.
-        records: what each pass did.
-        halves: the step, if it is run in two halves.
-    """
-
-    variant: Variant
-    graphs: tuple[fx.GraphModule, ...]
-    records: list[PassRecord]
-    halves: HalvedStep | None = None
-
-
-def _inputs(graph_module: fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
 
 
 class OptimizedModel(Decoder):
@@ -254,6 +152,7 @@ class OptimizedModel(Decoder):
     """
 
     _has_hooks = True
+    _make: Forms
 
     def __init__(
         self,
@@ -265,138 +164,36 @@ class OptimizedModel(Decoder):
         self.model = model
         self.drafter = step.drafter
         self.options = options
-        self._paging: Paging | None = None
-        self._rings: Rings | None = None
         self._fingerprints: tuple[int, ...] = ()  # of the weights that the cached prefixes were read with
         super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...], *, again: bool = False) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""
-        before = self._paging, self._rings
-        try:
-            # Slabs stay slabs: they take the memory that would be found missing.
-            if self._rings is not None or not again:
-                self._rings = self._plan_rings(step)
-            if self._paging is not None or not again:
-                self._paging = self._plan_pool(step.placed(self._rings))
-            return self._assemble_on(step, captured)
-        except BaseException:
-            self._paging, self._rings = before
-            raise
-
-    def _assemble_on(self, step: CompiledStep, captured: tuple[CompiledModel, ...]) -> Engine:
-        backend, device, rows = BACKENDS[self.options.backend], _device(self.model), self.options.max_batch
-        form = self._lower(step)
+        device, layout = device_of(self.model), LAYOUTS[self.options.layout]
+        placement = place(step, self.options, device, self._make.placement if again else None)
+        forms = Forms(self.options, device, placement)
+        form = forms.whole(step)
         freshness = self._compare_from_now(captured, [form])
-        drafts = step.drafter.num_draft_tokens
+        is_captured = BACKENDS[self.options.backend].is_captured
+        drafts, depth = step.drafter.num_draft_tokens, step.drafter.max_depth
         engine = assemble(
             form.variant,
             device,
-            LAYOUTS[self.options.layout],
+            layout,
             prefill_chunk=self.options.chunk(drafts),
             deterministic=self.options.deterministic,
-            buckets=decode_buckets(rows, drafts, step.drafter.max_depth) if backend.is_captured else (),
+            buckets=decode_buckets(self.options.max_batch, drafts, depth) if is_captured else (),
             parts=step.parts,
-            paging=self._paging,
-            rings=self._rings,
+            paging=placement.paging,
+            rings=placement.rings,
         )
         # Last, so that an object that cannot be refreshed stays what it was.
         self._step, self._captured, self._freshness = step, captured, freshness
         self._records, self.graph_module = form.records, form.graphs[0]
-        self._forms = {(step.used, False): form}
+        self._make, self._forms = forms, {(step.used, False): form}
         return engine
 
-    def _plan_rings(self, step: CompiledStep) -> Rings | None:
-        """The caches that keep a window; None if none does, as where all is asked to be in slabs or in a pool."""
-        options, signature = self.options, step.signature(step.graph_module.graph)
-        if options.memory != "auto" or options.asks_for_pool:
-            return None
-        return plan_rings(
-            step.reaches(),
-            signature.specs("cache"),
-            signature.specs(*_HELD),
-            _device(self.model),
-            num_new=options.chunk(step.drafter.num_draft_tokens),
-            is_asked_for=self._rings is not None,
-        )
-
-    def _plan_pool(self, step: CompiledStep) -> Paging | None:
-        """The pool that keys and values are in, but for rings; None if each row has a slab."""
-        options = self.options
-        if options.memory == "slab":
-            return None
-        signature, drafter = step.signature(step.graph_module.graph), step.drafter
-        held = signature.specs("cache", "ring", *_HELD)
-        # A drafter that reads by itself would write to blocks that are shared: it reads into slabs.
-        stays = options.prefix_cache and own_reading(drafter)
-        slabs = {name: held.pop(name) for name in step.pageable() if not (stays and name.startswith(DRAFTER))}
-        stay = [name for name in signature.with_role("cache") if name not in slabs]
-        keeps, has_rings = options.prefix_cache, self._rings is not None
-        sharing = sharing_of(drafter, signature.sizes.depth, slabs, stay, keeps=keeps, has_rings=has_rings)
-        if options.prefix_cache and sharing.why_not:
-            raise OptionError(f"prefix_cache=True: {sharing.why_not}; leave it out, or use another drafter")
-        if self._paging is not None:  # as large as it is, for the same reason
-            return replace(self._paging, caches=(*slabs,), sharing=sharing)
-        return plan_pool(
-            slabs,
-            held,
-            options.max_length,
-            _device(self.model),
-            kv_tokens=options.kv_tokens,
-            is_asked_for=options.asks_for_pool,
-            sharing=sharing,
-        )
-
-    def _in_memory(self, step: CompiledStep) -> CompiledStep:
-        """The step as it finds keys and values where they are."""
-        return step.placed(self._rings, self._paging)
-
-    def _lower(self, slabs: CompiledStep) -> _Form:
-        """A step in the form that the backend runs."""
-        step = self._in_memory(slabs)
-        records = [*step.records]
-        graph_module, function = self._lower_graph(step, step.graph_module, records)
-        deterministic, plain = self.options.deterministic, None
-        can_be_left_out = step.drafter.is_costly and not step.drafter.must_run
-        if can_be_left_out and LAYOUTS[self.options.layout].is_measured and not deterministic:
-            undrafted = slabs.without_drafts(without(step.drafter), LAYOUTS["packed"].policy())
-            plain = self._lower(undrafted) if undrafted else None
-        variant = make_variant(
-            function,
-            step.signature(graph_module.graph),
-            deterministic=deterministic,
-            plain=plain.variant if plain else None,
-        )
-        graphs = (graph_module, step.graph_module, slabs.graph_module, *(plain.graphs if plain else ()))
-        return _Form(variant, tuple(dict.fromkeys(graphs)), records)
-
-    def _lower_halves(self, slabs: CompiledStep) -> _Form:
-        """A step that shows its logits, in two parts."""
-        from emssd_compile.lowering.halves import HalvedStep  # brings sympy: not needed to import us
-
-        step = self._in_memory(slabs)
-        records, signature = [*step.records], step.signature(step.graph_module.graph)
-        halves = step.halves()
-        (forward, run), (decide, finish) = (
-            self._lower_graph(step, half, records) for half in (halves.forward, halves.decide)
-        )
-        function = HalvedStep(
-            [binding.name for binding in signature.inputs],
-            (run, _inputs(halves.forward)),
-            (finish, _inputs(halves.decide)),
-            LogitContext.form(signature.sizes),
-        )
-        variant = make_variant(function, signature, deterministic=self.options.deterministic, is_capturable=False)
-        return _Form(variant, (forward, decide, step.graph_module), records, function)
-
-    def _lower_graph(
-        self, step: CompiledStep, graph_module: fx.GraphModule, records: list[PassRecord]
-    ) -> tuple[fx.GraphModule, StepFunction]:
-        backend = BACKENDS[self.options.backend]
-        suited = step.for_target(backend.passes(_device(self.model)), records, graph_module)
-        return suited, backend.lower(suited, self.options.deterministic)
-
-    def _compare_from_now(self, captured: tuple[CompiledModel, ...], forms: Collection[_Form]) -> Freshness:
+    def _compare_from_now(self, captured: tuple[CompiledModel, ...], forms: Collection[Form]) -> Freshness:
         """What later changes of the model are compared with: what it is now."""
         graphs = (*(g for form in forms for g in form.graphs), *(c.graph_module for c in captured))
         looked_at = [tensor for c in captured for tensor in c.looked_at.values()]
@@ -407,7 +204,7 @@ class OptimizedModel(Decoder):
         if key not in self._forms:
             with compiling:
                 step = self._step.suited(key[0], shows_logits=key[1])
-                form = self._lower_halves(step) if key[1] else self._lower(step)
+                form = self._make.halved(step) if key[1] else self._make.whole(step)
                 self._freshness = self._compare_from_now(self._captured, [*self._forms.values(), form])
             self._forms[key] = form
         if self._engine.variant is not self._forms[key].variant:
@@ -491,6 +288,8 @@ class OptimizedModel(Decoder):
             ReentryError: it was called from inside a `generate` of this object.
             SessionError: a session of this object is open.
         """
+        from emssd_compile.pipeline import compile_checked  # brings sympy: not needed to import us
+
         with self._turns.take("refresh"), compiling, neutral(self._default_dtype):
             check_model(self.model)
             try:
@@ -500,7 +299,7 @@ class OptimizedModel(Decoder):
                 check_weights(self._step.drafter)
                 step = self._step
                 parts = step.rule, step.drafter, self.options, step.processors, step.probes
-                self._take(self._assemble(*_compile(self.model, *parts), again=True))
+                self._take(self._assemble(*compile_checked(self.model, *parts), again=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives."""
@@ -544,7 +343,8 @@ class OptimizedModel(Decoder):
 
     def explain(self) -> Explanation:
         """What each pass did and refused, and which ops the step holds; prints as tables."""
-        memory = describe(self._engine.variant.signature, self._paging, self._rings)
+        placement = self._make.placement
+        memory = describe(self._engine.variant.signature, placement.paging, placement.rings)
         return Explanation.of(self._records, self.graph_module, memory)
 
     def export_onnx(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emssd_compile import tested_graphs
-from emssd_compile.capture import PlainForward
+from emssd_compile.capture import PlainForward, device_of
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.memory import available_memory
@@ -73,7 +73,7 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
         UnsupportedModelError: logits differ by more than rounding.
     """
     start = time.perf_counter()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     own = _coarsest(compiled)
     longest = _longest(compiled, device)
     raised = own not in _TOLERANCE and _room_for_float32(model, device)

@@ -79,7 +79,7 @@ def test_a_layer_with_a_window_takes_no_more_than_that_and_a_chunk(windowed):
         f"slabs of 4096 tokens for each of 2 rows, {whole / 2**20:.1f} MiB; and rings of 192 slots for each of 2 rows "
         f"in layers that see no further than a window, {whole * 192 / 4096 / 2**20:.1f} MiB"
     )
-    text = [prompt(n % 90 + 3)[1:] for n in range(20)]
+    text = [prompt(n % 90 + 3)[1:] for n in range(40)]
     prompts = [[token for part in text for token in part], prompt(5)]
     assert len(prompts[0]) > 4 * 192
     assert windowed.generate(prompts, max_new_tokens=12) == slabs.generate(prompts, max_new_tokens=12)

@@ -55,8 +55,8 @@ def test_tokens_are_the_models_own(drafter: str):
     compiled = mixed()
     fast = compiled.optimize(compiled.drafter(drafter))
     assert rings(fast) == ["k_cache_0", "v_cache_0"]
-    assert fast._rings is not None
-    assert fast._rings.size("k_cache_0") < CAPACITY / 2
+    assert fast._make.placement.rings is not None
+    assert fast._make.placement.rings.size("k_cache_0") < CAPACITY / 2
     assert_exact(fast, compiled.reference, [prompt(n) for n in LENGTHS], NEW_TOKENS)
     assert (fast.stats.num_accepted_draft_tokens > 0) == (drafter != "none")
     assert_exact(rechunked(fast, 19), compiled.reference, [prompt(n) for n in LENGTHS[::-1]], NEW_TOKENS)

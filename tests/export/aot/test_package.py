@@ -50,7 +50,7 @@ def _inputs(sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:
 )
 def test_one_package_serves_sizes_that_differ_and_sizes_that_agree(sizes):
     graph, fast = open_graph(artifact("aot", "lookup")), optimized("lookup")
-    step = fast._lower(fast._step.suited({"min_new_tokens"}, drafts_for_few=False)).graphs[0]  # as it was exported
+    step = fast._make.whole(fast._step.suited({"min_new_tokens"}, drafts_for_few=False)).graphs[0]  # as it was exported
     ours, theirs = _inputs(sizes), _inputs(sizes)
     expected = step(*(ours[str(node.target)] for node in step.graph.find_nodes(op="placeholder")))
     results = graph(**theirs)
