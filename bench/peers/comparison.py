@@ -6,12 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from typing import Protocol
 
 from rich.table import Table
 
 from bench.peers.registry import OURS, REFERENCE, WAYS
-from bench.peers.worker import Answer, Worker, WorkerError
+from bench.peers.worker import Answer, WorkerError
 from bench.timing import alternate, median_ratio
+
+
+class Decoder(Protocol):
+    """What a contender needs of its worker: `worker.Worker` is one."""
+
+    version: str
+    ready_seconds: float
+
+    def decode(self, prompts: list[list[int]], new_tokens: int) -> Answer:
+        """Greedy continuations by `new_tokens` tokens each. Raises WorkerError if there are none."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 @dataclass
@@ -28,9 +42,9 @@ class Contender:
     failure: str | None = None
     version: str | None = None
     ready_seconds: list[float] = field(default_factory=list)
-    worker: Worker | None = None
+    worker: Decoder | None = None
 
-    def start(self, make: Callable[[], Worker]) -> None:
+    def start(self, make: Callable[[], Decoder]) -> None:
         """Start it twice: the second time it finds what the first one kept."""
         try:
             for _ in range(2):
@@ -48,11 +62,13 @@ class Contender:
         try:
             answer = self.worker.decode(prompts, new_tokens)
         except WorkerError as error:
-            return self._fail(f"batch {len(prompts)}: {error}")
+            self._fail(f"batch {len(prompts)}: {error}")
+            return None
         counts = sorted({len(row) for row in answer.tokens})
         if len(answer.tokens) != len(prompts) or counts != [new_tokens]:
             wanted = f"{len(prompts)} rows of {new_tokens}"
-            return self._fail(f"batch {len(prompts)}: {len(answer.tokens)} rows of {counts} tokens, not {wanted}")
+            self._fail(f"batch {len(prompts)}: {len(answer.tokens)} rows of {counts} tokens, not {wanted}")
+            return None
         return answer
 
     def close(self) -> None:

@@ -69,7 +69,10 @@ def install(name: str) -> None:
         OptionError: it cannot be installed; pip has said why.
     """
     folder, requirements = _environment(name), PEERS[name].requirements
-    commands = ([sys.executable, "-m", "venv", folder], [_python(folder), "-m", "pip", "install", "-U", *requirements])
+    commands: tuple[list[str | Path], ...] = (
+        [sys.executable, "-m", "venv", folder],
+        [_python(folder), "-m", "pip", "install", "-U", *requirements],
+    )
     for command in commands:
         if subprocess.run(command, check=False).returncode:
             raise OptionError(f"{name} was not installed: {' '.join(map(str, command))} failed")

@@ -120,7 +120,7 @@ def convert(python: Path, worker: str, source: Path, target: Path, dtype: str) -
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         draft = Path(scratch) / target.name
         draft.mkdir()
-        command = [python, "-m", worker, "convert", source, draft, dtype, site]
+        command: list[str | Path] = [python, "-m", worker, "convert", source, draft, dtype, site]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]

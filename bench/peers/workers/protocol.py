@@ -1,7 +1,7 @@
 """What every worker does besides decoding: converts a model, or answers requests, one line of JSON each.
 
-    python <worker>.py convert SOURCE TARGET DTYPE [SITE]
-    python <worker>.py serve FOLDER OPTIONS
+    python -m <worker> convert SOURCE TARGET DTYPE [SITE]
+    python -m <worker> serve FOLDER OPTIONS
 
 `serve` says `{"ready": version}`, then answers `{"prompts": [[id, ...], ...], "new_tokens": n}` with
 `{"tokens": [[id, ...], ...], "seconds": s, "peak_bytes": b}`, until its input ends. What fails is `{"error": text}`.
@@ -19,11 +19,11 @@ from typing import Any
 
 Tokens = list[list[int]]
 Generate = Callable[[Tokens, int], Tokens]
+Convert = Callable[[Path, Path, str], object]
+Load = Callable[[Path, dict[str, Any]], tuple[str, Generate]]
 
 
-def main(
-    convert: Callable[[Path, Path, str], object], load: Callable[[Path, dict[str, Any]], tuple[str, Generate]]
-) -> None:
+def main(convert: Convert, load: Load) -> None:
     """Do what the command line says.
 
     Args:

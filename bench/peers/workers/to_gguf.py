@@ -1,4 +1,4 @@
-"""A Llama of transformers as a GGUF file, which llama.cpp and OpenVINO GenAI read."""
+"""A Llama of transformers as a GGUF file, for llama.cpp."""
 
 import json
 from pathlib import Path

@@ -53,8 +53,8 @@ class _Llama:
         return op.matmul(value, self.weights[f"{name}.weight"], False, True)
 
     def _norm(self, value: ov.Node, name: str) -> ov.Node:
-        mean = op.reduce_mean(op.power(value, np.float32([[[2]]])), np.array([-1]), keep_dims=True)
-        scale = op.divide(np.float32([[[1]]]), op.sqrt(op.add(mean, np.float32([[[self.config["rms_norm_eps"]]]]))))
+        mean = op.reduce_mean(op.power(value, _number(2, 3)), np.array([-1]), keep_dims=True)
+        scale = op.divide(_number(1, 3), op.sqrt(op.add(mean, _number(self.config["rms_norm_eps"], 3))))
         return op.multiply(op.multiply(value, scale), self.weights[f"{name}.weight"])
 
     def _rotations(self, positions: ov.Node) -> tuple[ov.Node, ov.Node]:
@@ -75,7 +75,7 @@ class _Llama:
     def _rotate(self, value: ov.Node) -> ov.Node:
         cos, sin = self.cos_sin
         halves = op.variadic_split(value, np.int32(3), np.array([self.head_dim // 2, self.head_dim // 2]))
-        turned = op.concat([op.multiply(halves.output(1), np.float32([[[[-1]]]])), halves.output(0)], -1)
+        turned = op.concat([op.multiply(halves.output(1), _number(-1, 4)), halves.output(0)], -1)
         return op.add(op.multiply(value, cos), op.multiply(turned, sin))
 
     def _by_heads(self, value: ov.Node, heads: int) -> ov.Node:
@@ -105,10 +105,13 @@ class _Llama:
             for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
         )
         key = self._cached(self._rotate(key), f"{name}.key")
-        mixed = op.scaled_dot_product_attention(
-            self._rotate(query), key, self._cached(value, f"{name}.value"), self.mask
-        )
-        mixed = op.reshape(
-            op.transpose(mixed, np.array([0, 2, 1, 3])), np.array([0, 0, self.heads * self.head_dim]), True
-        )
+        value = self._cached(value, f"{name}.value")
+        mixed = op.scaled_dot_product_attention(self._rotate(query), key, value, self.mask)
+        side_by_side = np.array([0, 0, self.heads * self.head_dim])
+        mixed = op.reshape(op.transpose(mixed, np.array([0, 2, 1, 3])), side_by_side, True)
         return self._linear(mixed, f"{name}.o_proj")
+
+
+def _number(value: float, rank: int) -> np.ndarray:
+    """One float32 of so many dimensions."""
+    return np.full((1,) * rank, value, dtype=np.float32)

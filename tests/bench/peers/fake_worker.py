@@ -15,7 +15,7 @@ def convert(source, target, dtype):
 def load(folder, options):
     way = options["way"]
     assert (folder / "counted").exists()
-    print("noise that is no answer")
+    os.write(1, b"noise that is no answer\n")
     if way == "unready":
         raise RuntimeError("too small a machine")
     if way == "slow":

@@ -1,6 +1,6 @@
 """Ratios and equal rows, with runs by hand."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bench.peers.comparison import Contender, speeds, table
 from bench.peers.worker import Answer, WorkerError
@@ -14,8 +14,10 @@ class Scripted:
 
     seconds: list[float]
     tokens: list[list[list[int]]]
+    version: str = "1"
+    ready_seconds: float = 1.0
     closed: int = 0
-    asked: int = field(default=0)
+    asked: int = 0
 
     def decode(self, prompts, new_tokens):
         self.asked += 1
@@ -28,8 +30,8 @@ class Scripted:
 
 
 def contender(name, seconds, *tokens):
-    tokens = list(tokens) or [[[5, 6], [7, 8]]] * len(seconds)
-    return Contender(name, worker=Scripted(seconds, tokens), version="1", ready_seconds=[2.0, 1.0])
+    answers = list(tokens) or [[[5, 6], [7, 8]]] * len(seconds)
+    return Contender(name, worker=Scripted(seconds, answers), version="1", ready_seconds=[2.0, 1.0])
 
 
 def test_ratios_are_taken_within_a_repeat_over_ours_of_the_same_kind():
@@ -78,18 +80,18 @@ def test_what_fails_in_a_run_has_no_figures_and_does_not_take_part_again():
 
 
 def test_a_start_is_made_twice_and_the_first_process_ends():
-    made = []
+    made: list[Scripted] = []
 
     def make():
-        worker = Scripted([], [])
-        worker.version, worker.ready_seconds = "2", 3.0 + len(made)
+        worker = Scripted([], [], version="2", ready_seconds=3.0 + len(made))
         made.append(worker)
         return worker
 
     way = Contender("openvino")
     way.start(make)
     assert [worker.closed for worker in made] == [1, 0]
-    assert (way.ready_seconds, way.version, way.worker) == ([3, 4], "2", made[1])
+    assert (way.ready_seconds, way.version) == ([3.0, 4.0], "2")
+    assert way.worker is made[1]
 
 
 def test_a_table_says_what_was_measured_and_why_something_was_not():

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from bench.peers import __main__ as peers
+from bench.peers import registry
 from bench.peers.registry import PEERS, WAYS, Peer, Way
+from emssd_compile.errors import OptionError
 
 QUICK = ["--models", "tiny-llama", "--batches", "1", "2", "--tokens", "4", "--repeats", "1"]
 
@@ -52,14 +54,14 @@ def test_a_dtype_that_a_peer_cannot_hold_is_said(capsys):
 
 
 def test_installing_is_all_that_is_done_and_a_failure_ends_it(monkeypatch):
-    asked = []
-    monkeypatch.setattr(peers.registry, "install", asked.append)
+    asked: list[str] = []
+    monkeypatch.setattr(registry, "install", asked.append)
     peers.main(["--install", "openvino", "llama_cpp"])
     assert asked == ["openvino", "llama_cpp"]
 
     def refuse(name):
-        raise peers.OptionError(f"{name} was not installed")
+        raise OptionError(f"{name} was not installed")
 
-    monkeypatch.setattr(peers.registry, "install", refuse)
+    monkeypatch.setattr(registry, "install", refuse)
     with pytest.raises(SystemExit, match="openvino was not installed"):
         peers.main(["--install", "openvino"])

@@ -23,7 +23,7 @@ def pip(monkeypatch, tmp_path):
             Path(command[-1]).mkdir(parents=True)
         return subprocess.CompletedProcess(command, status["pip"] if "pip" in command else 0)
 
-    monkeypatch.setattr(registry.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return ran, status
 
 

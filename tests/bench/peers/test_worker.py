@@ -69,5 +69,5 @@ def test_a_model_is_converted_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     make("float32")
     assert (target / "counted").read_text() == "['config.json']"
-    with pytest.raises(WorkerError, match="No module named 'absent'"):
+    with pytest.raises(WorkerError, match="No module named absent"):
         convert(python, "absent", source, target, "float32")
