@@ -67,6 +67,7 @@ TRAINED = (*SHIPPED, SMOLLM2)
 CONFIGS = {
     "opt-2.7b": lambda: _opt(2560, 32, 32),
     "opt-6.7b": lambda: _opt(4096, 32, 32),
+    "llama-134m": lambda: _llama(576, 30, 9, 3, 1536, vocab_size=49152, tie_word_embeddings=True),
     "llama-0.5b": lambda: _llama(1024, 24, 16, 8, 4096, vocab_size=49152),
     "llama-3-8b": lambda: _llama(4096, 32, 32, 8, 14336),
     "tiny-gpt2": lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=4096, initializer_range=64**-0.5),
@@ -150,6 +151,11 @@ def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
 def prompts(name: str) -> list[list[int]]:
     """What a model of `NAMES` is asked to continue."""
     return prompts_for(smollm2() if name == SMOLLM2 else None)
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Where the tokenizer of `prompts(name)` lies."""
+    return smollm2() if name == SMOLLM2 else DEMO_MODEL / SHIPPED["demo"]
 
 
 def prompts_for(model: Path | None = None) -> list[list[int]]:

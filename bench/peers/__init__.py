@@ -1,0 +1,1 @@
+"""Decoding with C++ runtimes that install from PyPI, each in an environment of its own."""
