@@ -49,7 +49,7 @@ _UNSUPPORTED = {
 # a keyword argument each is a wish that would be ignored, so it is refused. What a part of the step takes as an option
 # of its own is neither unsupported nor without effect.
 _WITHOUT_EFFECT = {
-    "it only matters when sampling, and decoding is greedy": """
+    "it only matters when sampling, and is none of the row_options that the artifact was exported with": """
         temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits""",
     "it only matters for beam search, and decoding is greedy": "early_stopping length_penalty diversity_penalty",
     "it only matters for an assistant with another tokenizer": "assistant_lookbehind target_lookbehind",

@@ -7,7 +7,6 @@ import contextlib
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from queue import SimpleQueue
@@ -16,13 +15,14 @@ from typing import TYPE_CHECKING, Literal
 from emssd_compile.ambient import neutral
 from emssd_compile.calls import Call
 from emssd_compile.ends import shared_eos
-from emssd_compile.errors import QueueFullError, ReentryError, SessionError
+from emssd_compile.errors import ReentryError, SessionError
 from emssd_compile.row_hooks import RowHooks
 from emssd_compile.runtime.admission import Admission
 from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.kv_memory import Beginning, KVMemory
 from emssd_compile.runtime.requests import Request, Row
 from emssd_compile.stream import FinishReason, Ticket
+from emssd_compile.tickets import Tickets
 
 if TYPE_CHECKING:
     from emssd_compile.decoder import Decoder
@@ -49,13 +49,10 @@ class Scheduler(Admission):
 
     def __init__(self, decoder: Decoder, max_queue: int, options: frozenset[str]) -> None:
         super().__init__()
-        self._decoder, self._max_queue, self._options = decoder, max_queue, options
+        self._decoder, self._options = decoder, options
         self.terms, self.num_rows = decoder._terms, decoder._engine.num_rows
         self.capacity = decoder._engine.memory.capacity
-        self._waiting: deque[Ticket] = deque()
-        self._running: dict[int, Ticket] = {}  # by the number of the request
-        self._room = threading.Condition()  # guards the two, and the number of requests
-        self._num_requests = 0
+        self._tickets = Tickets(self.num_rows, max_queue, self._refusal)
         self._closing: Literal["", "finish", "cancel"] = ""
         self.failure: BaseException | None = None
         self._bell: SimpleQueue[None] = SimpleQueue()
@@ -65,8 +62,8 @@ class Scheduler(Admission):
         self._hooked = False
         self._row_hooks = RowHooks(
             lambda: self._engine.requests,
-            lambda request: self._running[_number(request)].call.hooks,
-            lambda request, error: self._end(self._running[_number(request)], "error", error),
+            lambda request: self._tickets.running(request).call.hooks,
+            lambda request, error: self._end(self._tickets.running(request), "error", error),
         )
 
     def open(self) -> None:
@@ -84,27 +81,24 @@ class Scheduler(Admission):
 
     def put(self, ticket: Ticket, timeout: float | None) -> None:
         """Let it wait for a row, behind all others; see `Session.submit`."""
-        with self._room:
-            if not self._has_room() and timeout != 0:
-                if self.is_inside():
-                    raise ReentryError(
-                        "submit: the queue is full, and the session's own thread would wait for itself; pass timeout=0"
-                    )
-                self._room.wait_for(self._has_room, timeout)
-            if self._closing or self.failure:
-                why = f"a step of it failed: {self.failure!r}" if self.failure else "open another one"
-                raise SessionError(f"submit: the session is closed; {why}") from self.failure
-            if not self._has_room():
-                raise QueueFullError(
-                    f"submit: {self._max_queue} requests wait for a row already (max_queue); try again later, or pass "
-                    "timeout=... to wait for room"
-                )
-            ticket.request.group = self._num_requests  # a prompt of its own
-            if not self._decoder._keeps_prefixes:
-                ticket.request.scope = None  # whose requests these are is not known
-            self._num_requests += 1
-            self._waiting.append(ticket)
+        if not self._decoder._keeps_prefixes:
+            ticket.request.scope = None  # whose requests these are is not known
+        is_inside = self.is_inside()
+        if is_inside and timeout != 0 and not (self.is_closing or self._tickets.has_room()):
+            raise ReentryError(
+                "submit: the queue is full, and the session's own thread would wait for itself; pass timeout=0"
+            )
+        self._tickets.put(ticket, 0 if is_inside else timeout)
         self.wake()
+
+    def _refusal(self) -> SessionError | None:
+        """Why no more are taken, if so."""
+        if not self.is_closing:
+            return None
+        why = f"a step of it failed: {self.failure!r}" if self.failure else "open another one"
+        error = SessionError(f"submit: the session is closed; {why}")
+        error.__cause__ = self.failure
+        return error
 
     def close(self, wait: bool) -> None:
         """Take no more; return when the thread has ended, unless it is the thread that asks."""
@@ -113,8 +107,7 @@ class Scheduler(Admission):
             self.wake()
         else:
             self.stop()
-        with self._room:
-            self._room.notify_all()
+        self._tickets.tell()
         if self.is_inside():
             return
         try:
@@ -141,8 +134,7 @@ class Scheduler(Admission):
 
     def num_requests(self) -> tuple[int, int]:
         """How many run, and how many wait."""
-        with self._room:
-            return len(self._running), len(self._waiting)
+        return self._tickets.counts()
 
     @property
     def is_closing(self) -> bool:
@@ -164,7 +156,7 @@ class Scheduler(Admission):
         """Wait until there is something to decode; False if nothing will be any more."""
         while True:
             self.update()
-            if self._waiting:
+            if self._tickets.all_waiting():
                 return True
             if self._closing:
                 return False
@@ -173,13 +165,14 @@ class Scheduler(Admission):
     def _decode(self) -> None:
         """Decode until there is nothing to do, or what waits cannot run beside what runs."""
         decoder = self._decoder
-        self._eos, self._used, self._hooked = self._waiting[0].request.eos_token_ids, None, False
+        first = self._tickets.all_waiting()[0]
+        self._eos, self._used, self._hooked = first.request.eos_token_ids, None, False
         with ExitStack() as self._hooks:
             with neutral(decoder._default_dtype):
                 decoder._follow()
                 if not decoder._is_warm:
                     with contextlib.suppress(Exception):  # raised to the request when it starts
-                        self._suit(self._waiting[0].call)
+                        self._suit(first.call)
                     decoder._warm_up(progress=False)
             try:
                 with contextlib.closing(self._engine.run(self, [*self._eos])) as run:
@@ -192,7 +185,7 @@ class Scheduler(Admission):
         with neutral(self._decoder._default_dtype):
             request = next(run, None)
             if request is not None:
-                self._hand_over(self._running[_number(request)])
+                self._hand_over(self._tickets.running(request))
         return request is not None
 
     def _hand_over(self, ticket: Ticket) -> None:
@@ -212,12 +205,12 @@ class Scheduler(Admission):
 
     def __bool__(self) -> bool:
         """Whether the first that waits can run beside those that do."""
-        with self._room:
-            return bool(self._waiting) and self._may_start(self._waiting[0])
+        waiting = self._tickets.all_waiting()
+        return bool(waiting) and self._may_start(waiting[0])
 
     def _may_start(self, ticket: Ticket) -> bool:
         """Whether it can run beside those that do: all that need to see their own EOS do."""
-        tickets = [ticket, *self._running.values()]
+        tickets = [ticket, *self._tickets.all_running()]
         shared = shared_eos(each.request for each in tickets)
         looking = (each.request for each in tickets if each.call.looks_at_ends)
         return all(each.eos_token_ids == shared for each in looking)
@@ -227,9 +220,7 @@ class Scheduler(Admission):
         while not self._bell.empty():
             self._bell.get()
         now = time.monotonic()
-        with self._room:
-            tickets = [*self._waiting, *self._running.values()]
-        for ticket in tickets:
+        for ticket in (*self._tickets.all_waiting(), *self._tickets.all_running()):
             if ticket.is_cancelled or self._closing == "cancel":
                 self._end(ticket, "cancelled")
             elif ticket.ends_at is not None and now >= ticket.ends_at:
@@ -238,19 +229,16 @@ class Scheduler(Admission):
     def take(self, rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
         """Start the first that waits, if there is memory for it; who waits until others have read is overtaken."""
         while True:
-            with self._room:
-                waiting = (each for each in self._waiting if not memory.is_being_read(each.request))
-                ticket = next(waiting, None)
-                if ticket is None or not self._may_start(ticket):
-                    break
-                beginning = memory.plan(ticket.request, None)
-                if beginning is None:
-                    break
-                self._waiting.remove(ticket)
-                self._running[_number(ticket.request)] = ticket
+            waiting = (each for each in self._tickets.all_waiting() if not memory.is_being_read(each.request))
+            ticket = next(waiting, None)
+            if ticket is None or not self._may_start(ticket):
+                return None
+            beginning = memory.plan(ticket.request, None)
+            if beginning is None:
+                return None
+            self._tickets.start(ticket)
             if self._start(ticket):
                 return beginning
-        return None
 
     def _start(self, ticket: Ticket) -> bool:
         """Whether there is a step for it, and its consumer is ready."""
@@ -273,7 +261,7 @@ class Scheduler(Admission):
 
     def _tell_eos(self) -> None:
         """Have the step end rows at what ends all that run."""
-        shared = shared_eos(each.request for each in self._running.values())
+        shared = shared_eos(each.request for each in self._tickets.all_running())
         if shared != self._eos:
             self._engine.set_eos([*shared])
             self._eos = shared
@@ -283,10 +271,7 @@ class Scheduler(Admission):
         request = ticket.request
         if not request.finished:
             request.end(len(ticket.tokens), reason)
-        with self._room:
-            if self._running.pop(_number(request), None) is None:
-                self._waiting.remove(ticket)
-            self._room.notify_all()
+        self._tickets.remove(ticket)
         streamer = ticket.call.chosen.streamer
         if streamer is not None and error is None:
             try:
@@ -296,23 +281,10 @@ class Scheduler(Admission):
         ticket.finish(reason, error)
 
     def _end_all(self) -> None:
-        with self._room:
-            self._closing = self._closing or "finish"  # from here on nothing is put
-            tickets = [*self._waiting, *self._running.values()]
-            self._room.notify_all()
-        for ticket in tickets:
+        self._closing = self._closing or "finish"
+        self._tickets.tell()  # who puts now holds the lock that this waits for: from here on nothing is put
+        for ticket in (*self._tickets.all_waiting(), *self._tickets.all_running()):
             self._end(ticket, "error" if self.failure else "cancelled", self.failure)
-
-    def _has_room(self) -> bool:
-        """Whether one more may wait; or it is no longer worth asking."""
-        busy = len(self._waiting) + len(self._running)
-        return self.is_closing or busy < self._max_queue + self.num_rows
-
-
-def _number(request: Request) -> int:
-    """Of a request among those of its session."""
-    assert request.group is not None
-    return request.group
 
 
 def _reason(ticket: Ticket) -> FinishReason:

@@ -51,8 +51,24 @@ def _bind(bind: Any, name: str, array: np.ndarray[Any, Any]) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
+def check(artifact: Artifact, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises ValueError for what the step would decode into nonsense: nobody checks it in there."""
+    (_, capacity), (vocabulary,) = artifact.tensors["history"].shape, artifact.tensors["is_eos"].shape
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens} new tokens: at least 1 is needed")
+    for number, prompt in enumerate(prompts):
+        if not prompt or not all(0 <= token < vocabulary for token in prompt):
+            raise ValueError(f"prompt {number} is no list of one or more tokens from 0 to {vocabulary - 1}")
+        if len(prompt) + max_new_tokens > capacity:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, and with {max_new_tokens} new ones that is more than the "
+                f"{capacity} that a row holds"
+            )
+
+
 def generate(artifact: Artifact, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Continue prompts greedily: as many at a time as there are rows, each of the others when a row is free."""
+    check(artifact, prompts, max_new_tokens)
     tensors, chunk = artifact.tensors, artifact.manifest["chunk"]
     rows, drafts = tensors["draft_tokens"].shape
     eos = artifact.manifest["generation_config"].get("eos_token_id")
@@ -104,7 +120,11 @@ def main() -> None:
     parser.add_argument("--prompts", default="[[1, 2, 3]]", type=json.loads, help="lists of token ids, as JSON")
     parser.add_argument("--max-new-tokens", default=32, type=int)
     arguments = parser.parse_args()
-    for text in generate(Artifact(arguments.artifact), arguments.prompts, arguments.max_new_tokens):
+    try:
+        texts = generate(Artifact(arguments.artifact), arguments.prompts, arguments.max_new_tokens)
+    except ValueError as error:
+        parser.error(str(error))
+    for text in texts:
         print(json.dumps(text))
 
 

@@ -42,7 +42,7 @@ def open_artifact(
         raise OptionError(f"folder={folder!r} is a {type(folder).__name__}; pass the path of an artifact")
     folder = Path(folder)
     manifest = read_manifest(folder)
-    _expect(folder, manifest, target, kind)
+    check_kind(folder, manifest, target, kind)
     where = _device(manifest.device if device is None else device)
     made_for = targets.find_target(manifest.target)
     wrong = [name for name, of in made_for.details.items() if not fits(manifest.details.get(name), of)]
@@ -56,7 +56,7 @@ def open_artifact(
         return manifest, where, made_for.open(files, manifest.details, manifest.signature, where)
 
 
-def _expect(folder: Path, manifest: Manifest, target: str | None, kind: str | None) -> None:
+def check_kind(folder: Path, manifest: Manifest, target: str | None, kind: str | None) -> None:
     """Raises ArtifactError if an artifact is for no target that is known, or is not what the caller expects."""
     if manifest.target not in targets.TARGETS:
         raise ArtifactError(f"{folder} is for {manifest.target!r}, which is none of {list(targets.TARGETS)}")

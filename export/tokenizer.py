@@ -49,5 +49,6 @@ def load_tokenizer(artifact: str | Path) -> Any:
             path.write_bytes(files.read(name))
         try:
             return AutoTokenizer.from_pretrained(Path(folder, FOLDER), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"transformers cannot load {artifact / FOLDER}: {error}") from error
+        except Exception as error:  # damaged files end in errors of any kind
+            told = f"{type(error).__name__}: {error}"
+            raise ArtifactError(f"transformers cannot load {artifact / FOLDER}: {told}") from error

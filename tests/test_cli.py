@@ -115,6 +115,8 @@ def test_explain_names_the_passes_and_dumps_the_stages(models, tmp_path, capsys)
         (["generate", "--model", "{none}", "--prompt", "x"], "no such folder"),
         (["explain", "--model", "{empty}"], "no config.json"),
         (["explain", "--model", "{broken}"], "AutoModelForCausalLM cannot load it"),
+        (["generate", "--model", "{unread}", "--prompt", "x"], "cannot load it: KeyError: 'added_tokens'"),
+        (["generate", "--model", "{unfit}", "--prompt", "x"], "cannot load it: Exception: Model missing"),
         (["generate", "--model", "{target}"], "no prompt: pass --prompt"),
         (["generate", "--model", "{target}", "--prompt", "x", "--drafter", "oracle"], "none, prompt-lookup"),
         (["explain", "--model", "{target}", "--drafter", "none", "--num-draft-tokens", "3"], "leave one of them out"),
@@ -129,6 +131,11 @@ def test_errors_say_what_to_do(models, tmp_path, capsys, arguments, said):
     folders["empty"].mkdir()
     folders["broken"].mkdir()
     (folders["broken"] / "config.json").write_text('{"model_type": "no such type"}')
+    whole = json.loads((models / "target" / "tokenizer.json").read_text())
+    for name, tokenizer in {"unread": {}, "unfit": {k: v for k, v in whole.items() if k != "model"}}.items():
+        folders[name] = tmp_path / name
+        shutil.copytree(models / "target", folders[name], ignore=shutil.ignore_patterns("*.safetensors"))
+        (folders[name] / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert main([argument.format(**folders) for argument in arguments]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -19,8 +19,9 @@ pytest.importorskip("transformers", reason="the command line loads Hugging Face 
 from transformers import AutoTokenizer
 
 from emssd_compile.batch.output import Output
-from emssd_compile.cli import main
-from emssd_compile.cli.models import load_model
+from emssd_compile.cli import batch, main
+from emssd_compile.cli.models import load_model, open_decoder
+from emssd_compile.step.paging import BLOCK_SIZE
 from tests.test_session_docs import COMMANDS
 from tests.zoo import toy_model
 
@@ -215,6 +216,42 @@ def test_a_field_called_error_is_the_users_own_unless_an_earlier_try_wrote_it(mo
     assert {line["finish_reason"] for line in results} == {"length"}
     assert [found[line["id"]]["error"] for line in own] == [line["error"] for line in own]
     assert "error" not in found["again"]
+
+
+def test_what_prompts_begin_with_is_read_once_with_a_prefix_cache(model, tmp_path, capsys, monkeypatch):
+    opened: list[Any] = []
+    monkeypatch.setattr(batch, "open_decoder", lambda arguments: opened.append(open_decoder(arguments)) or opened[0])
+    system = [*range(5, 5 + BLOCK_SIZE)]
+    _write(tmp_path, [[*system, n] for n in range(1, 4)])
+    options = ["--max-new-tokens", "5", "--max-batch", "1"]
+    assert main(_command(model, tmp_path, *options, "--prefix-cache")) == 0
+    found = {line["id"]: line["completion_ids"] for line in _results(tmp_path)}
+    expected = _generated(model, tmp_path, capsys, *options)
+    assert [found[n] for n in (1, 2, 3)] == [line["completion_ids"] for line in expected]
+    assert opened[0].stats.prefix_cache_hits == 2 * BLOCK_SIZE
+    assert main(_command(model, tmp_path, *options, "--prefix-cache", "--deterministic")) == 0, "nothing is left to do"
+    (tmp_path / "out.jsonl").unlink()
+    assert main(_command(model, tmp_path, *options, "--prefix-cache", "--deterministic")) == 1
+    assert "--prefix-cache makes the sizes of steps depend" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_artifact_decodes_the_lines_too(model, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "artifact"
+    command = ["export", "--model", str(model), "--to", "onnx", "--out", str(out), "--no-check"]
+    assert main([*command, "--max-batch", "2", "--max-length", "64"]) == 0
+    _write(tmp_path, ["def add(a, b):", [9, 8, 7, 6], "x = 1"])
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    of_artifact = ["batch", "--model", str(out), *files, "--max-new-tokens", str(NEW_TOKENS)]
+    assert main([*of_artifact[:-1], "90"]) == 1
+    assert "new ones are more than the 64 of" in capsys.readouterr().err.replace("\n", " ")
+    assert main([*of_artifact, "--temperature", "1.0"]) == 1
+    assert "name it in row_options when you export" in capsys.readouterr().err.replace("\n", " ")
+    (tmp_path / "out.jsonl.job").unlink()
+    assert main(of_artifact) == 0
+    found = {line["id"]: line["completion"] for line in _results(tmp_path)}
+    expected = _generated(model, tmp_path, capsys, "--max-new-tokens", str(NEW_TOKENS))
+    assert [found[n] for n in (1, 2, 3)] == [line["completion"] for line in expected]
 
 
 def test_the_command_of_the_docs(model, tmp_path, capsys, monkeypatch):

@@ -235,7 +235,7 @@ def test_weights_that_were_changed_are_followed_between_requests():
     model = optimized()
     with model.session() as session:
         before = session.submit(prompt(5), max_new_tokens=NEW).result(WAIT)
-        while session._scheduler._running:
+        while session.num_requests[0]:
             time.sleep(0.001)
         for parameter in model.parameters():
             parameter.data = parameter.data.flip(0)

@@ -25,16 +25,19 @@ from emssd_compile.cli.models import (
     add_memory,
     add_model,
     add_sizes,
+    check_not_chosen,
+    is_artifact,
     load_config,
-    load_model,
     load_tokenizer,
-    optimize,
+    open_decoder,
     positive,
 )
 from emssd_compile.cli.prompts import NO_CHAT, Prompt, check_prompt, parse_prompt
+from emssd_compile.decoder import Decoder
 from emssd_compile.errors import CapacityError, InvalidInputError, OptionError
+from emssd_compile.export.folder import read_manifest
+from emssd_compile.export.opening import check_kind
 from emssd_compile.length import length_limit_of_config, text_config
-from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.step.paging import BLOCK_SIZE
 
@@ -83,6 +86,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, notes: Console) -> None:
     """Run the command."""
     how = sampling(arguments)
+    check_not_chosen(arguments)
     if arguments.workers is None and (arguments.worker_cpus or arguments.ray_address):
         raise OptionError("--worker-cpus and --ray-address are for --workers N; pass that, too, or leave them out")
     if not arguments.input.is_file():
@@ -136,8 +140,14 @@ def _job(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reader(arguments: argparse.Namespace, tokenizer: Any) -> Read:
-    config = load_config(arguments.model)
-    vocabulary, limit = text_config(config).vocab_size, arguments.max_length or length_limit_of_config(config)
+    if is_artifact(arguments.model):
+        made = read_manifest(arguments.model)
+        check_kind(arguments.model, made, None, "step")
+        sizes = made.signature.sizes
+        vocabulary, limit, arguments.max_batch = sizes.vocabulary, sizes.capacity, sizes.rows
+    else:
+        config = load_config(arguments.model)
+        vocabulary, limit = text_config(config).vocab_size, arguments.max_length or length_limit_of_config(config)
     blocks = None if arguments.kv_tokens is None else -(-arguments.kv_tokens // BLOCK_SIZE)
 
     def read(entry: object, where: str) -> tuple[Prompt, list[int]]:
@@ -183,8 +193,8 @@ def _here(
     lines: Iterator[Line], read: Read, arguments: argparse.Namespace, options: dict[str, Any], notes: Console
 ) -> Iterator[tuple[Line, Continuation]]:
     """Decode in this process."""
-    with working("compiling", shown=True):
-        fast = _compiled(arguments)
+    with working("loading" if is_artifact(arguments.model) else "compiling", shown=True):
+        fast = _opened(arguments)
     with fast.session(max_queue=arguments.max_batch) as session:
         _check_pool(session.capacity, arguments)
         yield from continued(session, lines, at_a_time=2 * arguments.max_batch, **options)
@@ -213,7 +223,7 @@ def _on_ray(
     yield from emssd_compile.ray.continued(
         lines,
         read,
-        partial(_compiled, own),
+        partial(_opened, own),
         own.output.with_name(f"{own.output.name}.pending"),
         workers=own.workers,
         cpus=own.worker_cpus or 1,
@@ -223,10 +233,11 @@ def _on_ray(
     )
 
 
-def _compiled(arguments: argparse.Namespace) -> OptimizedModel:
-    """The model with its drafter, ready for what the options of decoding ask for."""
-    fast = optimize(load_model(arguments.model, arguments.dtype, "--model"), arguments)
-    fast.warmup(**{name: value for name, value in sampling(arguments).items() if name != "seed"})
+def _opened(arguments: argparse.Namespace) -> Decoder:
+    """What decodes, ready for what the options of decoding ask for."""
+    fast = open_decoder(arguments)
+    drawing = {} if is_artifact(arguments.model) else sampling(arguments)  # an artifact has one form of the step
+    fast.warmup(**{name: value for name, value in drawing.items() if name != "seed"})
     return fast
 
 

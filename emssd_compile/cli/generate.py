@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-import emssd_compile
 from emssd_compile.cli.decoding import add_decoding, sampling, stats_table
 from emssd_compile.cli.models import (
     PROGRAM,
@@ -20,13 +19,12 @@ from emssd_compile.cli.models import (
     add_memory,
     add_model,
     add_sizes,
+    check_not_chosen,
     is_artifact,
-    load_model,
     load_tokenizer,
-    optimize,
+    open_decoder,
 )
 from emssd_compile.cli.prompts import Prompt, read_prompts
-from emssd_compile.decoder import Decoder
 from emssd_compile.errors import OptionError
 
 EXAMPLES = f"""
@@ -54,12 +52,6 @@ The text goes to standard output, everything else to standard error. With --form
 prompt came in, with "completion" and "num_new_tokens" added, and for token ids "completion_ids".
 """
 
-_CHOSEN = (
-    *("drafter", "num_draft_tokens", "dtype", "max_batch", "max_length", "layout", "deterministic"),
-    *("memory", "kv_tokens", "backend"),
-)
-"""What a compiled model is made for: of an artifact, no option any more."""
-
 
 def add(commands: Any) -> None:
     """Add the command."""
@@ -77,7 +69,6 @@ def add(commands: Any) -> None:
         help="see below; may be repeated",
     )
     add_decoding(parser)
-    parser.set_defaults(chosen={name: parser.get_default(name) for name in _CHOSEN})
     parser.add_argument("--format", choices=("text", "jsonl"), default="text", help="see below (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="print a single prompt's text as it comes")
 
@@ -86,6 +77,7 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     """Run the command."""
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
     how = sampling(arguments)
+    check_not_chosen(arguments)
     if arguments.stream and (len(prompts) > 1 or arguments.format != "text"):
         raise OptionError("--stream prints one prompt's text; leave it out for several prompts or --format jsonl")
     if arguments.chat:
@@ -94,8 +86,12 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     ids = [prompt.tokens(tokenizer) for prompt in prompts]
     if arguments.stop:
         how |= {"stop_strings": arguments.stop, "tokenizer": tokenizer}
-    open_decoder = _load if is_artifact(arguments.model) else _compile
-    fast = open_decoder(ids, arguments, notes)
+    is_made = is_artifact(arguments.model)
+    if not is_made:
+        arguments.max_length = _length(ids, arguments)
+    with notes.status("loading" if is_made else "compiling"):
+        fast = open_decoder(arguments)
+        fast.warmup()
     if arguments.stream:
         from transformers import TextStreamer
 
@@ -111,26 +107,6 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
         ]
         _write(prompts, completed, arguments.format)
     notes.print(stats_table(fast.stats, seconds))
-
-
-def _load(ids: Sequence[Sequence[int]], arguments: argparse.Namespace, notes: Console) -> Decoder:
-    """An artifact."""
-    given = [name for name, default in arguments.chosen.items() if getattr(arguments, name) != default]
-    if given:
-        flag = "--" + given[0].replace("_", "-")
-        raise OptionError(f"{flag} was chosen when {arguments.model} was written; leave it out, or export again")
-    with notes.status("loading"):
-        return emssd_compile.load(arguments.model)
-
-
-def _compile(ids: Sequence[Sequence[int]], arguments: argparse.Namespace, notes: Console) -> Decoder:
-    """A model, compiled for rows that hold these prompts."""
-    arguments.max_length = _length(ids, arguments)
-    model = load_model(arguments.model, arguments.dtype, "--model")
-    with notes.status("compiling"):
-        fast = optimize(model, arguments)
-        fast.warmup()
-    return fast
 
 
 def _length(ids: Sequence[Sequence[int]], arguments: argparse.Namespace) -> int:

@@ -14,6 +14,8 @@ from torch import nn
 
 import emssd_compile
 from emssd_compile.checkpoints import CONFIG
+from emssd_compile.cli.flags import Noted, NotedTrue
+from emssd_compile.decoder import Decoder
 from emssd_compile.drafters import DRAFTERS, Drafter, DraftModel, head_kind
 from emssd_compile.errors import OptionError
 from emssd_compile.export import manifest
@@ -23,6 +25,12 @@ from emssd_compile.lowering import BACKENDS
 from emssd_compile.options import MEMORY
 
 PROGRAM = "emssd-compile"
+
+_CHOSEN = (
+    *("drafter", "num_draft_tokens", "dtype", "max_batch", "max_length", "layout", "deterministic"),
+    *("memory", "kv_tokens", "prefix_cache", "backend", "warmup"),
+)
+"""What a compiled model is made for: of an artifact, no option any more."""
 
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
@@ -58,6 +66,9 @@ def add_command(commands: Any, name: str, summary: str, examples: str) -> argpar
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.register("action", None, Noted)
+    parser.register("action", "store_true", NotedTrue)
+    parser.set_defaults(given=frozenset())
     return parser
 
 
@@ -119,6 +130,11 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-tokens", metavar="N", type=positive, help="tokens that paged memory holds (default: half of what is free)"
     )
+    parser.add_argument(
+        "--prefix-cache",
+        action="store_true",
+        help="keep what was read for prompts to come that begin in the same way; asks for paged memory",
+    )
 
 
 def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.OptimizedModel:
@@ -133,7 +149,15 @@ def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.O
         deterministic=arguments.deterministic,
         memory=arguments.memory,
         kv_tokens=arguments.kv_tokens,
+        prefix_cache=arguments.prefix_cache,
     )
+
+
+def open_decoder(arguments: argparse.Namespace) -> Decoder:
+    """The artifact that `--model` names, or the model there, compiled."""
+    if is_artifact(arguments.model):
+        return emssd_compile.load(arguments.model)
+    return optimize(load_model(arguments.model, arguments.dtype, "--model"), arguments)
 
 
 def _make_drafter(arguments: argparse.Namespace) -> str | nn.Module:
@@ -183,6 +207,14 @@ def is_artifact(folder: Path) -> bool:
     return (folder / manifest.NAME).is_file()
 
 
+def check_not_chosen(arguments: argparse.Namespace) -> None:
+    """Raises OptionError if a flag says how to compile what is an artifact already."""
+    given = [name for name in _CHOSEN if name in arguments.given]
+    if given and is_artifact(arguments.model):
+        flag = "--" + given[0].replace("_", "-")
+        raise OptionError(f"{flag} was chosen when {arguments.model} was written; leave it out, or export again")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer beside a model, or that of an artifact."""
     if is_artifact(folder):
@@ -204,5 +236,6 @@ def _load(auto_class: str, folder: Path, option: str, **options: Any) -> Any:
         raise OptionError('the command line needs transformers: pip install "emssd_compile[hf]"') from error
     try:
         return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{option} {folder}: {auto_class} cannot load it: {error}") from error
+    except Exception as error:  # damaged files end in errors of any kind
+        told = f"{type(error).__name__}: {error}"
+        raise OptionError(f"{option} {folder}: {auto_class} cannot load it: {told}") from error

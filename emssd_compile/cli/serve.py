@@ -17,9 +17,10 @@ from emssd_compile.cli.models import (
     add_memory,
     add_model,
     add_sizes,
-    load_model,
+    check_not_chosen,
+    is_artifact,
     load_tokenizer,
-    optimize,
+    open_decoder,
     positive,
 )
 from emssd_compile.errors import OptionError
@@ -86,18 +87,18 @@ def run(arguments: argparse.Namespace, notes: Console) -> None:
     except ImportError as error:
         raise OptionError(f'serve needs more ({error}): pip install "emssd_compile[serve]"') from error
     limits = Limits(arguments.max_queue, arguments.max_body_size, arguments.max_tokens, arguments.deadline)
+    check_not_chosen(arguments)
     warmed_options(arguments.warmup)  # a wrong name is told before the model is loaded
     with _bound(arguments.host, arguments.port) as place:
         tokenizer = load_tokenizer(arguments.model)
-        model = load_model(arguments.model, arguments.dtype, "--model")
         with notes.status("compiling"):
             app = create_app(
-                optimize(model, arguments),
+                open_decoder(arguments),
                 tokenizer,
                 name=arguments.name or arguments.model.resolve().name,
                 api_key=arguments.api_key or os.environ.get(KEY),
                 limits=limits,
-                warmup=arguments.warmup,
+                warmup=() if is_artifact(arguments.model) else arguments.warmup,
             )
         host, port, *_ = place.getsockname()
         notes.print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1")

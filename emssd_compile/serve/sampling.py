@@ -27,12 +27,13 @@ WARMED = (*_FORMS, _HOOKED)
 """Fields for which a form of the step can be compiled beforehand."""
 
 
-def row_options(body: SamplingBody, defaults: object) -> dict[str, Any]:
+def row_options(body: SamplingBody, defaults: object, known: Collection[str] = tuple(_DRAWING)) -> dict[str, Any]:
     """What a request says of the choice of tokens.
 
     Args:
         body: the request.
         defaults: the model's `generation_config`, if it has one.
+        known: what steps can do; an artifact lacks what nobody was to ask for, and is not told to leave it.
     """
     drawing = {}
     for name, fallback in _DRAWING.items():
@@ -44,7 +45,8 @@ def row_options(body: SamplingBody, defaults: object) -> dict[str, Any]:
         options["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     if drawing["temperature"] == 0:  # the likeliest token, which no filter bars
         return {"do_sample": False, **options}
-    return {"do_sample": True, **drawing, **options}
+    asked = {name: value for name, value in drawing.items() if name in known or value != _DRAWING[name]}
+    return {"do_sample": True, **asked, **options}
 
 
 def warmed_options(fields: Collection[str]) -> tuple[dict[str, Any], bool]:

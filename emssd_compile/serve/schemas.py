@@ -49,6 +49,7 @@ class SamplingBody(_Body):
     frequency_penalty: float | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], _Bias] | None = None
     seed: int | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MOST_STOPS)] = []
     stop: _StopText | Annotated[list[_StopText], Field(max_length=MOST_STOPS)] = []

@@ -64,7 +64,7 @@ class Service:
     ) -> None:
         self.name, self.tokenizer = name, tokenizer
         self._limits, self._formats = limits, Formats(tokenizer)
-        self._defaults = decoder.generation_config
+        self._defaults, self._known = decoder.generation_config, decoder.row_options
         self._eos = frozenset(keywords.token_ids("eos_token_id", getattr(self._defaults, "eos_token_id", None)))
         options, hooked = warmed_options(warmup)
         if hooked:
@@ -119,7 +119,8 @@ class Service:
         """
         body, count = asked.body, len(asked.prompts)
         self._check_count(count, body.n)
-        options = row_options(body, self._defaults) | asked.options | {"eos_token_id": [*self._eos_of(body)]}
+        options = row_options(body, self._defaults, self._known) | asked.options
+        options |= {"eos_token_id": [*self._eos_of(body)], "cache_salt": body.cache_salt}
         if asked.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": asked.logprobs, "return_dict_in_generate": True}
         seeds = row_seeds(body.seed, count, body.n, draws=options["do_sample"])

@@ -39,6 +39,31 @@ def test_tokens_are_the_models_own_with_drafts_in_chains_and_trees(drafter, expe
     assert loop["generate"](opened, PROMPTS[::-1], NEW) == expected[::-1], "whatever was in the rows before"
 
 
+@pytest.mark.parametrize(
+    ("prompts", "new", "said"),
+    [
+        ([[5], []], 4, "prompt 1 is no list of one or more tokens"),
+        ([[-1]], 4, "prompt 0 is no list of one or more tokens from 0 to"),
+        ([[5] * 4], 0, "0 new tokens"),
+        ([[5], [5] * 100], 10_000, "prompt 0 has 1 tokens, and with 10000 new ones that is more than the"),
+    ],
+)
+def test_what_a_row_cannot_hold_is_refused_before_any_work(prompts, new, said):
+    loop = runpy.run_path(str(SCRIPT))
+    opened = loop["Artifact"](artifact("onnx", "lookup"))
+    with pytest.raises(ValueError, match=said):
+        loop["generate"](opened, prompts, new)
+    assert not opened.tensors["active"].any()
+
+
+def test_a_row_can_be_filled_to_its_last_slot():
+    loop = runpy.run_path(str(SCRIPT))
+    opened = loop["Artifact"](artifact("onnx", "lookup"))
+    capacity = opened.tensors["history"].shape[1]
+    (text,) = loop["generate"](opened, [prompt(7)], capacity - 7)
+    assert text == [*prompt(7), *Reference(Small())(prompt(7), capacity - 7)]
+
+
 def test_the_loop_in_the_docs_is_that_of_the_script():
     shown = (SCRIPT.parents[1] / "docs" / "export.md").read_text()
     loop = shown.partition("```python\nwhile")[2].partition("```")[0]

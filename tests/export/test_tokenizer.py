@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,20 @@ def test_its_files_are_compared_as_all_are(artifact):
         load_tokenizer(artifact)
     with pytest.raises(ArtifactError, match=r"tokenizer\.json is not what was written"):
         Files(artifact, entries)
+
+
+@pytest.mark.parametrize("written", ["{}", "[]", "3"])
+def test_what_transformers_cannot_make_one_of_is_said(fast, toy_target, tokenizer, monkeypatch, tmp_path, written):
+    save = type(tokenizer).save_pretrained
+
+    def damaged(self: object, folder: Path) -> None:
+        save(self, folder)
+        (folder / "tokenizer.json").write_text(written)
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", damaged)
+    artifact = toy.export(fast, tmp_path / "artifact", tokenizer=tokenizer)
+    with pytest.raises(ArtifactError, match="transformers cannot load"):
+        load_tokenizer(artifact)
 
 
 def test_where_there_is_none_that_is_said(fast, toy_target, tmp_path):

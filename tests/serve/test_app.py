@@ -8,18 +8,22 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+import emssd_compile
 from emssd_compile.serve import create_app
+from emssd_compile.step.paging import BLOCK_SIZE
 from tests.serve.servers import (
     LENGTH,
     NAME,
     client,
     ids_of,
     new_tokens,
+    optimized,
     reason_of,
     served,
     spare,
     text_of,
     tokenizer,
+    toy,
     twin,
 )
 
@@ -253,3 +257,37 @@ def test_an_app_of_ones_own_mounts_it():
             assert answer.choices[0].text == text_of(new_tokens("the cat", max_new_tokens=5))
     finally:
         theirs.state.service.close()
+
+
+def test_requests_share_what_was_read_only_with_those_of_their_salt():
+    cached = emssd_compile.optimize(
+        toy(), "none", max_batch=2, max_length=LENGTH, backend="eager", layout="packed", prefix_cache=True
+    )
+    ids, found = [*range(2, 2 + BLOCK_SIZE + 9)], []
+    with served(create_app(cached, tokenizer(), name=NAME)) as address, client(address) as asked:
+        for salt in ("a", "a", "b", None, "a"):
+            answer = asked.completions.create(
+                model=NAME, prompt=ids, max_tokens=4, **GREEDY, extra_body={"cache_salt": salt}
+            )
+            found.append(answer.choices[0].text)
+        for salt in ("", 3):
+            with pytest.raises(openai.BadRequestError, match="cache_salt"):
+                asked.chat.completions.create(model=NAME, messages=MESSAGES, extra_body={"cache_salt": salt})
+        chat = asked.chat.completions.create(
+            model=NAME, messages=MESSAGES, max_tokens=4, **GREEDY, extra_body={"cache_salt": "a"}
+        )
+    assert found == [text_of(new_tokens(ids, max_new_tokens=4))] * 5
+    assert chat.choices[0].message.content == text_of(new_tokens(CHAT, max_new_tokens=4))
+    assert cached.stats.prefix_cache_hits == 2 * BLOCK_SIZE
+
+
+def test_an_artifact_answers_what_it_was_exported_with(tmp_path):
+    pytest.importorskip("onnxruntime")
+    optimized().export_onnx(tmp_path / "toy", row_options=["do_sample"], check=False)
+    made = emssd_compile.load(tmp_path / "toy")
+    with served(create_app(made, tokenizer(), name=NAME)) as address, client(address) as asked:
+        for fields, options in ((GREEDY, {}), ({"seed": 5}, {"do_sample": True, "seed": 5})):
+            answer = asked.completions.create(model=NAME, prompt="the cat", max_tokens=NEW, **fields)
+            assert answer.choices[0].text == text_of(new_tokens("the cat", max_new_tokens=NEW, **options))
+        with pytest.raises(openai.BadRequestError, match="none of the row_options that the artifact was exported with"):
+            asked.completions.create(model=NAME, prompt="the cat", extra_body={"min_p": 0.5})

@@ -29,5 +29,13 @@ def test_a_request_goes_before_the_model_and_that_before_openai(fields: Any, sto
     assert row_options(body, SimpleNamespace(**stored)) == expected
 
 
+def test_an_artifact_is_not_told_to_leave_what_it_cannot_do() -> None:
+    known = ["do_sample", "temperature"]
+    asked = CompletionBody(model="m", prompt="x", top_p=1.0)
+    assert row_options(asked, None, known) == {"do_sample": True, "temperature": 1.0}
+    asked = CompletionBody(model="m", prompt="x", top_p=0.5)
+    assert row_options(asked, None, known) == {"do_sample": True, "temperature": 1.0, "top_p": 0.5}, "it is refused"
+
+
 def test_a_model_without_a_configuration_is_openai_s() -> None:
     assert row_options(CompletionBody(model="m", prompt="x"), None) == OPEN
