@@ -156,7 +156,7 @@ class Scheduler(Admission):
         """Wait until there is something to decode; False if nothing will be any more."""
         while True:
             self.update()
-            if self._tickets.all_waiting():
+            if self._tickets.counts()[1]:
                 return True
             if self._closing:
                 return False
@@ -165,14 +165,13 @@ class Scheduler(Admission):
     def _decode(self) -> None:
         """Decode until there is nothing to do, or what waits cannot run beside what runs."""
         decoder = self._decoder
-        first = self._tickets.all_waiting()[0]
-        self._eos, self._used, self._hooked = first.request.eos_token_ids, None, False
+        self._eos, self._used, self._hooked = self._tickets.first().request.eos_token_ids, None, False
         with ExitStack() as self._hooks:
             with neutral(decoder._default_dtype):
                 decoder._follow()
                 if not decoder._is_warm:
                     with contextlib.suppress(Exception):  # raised to the request when it starts
-                        self._suit(first.call)
+                        self._suit(self._tickets.first().call)
                     decoder._warm_up(progress=False)
             try:
                 with contextlib.closing(self._engine.run(self, [*self._eos])) as run:
@@ -205,8 +204,7 @@ class Scheduler(Admission):
 
     def __bool__(self) -> bool:
         """Whether the first that waits can run beside those that do."""
-        waiting = self._tickets.all_waiting()
-        return bool(waiting) and self._may_start(waiting[0])
+        return self._tickets.counts()[1] > 0 and self._may_start(self._tickets.first())
 
     def _may_start(self, ticket: Ticket) -> bool:
         """Whether it can run beside those that do: all that need to see their own EOS do."""

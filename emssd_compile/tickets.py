@@ -82,6 +82,10 @@ class Tickets:
         with self._changed:
             return len(self._running), len(self._waiting)
 
+    def first(self) -> Ticket:
+        """Of those that wait; there is one."""
+        return self._waiting[0]
+
     def all_running(self) -> list[Ticket]:
         """Those that have a row."""
         with self._changed:

@@ -220,7 +220,12 @@ def test_a_field_called_error_is_the_users_own_unless_an_earlier_try_wrote_it(mo
 
 def test_what_prompts_begin_with_is_read_once_with_a_prefix_cache(model, tmp_path, capsys, monkeypatch):
     opened: list[Any] = []
-    monkeypatch.setattr(batch, "open_decoder", lambda arguments: opened.append(open_decoder(arguments)) or opened[0])
+
+    def kept(arguments: Any) -> Any:
+        opened.append(open_decoder(arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(batch, "open_decoder", kept)
     system = [*range(5, 5 + BLOCK_SIZE)]
     _write(tmp_path, [[*system, n] for n in range(1, 4)])
     options = ["--max-new-tokens", "5", "--max-batch", "1"]
@@ -246,7 +251,7 @@ def test_an_artifact_decodes_the_lines_too(model, tmp_path, capsys):
     assert main([*of_artifact[:-1], "90"]) == 1
     assert "new ones are more than the 64 of" in capsys.readouterr().err.replace("\n", " ")
     assert main([*of_artifact, "--temperature", "1.0"]) == 1
-    assert "name it in row_options when you export" in capsys.readouterr().err.replace("\n", " ")
+    assert "do_sample=True is not supported" in capsys.readouterr().err.replace("\n", " ")
     (tmp_path / "out.jsonl.job").unlink()
     assert main(of_artifact) == 0
     found = {line["id"]: line["completion"] for line in _results(tmp_path)}

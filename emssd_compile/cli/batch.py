@@ -140,6 +140,7 @@ def _job(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reader(arguments: argparse.Namespace, tokenizer: Any) -> Read:
+    limit: int | None
     if is_artifact(arguments.model):
         made = read_manifest(arguments.model)
         check_kind(arguments.model, made, None, "step")

@@ -270,9 +270,9 @@ def test_requests_share_what_was_read_only_with_those_of_their_salt():
                 model=NAME, prompt=ids, max_tokens=4, **GREEDY, extra_body={"cache_salt": salt}
             )
             found.append(answer.choices[0].text)
-        for salt in ("", 3):
+        for wrong in ("", 3):
             with pytest.raises(openai.BadRequestError, match="cache_salt"):
-                asked.chat.completions.create(model=NAME, messages=MESSAGES, extra_body={"cache_salt": salt})
+                asked.chat.completions.create(model=NAME, messages=MESSAGES, extra_body={"cache_salt": wrong})
         chat = asked.chat.completions.create(
             model=NAME, messages=MESSAGES, max_tokens=4, **GREEDY, extra_body={"cache_salt": "a"}
         )
