@@ -267,7 +267,7 @@ def test_tokens_are_drawn_and_texts_end_at_a_stop(models, capsys):
     ],
 )
 def test_what_does_not_fit_is_said_before_the_model_is_loaded(models, capsys, monkeypatch, options, said):
-    monkeypatch.setattr("emssd_compile.cli.generate.load_model", None)
+    monkeypatch.setattr("emssd_compile.cli.models.load_model", None)
     assert main(generate(models, *options)) == 1
     assert said in capsys.readouterr().err.replace("\n", " ")
 

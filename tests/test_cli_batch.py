@@ -124,7 +124,7 @@ BAD = [
 def test_what_is_wrong_is_said_before_any_work_and_leaves_no_output(
     model, tmp_path, capsys, monkeypatch, lines, options, said
 ):
-    monkeypatch.setattr("emssd_compile.cli.batch.load_model", None)
+    monkeypatch.setattr("emssd_compile.cli.models.load_model", None)
     _write(tmp_path, lines)
     assert main(_command(model, tmp_path, *options)) == 1
     assert said in capsys.readouterr().err.replace("\n", " ")
@@ -157,7 +157,7 @@ def test_an_input_that_changes_meanwhile_is_not_said_to_be_done(model, tmp_path,
         _write(tmp_path, [{"text": "x = 1"}])
         return load_model(*given)
 
-    monkeypatch.setattr("emssd_compile.cli.batch.load_model", shortened)
+    monkeypatch.setattr("emssd_compile.cli.models.load_model", shortened)
     assert main(_command(model, tmp_path, "--max-new-tokens", "2")) == 1
     assert "was changed while it was read" in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "out.jsonl").exists()

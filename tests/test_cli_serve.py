@@ -62,7 +62,7 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_what_cannot_be_served_is_said_before_the_model_is_loaded(folder, capsys, monkeypatch):
-    monkeypatch.setattr("emssd_compile.cli.serve.load_model", None)
+    monkeypatch.setattr("emssd_compile.cli.models.load_model", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"--port {port}: the server cannot listen there" in refused(
@@ -87,7 +87,7 @@ def test_a_second_server_at_a_port_is_refused_while_the_first_is_still_compiling
         assert f"--port {port}: the server cannot listen there" in refused(capsys, *arguments)
         raise OptionError("the first is told")
 
-    monkeypatch.setattr("emssd_compile.cli.serve.load_model", load)
+    monkeypatch.setattr("emssd_compile.cli.models.load_model", load)
     assert "the first is told" in refused(capsys, *arguments)
 
 
