@@ -77,8 +77,8 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
     own = _coarsest(compiled)
     longest = _longest(compiled, device)
     raised = own not in _TOLERANCE and _room_for_float32(model, device)
-    name = tested_graphs.name_of(model, compiled, (longest, raised)) if longest > _BRIEF else None
-    known = name is not None and tested_graphs.is_known(name)
+    name = tested_graphs.name_of(model, compiled, raised) if longest > _BRIEF else None
+    known = name is not None and tested_graphs.tested_length(name) >= longest
     prompts = _Prompts.of(compiled.vocabulary, _BRIEF if known else longest, device)
     try:
         error = _error(model, compiled, prompts, torch.float32 if raised else None)
@@ -97,7 +97,7 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
         )
     nodes = len(compiled.graph_module.graph.nodes)
     if name is not None and not known:
-        tested_graphs.remember(name)
+        tested_graphs.remember(name, longest)
     note = f"tested: logits of rows of {prompts.lengths} tokens side by side, in {str(dtype).removeprefix('torch.')}"
     if known:
         note = f"tested at full length when this graph was first made; {note}"

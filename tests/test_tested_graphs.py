@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from emssd_compile import tested_graphs
 from emssd_compile.compiler import CompiledModel, compile_model
@@ -78,8 +79,8 @@ def _configured(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyP
 
 
 def _released(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> CompiledModel:
-    version = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: version(name) + ("+1" if name == "transformers" else ""))
+    package = tested_graphs._package
+    monkeypatch.setattr(tested_graphs, "_package", lambda name: (package(name)[0] + "+1", package(name)[1]))
     return compiled
 
 
@@ -96,13 +97,31 @@ def _other_graph(model: Any, compiled: CompiledModel, monkeypatch: pytest.Monkey
     return compile_model(toy_model("llama", rms_norm_eps=0.5), BATCH)
 
 
-CHANGES = (_held, _configured, _released, _rewritten, _looked_at, _other_graph)
+def _patched_class(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> CompiledModel:
+    monkeypatch.setattr(type(model.model.norm), "forward", torch.nn.Identity.forward)
+    return compiled
+
+
+def _patched_function(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> CompiledModel:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.rotate_half)
+    return compiled
+
+
+def _listed(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> CompiledModel:
+    model.model.norm.limits = {"longest": [24]}
+    return compiled
+
+
+CHANGES = (
+    *(_held, _listed, _configured, _patched_class, _patched_function),
+    *(_released, _rewritten, _looked_at, _other_graph),
+)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_change_of_what_tells_them_apart_gives_another_name(change, compiled, monkeypatch):
     model = toy_model("llama")
-    compiled = dataclasses.replace(compiled, looked_at={"table": torch.arange(3.0)})
+    compiled = dataclasses.replace(compiled, looked_at={"table": torch.arange(3.0), "number": torch.tensor(1.0)})
     before = tested_graphs.name_of(model, compiled, "so")
     assert before is not None
     assert (
@@ -114,11 +133,11 @@ def test_any_change_of_what_tells_them_apart_gives_another_name(change, compiled
     assert tested_graphs.name_of(model, changed, "so") not in {before, None}
 
 
-def _hooked(model: Any) -> None:
+def _hooked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.norm.register_forward_hook(lambda module, given, found: found)
 
 
-def _replaced(model: Any) -> None:
+def _replaced(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.norm.forward = lambda hidden: hidden
 
 
@@ -126,14 +145,36 @@ class _Own(torch.nn.Linear):
     """A class of no package."""
 
 
-def _of_own_class(model: Any) -> None:
+def _of_own_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.norm.__class__ = _Own
 
 
-@pytest.mark.parametrize("change", [_hooked, _replaced, _of_own_class])
-def test_code_without_a_version_has_no_name(change: Callable[[Any], None], compiled):
+def _own_forward(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, hidden: hidden)
+
+
+def _own_function(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+
+
+def _globally_hooked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = {0: lambda module, given, found: found}
+    monkeypatch.setattr(torch.nn.modules.module, "_global_forward_hooks", hooks)
+
+
+def _edited_where_it_lies(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"direct_url.json": '{"url": "file:///", "dir_info": {"editable": true}}'}
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: told.get(name, ""))
+
+
+NAMELESS = (_hooked, _globally_hooked, _replaced, _of_own_class, _own_forward, _own_function, _edited_where_it_lies)
+
+
+@pytest.mark.parametrize("change", NAMELESS)
+def test_code_that_was_not_installed_has_no_name(change: Callable[..., None], compiled, monkeypatch):
     model = toy_model("llama")
-    change(model)
+    assert tested_graphs.name_of(model, compiled, "") is not None
+    change(model, monkeypatch)
     assert tested_graphs.name_of(model, compiled, "") is None
 
 
