@@ -18,7 +18,9 @@ from tests.training.toys import TEXT, Characters
 from tests.zoo import toy_model
 
 
-@pytest.mark.parametrize("how", [(), ("--temperature", "0.5")], ids=["greedy", "drawing"])
+@pytest.mark.parametrize(
+    "how", [(), pytest.param(("--temperature", "0.5"), marks=pytest.mark.long)], ids=["greedy", "drawing"]
+)
 def test_the_command_compares_drafters_and_heads_on_the_same_prompts(how, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     MLPSpeculator(MLPSpeculatorConfig(WIDTH, VOCABULARY, num_heads=2)).save_pretrained(tmp_path / "tiny")

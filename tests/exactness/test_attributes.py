@@ -53,7 +53,9 @@ def decoder(target: str, folder: Path) -> Decoder:
     return emssd_compile.load(folder)
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor", "onnx", pytest.param("aot", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "target", ["eager", "onnx", *(pytest.param(name, marks=pytest.mark.long) for name in ("inductor", "aot"))]
+)
 def test_tokens_are_the_models_own(target, tmp_path):
     if target == "onnx":
         pytest.importorskip("onnxruntime")
