@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import platform
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -134,13 +135,19 @@ def _machine(compiled: CompiledModel) -> Iterator[object]:
         yield device, torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
 
 
-def _graph(compiled: CompiledModel) -> Iterator[object]:
-    yield compiled.batch, compiled.vocabulary, compiled.cache_shapes
+def _graph(compiled: CompiledModel) -> Iterator[str]:
+    symbols: dict[str, str] = {}  # of sizes; their names are not the same each time
+
+    def numbered(found: re.Match[str]) -> str:
+        return symbols.setdefault(found[0], f"size{len(symbols)}")
+
+    yield repr((compiled.batch, compiled.vocabulary, compiled.cache_shapes))
     for path, part in compiled.graph_module.named_modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             value = node.meta.get("val")
             form = (value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else None
-            yield path, node.op, node.name, str(node.target), node.args, node.kwargs, form
+            told = (path, node.op, node.name, str(node.target), node.args, node.kwargs, form)
+            yield re.sub(r"\b[su]\d+\b", numbered, repr(told))
 
 
 def _modules(model: nn.Module) -> Iterator[object]:

@@ -38,11 +38,11 @@ def _checked(model: torch.nn.Module, compiled: CompiledModel) -> str:
     return str(compiled.records[-1].notes[0])
 
 
-def test_the_second_time_only_a_brief_row_is_compared(compiled):
-    model = toy_model("llama")
-    assert _checked(model, compiled).startswith(f"tested: logits of rows of {FULL} tokens")
-    again = compile_model(toy_model("llama"), BATCH)
-    note = _checked(model, again)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_the_second_time_only_a_brief_row_is_compared(family):
+    model = toy_model(family)
+    assert _checked(model, compile_model(model, BATCH)).startswith(f"tested: logits of rows of {FULL} tokens")
+    note = _checked(model, compile_model(toy_model(family), BATCH))
     assert note.startswith(f"tested at full length when this graph was first made; tested: logits of rows of {BRIEF}")
     longer = compile_model(model, BatchShape(rows=2, capacity=96))
     assert f"{(1, 6, 19, 96)}" in _checked(model, longer)
