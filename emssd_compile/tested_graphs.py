@@ -76,7 +76,7 @@ def _folder() -> Path:
 
 def _packages(model: nn.Module) -> dict[str, tuple[str, str]] | None:
     """The versions and folders of the packages that a model's classes are from."""
-    hooks = (*vars(torch.nn.modules.module).items(),)
+    hooks = vars(torch.nn.modules.module).items()
     if any(held for name, held in hooks if name.startswith("_global_forward") and isinstance(held, dict)):
         return None
     names = set[str]()
@@ -101,7 +101,10 @@ def _code(kinds: set[type], packages: dict[str, tuple[str, str]]) -> Iterator[tu
     """All functions of these classes and beside them; None for one that was not installed."""
     folders = map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))
     installed = ("<", *folders, *(folder for _, folder in packages.values()))  # what is made by exec has no file
-    beside = (sys.modules[name] for name in {kind.__module__ for kind in kinds})
+    modules = {kind.__module__ for kind in kinds}
+    if not modules <= sys.modules.keys():
+        yield None
+    beside = (sys.modules[name] for name in modules & sys.modules.keys())
     for holder in sorted((*beside, *kinds), key=repr):
         for name, value in sorted(vars(holder).items()):
             if isinstance(value, FunctionType):

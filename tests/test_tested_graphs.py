@@ -149,6 +149,10 @@ def _of_own_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.norm.__class__ = _Own
 
 
+def _of_no_module(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.norm.__class__ = type("Norm", (type(model.model.norm),), {"__module__": "transformers.nowhere"})
+
+
 def _own_forward(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model.model.norm), "forward", lambda self, hidden: hidden)
 
@@ -167,7 +171,16 @@ def _edited_where_it_lies(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: told.get(name, ""))
 
 
-NAMELESS = (_hooked, _globally_hooked, _replaced, _of_own_class, _own_forward, _own_function, _edited_where_it_lies)
+NAMELESS = (
+    _hooked,
+    _globally_hooked,
+    _replaced,
+    _of_own_class,
+    _of_no_module,
+    _own_forward,
+    _own_function,
+    _edited_where_it_lies,
+)
 
 
 @pytest.mark.parametrize("change", NAMELESS)
