@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -17,6 +18,15 @@ def cache_folder() -> Path:
         return Path(chosen)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111  # Path's raises
     return (caches if caches.is_absolute() else Path(os.devnull)) / "emssd_compile"
+
+
+def hash_of_sources(folder: Path) -> str:
+    """SHA-256 (hex) of every source file in a folder and below it, also behind links."""
+    digest = hashlib.sha256()
+    paths = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    for path in sorted(path for path in paths if path.suffix in {".py", ".cpp", ".h"}):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
-from emssd_compile.files import cache_folder, write_whole
+from emssd_compile.files import cache_folder, hash_of_sources, write_whole
 from emssd_compile.freshness import plain_tensors
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def name_of(model: nn.Module, compiled: CompiledModel, how: object) -> str | Non
     code = [*_code({kind for module in model.modules() for kind in type(module).__mro__}, packages)]
     if None in code:
         return None
-    digest = hashlib.sha256(_own_sources())
-    for part in (how, packages, *code, *_machine(compiled), *_graph(compiled), *_modules(model)):
+    digest = hashlib.sha256()
+    for part in (_own_sources(), how, packages, *code, *_machine(compiled), *_graph(compiled), *_modules(model)):
         digest.update(repr(part).encode() + b"\0")
     for name, tensor in sorted(compiled.looked_at.items()):
         for plain in plain_tensors(tensor):
@@ -122,14 +122,8 @@ def _of(code: CodeType) -> tuple[object, ...]:
 
 
 @functools.cache
-def _own_sources() -> bytes:
-    """A digest of this package."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    tops = [folder, folder / "passes", folder / "export"]  # those are links in a checkout, which rglob does not follow
-    for path in sorted({path for top in tops for path in top.rglob("*") if path.suffix in {".py", ".cpp", ".h"}}):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.digest()
+def _own_sources() -> str:
+    return hash_of_sources(Path(__file__).parent)
 
 
 def _machine(compiled: CompiledModel) -> Iterator[object]:

@@ -4,9 +4,9 @@ Each op has an eager reference and a fake implementation in Python, so a graph t
 device. `load_kernels` adds the fast forms for a kind of device.
 """
 
-import hashlib
 from pathlib import Path
 
+from emssd_compile.files import hash_of_sources
 from emssd_compile.ops._ancestors import WORD_BITS, pack_ancestors
 from emssd_compile.ops._append_kv import append_kv
 from emssd_compile.ops._attention import attention
@@ -59,8 +59,4 @@ def kernel_status(device_type: str) -> str:
 
 def source_hash() -> str:
     """SHA-256 (hex) of every source file of this package: part of any cache key of code that calls the ops."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.cpp"), *folder.rglob("*.h")]):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return hash_of_sources(Path(__file__).parent)

@@ -6,11 +6,12 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from emssd_compile import passes
 from emssd_compile.acceptance import GreedyMatch, Rule
@@ -19,7 +20,7 @@ from emssd_compile.compiler import CompiledModel, CompiledStep, compile_model, c
 from emssd_compile.drafters import Draft, DraftContext, Drafter, PromptLookup
 from emssd_compile.passes import Level
 from emssd_compile.passes.fuse_step import FuseStep
-from emssd_compile.passes.graph import caches, placeholder
+from emssd_compile.passes.graph import caches, inputs, placeholder
 from emssd_compile.passes.manager import Pass, PassManager, PassRecord
 from emssd_compile.policies import AllDrafts, LengthPolicy
 from emssd_compile.probes import Probe
@@ -76,10 +77,21 @@ class TinyModel(nn.Module):
 
 def apply(graph_module: fx.GraphModule, *steps: Pass) -> list[PassRecord]:
     """Run passes as the manager does, without a level's verifier; what each did."""
-    manager = PassManager(placeholder(graph_module.graph, "input_ids").meta["val"].fake_mode)
+    manager = PassManager(fake_mode_of(graph_module))
     for step in steps:
         manager._run(step, "test", graph_module)
     return manager.records
+
+
+def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:
+    """That of a graph's inputs."""
+    values = (node.meta.get("val") for node in inputs(graph_module.graph))
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def calls(graph_module: fx.GraphModule, op: Any) -> list[fx.Node]:
+    """The calls of an op, in order."""
+    return [*graph_module.graph.find_nodes(op="call_function", target=op)]
 
 
 def capture_and_apply(model: nn.Module, *steps: Pass) -> tuple[fx.GraphModule, list[PassRecord]]:

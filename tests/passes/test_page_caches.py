@@ -9,26 +9,20 @@ from emssd_compile.errors import OptionError, UnsupportedModelError
 from emssd_compile.ops import append_kv, move_kv, ragged_attention
 from emssd_compile.passes.block_tables import pageable
 from emssd_compile.passes.graph import inputs, placeholder
-from emssd_compile.passes.manager import PassManager, PassRecord
+from emssd_compile.passes.manager import PassRecord
 from emssd_compile.passes.page_caches import PageCaches
 from emssd_compile.step.drafting import Draft, DraftContext
 from emssd_compile.step.paging import Paging
 from emssd_compile.step.tensor_spec import TensorSpec
 from tests.exactness.compiled import target
-from tests.passes.graphs import Scripted, ScriptedTree, step_of
+from tests.passes.graphs import Scripted, ScriptedTree, apply, calls, fake_mode_of, step_of
 
 PAGING = Paging(num_blocks=7, rows=3, capacity=64, block_size=16)
 
 
 def _page(graph_module: torch.fx.GraphModule, paging: Paging = PAGING) -> PassRecord:
-    fake_mode = placeholder(graph_module.graph, "history").meta["val"].fake_mode
-    manager = PassManager(fake_mode)
-    manager._run(PageCaches(paging, fake_mode), "L3", graph_module)
-    return manager.records[-1]
-
-
-def _calls(graph_module: torch.fx.GraphModule, op: object) -> list[torch.fx.Node]:
-    return [node for node in graph_module.graph.nodes if node.target == op]
+    (record,) = apply(graph_module, PageCaches(paging, fake_mode_of(graph_module)))
+    return record
 
 
 def test_caches_become_pools_and_all_that_uses_them_is_told_where_rows_are():
@@ -43,13 +37,13 @@ def test_caches_become_pools_and_all_that_uses_them_is_told_where_rows_are():
     assert list(given["k_cache_0"].meta["val"].shape) == [7, 16, 2, 4]
     assert list(given["block_table"].meta["val"].shape) == [3, 5]  # 64 tokens and a tree of 4
     for op in (ragged_attention, move_kv):
-        assert [node.kwargs["block_table"] for node in _calls(step, op)] == [given["block_table"]]
+        assert [node.kwargs["block_table"] for node in calls(step, op)] == [given["block_table"]]
 
 
 def test_where_tokens_go_is_looked_up_once_for_all_layers():
     compiled = target("llama", 3)
     step = compiled.optimize(compiled.drafter("none"))._step.placed(paging=PAGING)
-    appends = _calls(step.graph_module, append_kv)
+    appends = calls(step.graph_module, append_kv)
     assert len(appends) == 2
     assert len({node.args[4:6] for node in appends}) == 1
 

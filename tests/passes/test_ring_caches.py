@@ -10,29 +10,23 @@ import torch
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.ops import move_kv, ragged_attention
 from emssd_compile.passes.graph import inputs, placeholder
-from emssd_compile.passes.manager import PassManager, PassRecord
+from emssd_compile.passes.manager import PassRecord
 from emssd_compile.passes.ring_caches import RingCaches, reaches, ring_table
 from emssd_compile.step.rings import Rings
-from tests.passes.graphs import Scripted, ScriptedTree, step_of
+from tests.passes.graphs import Scripted, ScriptedTree, apply, calls, fake_mode_of, step_of
 
 RINGS = Rings({"k_cache_0": 10, "v_cache_0": 10}, num_new=6, block_size=8)  # two blocks a row
 
 
 def _windowed(graph_module: torch.fx.GraphModule, **attributes: int) -> torch.fx.GraphModule:
-    for node in graph_module.graph.find_nodes(op="call_function", target=ragged_attention):
+    for node in calls(graph_module, ragged_attention):
         node.kwargs = {**node.kwargs, **attributes}
     return graph_module
 
 
 def _ring(graph_module: torch.fx.GraphModule, rings: Rings = RINGS) -> PassRecord:
-    fake_mode = placeholder(graph_module.graph, "history").meta["val"].fake_mode
-    manager = PassManager(fake_mode)
-    manager._run(RingCaches(rings, fake_mode), "L3", graph_module)
-    return manager.records[-1]
-
-
-def _calls(graph_module: torch.fx.GraphModule, op: object) -> list[torch.fx.Node]:
-    return [node for node in graph_module.graph.nodes if node.target == op]
+    (record,) = apply(graph_module, RingCaches(rings, fake_mode_of(graph_module)))
+    return record
 
 
 def test_caches_become_rings_and_all_that_uses_them_is_told_where_slots_are():
@@ -42,7 +36,7 @@ def test_caches_become_rings_and_all_that_uses_them_is_told_where_slots_are():
         node = placeholder(step.graph, name)
         assert node.meta["role"] == "ring"
         assert list(node.meta["val"].shape) == [3 * 2, 8, 2, 4]
-    (table,) = {node.kwargs["block_table"] for node in _calls(step, ragged_attention) + _calls(step, move_kv)}
+    (table,) = {node.kwargs["block_table"] for node in calls(step, ragged_attention) + calls(step, move_kv)}
     assert isinstance(table, torch.fx.Node)
     assert list(table.meta["val"].shape) == [3, 9]  # 64 slots and a tree of 4
     assert "block_table" not in [node.target for node in inputs(step.graph)]
@@ -72,7 +66,7 @@ def test_how_far_is_seen_is_what_attention_says(attributes: dict[str, int], seen
 
 def test_of_two_attentions_the_farther_counts():
     step = _windowed(step_of(Scripted([1, 2])), window=9)
-    (one,) = _calls(step, ragged_attention)
+    (one,) = calls(step, ragged_attention)
     with step.graph.inserting_after(one):
         other = step.graph.node_copy(one)
     other.kwargs = {**one.kwargs, "window": 20}
