@@ -1,7 +1,6 @@
 """AOTInductor: the step as machine code in a `.pt2` package, which needs neither the model nor a compiler.
 
-On a CPU it needs no Python either (`examples/cpp`). On a GPU the ops of this project are Triton kernels that Python
-launches, so there it does; and no GPU has run a package yet.
+Nor is Python (`examples/cpp`). Packages are for CPUs: those for a GPU compile, and torch's loader crashes on them.
 """
 
 from __future__ import annotations

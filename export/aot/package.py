@@ -28,12 +28,21 @@ PACKAGE, OPS_LIBRARY, BINDINGS = "step.pt2", "libemssd_ops.so", "bindings.txt"
 
 
 def require(options: object, device: torch.device, runs: bool) -> None:
-    """Raises ArtifactError if the library of ops for a CPU cannot be built: there is no C++ compiler, or it fails."""
-    if device.type == "cpu":
-        try:
-            standalone_library()
-        except (CannotBuildError, OSError) as error:
-            raise ArtifactError(f"a package cannot be compiled here: {error}") from error
+    """Refuse what would fail later, or worse.
+
+    Raises:
+        ArtifactError: the library of ops for a CPU cannot be built: there is no C++ compiler, or it fails. Or the package
+            is for a GPU: it compiles, and then torch's loader ends the process (2.11.0, on an H200).
+    """
+    if device.type != "cpu":
+        raise ArtifactError(
+            f"a package for {device.type} ends the process that loads it, by a segmentation fault in torch's loader; "
+            "export the model on the CPU, or for this device to ONNX or TensorRT"
+        )
+    try:
+        standalone_library()
+    except (CannotBuildError, OSError) as error:
+        raise ArtifactError(f"a package cannot be compiled here: {error}") from error
 
 
 def passes(sizes: Sequence[StepSizes], options: object) -> tuple[Pass, ...]:

@@ -111,7 +111,7 @@ def test_an_upload_waits_for_nothing_and_keeps_its_place_in_the_stream():
     device.upload(value)  # pinning new memory may wait; from here on it is there
     torch.cuda.synchronize()
     with _no_waiting():
-        torch.cuda._sleep(BUSY)
+        torch.cuda._sleep(20 * BUSY)
         there = device.upload(value)
         value.zero_()
         assert not torch.cuda.current_stream().query()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import emssd_compile
+from emssd_compile import placement
 from emssd_compile.acceptance import RULES
 from emssd_compile.drafters import (
     Corpus,
@@ -24,6 +26,7 @@ from emssd_compile.drafters import (
     TargetInitialized,
 )
 from emssd_compile.optimized_model import OptimizedModel
+from emssd_compile.runtime import memory
 from emssd_compile.runtime.buckets import decode_buckets
 from emssd_compile.step.proposals import misfit
 from tests.exactness.models import build
@@ -62,6 +65,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "filters": {**SAMPLING, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.95},
     "cut-offs": {**SAMPLING, "top_k": 0, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3, "top_h": 0.6},
 }
+MEMORY: dict[str, dict[str, Any]] = {
+    "pool": {"memory": "paged"},
+    "small pool": {"kv_tokens": 160},
+    "prefix cache": {"prefix_cache": True, "deterministic": False},
+}
 
 
 def _near(model: nn.Module) -> nn.Module:
@@ -74,10 +82,15 @@ def _near(model: nn.Module) -> nn.Module:
     return near
 
 
-def _optimize(device: torch.device, make: Callable[[nn.Module], Drafter], **options: Any) -> OptimizedModel:
+def _optimize(
+    device: torch.device,
+    make: Callable[[nn.Module], Drafter],
+    family: Callable[[], nn.Module] = lambda: build(FAMILIES[0]),
+    **options: Any,
+) -> OptimizedModel:
     """With a lag of one step and sizes to capture, on a CPU, too: which drafts are verified depends on both."""
-    model = build(FAMILIES[0]).to(device)
-    fast = emssd_compile.optimize(model, make(model), backend="eager", prefill_chunk=48, **{**SIZES, **options})
+    model = family().to(device)
+    fast = emssd_compile.optimize(model, make(model), backend="eager", **{**SIZES, "prefill_chunk": 48, **options})
     fast._engine.lag = 1
     fast._engine.launcher.buckets = decode_buckets(ROWS, fast._engine.num_draft_tokens)
     return fast
@@ -121,6 +134,78 @@ def test_changes_of_logits(options):
 @pytest.mark.parametrize("layout", ["padded", "auto"])
 def test_layouts(layout):
     _compare(lambda model: DraftModel(_near(model), tree=(2, 2)), layout=layout)
+
+
+@pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
+@pytest.mark.parametrize("name", ["prompt-lookup", "draft-model-tree"])
+def test_blocks(name, options, monkeypatch):
+    """Small ones; the second call finds what the first one left, where prefixes are kept."""
+    monkeypatch.setattr(memory, "BLOCK_SIZE", 8)
+    _compare(lambda model: NEAR[name](_near(model)), (*WAYS, *WAYS), **options)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize(("name", "chunk"), [("prompt-lookup", 16), ("draft-model-tree", 40)])
+def test_rings(name, chunk, backend, monkeypatch):
+    """Of one layer with a window, beside one that sees all; texts go around several times."""
+    monkeypatch.setattr(memory, "BLOCK_SIZE", 4)
+    plan = mock.patch.object(
+        placement, "plan_rings", lambda *given, **named: memory.plan_rings(*given, **{**named, "is_asked_for": True})
+    )
+
+    def family() -> nn.Module:
+        return build("gemma2", sliding_window=7)
+
+    def make(model: nn.Module) -> Drafter:
+        return NEAR[name](_near(model))
+
+    with plan:
+        here = _optimize(torch.device("cpu"), make, family, prefill_chunk=chunk)
+        model = family().to(CUDA)
+        fast = emssd_compile.optimize(model, make(model), backend=backend, prefill_chunk=chunk, **SIZES)
+        assert fast._engine.variant.signature.with_role("ring")
+        for way in WAYS:
+            assert fast.generate(PROMPTS, **way) == here.generate(PROMPTS, **way)
+
+
+@pytest.mark.parametrize("memory_kind", ["slab", "paged"])
+def test_blocks_compiled(memory_kind):
+    eager = _optimize(torch.device("cpu"), lambda model: PromptLookup(4))
+    model = build(FAMILIES[0]).to(CUDA)
+    fast = emssd_compile.optimize(model, PromptLookup(4), backend="inductor", memory=memory_kind, **SIZES)
+    for way in WAYS:
+        assert fast.generate(PROMPTS, **way) == eager.generate(PROMPTS, **way)
+
+
+def test_requests_of_a_session_come_and_go():
+    here, there = (_optimize(device, lambda model: PromptLookup(4)) for device in (torch.device("cpu"), CUDA))
+    expected = here.generate(PROMPTS, max_new_tokens=NEW)
+    with there.session() as session:
+        handles = [session.submit(prompt, max_new_tokens=NEW) for prompt in [*PROMPTS, *PROMPTS[::-1]]]
+        handles[1].cancel()
+        texts = [handle.result() for index, handle in enumerate(handles) if index != 1]
+    wanted = [*expected, *expected[::-1]]
+    assert texts == [text for index, text in enumerate(wanted) if index != 1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_weights_that_changed_are_noticed(backend):
+    """In place, as an optimizer does, and where they lie elsewhere afterwards: captured steps hold addresses."""
+    tokens = []
+    for device in (torch.device("cpu"), CUDA):
+        model = build(FAMILIES[0]).to(device)
+        fast = emssd_compile.optimize(model, "prompt-lookup", backend=backend, **SIZES)
+        said = [fast.generate(PROMPTS, max_new_tokens=NEW)]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-0.9)
+        said.append(fast.generate(PROMPTS, max_new_tokens=NEW))
+        model.load_state_dict({n: v.clone() * -1.1 for n, v in model.state_dict().items()}, assign=True)
+        fast.refresh()
+        said.append(fast.generate(PROMPTS, max_new_tokens=NEW))
+        tokens.append(said)
+    assert tokens[0] == tokens[1]
+    assert tokens[0][0] != tokens[0][1] != tokens[0][2]
 
 
 def test_heads_compiled():

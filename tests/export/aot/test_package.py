@@ -18,7 +18,7 @@ from torch import Tensor
 import emssd_compile
 from emssd_compile.errors import ArtifactError
 from emssd_compile.export import LoadedGraph, open_graph
-from emssd_compile.export.aot.package import environment, open_package
+from emssd_compile.export.aot.package import environment, open_package, require
 from emssd_compile.ops import load_cpu_kernels
 from emssd_compile.step.signature import SIZE_NAMES, Signature
 from tests.export.opened import files_of
@@ -180,6 +180,11 @@ def test_another_kind_of_device_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     with pytest.raises(ArtifactError, match="made for device cpu, here it is cuda"):
         emssd_compile.load(artifact("aot", "lookup"), device="cuda")
+
+
+def test_a_gpu_is_refused_before_anything_is_compiled():
+    with pytest.raises(ArtifactError, match="a package for cuda ends the process that loads it"):
+        require(None, torch.device("cuda"), False)
 
 
 def test_other_ops_are_refused(monkeypatch):
