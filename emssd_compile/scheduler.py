@@ -231,7 +231,7 @@ class Scheduler(Admission):
             ticket = next(waiting, None)
             if ticket is None or not self._may_start(ticket):
                 return None
-            beginning = memory.plan(ticket.request, None)
+            beginning = memory.plan(ticket.request, ())
             if beginning is None:
                 return None
             self._tickets.start(ticket)

@@ -46,23 +46,23 @@ def next_request(waiting: deque[Request], rows: Sequence[Row | None], memory: KV
     """
     reading = {row.request.group for row in rows if row and not row.request.output} - {None}
     for place, request in enumerate(waiting):
-        source = row_with_prompt(request, rows)
+        sources = rows_with_prompt(request, rows)
         is_read_whole = request.group in reading and _is_shared(request)
-        if source is None and (is_read_whole or memory.is_being_read(request)):
+        if not sources and (is_read_whole or memory.is_being_read(request)):
             continue
-        beginning = memory.plan(request, source)
+        beginning = memory.plan(request, sources)
         if beginning is not None:
             del waiting[place]
         return beginning
     return None
 
 
-def row_with_prompt(request: Request, rows: Sequence[Row | None]) -> int | None:
-    """A busy row whose cache holds all of the request's prompt, as another of its group has read it; None without."""
+def rows_with_prompt(request: Request, rows: Sequence[Row | None]) -> list[int]:
+    """The busy rows that have read all of the request's prompt, since they decode others of its group."""
     if not _is_shared(request):
-        return None
+        return []
     alike = ((b, row) for b, row in enumerate(rows) if row and row.request.group == request.group)
-    return next((b for b, row in alike if row.request.output), None)
+    return [b for b, row in alike if row.request.output]
 
 
 def _is_shared(request: Request) -> bool:

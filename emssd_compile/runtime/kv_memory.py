@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,12 +60,12 @@ class KVMemory(Protocol):
         """Whether a busy row reads what the request would share, so that it had better wait for that."""
         ...
 
-    def plan(self, request: Request, source: int | None) -> Beginning | None:
+    def plan(self, request: Request, sources: Sequence[int]) -> Beginning | None:
         """How the request starts now, if there is memory for it to go on to its end; else None.
 
         Args:
             request: which.
-            source: a row whose cache holds all of its prompt; None without.
+            sources: the rows that have read all of its prompt.
         """
         ...
 
@@ -118,9 +118,11 @@ class Slabs:
         """No: rows share nothing but copies of a whole prompt."""
         return False
 
-    def plan(self, request: Request, source: int | None) -> Beginning:
+    def plan(self, request: Request, sources: Sequence[int]) -> Beginning:
         """At once."""
-        return Beginning(request, request.num_read if source is None else len(request.prompt) - 1, source)
+        if not sources:
+            return Beginning(request, request.num_read)
+        return Beginning(request, len(request.prompt) - 1, sources[0])
 
     def start(self, launcher: Launcher, row: int, beginning: Beginning) -> None:
         """Copy what the source has read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,9 +105,10 @@ class Pages:
             request.block_keys.awaited = missing
         return missing in self._readers
 
-    def plan(self, request: Request, source: int | None) -> Beginning | None:
+    def plan(self, request: Request, sources: Sequence[int]) -> Beginning | None:
         """Whether all the blocks that it may need can be promised, beside those that it shares."""
         size, num_read = self._paging.block_size, len(request.prompt) - 1
+        source = next(iter(sources), None)
         if source is None:
             shared = self._pool.find(self._keys(request))
             num_read = len(shared) * size or request.num_read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from emssd_compile.runtime.kv_memory import Beginning, KVMemory, Rehearsal
 from emssd_compile.runtime.launch import Launcher
@@ -35,11 +35,10 @@ class Windows:
         """As the others say."""
         return self._others.is_being_read(request)
 
-    def plan(self, request: Request, source: int | None) -> Beginning | None:
-        """As the others say; a source that has gone too far is none, and the prompt is read anew."""
-        if source is not None and not self._rings.hold(len(request.prompt) - 1, self._written.get(source, 0)):
-            source = None
-        return self._others.plan(request, source)
+    def plan(self, request: Request, sources: Sequence[int]) -> Beginning | None:
+        """As the others say; a row that has gone too far is no source, and without one the prompt is read anew."""
+        num_read = len(request.prompt) - 1
+        return self._others.plan(request, [b for b in sources if self._rings.hold(num_read, self._written.get(b, 0))])
 
     def start(self, launcher: Launcher, row: int, beginning: Beginning) -> None:
         """Copy whole rings: which of their slots are seen depends on the step."""

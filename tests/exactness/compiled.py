@@ -95,9 +95,8 @@ class Target:
             compiled = compiled.tapped(drafter.taps)
         drafter.prepare(compiled.target(self._disturbed))
         prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
-        step = compile_step(
-            compiled, TargetMatch(), drafter, LAYOUTS[layout].policy(), make_processors(()), make_probes(())
-        )
+        parts = TargetMatch(), drafter, LAYOUTS[layout].policy(), make_processors(()), make_probes(())
+        step = compile_step(compiled, *parts, drafts_for_few=True)
         options = CompileOptions(self.rows, CAPACITY, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
 

@@ -16,8 +16,9 @@ from tests.runtime.tape import TapeDevice
 
 
 def graph_engine(fast: OptimizedModel, prefill_chunk: int, device: TapeDevice) -> Engine:
-    """As on a CUDA device: steps are captured per bucket, and the host is one step behind."""
-    engine = rechunked(fast, prefill_chunk)._engine
+    """As on a CUDA device: steps are captured per bucket, for all rows, and the host is one step behind."""
+    step = fast._step.suited(fast._step.used, drafts_for_few=False)
+    engine = rechunked(OptimizedModel(fast.model, step, fast.options), prefill_chunk)._engine
     direct = engine.launcher
     buckets = decode_buckets(engine.num_rows, engine.num_draft_tokens, engine.max_depth)
     engine.launcher = GraphLauncher(direct.variant, direct.tensors, device, buckets)

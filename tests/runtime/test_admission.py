@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emssd_compile.runtime.admission import next_request, row_with_prompt
+from emssd_compile.runtime.admission import next_request, rows_with_prompt
 from emssd_compile.runtime.kv_memory import Beginning, KVMemory
 from emssd_compile.runtime.requests import Request, Row
 
@@ -35,8 +35,8 @@ class _Memory:
     def is_being_read(self, request: Request) -> bool:
         return request.index in self._reads
 
-    def plan(self, request: Request, source: int | None) -> Beginning | None:
-        return Beginning(request, 0, source) if self._fits(request) else None
+    def plan(self, request: Request, sources: list[int]) -> Beginning | None:
+        return Beginning(request, 0, next(iter(sources), None)) if self._fits(request) else None
 
 
 def _start(waiting: deque[Request], rows: list[Row | None], memory: _Memory | None = None) -> list[Request]:
@@ -46,7 +46,7 @@ def _start(waiting: deque[Request], rows: list[Row | None], memory: _Memory | No
         beginning = next_request(waiting, rows, cast(KVMemory, memory or _Memory()))
         if beginning is None:
             break
-        assert beginning.source == row_with_prompt(beginning.request, rows)
+        assert beginning.source == next(iter(rows_with_prompt(beginning.request, rows)), None)
         rows[b] = Row(beginning.request, len(beginning.request.prompt))
         started.append(beginning.request)
     return started
@@ -61,14 +61,14 @@ def test_the_first_of_a_group_reads_and_the_others_wait():
 def test_once_a_row_has_read_the_prompt_they_start_from_it():
     rows = [Row(_request(0, 0, emitted=1), 1), None, Row(_request(3, 1), 5), None]
     waiting = deque([_request(1, 0), _request(2, 0), _request(4, 1)])
-    assert [row_with_prompt(_request(9, group), rows) for group in (0, 1, 2)] == [0, None, None]
+    assert [rows_with_prompt(_request(9, group), rows) for group in (0, 1, 2)] == [[0], [], []]
     assert _indices(_start(waiting, rows)) == [1, 2]
 
 
 def test_prompts_of_one_token_and_requests_without_a_group_share_nothing():
     waiting = deque([_request(0, 0, length=1), _request(1, 0, length=1), _request(2, None), _request(3, None)])
     assert _indices(_start(waiting, [None] * 4)) == [0, 1, 2, 3]
-    assert row_with_prompt(_request(9, 0, length=1), [Row(_request(0, 0, length=1, emitted=2), 1)]) is None
+    assert rows_with_prompt(_request(9, 0, length=1), [Row(_request(0, 0, length=1, emitted=2), 1)]) == []
 
 
 def test_nobody_overtakes_who_waits_for_memory():
@@ -99,4 +99,4 @@ def test_nobody_is_lost_and_nobody_waits_for_nothing(groups, busy):
     if len(started) < free:  # whoever waits still, waits for a row that reads
         reading = {request.group for request in started} | {row.request.group for row in rows if row}
         assert all(request.group in reading for request in waiting)
-        assert all(row_with_prompt(request, rows) is None for request in waiting)
+        assert not any(rows_with_prompt(request, rows) for request in waiting)

@@ -78,7 +78,7 @@ class Rows(RuleBasedStateMachine):
         if source is None and self.pages.is_being_read(request):
             assert self.texts, "nobody reads it"
             return
-        beginning = self.pages.plan(request, source)
+        beginning = self.pages.plan(request, [] if source is None else [source])
         if beginning is None:
             assert self.texts, "with no row busy, whatever passes `check` fits"
             return
@@ -216,7 +216,7 @@ def test_who_waits_for_a_block_waits_while_it_is_read():
         Request(index, torch.tensor(text), 2, scope=b"")
         for index, text in enumerate([[0] * 14, [0] * 6, [0] * 4 + [1] * 6])
     )
-    beginning = pages.plan(longer, None)
+    beginning = pages.plan(longer, ())
     assert beginning is not None
     pages.start(launcher, 0, beginning)
     assert [pages.is_being_read(request) for request in (shorter, other)] == [True, True]
