@@ -31,8 +31,8 @@ def require(options: object, device: torch.device, runs: bool) -> None:
     """Refuse what would fail later, or worse.
 
     Raises:
-        ArtifactError: the library of ops for a CPU cannot be built: there is no C++ compiler, or it fails. Or the package
-            is for a GPU: it compiles, and then torch's loader ends the process (2.11.0, on an H200).
+        ArtifactError: the library of ops for a CPU cannot be built: there is no C++ compiler, or it fails. Or the
+            package is for a GPU: it compiles, and then torch's loader ends the process (2.11.0, on an H200).
     """
     if device.type != "cpu":
         raise ArtifactError(
