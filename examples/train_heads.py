@@ -21,7 +21,10 @@ SIZES = {
     "mlp": ["inner_size=256", "num_heads=4", "tie_weights=true", "scale_input=true"],
     "recurrent": ["exit_size=128"],
     "medusa": ["num_lm_heads=0", "num_heads=4"],
+    "mtp": [],
     "eagle3": [],
+    "block": ["num_layers=2"],
+    "peagle": ["num_layers=1"],
 }
 """What is not as the kind has it by default: the demo model's heads are small."""
 
@@ -43,6 +46,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=SIZES, default=list(SIZES), help="(default: all)")
     parser.add_argument("--tokens", type=int, default=800_000, help="of text (default: %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="windows at a time (default: %(default)s)")
     options = parser.parse_args()
     train, held_out = (
         write_texts(documents, options.work / name)
@@ -51,7 +55,8 @@ def main() -> int:
     for kind in options.kinds:
         command = ["train-drafter", "--model", str(TARGET), "--kind", kind, "--out", str(options.work / kind)]
         command += ["--data", *train, "--held-out", *held_out, "--no-distil", "--loss", "distribution"]
-        command += ["--tokens", str(options.tokens), "--window", str(options.window), "--epochs", "1"]
+        command += ["--tokens", str(options.tokens), "--window", str(options.window), "--batch", str(options.batch)]
+        command += ["--epochs", "1"]
         command += ["--sizes", *SIZES[kind]] if SIZES[kind] else []
         if status := emssd_compile(command):
             return status

@@ -28,7 +28,7 @@ def target() -> Any:
 
 
 def test_there_are_some():
-    assert {folder.name for folder in SHIPPED} >= {"mlp", "recurrent"}
+    assert {folder.name for folder in SHIPPED} >= {"mlp", "recurrent", "medusa", "mtp"}
     assert {folder.name for folder in OF_SMOLLM2} >= {"eagle3", "recurrent"}
 
 
