@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from emssd_compile.drafters.head import Features
 from emssd_compile.drafters.recurrent import RecurrentConfig
 from emssd_compile.step.drafting import TokenTables
 from emssd_compile.step.randomness import gumbels
+from tests import zoo
 from tests.drafters.alone import nodes_of
 from tests.drafters.contexts import context, target_of
 from tests.drafters.head_cases import Largest
@@ -221,6 +223,29 @@ def test_tokens_are_the_targets_and_what_beams_share_is_verified_once():
         stats = fast.stats
         assert 0 < stats.num_accepted_draft_tokens < stats.num_draft_tokens < 0.9 * 4 * length * stats.num_spec_steps
         assert stats.num_padding_tokens == 0
+
+
+def test_the_whole_step_holds_logits_of_one_depth_of_beams_and_no_more():
+    """Where nobody samples, verification included; rows and packed tokens count as one here."""
+    width, length = 4, 5
+    head = RecurrentDrafter(RecurrentConfig(64, zoo.VOCABULARY), width=width, length=length)
+    fast = _fast(zoo.toy_model("llama"), head)
+    fast.warmup()
+    sizes = set()
+    for node in fast._step.graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.shape[-1:] == (zoo.VOCABULARY,):
+            is_weight = all(isinstance(size, int) for size in value.shape)
+            sizes.add(0 if is_weight else math.prod(map(_with_every_symbol_one, value.shape[:-1])))
+    assert max(sizes) == width
+
+
+def _with_every_symbol_one(size: Any) -> int:
+    """A size of a graph, where each that is left open is 1."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
 def test_it_drafts_for_a_target_in_bfloat16():

@@ -80,6 +80,7 @@ def test_example_of_the_docstring():
 
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1, max_size=4)
+CORPUS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=2)
 SIZES = {
     "num_draft_tokens": st.integers(1, 6),
     "max_match": st.integers(2, 7),
@@ -100,7 +101,7 @@ def test_agrees_with_the_vote_whatever_lies_behind_the_known_text(texts, filler,
 
 @given(
     texts=TEXTS,
-    corpus=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=2),
+    corpus=CORPUS,
     options=st.fixed_dictionaries(SIZES),
 )
 @settings(max_examples=300, deadline=None)
@@ -112,6 +113,23 @@ def test_a_corpus_wins_where_its_match_is_longer(texts, corpus, options):
     drafter = SuffixLookup(**options, corpus=held)
     draft = _draft(drafter, texts)
     expected = [_expected(text, corpus, drafter) for text in texts]
+    assert _drafts(draft) == [tokens for tokens, _ in expected]
+    torch.testing.assert_close(draft.scores, torch.tensor([score for _, score in expected]))
+
+
+@given(texts=TEXTS, corpora=st.tuples(CORPUS, CORPUS, CORPUS), options=st.fixed_dictionaries(SIZES))
+@settings(max_examples=200, deadline=None)
+def test_of_a_corpus_each_tenant_has_the_texts_that_were_added_for_it_and_no_others(texts, corpora, options):
+    """Tenants of one corpus, their texts added in turn, their rows side by side: to each it is a corpus of its own."""
+    held = Corpus(1024)
+    for turn in range(2):
+        for tenant, corpus in enumerate(corpora):
+            for text in corpus[turn : turn + 1]:
+                held.add(text, tenant)
+    drafter = SuffixLookup(**options, corpus=held)
+    rows = [(text, tenant) for text in texts for tenant in range(len(corpora))]
+    draft = _draft(drafter, [text for text, _ in rows], [tenant for _, tenant in rows])
+    expected = [_expected(text, corpora[tenant], drafter) for text, tenant in rows]
     assert _drafts(draft) == [tokens for tokens, _ in expected]
     torch.testing.assert_close(draft.scores, torch.tensor([score for _, score in expected]))
 

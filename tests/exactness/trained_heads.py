@@ -45,14 +45,16 @@ PROMPTS = [prompt(n) for n in LENGTHS]
 SIZES: dict[str, Any] = {"max_batch": ROWS, "max_length": CAPACITY, "layout": "packed", "deterministic": True}
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3, "max_new_tokens": NEW}
 GROWING = DynamicTree(nodes=6, depth=3, width=2)
+DSPARK = {"markov_rank": 8, "has_confidence": True, "confidence_reads_token": True}
+EAGLE_31 = {"normalises_taps": True, "feeds_on_normalised": True}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "recurrent": ("recurrent", {}, {"width": 2, "length": 3}),
     "medusa": ("medusa", {"num_heads": 2}, {"tree": (2, 2)}),
     "mlp": ("mlp", {"num_heads": 3}, {}),
-    "block": ("block", {"num_layers": 1, "block_size": 4, "markov_rank": 8}, {}),
+    "block": ("block", {"num_layers": 1, "block_size": 4, **DSPARK}, {}),
     "block-tree": ("block", {"num_layers": 1, "block_size": 4}, {"tree": MarginalTree(nodes=6, width=2)}),
     "eagle3": ("eagle3", {}, {"num_draft_tokens": 3}),
-    "eagle3-tree": ("eagle3", {"draft_vocabulary": 150}, {"tree": GROWING}),
+    "eagle3-tree": ("eagle3", {"draft_vocabulary": 150, **EAGLE_31}, {"tree": GROWING}),
     "mtp-tree": ("mtp", {}, {"tree": GROWING}),
     "mtp-modules": ("mtp", {"num_modules": 2}, {}),
     "peagle": ("peagle", {"num_layers": 2}, {"num_draft_tokens": 3}),

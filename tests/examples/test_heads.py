@@ -32,6 +32,13 @@ def test_there_are_some():
     assert {folder.name for folder in OF_SMOLLM2} >= {"eagle3", "recurrent"}
 
 
+def test_they_are_small():
+    """What everybody downloads who clones this: those of the demo model 10 MB together, of SmolLM2 each 20 MB."""
+    size = {folder: (folder / "model.safetensors").stat().st_size for folder in (*SHIPPED, *OF_SMOLLM2)}
+    assert sum(size[folder] for folder in SHIPPED) <= 10_000_000
+    assert max(size[folder] for folder in OF_SMOLLM2) <= 20_000_000
+
+
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
 def test_a_shipped_head_drafts_what_its_target_says(folder, target):
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "target")
