@@ -8,7 +8,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
@@ -179,14 +179,11 @@ class Scheduler(Admission):
                     with contextlib.suppress(Exception):  # raised to the request when it starts
                         self._suit(self._tickets.first().call)
                     decoder._warm_up(progress=False)
-            try:
-                with contextlib.closing(self._engine.run(self, [*self._eos])) as run:
-                    while self._advance(run):
-                        pass
-            finally:
-                decoder.stats.add(*self._engine.counters())
+            with decoder._running(self, self._eos) as run:
+                while self._advance(run):
+                    pass
 
-    def _advance(self, run: Generator[Request]) -> bool:
+    def _advance(self, run: Iterator[Request]) -> bool:
         with neutral(self._decoder._default_dtype):
             request = next(run, None)
             if request is not None:
