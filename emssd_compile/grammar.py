@@ -119,7 +119,17 @@ def matching(start: Callable[[], Matcher], vocab_size: int, ends: Sequence[int])
 
 
 def compiled(source: str, tokenizer: Any, name: str) -> Grammar:
-    """Of a grammar as llguidance serialises it; `name` is what it is called in messages."""
+    """Of a grammar as llguidance serialises it.
+
+    Args:
+        source: the grammar.
+        tokenizer: as in `json_schema`.
+        name: what it is called in messages.
+
+    Raises:
+        GrammarError: it cannot be compiled; says why.
+        OptionError: as `json_schema`.
+    """
     library, tokens = _library(), _read(tokenizer)
     start = library.LLMatcher(tokens, source, log_level=0)
     if start.is_error():

@@ -15,6 +15,9 @@ def read_json(text: str) -> Any:
     """
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""  # a line of a file has a number of its own
+        raise ValueError(f"{error.msg}, at {line}column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
