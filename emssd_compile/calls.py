@@ -19,6 +19,7 @@ from emssd_compile.generation import (
 )
 from emssd_compile.grammar import Grammar
 from emssd_compile.grammar_logits import GrammarLogits, grammar_of_each
+from emssd_compile.grammar_processors import take_grammars
 from emssd_compile.numeric import shown
 from emssd_compile.python_logits import PythonLogits
 from emssd_compile.runtime.inputs import PromptBatch, parse_prompts
@@ -147,6 +148,7 @@ def read_call(
         raise OptionError(f"eos_token_id has {len(eos)} values for {len(prompts)} prompts; pass one for each")
     of_configs = [own.eos_token_ids for own in each] if len(each) > 1 else [chosen.eos_token_ids] * len(prompts)
     ends = [*map(frozenset, eos or of_configs)]
+    chosen, grammar = take_grammars(chosen, grammar, terms.vocabulary)
     _check_hook(chosen, logits_hook)
     grammars, times = grammar_of_each(grammar, len(prompts)), chosen.num_return_sequences
     prompts = prompts.repeated(times)

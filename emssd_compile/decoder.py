@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
@@ -22,10 +22,12 @@ from emssd_compile.grammar import Grammar
 from emssd_compile.numeric import flag
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
+from emssd_compile.runtime.admission import Admission
 from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.containers import Array
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.outputs import GenerateOutput
+from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.turns import Turns
 from emssd_compile.session import Session
 from emssd_compile.stats import Stats
@@ -343,20 +345,26 @@ class Decoder(ContinuousBatching, ABC):
         )
 
     def _decode(self, call: Call, progress: bool) -> None:
-        """Run the requests to their ends. However that ends, what was counted is in the stats, and no row is busy."""
+        """Run the requests to their ends, in this thread; sessions do it as requests come."""
         total = sum(request.max_new_tokens for request in call.requests)
         shared = shared_eos(call.requests)
         consumer = Consumer(call.prompts, call.requests, call.chosen, shared)
+        with progress_bar(progress, total) as advance, self._running(call.requests, shared) as run:
+            for request in run:
+                advance(consumer.take(request))
+        consumer.end()
+
+    @contextlib.contextmanager
+    def _running(self, requests: Admission | Sequence[Request], eos: Collection[int]) -> Iterator[Iterator[Request]]:
+        """Have steps run: gives each request that has new tokens, until none waits and none runs.
+
+        However the `with` ends, what was counted is in the stats, and no row is busy.
+        """
         try:
-            with (
-                progress_bar(progress, total) as advance,
-                contextlib.closing(self._engine.run(call.requests, [*shared])) as run,
-            ):
-                for request in run:
-                    advance(consumer.take(request))
+            with contextlib.closing(self._engine.run(requests, [*eos])) as run:
+                yield run
         finally:
             self.stats.add(*self._engine.counters())
-        consumer.end()
 
     def session(self, *, max_queue: int = 64, **options: Any) -> Session:
         """Take requests while others decode: `with fast.session() as session: stream = session.submit(prompt)`.

@@ -61,7 +61,7 @@ def json_schema(schema: Mapping[str, Any] | str | type, tokenizer: Any, *, compa
         source = matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": not compact})
     except (TypeError, ValueError) as error:
         raise GrammarError(f"the JSON schema cannot be read: {error}") from error
-    return _compiled(source, tokenizer, "the JSON schema")
+    return compiled(source, tokenizer, "the JSON schema")
 
 
 def regex(pattern: str, tokenizer: Any) -> Grammar:
@@ -76,7 +76,7 @@ def regex(pattern: str, tokenizer: Any) -> Grammar:
         OptionError: as `json_schema`.
     """
     _check_text("regex", pattern)
-    return _compiled(_library().LLMatcher.grammar_from_regex(pattern), tokenizer, "the regular expression")
+    return compiled(_library().LLMatcher.grammar_from_regex(pattern), tokenizer, "the regular expression")
 
 
 def lark(text: str, tokenizer: Any) -> Grammar:
@@ -95,7 +95,7 @@ def lark(text: str, tokenizer: Any) -> Grammar:
         source = _library().grammar_from("grammar", text)
     except ValueError as error:
         raise GrammarError(f"the grammar cannot be read: {error}") from error
-    return _compiled(source, tokenizer, "the grammar")
+    return compiled(source, tokenizer, "the grammar")
 
 
 def matching(start: Callable[[], Matcher], vocab_size: int, ends: Sequence[int]) -> Grammar:
@@ -118,8 +118,18 @@ def matching(start: Callable[[], Matcher], vocab_size: int, ends: Sequence[int])
     return grammar
 
 
-def _compiled(source: str, tokenizer: Any, name: str) -> Grammar:
-    """A grammar as llguidance serialises it; `name` is what it is called in messages."""
+def compiled(source: str, tokenizer: Any, name: str) -> Grammar:
+    """Of a grammar as llguidance serialises it.
+
+    Args:
+        source: the grammar.
+        tokenizer: as in `json_schema`.
+        name: what it is called in messages.
+
+    Raises:
+        GrammarError: it cannot be compiled; says why.
+        OptionError: as `json_schema`.
+    """
     library, tokens = _library(), _read(tokenizer)
     start = library.LLMatcher(tokens, source, log_level=0)
     if start.is_error():

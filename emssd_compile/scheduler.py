@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from emssd_compile.ambient import neutral
 from emssd_compile.calls import Call
 from emssd_compile.ends import shared_eos
-from emssd_compile.errors import ReentryError, SessionError
+from emssd_compile.errors import QueueFullError, ReentryError, SessionError
 from emssd_compile.row_hooks import RowHooks
 from emssd_compile.runtime.admission import Admission
 from emssd_compile.runtime.consumer import Consumer
@@ -56,6 +57,7 @@ class Scheduler(Admission):
         self._closing: Literal["", "finish", "cancel"] = ""
         self.failure: BaseException | None = None
         self._bell: SimpleQueue[None] = SimpleQueue()
+        self._look_at = 0.0  # when the next deadline is over, if the bell does not ring before
         self._thread = threading.Thread(target=self._work, name="emssd_compile.session", daemon=True)
         self._eos: frozenset[int] = frozenset()  # those that the step knows
         self._used: frozenset[str] | None = None  # options that the form of the step honours; None before any
@@ -84,11 +86,14 @@ class Scheduler(Admission):
         if not self._decoder._keeps_prefixes:
             ticket.request.scope = None  # whose requests these are is not known
         is_inside = self.is_inside()
-        if is_inside and timeout != 0 and not (self.is_closing or self._tickets.has_room()):
-            raise ReentryError(
-                "submit: the queue is full, and the session's own thread would wait for itself; pass timeout=0"
-            )
-        self._tickets.put(ticket, 0 if is_inside else timeout)
+        try:
+            self._tickets.put(ticket, 0 if is_inside else timeout)
+        except QueueFullError:
+            if is_inside and timeout != 0:
+                raise ReentryError(
+                    "submit: the queue is full, and the session's own thread would wait for itself; pass timeout=0"
+                ) from None
+            raise
         self.wake()
 
     def _refusal(self) -> SessionError | None:
@@ -161,6 +166,7 @@ class Scheduler(Admission):
             if self._closing:
                 return False
             self._bell.get()
+            self._look_at = 0.0
 
     def _decode(self) -> None:
         """Decode until there is nothing to do, or what waits cannot run beside what runs."""
@@ -173,14 +179,11 @@ class Scheduler(Admission):
                     with contextlib.suppress(Exception):  # raised to the request when it starts
                         self._suit(self._tickets.first().call)
                     decoder._warm_up(progress=False)
-            try:
-                with contextlib.closing(self._engine.run(self, [*self._eos])) as run:
-                    while self._advance(run):
-                        pass
-            finally:
-                decoder.stats.add(*self._engine.counters())
+            with decoder._running(self, self._eos) as run:
+                while self._advance(run):
+                    pass
 
-    def _advance(self, run: Generator[Request]) -> bool:
+    def _advance(self, run: Iterator[Request]) -> bool:
         with neutral(self._decoder._default_dtype):
             request = next(run, None)
             if request is not None:
@@ -215,19 +218,24 @@ class Scheduler(Admission):
 
     def update(self) -> None:
         """End what was cancelled, and what is over its deadline."""
+        now = time.monotonic()
+        if self._bell.empty() and now < self._look_at:
+            return
         while not self._bell.empty():
             self._bell.get()
-        now = time.monotonic()
-        for ticket in (*self._tickets.all_waiting(), *self._tickets.all_running()):
+        self._look_at = math.inf
+        for ticket in self._tickets.all():
             if ticket.is_cancelled or self._closing == "cancel":
                 self._end(ticket, "cancelled")
-            elif ticket.ends_at is not None and now >= ticket.ends_at:
+            elif now >= ticket.ends_at:
                 self._end(ticket, "deadline")
+            else:
+                self._look_at = min(self._look_at, ticket.ends_at)
 
     def take(self, rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
         """Start the first that waits, if there is memory for it; who waits until others have read is overtaken."""
         while True:
-            waiting = (each for each in self._tickets.all_waiting() if not memory.is_being_read(each.request))
+            waiting = (each for each in self._tickets.waiting() if not memory.is_being_read(each.request))
             ticket = next(waiting, None)
             if ticket is None or not self._may_start(ticket):
                 return None
@@ -281,7 +289,7 @@ class Scheduler(Admission):
     def _end_all(self) -> None:
         self._closing = self._closing or "finish"
         self._tickets.tell()  # who puts now holds the lock that this waits for: from here on nothing is put
-        for ticket in (*self._tickets.all_waiting(), *self._tickets.all_running()):
+        for ticket in self._tickets.all():
             self._end(ticket, "error" if self.failure else "cancelled", self.failure)
 
 

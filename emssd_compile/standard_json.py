@@ -13,8 +13,12 @@ def read_json(text: str) -> Any:
     Raises:
         ValueError: it is no JSON, is nested too deeply, or has a number too large for a float.
     """
+    text = text.rstrip()  # where it breaks off is in its last line
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""  # a line of a file has a number of its own
+        raise ValueError(f"{error.msg}, at {line}column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

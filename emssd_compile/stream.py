@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -39,6 +40,8 @@ class StreamStats:
         num_draft_tokens: drafts that these verified.
         num_accepted_draft_tokens: drafts that were accepted, and followed by another token of their step.
         acceptance_histogram: element i is how many steps that verified drafts accepted exactly i of them.
+        num_cached_tokens: tokens of its prompt that were found in the prefix cache, and so not read; None where none
+            were looked for: before it starts, or without `prefix_cache=True`.
         time_to_first_token: seconds from `submit` to its first token, waiting included; None before.
         seconds: from `submit` to its end, or until now.
     """
@@ -48,6 +51,7 @@ class StreamStats:
     num_draft_tokens: int
     num_accepted_draft_tokens: int
     acceptance_histogram: tuple[int, ...]
+    num_cached_tokens: int | None
     time_to_first_token: float | None
     seconds: float
 
@@ -66,7 +70,7 @@ class Ticket:
 
     Attributes:
         request: the one of the call.
-        ends_at: when its deadline is over, seconds of `time.monotonic`.
+        ends_at: when its deadline is over, seconds of `time.monotonic`; inf without one.
         is_cancelled: whether it is to be ended with the next step.
         consumer: what its tokens go through, once it runs.
         tokens: those that were handed over; they only become more.
@@ -77,7 +81,7 @@ class Ticket:
     def __init__(self, call: Call, deadline: float | None) -> None:
         self.call = call
         self._submitted = time.monotonic()
-        self.ends_at = None if deadline is None else self._submitted + deadline
+        self.ends_at = math.inf if deadline is None else self._submitted + deadline
         self.is_cancelled = False
         self.consumer: Consumer | None = None
         self.tokens: list[int] = []
@@ -154,6 +158,7 @@ class Ticket:
                 request.num_draft_tokens,
                 request.num_accepted_draft_tokens,
                 (*request.acceptance_histogram,),
+                request.num_cached_tokens,
                 None if self._first is None else self._first - self._submitted,
                 now - self._submitted,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from emssd_compile.errors import QueueFullError, SessionError
 from emssd_compile.runtime.requests import Request
@@ -86,15 +86,22 @@ class Tickets:
         """Of those that wait; there is one."""
         return self._waiting[0]
 
+    def waiting(self) -> Iterator[Ticket]:
+        """Those that wait, in order, without a copy: none may be started or removed while this is read."""
+        place = 0
+        while place < len(self._waiting):
+            yield self._waiting[place]
+            place += 1
+
     def all_running(self) -> list[Ticket]:
         """Those that have a row."""
         with self._changed:
             return [*self._running.values()]
 
-    def all_waiting(self) -> list[Ticket]:
-        """Those that wait, in order."""
+    def all(self) -> list[Ticket]:
+        """Those that wait, in order, and those that have a row."""
         with self._changed:
-            return [*self._waiting]
+            return [*self._waiting, *self._running.values()]
 
 
 def _number(request: Request) -> int:

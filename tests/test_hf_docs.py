@@ -5,7 +5,7 @@ import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -103,6 +103,17 @@ def test_continuous_batching(fast):
     whole = fast.generate(PROMPTS, max_new_tokens=16)
     new = [row[len(ids) :] for row, ids in zip(whole, PROMPTS, strict=True)]
     assert printed == [new, *new[0], new[0][-1]]  # the last result says that it is the last
+
+
+def test_generators_of_outlines(fast):
+    outlines = pytest.importorskip("outlines", reason="it is its generator that is shown")
+    given = {"outlines": outlines, "Literal": Literal, "tokenizer": transformers.AutoTokenizer.from_pretrained(TARGET)}
+    answers: list[str] = []
+    for model in (fast, fast.model):
+        with torch.compiler.set_stance("force_eager"):  # else outlines compiles how it masks
+            _run("transformers' own names", 5, **given, fast=model, print=answers.append)
+    assert answers[0] == answers[1]
+    assert answers[0] in ("red", "green", "blue")
 
 
 def test_prompts_that_begin_alike():

@@ -170,6 +170,18 @@ def _stats_alone(ids: list[int]) -> Any:
     return fast().stats
 
 
+def test_a_deadline_is_noticed_while_nobody_asks_for_anything():
+    def slow(ids: object, scores: object) -> bool:
+        time.sleep(0.01)
+        return False
+
+    with fast().session() as session:
+        time.sleep(0.05)  # its thread waits for the first request
+        stream = session.submit(prompt(4), max_new_tokens=50, stopping_criteria=[slow], deadline=0.1)
+        assert stream.result(WAIT) == alone(prompt(4), max_new_tokens=50)[: 4 + len(stream.tokens)]
+    assert (stream.finish_reason, len(stream.tokens) < 50) == ("deadline", True)
+
+
 def test_a_deadline_ends_what_waits_and_what_runs_with_what_it_has():
     with fast().session() as session, held(session, deadline=0.1) as running:
         beside = session.submit(prompt(2), max_new_tokens=50)

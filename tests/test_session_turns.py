@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from emssd_compile.errors import ReentryError, SessionError
+from emssd_compile.errors import QueueFullError, ReentryError, SessionError
+from emssd_compile.stream import Ticket
 from tests.export.subjects import prompt
 from tests.sessions import NEW, WAIT, alone, fast
 
@@ -100,6 +101,34 @@ def test_calls_from_inside_the_sessions_thread_are_refused_and_not_waited_for():
     assert len(seen) == 6
     with pytest.raises(ReentryError, match="session was called from inside"):
         model.generate([prompt(5)], max_new_tokens=2, stopping_criteria=[lambda ids, scores: bool(model.session())])
+
+
+def test_a_queue_that_others_fill_while_the_sessions_thread_submits_is_no_matter_of_trying_again(monkeypatch):
+    """Room is seen and lost in one moment: what would wait is refused as a call from inside, not as a full queue."""
+    seen: list[Exception] = []
+
+    def call(ids: Tensor, scores: None) -> bool:
+        for timeout in (None, 5.0, 0):
+            try:
+                session.submit(prompt(2), max_new_tokens=1, timeout=timeout)
+            except (ReentryError, QueueFullError) as error:
+                seen.append(error)
+        return True
+
+    with fast().session(max_queue=0) as session:
+        tickets = session._scheduler._tickets
+        put = tickets.put
+
+        def filled_first(ticket: Ticket, timeout: float | None) -> None:
+            if session.is_inside() and tickets.has_room():
+                with ThreadPoolExecutor(1) as other:
+                    other.submit(session.submit, prompt(4), max_new_tokens=1).result(WAIT)
+            put(ticket, timeout)
+
+        stream = session.submit(prompt(5), max_new_tokens=NEW, stopping_criteria=[call])
+        monkeypatch.setattr(tickets, "put", filled_first)
+        stream.result(WAIT)
+    assert [*map(type, seen)] == [ReentryError, ReentryError, QueueFullError]
 
 
 @pytest.mark.usefixtures("little_garbage")

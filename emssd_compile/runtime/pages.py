@@ -132,8 +132,9 @@ class Pages:
         self._counts["num_shared_blocks"] += len(shared)
         if source is None:
             if request.scope is not None and self._paging.sharing.lookahead is not None:
+                request.num_cached_tokens = len(shared) * self._paging.block_size
                 self._counts["prefix_cache_queries"] += len(request.prompt)
-                self._counts["prefix_cache_hits"] += len(shared) * self._paging.block_size
+                self._counts["prefix_cache_hits"] += request.num_cached_tokens
             return
         size, num_read = self._paging.block_size, beginning.num_read
         own, others = held.blocks, self._held[source].blocks

@@ -31,6 +31,7 @@ class Request:
         scope: requests of the same one may share what is read of beginnings that they have in common; None: it shares
             with none but those of its group.
         block_keys: by what blocks of its text are found, once it has been asked.
+        num_cached_tokens: those of its prompt that others had read and it did not; None where nobody looked for them.
         output: tokens emitted so far.
         told: what probes told of them, by the names of results: pieces `[n, ...]`, in order.
         finished: whether it has ended.
@@ -51,6 +52,7 @@ class Request:
     num_read: int = 0
     scope: bytes | None = None
     block_keys: BlockKeys | None = field(default=None, repr=False)
+    num_cached_tokens: int | None = None
     output: list[int] = field(default_factory=list)
     told: dict[str, list[Tensor]] = field(default_factory=dict)
     finished: bool = False

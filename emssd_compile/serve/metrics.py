@@ -60,6 +60,8 @@ class Metrics(Collector):
             totals.add(choice.num_prompt_tokens, choice.stream.stats)
         yield self._counter("prompt_tokens", "Tokens of prompts", totals.prompt)
         yield self._counter("generation_tokens", "Tokens generated", totals.generation)
+        yield self._counter("prefix_cache_queries", "Tokens of prompts that were looked for", totals.looked_for)
+        yield self._counter("prefix_cache_hits", "Those that were found, and so not read", totals.found)
         yield self._counter("spec_decode_num_drafts", "Steps of a text that verified drafts", totals.drafts)
         yield self._counter("spec_decode_num_draft_tokens", "Drafts that were verified", totals.draft_tokens)
         yield self._counter("spec_decode_num_accepted_tokens", "Drafts that were accepted", sum(totals.accepted))
@@ -110,6 +112,7 @@ class _Totals:
 
     Attributes:
         prompt, generation: tokens.
+        looked_for, found: tokens of prompts, in the prefix cache.
         drafts: steps of a text that verified drafts.
         draft_tokens: drafts of these.
         accepted: element i is how many of them accepted their draft number i, the first being 0.
@@ -117,6 +120,8 @@ class _Totals:
 
     prompt: int = 0
     generation: int = 0
+    looked_for: int = 0
+    found: int = 0
     drafts: int = 0
     draft_tokens: int = 0
     accepted: list[int] = field(default_factory=list)
@@ -125,6 +130,9 @@ class _Totals:
         """Add those of a text."""
         self.prompt += num_prompt_tokens
         self.generation += stats.num_tokens
+        if stats.num_cached_tokens is not None:
+            self.looked_for += num_prompt_tokens
+            self.found += stats.num_cached_tokens
         self.drafts += sum(stats.acceptance_histogram)
         self.draft_tokens += stats.num_draft_tokens
         self.accepted += [0] * (len(stats.acceptance_histogram) - 1 - len(self.accepted))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emssd_compile.errors import InvalidInputError, OptionError
 from emssd_compile.numeric import shown
+from emssd_compile.standard_json import read_json
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _read(file: Path) -> Iterator[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        entry = json.loads(line)
+        entry = read_json(line)
     except ValueError as error:
         raise InvalidInputError(f"{where} is no JSON: {error}") from error
     text = entry.get("text") if isinstance(entry, dict) else None

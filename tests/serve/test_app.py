@@ -1,6 +1,7 @@
 """The two endpoints, asked by OpenAI's client, say what `generate` gives."""
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -276,9 +277,12 @@ def test_requests_share_what_was_read_only_with_those_of_their_salt():
         chat = asked.chat.completions.create(
             model=NAME, messages=MESSAGES, max_tokens=4, **GREEDY, extra_body={"cache_salt": "a"}
         )
+        told = httpx.get(f"{address}/metrics").text
     assert found == [text_of(new_tokens(ids, max_new_tokens=4))] * 5
     assert chat.choices[0].message.content == text_of(new_tokens(CHAT, max_new_tokens=4))
     assert cached.stats.prefix_cache_hits == 2 * BLOCK_SIZE
+    for name, count in (("queries", 5 * len(ids) + len(ids_of(CHAT))), ("hits", 2 * BLOCK_SIZE)):
+        assert re.findall(rf"^vllm:prefix_cache_{name}_total{{.*}} (.*)$", told, re.M) == [str(float(count))]
 
 
 def test_an_artifact_answers_what_it_was_exported_with(tmp_path):
