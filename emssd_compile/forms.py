@@ -60,7 +60,9 @@ class Forms:
         records = [*step.records]
         graph_module, function = self._lower(step, step.graph_module, records)
         deterministic, plain = self.options.deterministic, None
-        can_be_left_out = step.drafter.is_costly and not step.drafter.must_run
+        remembers = step.drafter.remembers_features
+        # What is cached of a prompt serves for long: a drafter that remembers has to have seen it.
+        can_be_left_out = step.drafter.is_costly and not (remembers and self.options.prefix_cache)
         if can_be_left_out and LAYOUTS[self.options.layout].is_measured and not deterministic:
             undrafted = slabs.without_drafts(without(step.drafter), LAYOUTS["packed"].policy())
             plain = self.whole(undrafted) if undrafted else None
@@ -69,6 +71,7 @@ class Forms:
             step.signature(graph_module.graph),
             deterministic=deterministic,
             plain=plain.variant if plain else None,
+            drafter_remembers=remembers,
         )
         graphs = (graph_module, step.graph_module, slabs.graph_module, *(plain.graphs if plain else ()))
         return Form(variant, tuple(dict.fromkeys(graphs)), records)

@@ -57,7 +57,7 @@ class AutoregressiveHead(DraftHead):
     """
 
     num_grades = 8
-    must_run = True
+    is_costly = remembers_features = True
     any_rows = True
 
     def __init__(

@@ -68,7 +68,7 @@ class BlockDrafter(OwnTables):
     layouts: ClassVar[tuple[Layout, ...]] = (SpeculatorsBlock(), ZLabBlock(), DeepSpecBlock())
     recipe = Recipe(learning_rate=6e-4, decay=math.exp(-1 / 4))
     num_grades = 8
-    must_run = True
+    is_costly = remembers_features = True
     any_rows = True
 
     config: BlockConfig

@@ -72,7 +72,7 @@ class Hybrid(Drafter):
         self.reads_ahead = any(drafter.reads_ahead for drafter in both)
         self.any_rows = all(drafter.any_rows for drafter in both)
         self.is_costly = any(drafter.is_costly for drafter in both)
-        self.must_run = any(drafter.must_run for drafter in both)
+        self.remembers_features = any(drafter.remembers_features for drafter in both)
         self.reads_options = tuple(dict.fromkeys((*first.reads_options, *second.reads_options)))
         self.proposes = tuple(way for way in first.proposes if way in second.proposes)
         if not self.proposes:

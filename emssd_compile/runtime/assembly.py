@@ -73,9 +73,11 @@ def make_variant(
     deterministic: bool,
     is_capturable: bool = True,
     plain: Variant | None = None,
+    drafter_remembers: bool = False,
 ) -> Variant:
     """One form of a step, as launchers run it; the arguments are those of `assemble` and of `Variant`."""
-    return Variant(_without_clock(step) if deterministic else step, signature, is_capturable, plain)
+    function = _without_clock(step) if deterministic else step
+    return Variant(function, signature, is_capturable, plain, drafter_remembers)
 
 
 def switch(engine: Engine, variant: Variant) -> None:

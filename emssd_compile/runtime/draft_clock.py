@@ -22,25 +22,34 @@ class DraftClock:
     Before any plain step was observed, t0 is what they took without texts: no more than they will. A drafter that pays
     even so goes on; where it does not, a few plain steps show what is so, and it is judged again.
 
+    A drafter that remembers what the target says of each token drafts badly for rows that have decoded without it, and
+    would be judged by that. So once left out, it waits until no row is busy, or for long.
+
     Args:
         plain: times of steps without the drafter, of up to B tokens.
+        waits_for_rows: whether it is such a drafter.
 
     Attributes:
         is_drafting: whether the next step should run the drafter.
     """
 
-    def __init__(self, plain: StepTimes) -> None:
-        self.plain = plain
+    def __init__(self, plain: StepTimes, *, waits_for_rows: bool = False) -> None:
+        self.plain, self._waits_for_rows = plain, waits_for_rows
         self.forget()
 
     def forget(self) -> None:
         """Be as at first: the drafter runs."""
-        self.is_drafting = True
         self._pause = SHORTEST_PAUSE
-        self._left = 0
+        self._left = self._longer = 0
         self._start()
 
+    def see_no_rows(self) -> None:
+        """All that decode next are new."""
+        if self._waits_for_rows and not self.is_drafting and self._left <= 0:
+            self._start()
+
     def _start(self) -> None:
+        self.is_drafting = True
         self._emitted = self._plain_tokens = 0.0
         self._num_seen = 0
 
@@ -58,8 +67,7 @@ class DraftClock:
         if not drafted:
             self.plain.observe(num_rows, seconds)
             self._left -= 1
-            if self._left <= 0:
-                self.is_drafting = True
+            if self._left <= -self._longer:
                 self._start()
             return
         self._num_seen += 1
@@ -77,5 +85,6 @@ class DraftClock:
         self.is_drafting = False
         if self.plain.is_observed:
             self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+            self._longer = LONGEST_PAUSE if self._waits_for_rows else 0
         else:
-            self._left = PROBE
+            self._left, self._longer = PROBE, 0

@@ -123,7 +123,7 @@ class Engine:
     def _note_roles(self) -> None:
         self.variant = self.launcher.variant  # the form that is driven, also while steps without its drafter run
         if self.variant.plain is not None and self._clock is None:
-            self._clock = DraftClock(StepTimes(self.num_rows))
+            self._clock = DraftClock(StepTimes(self.num_rows), waits_for_rows=self.variant.drafter_remembers)
         signature = self.variant.signature
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))
@@ -204,6 +204,8 @@ class Engine:
         """Start waiting requests in free rows."""
         waiting.update()
         self._release()
+        if self._clock is not None and not any(self._rows):
+            self._clock.see_no_rows()
         started: dict[int, Request] = {}
         read: list[int] = []
         for b in [b for b, row in enumerate(self._rows) if row is None]:

@@ -49,12 +49,14 @@ class Variant:
         signature: its bindings.
         is_capturable: whether it can be one launch: all of it runs on the device.
         plain: the same step without its drafter, to be run where that is faster.
+        drafter_remembers: whether the drafter then lacks what it misses, until rows have ended.
     """
 
     step: StepFunction
     signature: Signature
     is_capturable: bool = True
     plain: Variant | None = None
+    drafter_remembers: bool = False
 
     @cached_property
     def input_names(self) -> tuple[str, ...]:

@@ -225,7 +225,8 @@ class Drafter(Part):
         reads_logits: whether it wants to see the target's logits.
         is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it are
             compiled, too, and run where they are faster, if the layout measures.
-        must_run: whether it would lack what the target computes in steps that it is left out of: then it never is.
+        remembers_features: whether it keeps something of each token that only the target's outputs tell. What it misses
+            in steps that it is left out of, it lacks until the row has ended.
         writes_kv: whether the drafter drafts with the target's own layers, and their KV goes to the target's caches.
         any_rows: whether its `forward` can be traced for a number of rows that differs from step to step, all sizes
             being read from tensors' shapes. Where few of the rows are decoded it then drafts for them only, on a CPU.
@@ -240,7 +241,7 @@ class Drafter(Part):
     taps: tuple[int, ...] = ()
     reads_logits: bool = False
     is_costly: bool = False
-    must_run: bool = False
+    remembers_features: bool = False
     writes_kv: bool = False
     any_rows: bool = False
     reads_ahead: bool = False
@@ -285,7 +286,7 @@ def check_drafter(drafter: Drafter) -> Drafter:
     most, depth = drafter.num_draft_tokens, drafter.max_depth
     if depth is not None and (type(depth) is not int or not 1 <= depth <= most):
         raise DrafterError(f"{name}.max_depth = {depth!r}; set it to an integer of 1 to {most}, or to None for chains")
-    for attribute in ("reads_ahead", "reads_logits", "is_costly", "must_run", "writes_kv", "any_rows"):
+    for attribute in ("reads_ahead", "reads_logits", "is_costly", "remembers_features", "writes_kv", "any_rows"):
         value = getattr(drafter, attribute)
         if type(value) is not bool:
             raise DrafterError(f"{name}.{attribute} = {value!r}; set it to True or False")

@@ -95,7 +95,7 @@ def check_kv_tokens(kv_tokens: int, spare: int, block_size: int = BLOCK_SIZE) ->
 
 def own_reading(drafter: Drafter) -> bool:
     """Whether it reads texts from their beginnings with a model of its own, whatever the target has read."""
-    return drafter.reads_ahead and not drafter.must_run
+    return drafter.reads_ahead and not drafter.remembers_features
 
 
 def sharing_of(
@@ -123,7 +123,7 @@ def sharing_of(
                 prompts=False, keeps=keeps, why_not=f"{kind} reads each prompt by itself, into the same blocks"
             )
         return Sharing(lookahead=0, keeps=keeps)
-    if drafter.reads_ahead or slabs or (own and drafter.is_costly and not drafter.must_run):
+    if drafter.reads_ahead or slabs or (own and drafter.is_costly and not drafter.remembers_features):
         why = f"{kind} keeps keys and values of its own that it would lack of a text that another row has read"
         return Sharing(prompts=not drafter.reads_ahead, keeps=keeps, why_not=why)
     return Sharing(lookahead=lookahead, keeps=keeps)

@@ -166,12 +166,12 @@ def test_it_has_what_both_have():
         reads_ahead=True,
         reads_options=("top_k",),
         writes_kv=True,
-        must_run=True,
+        remembers_features=True,
     )
     hybrid = Hybrid(first, second)
     assert hybrid.taps == (1, -1, 0)
     assert (hybrid.reads_logits, hybrid.is_costly, hybrid.reads_ahead, hybrid.writes_kv) == (True,) * 4
-    assert hybrid.must_run
+    assert hybrid.remembers_features
     assert (hybrid.num_draft_tokens, hybrid.max_depth, hybrid.num_grades) == (3, None, 4)
     assert hybrid.reads_options == ("do_sample", "top_k")
     assert hybrid.options().keys() == {"of_7", "of_8"}

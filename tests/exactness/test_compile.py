@@ -12,6 +12,7 @@ from emssd_compile.drafters import DraftModel, PromptLookup
 from emssd_compile.runtime.buckets import StepSizes
 from tests.exactness.compiled import DRAFTERS, target
 from tests.exactness.models import Reference, build, prompt
+from tests.exactness.trained_heads import make_head
 
 BATCHES = ((70,), (1, 70), (3, 17, 40), (5, 61, 2, 33, 7))
 HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.nonzero.default}
@@ -46,13 +47,25 @@ def test_inductor_compiles_once_and_is_exact_at_every_size(drafter):
     assert fast.stats.num_accepted_draft_tokens > 0
 
 
-@pytest.mark.parametrize("must_run", [False, True])
-def test_steps_without_a_costly_drafter_are_there_unless_it_must_run(must_run):
+def test_steps_without_a_costly_drafter_are_there():
     model = build("llama")
-    drafter = DraftModel(_noisy(model), 2)
-    drafter.must_run = must_run
-    fast = emssd_compile.optimize(model, drafter, max_batch=2, max_length=64, backend="eager")
-    assert (fast._engine.variant.plain is None) == must_run
+    fast = emssd_compile.optimize(
+        model, DraftModel(_noisy(model), 2), max_batch=2, max_length=64, backend="eager", prefix_cache=True
+    )
+    variant = fast._engine.variant
+    assert variant.plain is not None
+    assert not variant.drafter_remembers
+
+
+@pytest.mark.parametrize("keeps_prefixes", [False, True])
+def test_steps_without_a_head_that_remembers_are_there_unless_prefixes_would_lack_what_it_missed(keeps_prefixes):
+    head = make_head("llama", "eagle3")
+    fast = emssd_compile.optimize(
+        build("llama"), head, max_batch=2, max_length=64, backend="eager", prefix_cache=keeps_prefixes
+    )
+    variant = fast._engine.variant
+    assert (variant.plain is None) == keeps_prefixes
+    assert variant.drafter_remembers
 
 
 def test_the_compiled_code_reads_nothing_back(monkeypatch):

@@ -157,7 +157,7 @@ def learn(head: DraftHead, family: str) -> None:
 class InTurn(Drafter):
     """Holds drafters; each drafts in every step, and their drafts are taken in turn, by the length of the text."""
 
-    is_costly = reads_ahead = must_run = True
+    is_costly = reads_ahead = remembers_features = True
 
     def __init__(self, **held: Drafter) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import emssd_compile
-from emssd_compile.drafters import DraftModel, without
+from emssd_compile.drafters import Drafter, DraftModel, without
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.ops import move_kv
 from emssd_compile.optimized_model import OptimizedModel
@@ -19,17 +19,22 @@ from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.tensor_spec import TensorSpec
 from tests.exactness.compiled import NEW_TOKENS, K, target
 from tests.exactness.models import prompt
+from tests.exactness.trained_heads import learn, make_head
 from tests.passes.graphs import model_with_attention
 
 ROWS, PLAIN = 4, 0.010
 LENGTHS = (5, 33, 1, 70, 17, 2, 40)
+REMEMBER = [
+    *("block-tree", "eagle3", "mtp-modules"),
+    *(pytest.param(case, marks=pytest.mark.long) for case in ("block", "eagle3-tree", "mtp-tree", "peagle")),
+]
 
 
-def _clock() -> DraftClock:
+def _clock(**options: bool) -> DraftClock:
     """Plain steps take 10 ms, whatever the rows."""
     plain = StepTimes(ROWS)
     plain.calibrate({1: PLAIN, ROWS: PLAIN})
-    return DraftClock(plain)
+    return DraftClock(plain, **options)
 
 
 def _drafting(clock: DraftClock, steps: int, *, emitted: int, seconds: float, plain: float = PLAIN) -> list[bool]:
@@ -74,6 +79,26 @@ def test_a_drafter_that_becomes_better_comes_back():
     assert all(ran[-WINDOW:])
 
 
+def test_one_that_remembers_comes_back_with_new_rows_or_after_long():
+    """But from the few steps that show what plain ones take, it comes back at once."""
+    clock = _clock(waits_for_rows=True)
+    ran = _drafting(clock, 1000, emitted=ROWS, seconds=2 * PLAIN)
+    pauses = [len([*group]) for drafted, group in itertools.groupby(ran) if not drafted]
+    assert pauses[:2] == [PROBE, SHORTEST_PAUSE + LONGEST_PAUSE]
+    assert not clock.is_drafting
+    clock = _clock(waits_for_rows=True)
+    ran = _drafting(clock, 100, emitted=ROWS, seconds=2 * PLAIN)
+    assert not clock.is_drafting
+    clock.see_no_rows()
+    assert clock.is_drafting, "the pause is over"
+    _drafting(clock, WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
+    clock.see_no_rows()
+    assert not clock.is_drafting, "this one is not"
+    _drafting(clock, 2 * SHORTEST_PAUSE, emitted=ROWS, seconds=2 * PLAIN)
+    clock.see_no_rows()
+    assert all(_drafting(clock, 100, emitted=3 * ROWS, seconds=2 * PLAIN))
+
+
 def test_steps_that_were_launched_before_the_last_change_say_nothing():
     clock = _clock()
     _drafting(clock, WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
@@ -83,18 +108,15 @@ def test_steps_that_were_launched_before_the_last_change_say_nothing():
     assert not clock.is_drafting
 
 
-def _engine_of(drafter: DraftModel) -> OptimizedModel:
+def _engine_of(drafter: Drafter) -> OptimizedModel:
     fast = target("llama", ROWS).optimize(drafter, layout="auto")
     fast.warmup()
     return fast
 
 
-@pytest.mark.parametrize("tree", [None, (2, 2)], ids=["chain", "tree"])
-@pytest.mark.parametrize("lag", [0, 1])
-def test_steps_with_and_without_the_drafter_take_turns_and_the_tokens_stay(lag, tree):
-    """Rows that came, read their prompts and decoded while the drafter did not run are read by it when it does."""
-    model = target("llama", ROWS).model
-    fast = _engine_of(DraftModel(model, K) if tree is None else DraftModel(model, tree=tree))
+def _take_turns(drafter: Drafter, lag: int) -> None:
+    """Steps with the drafter and without it take turns, whatever the clock would say; the tokens stay."""
+    fast = _engine_of(drafter)
     engine, turn = fast._engine, itertools.cycle([True] * 3 + [False] * 5)
     engine.lag = lag
     assert engine.clock is not None
@@ -106,6 +128,24 @@ def test_steps_with_and_without_the_drafter_take_turns_and_the_tokens_stay(lag, 
     assert [r.output for r in requests] == [target("llama", ROWS).reference(prompt(n), NEW_TOKENS) for n in LENGTHS]
     assert seen > 0, "some tokens were fed by steps without the drafter"
     assert fast._engine.counters()[0]["num_accepted_draft_tokens"] > 0, "it drafts again afterwards"
+
+
+@pytest.mark.parametrize("tree", [None, (2, 2)], ids=["chain", "tree"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_with_and_without_the_drafter_take_turns_and_the_tokens_stay(lag, tree):
+    """Rows that came, read their prompts and decoded while the drafter did not run are read by it when it does."""
+    model = target("llama", ROWS).model
+    _take_turns(DraftModel(model, K) if tree is None else DraftModel(model, tree=tree), lag)
+
+
+@pytest.mark.parametrize("case", REMEMBER)
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_heads_that_lack_what_they_missed_change_no_token(lag, case):
+    """Their caches have holes then, or what another text left there."""
+    head = make_head("llama", case)
+    learn(head, "llama")
+    assert head.remembers_features
+    _take_turns(head, lag)
 
 
 class _Counting(LogitsProcessor):
