@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from emssd_compile.runtime.step_times import StepTimes
 
-WINDOW = 8  # steps with the drafter that are watched before it is judged
-DECAY = 0.9  # what is left of a step's evidence after the next one
+WINDOW, LONG_WINDOW = 8, 32  # steps with the drafter that are watched before it is judged; the second if it waits
+DECAY, SLOW_DECAY = 0.9, 0.98  # what is left of a step's evidence after the next one
 MARGIN = 0.02  # the drafter is left out where a step without it is faster by more than this share
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 512  # steps without the drafter before it is tried again
 PROBE = 4  # steps without the drafter that show what they take
@@ -23,7 +23,8 @@ class DraftClock:
     even so goes on; where it does not, a few plain steps show what is so, and it is judged again.
 
     A drafter that remembers what the target says of each token drafts badly for rows that have decoded without it, and
-    would be judged by that. So once left out, it waits until no row is busy, or for long.
+    would be judged by that. So once left out, it waits until no row is busy, or for long; and since that makes a wrong
+    verdict cost more, it is watched for longer.
 
     Args:
         plain: times of steps without the drafter, of up to B tokens.
@@ -35,6 +36,7 @@ class DraftClock:
 
     def __init__(self, plain: StepTimes, *, waits_for_rows: bool = False) -> None:
         self.plain, self._waits_for_rows = plain, waits_for_rows
+        self._window, self._decay = (LONG_WINDOW, SLOW_DECAY) if waits_for_rows else (WINDOW, DECAY)
         self.forget()
 
     def forget(self) -> None:
@@ -73,9 +75,9 @@ class DraftClock:
         self._num_seen += 1
         if self._num_seen == 1:
             return  # the drafter had much to read, or a form of the step ran for the first time
-        self._emitted = DECAY * self._emitted + num_emitted
-        self._plain_tokens = DECAY * self._plain_tokens + num_rows * seconds / self.plain.expected(num_rows)
-        if self._num_seen > WINDOW:
+        self._emitted = self._decay * self._emitted + num_emitted
+        self._plain_tokens = self._decay * self._plain_tokens + num_rows * seconds / self.plain.expected(num_rows)
+        if self._num_seen > self._window:
             self._judge()
 
     def _judge(self) -> None:

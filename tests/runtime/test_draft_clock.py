@@ -11,7 +11,14 @@ from emssd_compile.drafters import Drafter, DraftModel, without
 from emssd_compile.layouts import PackedLayout
 from emssd_compile.ops import move_kv
 from emssd_compile.optimized_model import OptimizedModel
-from emssd_compile.runtime.draft_clock import LONGEST_PAUSE, PROBE, SHORTEST_PAUSE, WINDOW, DraftClock
+from emssd_compile.runtime.draft_clock import (
+    LONG_WINDOW,
+    LONGEST_PAUSE,
+    PROBE,
+    SHORTEST_PAUSE,
+    WINDOW,
+    DraftClock,
+)
 from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.step_times import StepTimes
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
@@ -87,16 +94,24 @@ def test_one_that_remembers_comes_back_with_new_rows_or_after_long():
     assert pauses[:2] == [PROBE, SHORTEST_PAUSE + LONGEST_PAUSE]
     assert not clock.is_drafting
     clock = _clock(waits_for_rows=True)
-    ran = _drafting(clock, 100, emitted=ROWS, seconds=2 * PLAIN)
+    ran = _drafting(clock, 3 * LONG_WINDOW, emitted=ROWS, seconds=2 * PLAIN)
     assert not clock.is_drafting
     clock.see_no_rows()
     assert clock.is_drafting, "the pause is over"
-    _drafting(clock, WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
+    _drafting(clock, LONG_WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
     clock.see_no_rows()
     assert not clock.is_drafting, "this one is not"
     _drafting(clock, 2 * SHORTEST_PAUSE, emitted=ROWS, seconds=2 * PLAIN)
     clock.see_no_rows()
     assert all(_drafting(clock, 100, emitted=3 * ROWS, seconds=2 * PLAIN))
+
+
+def test_one_that_remembers_is_not_left_out_for_a_streak_of_bad_luck():
+    """It gains a tenth; every fourth streak of ten steps it gains nothing."""
+    clock = _clock(waits_for_rows=True)
+    for streak in range(40):
+        emitted = ROWS if streak % 4 == 3 else 2 * ROWS
+        assert all(_drafting(clock, 10, emitted=emitted, seconds=1.6 * PLAIN))
 
 
 def test_steps_that_were_launched_before_the_last_change_say_nothing():
