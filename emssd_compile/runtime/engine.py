@@ -236,7 +236,8 @@ class Engine:
         drafted = self.clock is None or self.clock.is_drafting
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
         # a step without the drafter drops the drafts that there are
-        sizes = self.planner.sizes(self._rows, launched, drafts if drafted and self._has_drafts else 0)
+        verified = drafts if drafted and self._has_drafts else 0
+        sizes = self.planner.sizes(self._rows, launched, verified, drafted=drafted)
         self.memory.prepare(self.launcher, self._tokens_behind(len(launched) + 1))
         self._run_drafter(drafted)
         self._has_drafts = drafted

@@ -48,13 +48,16 @@ class Planner:
         """Take what so many drafting rows (at least one) last wanted together."""
         self._wanted = (num_drafts, num_rows)
 
-    def sizes(self, rows: Sequence[Row | None], launched: Collection[RunningStep], drafts: int) -> StepSizes:
+    def sizes(
+        self, rows: Sequence[Row | None], launched: Collection[RunningStep], drafts: int, *, drafted: bool = True
+    ) -> StepSizes:
         """Sizes of the next step: enough for what its rows may want, within the chunk.
 
         Args:
             rows: at least one of them busy.
             launched: steps whose reports have not been read, oldest first; without any, the sizes are exact.
             drafts: how many the step verifies, or may verify.
+            drafted: whether the drafter runs in it, and so reads what it has not seen.
         """
         pending = self._pending_at_launch(rows, launched)
         drafts = self.layout.room(len(pending), self.num_draft_tokens, drafts)
@@ -63,7 +66,8 @@ class Planner:
         # this step feeds and the token after it.
         reading = sum(max(count + 1, most_unread(self.max_depth)) for count in pending)
         busy = zip((row for row in rows if row), pending, strict=True)
-        unseen = [(row.unseen, count) for row, count in busy if row.unseen]  # fed by steps without it, or by other rows
+        # Fed by steps without it, or by other rows.
+        unseen = [(row.unseen, count) for row, count in busy if drafted and row.unseen]
         reading += sum(count for count, _ in unseen)
         catching_up = max((count + 1 + behind for behind, count in unseen), default=0)
         return StepSizes(

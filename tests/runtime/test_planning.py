@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emssd_compile.layouts import LAYOUTS
-from emssd_compile.runtime.buckets import StepSizes
+from emssd_compile.runtime.buckets import StepSizes, decode_buckets, smallest_cover
 from emssd_compile.runtime.launch import Report
 from emssd_compile.runtime.planning import Planner
 from emssd_compile.runtime.requests import Request, Row, RunningStep
@@ -64,6 +64,14 @@ def test_a_row_that_decodes_has_one_token_to_read_after_any_step_under_way():
     launch = _under_way(StepSizes(9, 9, 6, K + 1), *rows)
     for launched in ([launch], [launch, launch]):
         assert _planner().sizes(rows, launched, drafts=5) == StepSizes(8, 8, 6, K + 1)
+
+
+def test_what_the_drafter_has_not_seen_makes_no_step_larger_that_it_is_left_out_of():
+    """Else no bucket would cover such steps, and none would be captured."""
+    row = Row(Request(0, torch.zeros(50, dtype=torch.int64), 20), pending=1, unseen=40)
+    left_out = _planner().sizes([row], [], drafts=0, drafted=False)
+    assert smallest_cover(decode_buckets(B, K), left_out) is not None
+    assert _planner().sizes([row], [], drafts=0).draft_range >= 40 + 1
 
 
 def test_what_a_step_under_way_reads_of_a_prompt_is_not_planned_again():
