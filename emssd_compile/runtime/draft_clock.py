@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emssd_compile.runtime.step_times import StepTimes
 
-WINDOW, LONG_WINDOW = 8, 32  # steps with the drafter that are watched before it is judged; the second if it waits
+WINDOW, LONG_WINDOW = 8, 32  # steps with the drafter that are watched before it is judged; the second if it remembers
 DECAY, SLOW_DECAY = 0.9, 0.98  # what is left of a step's evidence after the next one
 MARGIN = 0.02  # the drafter is left out where a step without it is faster by more than this share
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 512  # steps without the drafter before it is tried again
@@ -22,46 +22,49 @@ class DraftClock:
     Before any plain step was observed, t0 is what they took without texts: no more than they will. A drafter that pays
     even so goes on; where it does not, a few plain steps show what is so, and it is judged again.
 
-    A drafter that remembers what the target says of each token drafts badly for rows that have decoded without it, and
-    would be judged by that. So once left out, it waits until no row is busy, or for long; and since that makes a wrong
-    verdict cost more, it is watched for longer.
+    A drafter that remembers what the target says of each token drafts badly for rows that have decoded without it. So
+    once left out, it comes back with a new row, and is judged by rows that are whole; when there are none any more, it
+    is left out. Since a wrong verdict costs more then, it is watched for longer. The few steps that show what plain
+    ones take do no harm worth speaking of.
 
     Args:
         plain: times of steps without the drafter, of up to B tokens.
-        waits_for_rows: whether it is such a drafter.
+        remembers: whether it is such a drafter.
 
     Attributes:
         is_drafting: whether the next step should run the drafter.
+        is_missed: whether rows that decode in the next step will lack what the drafter would have read.
     """
 
-    def __init__(self, plain: StepTimes, *, waits_for_rows: bool = False) -> None:
-        self.plain, self._waits_for_rows = plain, waits_for_rows
-        self._window, self._decay = (LONG_WINDOW, SLOW_DECAY) if waits_for_rows else (WINDOW, DECAY)
+    def __init__(self, plain: StepTimes, *, remembers: bool = False) -> None:
+        self.plain, self._remembers = plain, remembers
+        self._window, self._decay = (LONG_WINDOW, SLOW_DECAY) if remembers else (WINDOW, DECAY)
         self.forget()
 
     def forget(self) -> None:
         """Be as at first: the drafter runs."""
         self._pause = SHORTEST_PAUSE
-        self._left = self._longer = 0
+        self._left = 0
         self._start()
 
-    def see_no_rows(self) -> None:
-        """All that decode next are new."""
-        if self._waits_for_rows and not self.is_drafting and self._left <= 0:
+    def see_new_row(self) -> None:
+        """One that is whole decodes from the next step on."""
+        if self.is_missed and self._left <= 0:
             self._start()
 
     def _start(self) -> None:
-        self.is_drafting = True
+        self.is_drafting, self.is_missed = True, False
         self._emitted = self._plain_tokens = 0.0
         self._num_seen = 0
 
-    def observe(self, *, drafted: bool, num_rows: int, num_emitted: int, seconds: float) -> None:
+    def observe(self, *, drafted: bool, num_rows: int, num_whole: int, num_emitted: int, seconds: float) -> None:
         """Take in a step in which each row decoded.
 
         Args:
             drafted: whether the drafter ran in it.
             num_rows: A.
-            num_emitted: tokens that it emitted.
+            num_whole: rows that lack nothing of what the drafter remembers.
+            num_emitted: tokens that it emitted for these.
             seconds: that it took.
         """
         if drafted != self.is_drafting:
@@ -69,14 +72,17 @@ class DraftClock:
         if not drafted:
             self.plain.observe(num_rows, seconds)
             self._left -= 1
-            if self._left <= -self._longer:
+            if self._left <= 0 and not self.is_missed:
                 self._start()
+            return
+        if not num_whole:  # nor will any of them be
+            self.is_drafting, self.is_missed = False, True
             return
         self._num_seen += 1
         if self._num_seen == 1:
             return  # the drafter had much to read, or a form of the step ran for the first time
         self._emitted = self._decay * self._emitted + num_emitted
-        self._plain_tokens = self._decay * self._plain_tokens + num_rows * seconds / self.plain.expected(num_rows)
+        self._plain_tokens = self._decay * self._plain_tokens + num_whole * seconds / self.plain.expected(num_rows)
         if self._num_seen > self._window:
             self._judge()
 
@@ -87,6 +93,6 @@ class DraftClock:
         self.is_drafting = False
         if self.plain.is_observed:
             self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-            self._longer = LONGEST_PAUSE if self._waits_for_rows else 0
+            self.is_missed = self._remembers
         else:
-            self._left, self._longer = PROBE, 0
+            self._left = PROBE

@@ -123,7 +123,7 @@ class Engine:
     def _note_roles(self) -> None:
         self.variant = self.launcher.variant  # the form that is driven, also while steps without its drafter run
         if self.variant.plain is not None and self._clock is None:
-            self._clock = DraftClock(StepTimes(self.num_rows), waits_for_rows=self.variant.drafter_remembers)
+            self._clock = DraftClock(StepTimes(self.num_rows), remembers=self.variant.drafter_remembers)
         signature = self.variant.signature
         self._row_state = tuple(signature.with_role("row"))
         self._memory = tuple(signature.with_role("memory"))
@@ -204,8 +204,6 @@ class Engine:
         """Start waiting requests in free rows."""
         waiting.update()
         self._release()
-        if self._clock is not None and not any(self._rows):
-            self._clock.see_no_rows()
         started: dict[int, Request] = {}
         read: list[int] = []
         for b in [b for b, row in enumerate(self._rows) if row is None]:
@@ -213,7 +211,11 @@ class Engine:
             if beginning is None:
                 break
             request, count = beginning.request, beginning.num_read
-            self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count)
+            source = None if beginning.source is None else self._rows[beginning.source]
+            is_whole = source is None or source.is_whole
+            self._rows[b] = Row(request, pending=len(request.prompt) - count, unseen=count, is_whole=is_whole)
+            if self._clock is not None and is_whole:
+                self._clock.see_new_row()
             self.memory.start(self.launcher, b, beginning)  # if that fails, the row is there to be released
             started[b] = request
             read.append(count)
@@ -241,6 +243,9 @@ class Engine:
         self.memory.prepare(self.launcher, self._tokens_behind(len(launched) + 1))
         self._run_drafter(drafted)
         self._has_drafts = drafted
+        if self.clock is not None and self.clock.is_missed:
+            for row in filter(None, self._rows):
+                row.is_whole = False
         if self.lag:
             self._make_room(sum(row is not None for row in self._rows))
         started = time.perf_counter()
@@ -272,9 +277,15 @@ class Engine:
             if launch.drafted:
                 self.times.observe(launch.sizes.token_range, seconds)
             counts = [line[0] for line, request in zip(lines, launch.requests, strict=True) if request]
-            if self.clock is not None and all(counts):
+            rows = zip(lines, launch.requests, self._rows, strict=True)
+            held = [(line[0], row.is_whole) for line, request, row in rows if row and row.request is request]
+            if self.clock is not None and all(counts) and held:
                 self.clock.observe(
-                    drafted=launch.drafted, num_rows=len(counts), num_emitted=sum(counts), seconds=seconds
+                    drafted=launch.drafted,
+                    num_rows=len(counts),
+                    num_whole=sum(is_whole for _, is_whole in held),
+                    num_emitted=sum(count for count, is_whole in held if is_whole),
+                    seconds=seconds,
                 )
             self._num_observed += 1
             if self._num_observed % PUBLISH_EVERY == 0:

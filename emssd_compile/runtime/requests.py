@@ -97,6 +97,7 @@ class Row:
         draft_length: drafts that it verifies behind them.
         is_active: whether the device goes on with it.
         unseen: tokens that the drafter has yet to read: fed by steps without it, or read by another row.
+        is_whole: whether the drafter lacks nothing that it should remember of it.
     """
 
     request: Request
@@ -104,6 +105,7 @@ class Row:
     draft_length: int = 0
     is_active: bool = True
     unseen: int = 0
+    is_whole: bool = True
 
     @property
     def num_known(self) -> int:

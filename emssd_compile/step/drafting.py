@@ -226,7 +226,8 @@ class Drafter(Part):
         is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it are
             compiled, too, and run where they are faster, if the layout measures.
         remembers_features: whether it keeps something of each token that only the target's outputs tell. What it misses
-            in steps that it is left out of, it lacks until the row has ended.
+            in steps that it is left out of, it lacks until the row has ended: its drafts are worse then, never the
+            tokens. With `prefix_cache=True` it is never left out, since prefixes would lack it for good.
         writes_kv: whether the drafter drafts with the target's own layers, and their KV goes to the target's caches.
         any_rows: whether its `forward` can be traced for a number of rows that differs from step to step, all sizes
             being read from tensors' shapes. Where few of the rows are decoded it then drafts for them only, on a CPU.

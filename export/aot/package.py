@@ -16,7 +16,7 @@ from emssd_compile.errors import ArtifactError
 from emssd_compile.export.folder import Files
 from emssd_compile.export.schema import KEY, text
 from emssd_compile.lowering.unbacked import OPTIONS, SizeTakenError, unbacked
-from emssd_compile.ops import load_cpu_kernels, load_kernels, source_hash
+from emssd_compile.ops import load_cpu_kernels, source_hash
 from emssd_compile.ops.cpu_library import CannotBuildError, standalone_library
 from emssd_compile.passes.fuse_projections import FuseProjections
 from emssd_compile.passes.group_linears import GroupLinears
@@ -34,15 +34,19 @@ def require(options: object, device: torch.device, runs: bool) -> None:
         ArtifactError: the library of ops for a CPU cannot be built: there is no C++ compiler, or it fails. Or the
             package is for a GPU: it compiles, and then torch's loader ends the process (2.11.0, on an H200).
     """
+    _check_device(device)
+    try:
+        standalone_library()
+    except (CannotBuildError, OSError) as error:
+        raise ArtifactError(f"a package cannot be compiled here: {error}") from error
+
+
+def _check_device(device: torch.device) -> None:
     if device.type != "cpu":
         raise ArtifactError(
             f"a package for {device.type} ends the process that loads it, by a segmentation fault in torch's loader; "
             "export the model on the CPU, or for this device to ONNX or TensorRT"
         )
-    try:
-        standalone_library()
-    except (CannotBuildError, OSError) as error:
-        raise ArtifactError(f"a package cannot be compiled here: {error}") from error
 
 
 def passes(sizes: Sequence[StepSizes], options: object) -> tuple[Pass, ...]:
@@ -57,8 +61,8 @@ def write_package(
 
     Writes `step.pt2`, one package for all sizes, with the signature in its metadata; `bindings.txt`, a line
     `input|output name dtype first dims...` for each tensor in order, with what it holds at first, and `*` for a size
-    that may differ from call to call; and on a CPU `libemssd_ops.so`, which gives the ops of this project to a process
-    without Python.
+    that may differ from call to call; and `libemssd_ops.so`, which gives the ops of this project to a process without
+    Python.
 
     Args:
         graph_module: level L3 or L2, with a dict of results.
@@ -76,8 +80,7 @@ def write_package(
 
     graph = unbacked(graph_module)
     try:
-        if graph.inputs[0].device.type == "cpu":
-            (folder / OPS_LIBRARY).write_bytes(standalone_library())
+        (folder / OPS_LIBRARY).write_bytes(standalone_library())
         # Inductor would leave all it builds, weights included, in its cache.
         with tempfile.TemporaryDirectory(dir=folder) as work, graph.compiling():
             settings = {
@@ -106,14 +109,11 @@ def _layout(binding: Binding) -> str:
 
 
 def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]:
-    """The torch and the ops that the code calls, and the instruction set or GPU that it was compiled for.
+    """The torch and the ops that the code calls, and the instruction set that it was compiled for.
 
     The ops of the process that loads it are called, not those of the one that wrote it: others may mean something else.
     """
     here = {"device": device.type, "torch": str(torch.__version__), "ops of emssd_compile": source_hash()[:16]}
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return {**here, "GPU capability": f"{major}.{minor}"}
     # Beyond its three levels of vector width, Inductor uses what it finds of these.
     extensions = {
         "VNNI": torch.cpu._is_vnni_supported(),
@@ -127,8 +127,7 @@ def environment(details: dict[str, Any], device: torch.device) -> dict[str, str]
 class PackageStep:
     """What runs a package: neither the model nor a compiler of Python code is needed.
 
-    Threads may call it at once: each waits for the others, since a package's own way to keep several apart gets in the
-    way of CUDA graphs.
+    Threads may call it at once: each waits for the others.
 
     Args:
         path: the package.
@@ -156,12 +155,14 @@ class PackageStep:
 
 
 def open_package(files: Files, details: Mapping[str, Any], signature: Signature, device: torch.device) -> PackageStep:
-    """Open what `write_package` wrote. Raises ArtifactError if torch cannot load it, or it has other bindings."""
+    """Open what `write_package` wrote.
+
+    Raises:
+        ArtifactError: torch cannot load it, it has other bindings, or it is for a GPU.
+    """
+    _check_device(device)
     try:
-        if device.type == "cpu":
-            load_cpu_kernels(prebuilt=partial(files.read, OPS_LIBRARY), origin=files.folder / OPS_LIBRARY)
-        else:
-            load_kernels(device.type)
+        load_cpu_kernels(prebuilt=partial(files.read, OPS_LIBRARY), origin=files.folder / OPS_LIBRARY)
         return PackageStep(files.path(PACKAGE), signature, device)
     except (RuntimeError, OSError) as error:
         raise ArtifactError(

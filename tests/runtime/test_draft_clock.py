@@ -44,14 +44,16 @@ def _clock(**options: bool) -> DraftClock:
     return DraftClock(plain, **options)
 
 
-def _drafting(clock: DraftClock, steps: int, *, emitted: int, seconds: float, plain: float = PLAIN) -> list[bool]:
+def _drafting(
+    clock: DraftClock, steps: int, *, emitted: int, seconds: float, plain: float = PLAIN, whole: int = ROWS
+) -> list[bool]:
     """Whether the drafter ran in each of so many steps, each with this outcome where it did."""
     ran = []
     for _ in range(steps):
         drafted = clock.is_drafting
         ran.append(drafted)
         count, took = (emitted, seconds) if drafted else (ROWS, plain)
-        clock.observe(drafted=drafted, num_rows=ROWS, num_emitted=count, seconds=took)
+        clock.observe(drafted=drafted, num_rows=ROWS, num_whole=whole, num_emitted=count, seconds=took)
     return ran
 
 
@@ -86,29 +88,34 @@ def test_a_drafter_that_becomes_better_comes_back():
     assert all(ran[-WINDOW:])
 
 
-def test_one_that_remembers_comes_back_with_new_rows_or_after_long():
-    """But from the few steps that show what plain ones take, it comes back at once."""
-    clock = _clock(waits_for_rows=True)
+def test_one_that_remembers_comes_back_with_a_new_row():
+    """But from the few steps that show what plain ones take, it comes back at once, and its rows count as whole."""
+    clock = _clock(remembers=True)
     ran = _drafting(clock, 1000, emitted=ROWS, seconds=2 * PLAIN)
-    pauses = [len([*group]) for drafted, group in itertools.groupby(ran) if not drafted]
-    assert pauses[:2] == [PROBE, SHORTEST_PAUSE + LONGEST_PAUSE]
-    assert not clock.is_drafting
-    clock = _clock(waits_for_rows=True)
-    ran = _drafting(clock, 3 * LONG_WINDOW, emitted=ROWS, seconds=2 * PLAIN)
-    assert not clock.is_drafting
-    clock.see_no_rows()
-    assert clock.is_drafting, "the pause is over"
+    assert next(len([*group]) for drafted, group in itertools.groupby(ran) if not drafted) == PROBE
+    assert not any(ran[3 * LONG_WINDOW :]), "no row is new"
+    assert clock.is_missed
+    clock.see_new_row()
+    assert (clock.is_drafting, clock.is_missed) == (True, False)
     _drafting(clock, LONG_WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
-    clock.see_no_rows()
-    assert not clock.is_drafting, "this one is not"
+    clock.see_new_row()
+    assert not clock.is_drafting, "the pause is not over"
     _drafting(clock, 2 * SHORTEST_PAUSE, emitted=ROWS, seconds=2 * PLAIN)
-    clock.see_no_rows()
+    clock.see_new_row()
     assert all(_drafting(clock, 100, emitted=3 * ROWS, seconds=2 * PLAIN))
+
+
+def test_one_that_remembers_is_judged_by_whole_rows_and_left_out_without_any():
+    clock = _clock(remembers=True)
+    assert all(_drafting(clock, 200, emitted=2, seconds=1.5 * PLAIN, whole=1))
+    assert _drafting(clock, 3, emitted=0, seconds=1.5 * PLAIN, whole=0) == [True, False, False]
+    clock.see_new_row()
+    assert clock.is_drafting, "it was not the drafter's fault"
 
 
 def test_one_that_remembers_is_not_left_out_for_a_streak_of_bad_luck():
     """It gains a tenth; every fourth streak of ten steps it gains nothing."""
-    clock = _clock(waits_for_rows=True)
+    clock = _clock(remembers=True)
     for streak in range(40):
         emitted = ROWS if streak % 4 == 3 else 2 * ROWS
         assert all(_drafting(clock, 10, emitted=emitted, seconds=1.6 * PLAIN))
@@ -119,7 +126,7 @@ def test_steps_that_were_launched_before_the_last_change_say_nothing():
     _drafting(clock, WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
     assert not clock.is_drafting
     for _ in range(LONGEST_PAUSE):
-        clock.observe(drafted=True, num_rows=ROWS, num_emitted=9 * ROWS, seconds=PLAIN)
+        clock.observe(drafted=True, num_rows=ROWS, num_whole=ROWS, num_emitted=9 * ROWS, seconds=PLAIN)
     assert not clock.is_drafting
 
 
@@ -161,6 +168,21 @@ def test_heads_that_lack_what_they_missed_change_no_token(lag, case):
     learn(head, "llama")
     assert head.remembers_features
     _take_turns(head, lag)
+
+
+def test_rows_that_decode_without_a_head_that_remembers_are_not_whole_and_new_ones_bring_it_back():
+    head = make_head("llama", "eagle3")
+    learn(head, "llama")
+    fast = _engine_of(head)
+    engine, clock = fast._engine, fast._engine.clock
+    assert clock is not None
+    clock.is_drafting, clock.is_missed, clock._left = False, True, 1
+    clock.observe = lambda **seen: setattr(clock, "_left", 0)  # type: ignore[method-assign]
+    requests = [Request(i, torch.tensor(prompt(n)), NEW_TOKENS) for i, n in enumerate(LENGTHS)]
+    seen = {(clock.is_drafting, *{row.is_whole for row in engine._rows if row}) for _ in engine.run(requests)}
+    assert [r.output for r in requests] == [target("llama", ROWS).reference(prompt(n), NEW_TOKENS) for n in LENGTHS]
+    assert seen >= {(False, False), (True, False, True)}
+    assert fast._engine.counters()[0]["num_draft_tokens"] > 0
 
 
 class _Counting(LogitsProcessor):
