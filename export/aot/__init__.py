@@ -1,6 +1,7 @@
 """AOTInductor: the step as machine code in a `.pt2` package, which needs neither the model nor a compiler.
 
-Nor is Python (`examples/cpp`). Packages are for CPUs: those for a GPU compile, and torch's loader crashes on them.
+It needs no Python either (`examples/cpp`). Packages are for CPUs: those for a GPU compile, and then torch's loader
+ends the process.
 """
 
 from __future__ import annotations
