@@ -25,9 +25,9 @@ def test_time_outside_the_step_is_the_hosts_and_time_inside_is_not(fast, monkeyp
     planner, pause = fast._engine.planner, plain.seconds / plain.num_steps
     plan = planner.sizes
 
-    def slow_plan(*seen):
+    def slow_plan(*seen, **options):
         time.sleep(pause)
-        return plan(*seen)
+        return plan(*seen, **options)
 
     monkeypatch.setattr(planner, "sizes", slow_plan)
     assert overhead.decode(fast, prompts, 12).host_share > plain.host_share + 0.2

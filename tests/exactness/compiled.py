@@ -88,15 +88,17 @@ class Target:
         wrong = {"always-right": 0, "sometimes-wrong": 2, "always-wrong": 7}[name]
         return Oracle(self.texts(), CAPACITY, K, wrong_of_seven=wrong, ragged=name == "sometimes-wrong")
 
-    def optimize(self, drafter: Drafter, *, prefill_chunk: int = 1, layout: str = "packed") -> OptimizedModel:
-        """What `emssd_compile.optimize` does, without compiling the model again."""
+    def optimize(
+        self, drafter: Drafter, *, prefill_chunk: int = 1, layout: str = "packed", drafts_for_few: bool = True
+    ) -> OptimizedModel:
+        """What `emssd_compile.optimize` does, without compiling the model again; artifacts do not draft for few."""
         compiled = self._compile(tree_nodes(drafter))
         if drafter.taps:
             compiled = compiled.tapped(drafter.taps)
         drafter.prepare(compiled.target(self._disturbed))
         prefill_chunk = max(prefill_chunk, self.rows * (drafter.num_draft_tokens + 1))
         parts = TargetMatch(), drafter, LAYOUTS[layout].policy(), make_processors(()), make_probes(())
-        step = compile_step(compiled, *parts, drafts_for_few=True)
+        step = compile_step(compiled, *parts, drafts_for_few=drafts_for_few)
         options = CompileOptions(self.rows, CAPACITY, "eager", layout, prefill_chunk)
         return OptimizedModel(self.model, step, options)
 

@@ -41,7 +41,7 @@ CASES = {
 @pytest.mark.parametrize(("architecture", "drafter"), CASES.items())
 def test_the_tokens_are_the_models_own(architecture, drafter):
     compiled = target(architecture, 3)
-    fast = compiled.optimize(compiled.drafter(drafter))
+    fast = compiled.optimize(compiled.drafter(drafter), drafts_for_few=False)
     tiled = tile_step(fast)
     run_with(fast, tiled, EagerStep(tiled))
     assert_exact(fast, compiled.reference, [prompt(n) for n in (61, 1, 17, 5)], 10)

@@ -33,7 +33,7 @@ CASES = [("llama", "sometimes-wrong", False), ("llama", "draft-model", True), ("
 @pytest.mark.parametrize(("architecture", "drafter", "masked"), CASES)
 def test_the_tokens_are_the_models_own(architecture, drafter, masked):
     compiled = target(architecture, 3)
-    fast = rechunked(compiled.optimize(compiled.drafter(drafter)), CHUNK)
+    fast = rechunked(compiled.optimize(compiled.drafter(drafter), drafts_for_few=False), CHUNK)
     graph_module = tiled(fast)
     run_with(fast, graph_module, SplicedStep(cut(graph_module, masked=masked)))
     assert_exact(fast, compiled.reference, [prompt(n) for n in (61, 1, 17, 5)], 10)
@@ -93,7 +93,7 @@ def test_draft_trees_are_masks(monkeypatch):
 
 
 def test_a_cache_that_is_written_again_is_an_input_again():
-    graph_module = tiled(target("llama", 3).optimize(target("llama", 3).drafter("draft-model")))
+    graph_module = tiled(target("llama", 3).optimize(target("llama", 3).drafter("draft-model"), drafts_for_few=False))
     parts = cut(graph_module)
     updates = [site for site in parts.sites if site.op == str(update_kv)]
     caches = [site.operands["cache"] for site in updates]
