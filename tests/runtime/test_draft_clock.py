@@ -32,8 +32,8 @@ from tests.passes.graphs import model_with_attention
 ROWS, PLAIN = 4, 0.010
 LENGTHS = (5, 33, 1, 70, 17, 2, 40)
 REMEMBER = [
-    *("block-tree", "eagle3", "mtp-modules"),
-    *(pytest.param(case, marks=pytest.mark.long) for case in ("block", "eagle3-tree", "mtp-tree", "peagle")),
+    *("block-tree", "mtp-modules"),
+    *(pytest.param(case, marks=pytest.mark.long) for case in ("block", "eagle3", "eagle3-tree", "mtp-tree", "peagle")),
 ]
 
 
