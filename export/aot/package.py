@@ -132,16 +132,14 @@ class PackageStep:
     Args:
         path: the package.
         signature: what its bindings must be: the code reads and writes as far as they go, whatever it is given.
-        device: where it runs.
 
     Raises:
         ArtifactError: they are others.
     """
 
-    def __init__(self, path: Path, signature: Signature, device: torch.device) -> None:
-        index = -1 if device.index is None else device.index
+    def __init__(self, path: Path, signature: Signature) -> None:
         # Not by `aoti_load_package`: that looks for other things in a package, pickles among them.
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         if loader.get_metadata().get(KEY) != text(signature):
             raise ArtifactError("the package was compiled with other bindings than its manifest has; export again")
         self._run = loader.boxed_run
@@ -163,7 +161,7 @@ def open_package(files: Files, details: Mapping[str, Any], signature: Signature,
     _check_device(device)
     try:
         load_cpu_kernels(prebuilt=partial(files.read, OPS_LIBRARY), origin=files.folder / OPS_LIBRARY)
-        return PackageStep(files.path(PACKAGE), signature, device)
+        return PackageStep(files.path(PACKAGE), signature)
     except (RuntimeError, OSError) as error:
         raise ArtifactError(
             f"{files.folder / PACKAGE} cannot be loaded: {str(error).splitlines()[0]}; export again"
