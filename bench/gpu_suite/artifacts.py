@@ -23,7 +23,7 @@ import emssd_compile
 from bench.command import argument_parser, make_console, parse, save
 from bench.gpu_suite.exactness import Case, Verdict, greedy, judge, subject, table
 from emssd_compile.errors import EmssdError
-from emssd_compile.export import TARGETS, find_target
+from emssd_compile.export import find_target
 
 CASES = {
     "tensorrt": (
@@ -36,10 +36,6 @@ CASES = {
         Case("llama", torch.float32, "prompt-lookup", "onnx"),
         Case("bloom", torch.float32, "prompt-lookup", "onnx"),  # attention by a mask
         Case("demo", torch.float16, "prompt-lookup", "onnx", "auto"),
-    ),
-    "aot": (
-        Case("llama", torch.float32, "prompt-lookup", "aot"),
-        Case("demo", torch.float16, "prompt-lookup", "aot", "auto"),
     ),
 }
 """By target, the quickest first. `backend` is the target; decomposed attention is what float32 needs in TensorRT."""
@@ -62,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--target", choices=TARGETS, required=True)
+    parser.add_argument("--target", choices=CASES, required=True)
     parser.add_argument("--smoke", action="store_true", help="a toy model only")
     return parse(parser, arguments)
 

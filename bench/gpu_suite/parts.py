@@ -53,7 +53,6 @@ def full(device: str) -> list[Part]:
         _bench("scaling, demo", 90, "scaling", device, scaling),
         _bench("artifacts, tensorrt", 60, "gpu_suite.artifacts", device, "--target tensorrt"),
         _bench("artifacts, onnx", 60, "gpu_suite.artifacts", device, "--target onnx"),
-        _bench("artifacts, aot", 120, "gpu_suite.artifacts", device, "--target aot"),
     ]
 
 
@@ -79,7 +78,6 @@ def smoke(device: str) -> list[Part]:
         _bench("scaling", 150, "scaling", device, scaling),
         _bench("artifacts, tensorrt", 150, "gpu_suite.artifacts", device, "--target tensorrt --smoke"),
         _bench("artifacts, onnx", 150, "gpu_suite.artifacts", device, "--target onnx --smoke"),
-        _bench("artifacts, aot", 150, "gpu_suite.artifacts", device, "--target aot --smoke"),
     ]
 
 

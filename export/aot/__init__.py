@@ -16,6 +16,7 @@ TARGET = Target(
     open=open_package,
     environment=environment,
     require=require,
+    devices=("cpu",),
 )
 
 __all__ = ["TARGET"]

@@ -34,19 +34,15 @@ def require(options: object, device: torch.device, runs: bool) -> None:
         ArtifactError: the library of ops for a CPU cannot be built: there is no C++ compiler, or it fails. Or the
             package is for a GPU: it compiles, and then torch's loader ends the process (2.11.0, on an H200).
     """
-    _check_device(device)
-    try:
-        standalone_library()
-    except (CannotBuildError, OSError) as error:
-        raise ArtifactError(f"a package cannot be compiled here: {error}") from error
-
-
-def _check_device(device: torch.device) -> None:
     if device.type != "cpu":
         raise ArtifactError(
             f"a package for {device.type} ends the process that loads it, by a segmentation fault in torch's loader; "
             "export the model on the CPU, or for this device to ONNX or TensorRT"
         )
+    try:
+        standalone_library()
+    except (CannotBuildError, OSError) as error:
+        raise ArtifactError(f"a package cannot be compiled here: {error}") from error
 
 
 def passes(sizes: Sequence[StepSizes], options: object) -> tuple[Pass, ...]:
@@ -156,9 +152,8 @@ def open_package(files: Files, details: Mapping[str, Any], signature: Signature,
     """Open what `write_package` wrote.
 
     Raises:
-        ArtifactError: torch cannot load it, it has other bindings, or it is for a GPU.
+        ArtifactError: torch cannot load it, or it has other bindings.
     """
-    _check_device(device)
     try:
         load_cpu_kernels(prebuilt=partial(files.read, OPS_LIBRARY), origin=files.folder / OPS_LIBRARY)
         return PackageStep(files.path(PACKAGE), signature)

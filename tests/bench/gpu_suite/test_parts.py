@@ -45,7 +45,7 @@ def test_two_parts_of_the_smoke_run_from_end_to_end(tmp_path):
 
 
 def test_an_unknown_part_is_refused_with_those_there_are(tmp_path):
-    with pytest.raises(SystemExit, match=r"no part is called juggling; there are: tests, exactness, .*artifacts, aot"):
+    with pytest.raises(SystemExit, match=r"no part is called juggling; there are: tests, exactness, .*artifacts, onnx"):
         suite.main(["--smoke", "--parts", "juggling", "--json", str(tmp_path / "suite.json")])
 
 
