@@ -9,7 +9,7 @@ DECAY, SLOW_DECAY = 0.9, 0.98  # what is left of a step's evidence after the nex
 MARGIN = 0.02  # the drafter is left out where a step without it is faster by more than this share
 HOPELESS = 0.6  # with less than this share of the tokens that it would take, half of the steps are enough to judge
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 512  # steps without the drafter before it is tried again
-MOST_LOST = 0.05  # what the steps lost that a drafter failed by is at most this share of the pause behind them
+MOST_LOST = 0.15  # what the steps lost that a drafter failed by is at most this share of the pause behind them
 PROBE = 4  # steps without the drafter that show what they take
 
 
@@ -19,7 +19,8 @@ class DraftClock:
     A step with the drafter that took s seconds and emitted e tokens for A rows is compared with plain steps, which emit
     A tokens in t0(A) seconds: drafting pays where (sum of e) > (sum of A s / t0(A)). If over the last steps it does
     not, the drafter is left out for some steps and then tried again: for twice as many each time that it fails again,
-    and for no fewer than make what the trial lost a small share. So what drafting can cost is a few steps in a hundred.
+    and for no fewer than make what the trial lost a small share. So what drafting can cost soon is a few steps in a
+    hundred; a drafter whose text begins to repeat itself is back before long.
 
     Before any plain step was observed, t0 is what they took without texts: no more than they will. A drafter that pays
     even so goes on; where it does not, a few plain steps show what is so, and what was seen of it is judged by that.
@@ -103,7 +104,7 @@ class DraftClock:
             return
         lost = (self._plain_tokens - self._emitted) / num_rows  # in plain steps
         self._left = max(self._pause, min(round(lost / MOST_LOST), LONGEST_PAUSE))
-        self._pause = min(2 * self._left, LONGEST_PAUSE)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self.is_missed = self._remembers
 
     def _end_pause(self, num_rows: int) -> None:

@@ -69,8 +69,8 @@ def test_a_drafter_that_does_not_pay_is_tried_now_and_then_and_costs_little(cost
     assert LONGEST_PAUSE in pauses
     lost = [(cost - 1) * drafted for drafted in itertools.accumulate(ran)]  # in plain steps
     trial = (cost - 1) * (WINDOW + 1)
-    assert all(total <= trial + 0.07 * steps for steps, total in enumerate(lost))
-    assert lost[-1] < 0.035 * len(ran)
+    assert all(total <= 2 * trial + 0.07 * steps for steps, total in enumerate(lost))
+    assert lost[-1] < 0.04 * len(ran)
 
 
 def test_a_trial_that_lost_little_is_followed_by_a_short_pause():
@@ -79,8 +79,8 @@ def test_a_trial_that_lost_little_is_followed_by_a_short_pause():
     for cost in (1.1, 1.4, 2.0, 4.0):
         ran = _drafting(_clock(), 1000, emitted=ROWS, seconds=cost * PLAIN)
         pauses.append(next(len([*group]) for drafted, group in itertools.groupby(ran) if not drafted) - PROBE)
-    assert pauses[0] == SHORTEST_PAUSE
-    assert pauses == sorted(set(pauses))
+    assert pauses == sorted(pauses)
+    assert pauses[0] == SHORTEST_PAUSE < pauses[2] < 2 * SHORTEST_PAUSE < pauses[3]
 
 
 def test_a_drafter_that_pays_by_what_plain_steps_take_is_left_out_for_a_few_only():
