@@ -275,6 +275,7 @@ class Engine:
         if self.is_measured:
             seconds = now - max(self._last_read, launch.started)
             if launch.drafted:
+                seconds = self.times.undisturbed(launch.sizes.token_range, seconds)
                 self.times.observe(launch.sizes.token_range, seconds)
             counts = [line[0] for line, request in zip(lines, launch.requests, strict=True) if request]
             rows = zip(lines, launch.requests, self._rows, strict=True)

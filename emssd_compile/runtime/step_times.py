@@ -45,10 +45,12 @@ class StepTimes:
         """Take in that a step of `tokens` took `seconds`; one that took much longer than expected was disturbed."""
         if not self._sizes or tokens > self.most:
             return
-        offset, slope = self._line()
-        x = self._measured[tokens]
-        y = min(seconds, DISTURBED * (offset + slope * x))
+        x, y = self._measured[tokens], self.undisturbed(tokens, seconds)
         self._sums = [DECAY * held + new for held, new in zip(self._sums, (1.0, x, y, x * x, x * y), strict=True)]
+
+    def undisturbed(self, tokens: int, seconds: float) -> float:
+        """What a step of `tokens` that took `seconds` counts as."""
+        return min(seconds, DISTURBED * self.expected(tokens))
 
     def table(self) -> Tensor:
         """float32 `[most + 1]`, seconds of a step of n tokens."""

@@ -20,7 +20,7 @@ from emssd_compile.runtime.draft_clock import (
     DraftClock,
 )
 from emssd_compile.runtime.requests import Request
-from emssd_compile.runtime.step_times import StepTimes
+from emssd_compile.runtime.step_times import DISTURBED, StepTimes
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.tensor_spec import TensorSpec
@@ -270,6 +270,18 @@ def test_what_was_learnt_outlasts_calls_and_other_forms_of_the_step():
             assert fast._engine.clock is clock
     assert not clock.is_drafting
     assert torch.equal(clock.plain.table(), measured)
+
+
+def test_a_step_that_something_else_has_held_up_says_little_against_the_drafter():
+    """As it says little against plain steps."""
+    fast = _engine_of(DraftModel(target("llama", ROWS).model, K))
+    engine, seen = fast._engine, []
+    assert engine.clock is not None
+    engine.clock.observe = lambda **step: seen.append(step["seconds"])  # type: ignore[method-assign]
+    engine.times.expected = lambda tokens: 1e-9  # type: ignore[method-assign]
+    fast.generate([prompt(5)], max_new_tokens=6)
+    assert seen
+    assert set(seen) == {DISTURBED * 1e-9}
 
 
 def test_layouts_without_a_clock_always_run_the_drafter():
