@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ("#4c72b0", "#dd8452", "#8c8c8c", "#937860", "#8172b3", "#64b5cd", "#55a868", "#c44e52", "#000000", "#da8bc3")
+MARKERS = ("o", "s", "^")
 Line = Mapping[int, float]
 """y by x; points that are missing are left out of the line."""
 
@@ -20,7 +21,7 @@ class Panel:
 
     Attributes:
         title: what distinguishes it from its neighbours.
-        lines: by name. The same name has the same colour in all panels.
+        lines: by name. The same name has the same colour and marker in all panels.
         level: draw a horizontal line there, for instance at 1.
     """
 
@@ -98,8 +99,9 @@ def _draw_panel(axis: Axes, panel: Panel, names: Sequence[str], ticks: Sequence[
         width, style = (2.2, "-") if name in highlight else (1.4, "--")
         places = [ticks.index(x) for x in sorted(line)]
         heights = [line[x] for x in sorted(line)]
-        colour = COLOURS[names.index(name) % len(COLOURS)]
-        axis.plot(places, heights, marker="o", markersize=4, color=colour, label=name, linewidth=width, linestyle=style)
+        turn, number = divmod(names.index(name), len(COLOURS))
+        colour, marker = COLOURS[number], MARKERS[turn % len(MARKERS)]
+        axis.plot(places, heights, marker=marker, markersize=4, color=colour, label=name, linewidth=width, ls=style)
     if panel.level is not None:
         axis.axhline(panel.level, color="black", linewidth=0.8)
     axis.set_title(panel.title, fontsize=10)

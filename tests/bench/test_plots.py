@@ -41,3 +41,12 @@ def test_bars_of_a_name_are_beside_one_another(tmp_path, monkeypatch):
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["match", "block"]
     assert axis.get_xticks().tolist() == [0.2, 1.2]
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["chain", "tree"]
+
+
+def test_no_two_of_many_lines_look_alike(tmp_path, monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    lines = {f"drafter {number}": {1: float(number)} for number in range(25)}
+    plots.draw(tmp_path / "plot.png", "model, machine", [plots.Panel("", lines)], x_label="rows", y_label="")
+    drawn = figures[0].axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(lines)
