@@ -10,8 +10,8 @@ from emssd_compile.export import TARGETS
 CPU = torch.device("cpu")
 
 
-def test_every_target_has_cases_that_name_it():
-    assert artifacts.CASES.keys() == set(TARGETS)
+def test_every_target_for_gpus_has_cases_that_name_it():
+    assert artifacts.CASES.keys() == {name for name, target in TARGETS.items() if "cuda" in target.devices}
     assert all(case.backend.split()[0] == target for target, cases in artifacts.CASES.items() for case in cases)
 
 
