@@ -83,7 +83,9 @@ def test_drafts_are_those_of_the_layer_and_tokens_the_targets(config, options):
     assert fast.generate(PROMPTS, max_new_tokens=NEW, **sampled) == plainly(**sampled)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"num_draft_tokens": 2, "reads_normalised": False}])
+@pytest.mark.parametrize(
+    "sizes", [{}, pytest.param({"num_draft_tokens": 2, "reads_normalised": False}, marks=pytest.mark.long)]
+)
 def test_of_several_modules_each_makes_one_draft_of_what_the_one_before_made(sizes):
     """Prompts are read in chunks and begin with few tokens; what was read of drafts that were wrong is read again."""
     head = head_of(THREE, **sizes)
