@@ -19,8 +19,8 @@ class DraftClock:
     A step with the drafter that took s seconds and emitted e tokens for A rows is compared with plain steps, which emit
     A tokens in t0(A) seconds: drafting pays where (sum of e) > (sum of A s / t0(A)). If over the last steps it does
     not, the drafter is left out for some steps and then tried again: for twice as many each time that it fails again,
-    and for no fewer than make what the trial lost a small share. So what drafting can cost soon is a few steps in a
-    hundred; a drafter whose text begins to repeat itself is back before long.
+    and for no fewer than make what the trial lost a small share. So drafting soon costs no more than a few steps in a
+    hundred, and a drafter whose text begins to repeat itself is back before long.
 
     Before any plain step was observed, t0 is what they took without texts: no more than they will. A drafter that pays
     even so goes on; where it does not, a few plain steps show what is so, and what was seen of it is judged by that.

@@ -275,8 +275,7 @@ class Engine:
         if self.is_measured:
             seconds = now - max(self._last_read, launch.started)
             if launch.drafted:
-                seconds = self.times.undisturbed(launch.sizes.token_range, seconds)
-                self.times.observe(launch.sizes.token_range, seconds)
+                seconds = self.times.observe(launch.sizes.token_range, seconds)
             counts = [line[0] for line, request in zip(lines, launch.requests, strict=True) if request]
             rows = zip(lines, launch.requests, self._rows, strict=True)
             held = [(line[0], row.is_whole) for line, request, row in rows if row and row.request is request]

@@ -41,16 +41,17 @@ class StepTimes:
         self._measured = [between(n, self._sizes, seconds) for n in range(self.most + 1)]
         self._sums = [0.0] * 5
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """Take in that a step of `tokens` took `seconds`; one that took much longer than expected was disturbed."""
-        if not self._sizes or tokens > self.most:
-            return
-        x, y = self._measured[tokens], self.undisturbed(tokens, seconds)
-        self._sums = [DECAY * held + new for held, new in zip(self._sums, (1.0, x, y, x * x, x * y), strict=True)]
+    def observe(self, tokens: int, seconds: float) -> float:
+        """Take in that a step of `tokens` took `seconds`; one that took much longer than expected was disturbed.
 
-    def undisturbed(self, tokens: int, seconds: float) -> float:
-        """What a step of `tokens` that took `seconds` counts as."""
-        return min(seconds, DISTURBED * self.expected(tokens))
+        Returns:
+            The seconds that it counts as.
+        """
+        counted = min(seconds, DISTURBED * self.expected(tokens))
+        if self._sizes and tokens <= self.most:
+            x, y = self._measured[tokens], counted
+            self._sums = [DECAY * held + new for held, new in zip(self._sums, (1.0, x, y, x * x, x * y), strict=True)]
+        return counted
 
     def table(self) -> Tensor:
         """float32 `[most + 1]`, seconds of a step of n tokens."""
