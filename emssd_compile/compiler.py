@@ -225,6 +225,11 @@ class CompiledStep:
     records: list[PassRecord]
     drafts_for_few: bool = False
 
+    def drafting_by(self, drafter: Drafter) -> CompiledStep:
+        """The same step with another drafter, of the same shape, in the place of its own."""
+        parts = self.rule, drafter, self.policy, self.processors, self.probes
+        return compile_step(self.compiled, *parts, used=self.used, drafts_for_few=self.drafts_for_few)
+
     def without_drafts(self, drafter: Drafter, policy: LengthPolicy) -> CompiledStep | None:
         """A step that verifies and drafts nothing, to be run between steps of this one, on their state.
 

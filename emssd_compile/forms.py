@@ -64,13 +64,19 @@ class Forms:
         # What is cached of a prompt serves for long: a drafter that remembers has to have seen it.
         can_be_left_out = step.drafter.is_costly and not (remembers and self.options.prefix_cache)
         if can_be_left_out and LAYOUTS[self.options.layout].is_measured and not deterministic:
-            undrafted = slabs.without_drafts(without(step.drafter), LAYOUTS["packed"].policy())
-            plain = self.whole(undrafted) if undrafted else None
+            cheaper = without(step.drafter)
+            beside = (
+                slabs.drafting_by(cheaper)
+                if cheaper.num_draft_tokens
+                else slabs.without_drafts(cheaper, LAYOUTS["packed"].policy())
+            )
+            plain = self.whole(beside) if beside else None
         variant = make_variant(
             function,
             step.signature(graph_module.graph),
             deterministic=deterministic,
             plain=plain.variant if plain else None,
+            drafts=step.drafter.num_draft_tokens > 0,
             drafter_remembers=remembers,
         )
         graphs = (graph_module, step.graph_module, slabs.graph_module, *(plain.graphs if plain else ()))

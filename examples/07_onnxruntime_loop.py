@@ -93,9 +93,9 @@ def generate(artifact: Artifact, prompts: list[list[int]], max_new_tokens: int) 
             row_range=max(min(int(wanted.max()), chunk), drafts + 1),
             draft_range=max(tokens + rows, (drafts + 1) * rows),
         )
-        counts, active, pending, draft_lengths, _ = report[:, :5].T
+        counts, active, pending, draft_lengths, *_ = report[:, :6].T
         for row, index in [*decoded.items()]:
-            texts[index] += report[row, 5 : 5 + counts[row]].tolist()
+            texts[index] += report[row, 6 : 6 + counts[row]].tolist()
             if not active[row]:
                 del decoded[row]
     return texts

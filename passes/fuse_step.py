@@ -20,7 +20,7 @@ from emssd_compile.passes.split_halves import SEAM
 from emssd_compile.passes.traced_part import TracedPart
 from emssd_compile.step.acceptance import GUARANTEES, Rule, Verdict, Verification, feasible
 from emssd_compile.step.batch import BatchShape
-from emssd_compile.step.commit import Emission, commit, make_report, newly_read
+from emssd_compile.step.commit import Emission, commit, make_report, newly_read, plain_counts
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter
 from emssd_compile.step.fields import holds_tensors, named, with_named
 from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
@@ -141,7 +141,7 @@ class _Fusion:
         self.shows_logits, self.drawn = of.shows_logits, how_drawn(of.rule, of.drafter)
         self.taps, self.reads_logits, self.writes_kv = of.drafter.taps, of.drafter.reads_logits, of.drafter.writes_kv
         logits, drafter = results(model.graph)[1].meta["val"], of.drafter
-        self.sizes = sizes_of(of.batch, logits.shape[-1], of.rule, drafter)
+        self.sizes, self.costly_grades = sizes_of(of.batch, logits.shape[-1], of.rule, drafter), drafter.costly_grades
         self.is_beside = of.beside is not None
         outer = sizes_of(of.batch, logits.shape[-1], of.rule, of.beside or drafter)
         self.rule = TracedPart("rule", of.rule, Verdict, RuleError, self.sizes)
@@ -191,7 +191,7 @@ class _Fusion:
         proposed = self._inline(self._propose, draft, context.max_drafts)
         seen = self._inline(self._policy_context, state, done, *proposed)
         ranking, policy_state = self._part(self.policy, seen)
-        state, report = self._inline(self._choose, state, done, *proposed, ranking)
+        state, report = self._inline(self._choose, state, done, proposed[0], seen, ranking)
         if self.is_beside:
             state, report, readings = self._inline(self._with_room, self.given, state, report, readings)
         kept = {name: node for name, node in named(state).items() if name not in CONSTANT_FIELDS}
@@ -387,19 +387,20 @@ class _Fusion:
         )
 
     def _choose(
-        self, state: StepState, done: _Done, draft: Nodes, proposed: Tensor, ranking: Ranking
+        self, state: StepState, done: _Done, draft: Nodes, seen: PolicyContext, ranking: Ranking
     ) -> tuple[StepState, Tensor]:
         """Keep the drafts that are to be verified, and tell the host."""
         ranking = replace(ranking, wanted=ranking.wanted.clamp(0, draft.tokens.numel()))
         room = torch.minimum(ranking.wanted, state.draft_budget)  # []
         in_order = draft.proposal is not None and self.drawn == WITHOUT_REPLACEMENT
-        draft = select(draft, fit(ranking, draft, proposed, room, in_order=in_order))
+        draft = select(draft, fit(ranking, draft, seen.proposed, room, in_order=in_order))
         columns = {
             "counts": done.emission.counts,
             "active": state.active.to(torch.int64),
             "pending": state.known - state.lengths,
             "draft_lengths": draft.lengths,
             "wanted": ranking.wanted.expand(state.known.shape),
+            "plain_counts": plain_counts(done.emission.counts, seen.verified.grades, seen.accepted, self.costly_grades),
         }
         return replace(state, draft=draft), make_report(done.emission.tokens, columns)
 

@@ -200,7 +200,7 @@ def test_one_model_can_be_optimized_twice(model, fast, reference):
 
 def test_a_causal_lm_as_drafter_is_a_draft_model(model, reference):
     """The model drafts for itself: all its drafts are right, which takes a KV cache of the drafts without a gap."""
-    fast = emssd_compile.optimize(model, model, max_batch=2, max_length=64, backend="eager")
+    fast = emssd_compile.optimize(model, model, max_batch=2, max_length=64, backend="eager", layout="packed")
     assert isinstance(fast.drafter, DraftModel)
     assert fast.generate(PROMPTS, max_new_tokens=NEW) == [[*ids, *reference(ids, NEW)] for ids in PROMPTS]
     assert fast.stats.num_draft_tokens == fast.stats.num_accepted_draft_tokens > 0

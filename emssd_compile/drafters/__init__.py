@@ -78,8 +78,21 @@ __all__ = [
 
 
 def without(drafter: Drafter) -> Drafter:
-    """What stands in a step in the place of a drafter that is not to run; it drafts nothing."""
-    return NoDrafter(drafter.taps)
+    """What stands in a step in the place of a drafter that is left out: what is cheap of it, or what drafts nothing.
+
+    Raises:
+        DrafterError: what `cheaper` gives is costly, or of another shape than the drafter.
+    """
+    cheaper = drafter.cheaper()
+    if cheaper is None:
+        return NoDrafter(drafter.taps)
+    for name in ("num_draft_tokens", "max_depth", "num_grades", "taps", "proposes"):
+        found, needed = getattr(cheaper, name), getattr(drafter, name)
+        if found != needed:
+            raise DrafterError(f"{type(drafter).__name__}.cheaper() has {name} = {found!r}; it must be {needed!r}")
+    if cheaper.is_costly:
+        raise DrafterError(f"{type(drafter).__name__}.cheaper() is costly itself; return None if nothing cheap is left")
+    return check_drafter(cheaper)
 
 
 def load_head(folder: str | Path, **options: Any) -> DraftHead:
@@ -114,7 +127,8 @@ def make_drafter(choice: str | nn.Module) -> Drafter:
     if isinstance(choice, Drafter):
         if getattr(choice.forward, "__func__", None) is Drafter.forward:
             raise DrafterError(f"{type(choice).__name__} has no forward of its own; define forward(context) -> Draft")
-        return check_drafter(choice)
+        without(check_drafter(choice))
+        return choice
     if isinstance(choice, nn.Module):
         return DraftModel(choice)
     if not isinstance(choice, str) or choice not in DRAFTERS:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emssd_compile.drafters.no_drafter import Silent
 from emssd_compile.errors import DrafterError, OptionError
 from emssd_compile.numeric import number, shown
 from emssd_compile.step.drafting import Draft, DraftContext, Drafter, Target, TargetSizes, check_drafter
@@ -106,6 +107,22 @@ class Hybrid(Drafter):
         if first is self.first and second is self.second:
             return self
         return type(self)(first, second, self.threshold)
+
+    @property
+    def costly_grades(self) -> tuple[range, ...]:
+        """Those of both, in its own numbers."""
+        behind = self.first.num_grades
+        of_second = (range(grades.start + behind, grades.stop + behind) for grades in self.second.costly_grades)
+        return (*self.first.costly_grades, *of_second)
+
+    def cheaper(self) -> Self | None:
+        """What is left of each of them, if anything is left of one."""
+        if not self.is_costly:
+            return self
+        first, second = self.first.cheaper(), self.second.cheaper()
+        if first is None and second is None:
+            return None
+        return type(self)(first or Silent(self.first), second or Silent(self.second), self.threshold)
 
     def tensors(self, sizes: PartSizes) -> dict[str, TensorSpec]:
         """Those of both, and without a threshold what is accepted of the drafts of the second.

@@ -73,11 +73,12 @@ def make_variant(
     deterministic: bool,
     is_capturable: bool = True,
     plain: Variant | None = None,
+    drafts: bool = True,
     drafter_remembers: bool = False,
 ) -> Variant:
     """One form of a step, as launchers run it; the arguments are those of `assemble` and of `Variant`."""
     function = _without_clock(step) if deterministic else step
-    return Variant(function, signature, is_capturable, plain, drafter_remembers)
+    return Variant(function, signature, is_capturable, plain, drafts, drafter_remembers)
 
 
 def switch(engine: Engine, variant: Variant) -> None:

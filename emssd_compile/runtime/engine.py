@@ -26,6 +26,7 @@ from emssd_compile.step.commit import REPORT_FIELDS
 from emssd_compile.step.drafting import most_unread
 from emssd_compile.step.state import COUNTERS
 
+_PLAIN_COUNTS = REPORT_FIELDS.index("plain_counts")
 PUBLISH_EVERY = 8  # steps after which the device gets new step times
 
 
@@ -121,7 +122,7 @@ class Engine:
             row.draft_length = 0
 
     def _note_roles(self) -> None:
-        self.variant = self.launcher.variant  # the form that is driven, also while steps without its drafter run
+        self.variant = self.launcher.variant  # the form that is driven, also while plain steps run
         if self.variant.plain is not None and self._clock is None:
             self._clock = DraftClock(StepTimes(self.num_rows), remembers=self.variant.drafter_remembers)
         signature = self.variant.signature
@@ -142,7 +143,7 @@ class Engine:
 
     @property
     def clock(self) -> DraftClock | None:
-        """What chooses between steps with the drafter and without, if the form that is driven has both."""
+        """What chooses between steps with the drafter and plain ones, if the form that is driven has both."""
         return None if self.variant.plain is None else self._clock
 
     @property
@@ -176,18 +177,14 @@ class Engine:
             with self._dry_run() as dry:
                 seconds = dry.idle_seconds(captured or sizes_to_measure(self.times.most))
                 self.times.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
-                if self.clock is not None:
-                    few = [size for size in captured if size < 2 * self.num_rows]
-                    self._run_drafter(False)
+                plain = self.variant.plain
+                if self.clock is not None and plain is not None:
+                    few = [size for size in captured if plain.drafts or size < 2 * self.num_rows]
+                    self.launcher.use(plain, {})
                     seconds = dry.idle_seconds(few or sizes_to_measure(self.num_rows))
                     self.clock.plain.calibrate(seconds, is_stepped=bool(self.launcher.buckets))
-                    self._run_drafter(True)
+                    self.launcher.use(self.variant, {})
         self._publish_times()
-
-    def _run_drafter(self, drafts: bool) -> None:
-        """Launch steps with the drafter from now on, or steps without it."""
-        plain = self.variant.plain
-        self.launcher.use(self.variant if drafts or plain is None else plain, {})
 
     def _dry_run(self) -> AbstractContextManager[DryRun]:
         return dry_run(self.launcher, self.memory, self._kept, self.num_draft_tokens, self.max_depth)
@@ -235,14 +232,15 @@ class Engine:
             self.launcher.assign(name, self.tensors[name].index_fill(0, rows, 0))
 
     def _launch(self, launched: Collection[RunningStep]) -> RunningStep:
-        drafted = self.clock is None or self.clock.is_drafting
+        plain = None if self.clock is None or self.clock.is_drafting else self.variant.plain
+        variant = plain or self.variant
         drafts = self._room if self.lag else sum(row.draft_length for row in self._rows if row)
-        # a step without the drafter drops the drafts that there are
-        verified = drafts if drafted and self._has_drafts else 0
-        sizes = self.planner.sizes(self._rows, launched, verified, drafted=drafted)
+        # a step that verifies none drops the drafts that there are
+        verified = drafts if variant.drafts and self._has_drafts else 0
+        sizes = self.planner.sizes(self._rows, launched, verified, is_plain=plain is not None)
         self.memory.prepare(self.launcher, self._tokens_behind(len(launched) + 1))
-        self._run_drafter(drafted)
-        self._has_drafts = drafted
+        self.launcher.use(variant, {})
+        self._has_drafts = variant.drafts
         if self.clock is not None and self.clock.is_missed:
             for row in filter(None, self._rows):
                 row.is_whole = False
@@ -250,7 +248,7 @@ class Engine:
             self._make_room(sum(row is not None for row in self._rows))
         started = time.perf_counter()
         report = self._run_step(sizes)
-        return RunningStep(report, sizes, self.requests, started, drafted)
+        return RunningStep(report, sizes, self.requests, started, variant.drafts, plain is not None)
 
     def _tokens_behind(self, num_steps: int) -> dict[int, int]:
         """How many tokens each busy row may hold behind so many more steps, with drafts of the last one; at most."""
@@ -274,23 +272,29 @@ class Engine:
         now = time.perf_counter()
         if self.is_measured:
             seconds = now - max(self._last_read, launch.started)
-            if launch.drafted:
+            if not launch.is_plain:
                 seconds = self.times.observe(launch.sizes.token_range, seconds)
-            counts = [line[0] for line, request in zip(lines, launch.requests, strict=True) if request]
-            rows = zip(lines, launch.requests, self._rows, strict=True)
-            held = [(line[0], row.is_whole) for line, request, row in rows if row and row.request is request]
-            if self.clock is not None and all(counts) and held:
-                self.clock.observe(
-                    drafted=launch.drafted,
-                    num_rows=len(counts),
-                    num_whole=sum(is_whole for _, is_whole in held),
-                    num_emitted=sum(count for count, is_whole in held if is_whole),
-                    seconds=seconds,
-                )
+            self._tell_clock(launch, lines, seconds)
             self._num_observed += 1
             if self._num_observed % PUBLISH_EVERY == 0:
                 self._publish_times()
         self._last_read = now
+
+    def _tell_clock(self, launch: RunningStep, lines: list[list[int]], seconds: float) -> None:
+        """Let the clock see a step, if each row has decoded in it."""
+        rows = [*zip(lines, launch.requests, self._rows, strict=True)]
+        counts = [line[0] for line, request, _ in rows if request]
+        held = [(line, row) for line, request, row in rows if row and row.request is request]
+        if self.clock is None or not all(counts) or not held:
+            return
+        whole = [line for line, row in held if row.is_whole]
+        self.clock.observe(
+            drafted=not launch.is_plain,
+            num_rows=len(counts),
+            num_whole=len(whole),
+            worth=sum(line[0] / line[_PLAIN_COUNTS] for line in whole),
+            seconds=seconds,
+        )
 
     def _publish_times(self) -> None:
         self.launcher.assign("step_seconds", self.launcher.upload(self.times.table()))
@@ -303,14 +307,14 @@ class Engine:
         if launch.drafted:
             self._record_wanted_drafts(launch, lines)
         reading = most_unread(self.planner.max_depth) * sum(request is not None for request in launch.requests)
-        spare = launch.sizes.draft_range - reading  # for what steps without the drafter fed
+        spare = launch.sizes.draft_range - reading  # for what plain steps fed
         for b, line in enumerate(lines):
             row, request = self._rows[b], launch.requests[b]
             if row is None or request is not row.request or request.finished:
                 continue  # the row was empty then, or has ended since
             read, drafts = row.pending, row.draft_length if launch.drafted else 0
-            count, active, row.pending, row.draft_length, _ = line[:columns]
-            if launch.drafted:
+            count, active, row.pending, row.draft_length, *_ = line
+            if not launch.is_plain:
                 caught_up = min(row.unseen, max(spare, 0))
                 row.unseen, spare = row.unseen - caught_up, spare - caught_up
             else:
@@ -332,7 +336,7 @@ class Engine:
 
     def _record_wanted_drafts(self, launch: RunningStep, lines: list[list[int]]) -> None:
         """Take how many drafts are wanted, unless no row could draft all it may: prompts are read, or all rows end."""
-        counts, active, _, _, wanted = list(zip(*lines, strict=True))[: len(REPORT_FIELDS)]
+        counts, active, _, _, wanted, *_ = zip(*lines, strict=True)
         drafting = [(r, n) for r, n, alive in zip(launch.requests, counts, active, strict=True) if r and n and alive]
         if any(r.max_new_tokens - len(r.output) - n > self._depth for r, n in drafting):
             self.planner.record_wanted_drafts(wanted[0], len(drafting))

@@ -24,7 +24,7 @@ class Report:
     """What a step tells the host, perhaps still on its way.
 
     Attributes:
-        values: int64 `[B, 5 + K + 1]` on the CPU, `REPORT_FIELDS` and the emitted tokens.
+        values: int64 `[B, 6 + D + 1]` on the CPU, `REPORT_FIELDS` and the emitted tokens.
         wait: returns when `values` and readings are there.
         readings: what probes tell, `[B, D + 1, ...]` on the CPU, by the names of results.
     """
@@ -48,7 +48,8 @@ class Variant:
         step: the lowered step.
         signature: its bindings.
         is_capturable: whether it can be one launch: all of it runs on the device.
-        plain: the same step without its drafter, to be run where that is faster.
+        plain: the same step without its drafter, or without what is costly of it, to be run where that is faster.
+        drafts: whether it verifies drafts and makes new ones.
         drafter_remembers: whether the drafter then lacks what it misses, until rows have ended.
     """
 
@@ -56,6 +57,7 @@ class Variant:
     signature: Signature
     is_capturable: bool = True
     plain: Variant | None = None
+    drafts: bool = True
     drafter_remembers: bool = False
 
     @cached_property

@@ -49,7 +49,7 @@ class Planner:
         self._wanted = (num_drafts, num_rows)
 
     def sizes(
-        self, rows: Sequence[Row | None], launched: Collection[RunningStep], drafts: int, *, drafted: bool = True
+        self, rows: Sequence[Row | None], launched: Collection[RunningStep], drafts: int, *, is_plain: bool = False
     ) -> StepSizes:
         """Sizes of the next step: enough for what its rows may want, within the chunk.
 
@@ -57,7 +57,7 @@ class Planner:
             rows: at least one of them busy.
             launched: steps whose reports have not been read, oldest first; without any, the sizes are exact.
             drafts: how many the step verifies, or may verify.
-            drafted: whether the drafter runs in it, and so reads what it has not seen.
+            is_plain: whether the drafter is left out of it; else it reads what it has not seen.
         """
         pending = self._pending_at_launch(rows, launched)
         drafts = self.layout.room(len(pending), self.num_draft_tokens, drafts)
@@ -66,8 +66,8 @@ class Planner:
         # this step feeds and the token after it.
         reading = sum(max(count + 1, most_unread(self.max_depth)) for count in pending)
         busy = zip((row for row in rows if row), pending, strict=True)
-        # Fed by steps without it, or by other rows.
-        unseen = [(row.unseen, count) for row, count in busy if drafted and row.unseen]
+        # Fed by plain steps, or by other rows.
+        unseen = [(row.unseen, count) for row, count in busy if row.unseen and not is_plain]
         reading += sum(count for count, _ in unseen)
         catching_up = max((count + 1 + behind for behind, count in unseen), default=0)
         return StepSizes(
@@ -116,7 +116,7 @@ class Planner:
                 min(pending[b] + min(drafts[b], most), launch.sizes.row_range) if stays[b] else share if request else 0
                 for b, request in enumerate(launch.requests)
             ]
-            # As `pack` does: a share for each row, then the rest in order. Without the drafter all drafts are dropped.
+            # As `pack` does: a share for each row, then the rest in order. Where none are verified, all are dropped.
             first = _serve_in_order([min(count, share) for count in wanted], launch.sizes.token_range)
             left = launch.sizes.token_range - sum(first)
             rest = _serve_in_order([a - b for a, b in zip(wanted, first, strict=True)], left)

@@ -96,7 +96,7 @@ class Row:
         pending: tokens that it knows and has not read.
         draft_length: drafts that it verifies behind them.
         is_active: whether the device goes on with it.
-        unseen: tokens that the drafter has yet to read: fed by steps without it, or read by another row.
+        unseen: tokens that the drafter has yet to read: fed by plain steps, or read by another row.
         is_whole: whether the drafter lacks nothing that it should remember of it.
     """
 
@@ -122,7 +122,8 @@ class RunningStep:
         sizes: of the step.
         requests: which request each row held when it was launched.
         started: when that was, seconds of `time.perf_counter`.
-        drafted: whether the drafter ran in it.
+        drafted: whether it verified drafts and left new ones.
+        is_plain: whether it ran without the drafter, or without what is costly of it.
     """
 
     report: Report
@@ -130,3 +131,4 @@ class RunningStep:
     requests: tuple[Request | None, ...]
     started: float
     drafted: bool = True
+    is_plain: bool = False

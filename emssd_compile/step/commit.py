@@ -12,10 +12,11 @@ from emssd_compile.step.fields import holds_tensors
 from emssd_compile.step.pack import Packed
 from emssd_compile.step.state import COUNTERS, StepState
 
-REPORT_FIELDS = ("counts", "active", "pending", "draft_lengths", "wanted")
+REPORT_FIELDS = ("counts", "active", "pending", "draft_lengths", "wanted", "plain_counts")
 """Leading columns of a step's report; the emitted tokens follow.
 
 `wanted` is the same in each line: how many drafts of all rows together the next step should verify, if there is room.
+`plain_counts` is what would be left of `counts` without the drafts of the drafter's `costly_grades`.
 """
 
 
@@ -132,6 +133,22 @@ def _count_acceptance(histogram: Tensor, packed: Packed, accepted: Tensor) -> Te
     return histogram + hits.sum(0)
 
 
+def plain_counts(counts: Tensor, grades: Tensor, accepted: Tensor, costly_grades: tuple[range, ...]) -> Tensor:
+    """Int64 `[B]`: what would be left of the emitted tokens without the drafts of some grades.
+
+    Args:
+        counts: int64 `[B]`, emitted tokens.
+        grades: int64 `[B, K]`, of the drafts that were verified.
+        accepted: bool `[B, K]`, which of them were.
+        costly_grades: the grades of those that would not be there; no two ranges overlap.
+    """
+    costly = torch.zeros_like(accepted)
+    for those in costly_grades:
+        costly = costly | ((grades >= those.start) & (grades < those.stop))
+    left = counts - (accepted & costly).sum(1)
+    return torch.minimum(counts, left.clamp(min=1))  # where a draft has ended its row, no other token came behind it
+
+
 def make_report(tokens: Tensor, columns: dict[str, Tensor]) -> Tensor:
-    """All that the host reads of a step: int64 `[B, 5 + D + 1]`, `REPORT_FIELDS` (`[B]` each), then emitted tokens."""
+    """All that the host reads of a step: int64 `[B, 6 + D + 1]`, `REPORT_FIELDS` (`[B]` each), then emitted tokens."""
     return torch.cat([torch.stack([columns[name] for name in REPORT_FIELDS], 1), tokens], 1)

@@ -223,8 +223,9 @@ class Drafter(Part):
         num_grades: how many grades `Draft.grades` may tell apart; at least 1.
         taps: decoder layers whose outputs the drafter wants to see, by number, negative ones from the last.
         reads_logits: whether it wants to see the target's logits.
-        is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it are
-            compiled, too, and run where they are faster, if the layout measures.
+        is_costly: whether a step takes clearly longer with the drafter than without. If so, steps without it, or
+            without what is costly of it (`cheaper`), are compiled, too, and run where they are faster, if the layout
+            measures.
         remembers_features: whether it keeps something of each token that only the target's outputs tell. What it misses
             in steps that it is left out of, it lacks until the row has ended: its drafts are worse then, never the
             tokens. With `prefix_cache=True` it is never left out, since prefixes would lack it for good.
@@ -271,6 +272,19 @@ class Drafter(Part):
     def forward(self, context: DraftContext) -> Draft:
         """Draft all rows at once."""
         raise NotImplementedError
+
+    @property
+    def costly_grades(self) -> tuple[range, ...]:
+        """The grades of the drafts that make it costly: all that it knows if it is, or none."""
+        return (range(self.num_grades),) if self.is_costly else ()
+
+    def cheaper(self) -> Drafter | None:
+        """What takes its place in the steps in which it is left out.
+
+        It makes the drafts of all other grades but the costly ones, as this drafter would have made them: with the same
+        attributes but for what it costs, and on the same tensors or some of them. None where no drafts would be left.
+        """
+        return None if self.is_costly else self
 
     def assisted(self) -> dict[str, object]:
         """What transformers' options of assisted decoding have to be to ask for this drafter, by name."""

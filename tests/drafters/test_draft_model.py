@@ -28,7 +28,7 @@ TREE_SHAPES = [(4,), (2, 2), (3, 1, 2)]
 
 
 def _fast(model, drafter):
-    return emssd_compile.optimize(model, drafter, max_batch=2, max_length=48, backend="eager")
+    return emssd_compile.optimize(model, drafter, max_batch=2, max_length=48, backend="eager", layout="packed")
 
 
 def test_the_target_as_its_own_draft_model_has_every_draft_accepted():

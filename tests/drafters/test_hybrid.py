@@ -23,6 +23,7 @@ from emssd_compile.drafters import (
     TensorSpec,
 )
 from emssd_compile.errors import DrafterError, OptionError
+from emssd_compile.step.drafting import check_drafter
 from emssd_compile.step.options import RowOption
 from emssd_compile.step.proposals import SAMPLED
 from tests.drafters.contexts import context
@@ -182,6 +183,80 @@ def test_it_has_what_both_have():
     hybrid.ended(torch.tensor([1, 2]), 1, {})
     assert first.heard == second.heard == [([1, 2], 1, {})]
     assert hybrid.suited(()) is hybrid
+
+
+@pytest.mark.parametrize("max_depth", [None, 2], ids=["chain", "tree"])
+def test_what_is_cheap_of_it_drafts_as_it_does_where_the_other_one_drafts_nothing(max_depth):
+    """In the same shape, with the same grades, and the same books are kept of what the second got accepted."""
+    first = Says(7, [3, 0, 2], [9.0, 9.0, 0.0])
+    hybrid = Hybrid(first, Says(8, [0, 0, 0], num_draft_tokens=4, max_depth=max_depth, is_costly=True, taps=(1,)))
+    cheap = hybrid.cheaper()
+    assert isinstance(cheap, Hybrid)
+    assert cheap.first is first
+    assert not cheap.is_costly
+    assert check_drafter(cheap).cheaper() is cheap
+    for name in ("num_draft_tokens", "num_grades", "max_depth", "proposes", "taps"):
+        assert getattr(cheap, name) == getattr(hybrid, name), name
+    assert cheap.tensors(SIZES).items() <= hybrid.tensors(SIZES).items()
+    before = {"own__known": torch.tensor([2, 4, 0]), "own__accepted": torch.tensor([3.0, 4.0])}
+    known = torch.tensor([5, 5, 5])
+    expected, draft = (_asked(each, TEXTS, before, known=known) for each in (hybrid, cheap))
+    assert torch.equal(draft.lengths, expected.lengths)
+    is_draft = torch.arange(4) < draft.lengths[:, None]
+    for name in ("tokens", "grades", *(["parents"] if max_depth else [])):
+        one, other = getattr(draft, name), getattr(expected, name)
+        assert torch.equal(torch.where(is_draft, one, 0), torch.where(is_draft, other, 0)), name
+    own = {name: value for name, value in expected.state.items() if not name.startswith("second")}
+    assert draft.state.keys() == own.keys()
+    assert all(torch.equal(draft.state[name], value) for name, value in own.items())
+
+
+def test_what_is_costly_of_it_goes_wherever_it_stands():
+    cheap, costly = PromptLookup(3, max_ngram=2), DraftModel(Small(), 3)
+    assert cheap.cheaper() is cheap
+    assert costly.cheaper() is None
+    assert (cheap.costly_grades, costly.costly_grades) == ((), (range(costly.num_grades),))
+    assert Hybrid(cheap, PromptLookup()).costly_grades == ()
+    both = Hybrid(cheap, PromptLookup())
+    assert both.cheaper() is both
+    tree = DraftModel(Small(), tree=(2, 2))
+    assert Hybrid(tree, costly).cheaper() is None
+    inner = Hybrid(tree, cheap)
+    hybrid = Hybrid(costly_last := Says(1, [3, 3, 3], is_costly=True), inner, threshold=0.5)
+    assert hybrid.costly_grades == (range(2), range(2, 2 + tree.num_grades))
+    left = hybrid.cheaper()
+    assert isinstance(left, Hybrid)
+    assert isinstance(left.second, Hybrid)
+    assert left.second.second is cheap
+    assert left.threshold == 0.5
+    assert left.max_depth == hybrid.max_depth
+    assert Hybrid(cheap, costly_last).costly_grades == (range(3, 5),)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"num_draft_tokens": 4}, r"Says.cheaper\(\) has num_draft_tokens = 4; it must be 3"),
+        ({"taps": (1,)}, r"Says.cheaper\(\) has taps = \(1,\); it must be \(\)"),
+        ({"is_costly": True}, r"Says.cheaper\(\) is costly itself"),
+    ],
+)
+def test_what_is_not_cheap_or_has_another_shape_is_refused_before_any_work(attributes, message):
+    drafter = Says(1, [1], is_costly=True)
+    drafter.cheaper = lambda: Says(2, [1], **attributes)  # type: ignore[method-assign]
+    with pytest.raises(DrafterError, match=message):
+        emssd_compile.optimize(Small(), drafter, max_length=64, backend="eager")
+
+
+def test_drafts_that_are_drawn_are_left_out_with_what_they_are_drawn_from():
+    ways: dict[str, Any] = {"proposes": (SAMPLED,)}
+    hybrid = Hybrid(Says(7, [1, 0, 1], **ways), Says(8, [3, 3, 3], is_costly=True, **ways))
+    cheap = hybrid.cheaper()
+    assert isinstance(cheap, Hybrid)
+    assert cheap.proposes == (SAMPLED,)
+    proposal = cheap.second(replace(context(TEXTS, 3), drawn=SAMPLED, vocabulary=48)).proposal
+    assert proposal.shape == (3, 4, 48)
+    assert proposal.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -146,13 +146,20 @@ def _hearing(model, **options):
 @pytest.mark.parametrize(
     "options", [pytest.param(GREEDY, marks=pytest.mark.long, id="greedy"), pytest.param(SAMPLING, id="sampling")]
 )
-def test_tokens_are_the_targets(options):
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda model: _hearing(model), id="hearing"),
+        pytest.param(lambda model: _hearing(model, num_lm_heads=0), marks=pytest.mark.long, id="no LM heads"),
+        pytest.param(lambda model: _head(CONFIGS["few tokens"]), marks=pytest.mark.long, id="few tokens"),
+    ],
+)
+def test_tokens_are_the_targets(make, options):
     model = target()
     plain = fast(model, "none").generate(TEXTS, max_new_tokens=20, **options)
-    for head in (_hearing(model), _hearing(model, num_lm_heads=0), _head(CONFIGS["few tokens"])):
-        drafted = fast(model, head)
-        assert drafted.generate(TEXTS, max_new_tokens=20, **options) == plain
-        assert 0 < drafted.stats.num_accepted_draft_tokens < drafted.stats.num_draft_tokens
+    drafted = fast(model, make(model))
+    assert drafted.generate(TEXTS, max_new_tokens=20, **options) == plain
+    assert 0 < drafted.stats.num_accepted_draft_tokens < drafted.stats.num_draft_tokens
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLING], ids=["greedy", "sampling"])

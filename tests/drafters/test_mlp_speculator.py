@@ -152,13 +152,20 @@ def _knowing(model, **options):
 @pytest.mark.parametrize(
     "options", [pytest.param(GREEDY, marks=pytest.mark.long, id="greedy"), pytest.param(SAMPLING, id="sampling")]
 )
-def test_tokens_are_the_targets(options):
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda model: _knowing(model), marks=pytest.mark.long, id="chain"),
+        pytest.param(lambda model: _knowing(model, tree=(4, 3, 2)), id="tree"),
+        pytest.param(lambda model: _head(CONFIGS["tied"], tree=(5, 1)), marks=pytest.mark.long, id="tied"),
+    ],
+)
+def test_tokens_are_the_targets(make, options):
     model = target()
     plain = fast(model, "none").generate(TEXTS, max_new_tokens=20, **options)
-    for head in (_knowing(model), _knowing(model, tree=(4, 3, 2)), _head(CONFIGS["tied"], tree=(5, 1))):
-        drafted = fast(model, head)
-        assert drafted.generate(TEXTS, max_new_tokens=20, **options) == plain
-        assert 0 < drafted.stats.num_accepted_draft_tokens < drafted.stats.num_draft_tokens
+    drafted = fast(model, make(model))
+    assert drafted.generate(TEXTS, max_new_tokens=20, **options) == plain
+    assert 0 < drafted.stats.num_accepted_draft_tokens < drafted.stats.num_draft_tokens
 
 
 @pytest.mark.parametrize(("options", "rule"), [({}, "token-level"), ({"tree": (2, 2)}, "rrs")])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import emssd_compile
-from emssd_compile.drafters import Drafter, DraftModel, without
+from emssd_compile.drafters import Drafter, DraftModel, Hybrid, NoDrafter, without
 from emssd_compile.layouts import PackedLayout
-from emssd_compile.ops import move_kv
+from emssd_compile.ops import move_kv, ragged_attention
 from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.runtime.draft_clock import (
     LONG_WINDOW,
@@ -25,6 +25,7 @@ from emssd_compile.step.logits import LogitContext, LogitsProcessor, Processed
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.tensor_spec import TensorSpec
 from tests.exactness.compiled import NEW_TOKENS, K, target
+from tests.exactness.drafters import Oracle
 from tests.exactness.models import prompt
 from tests.exactness.trained_heads import learn, make_head
 from tests.passes.graphs import model_with_attention
@@ -35,6 +36,17 @@ REMEMBER = [
     *("block-tree", "mtp-modules"),
     *(pytest.param(case, marks=pytest.mark.long) for case in ("block", "eagle3", "eagle3-tree", "mtp-tree", "peagle")),
 ]
+
+
+TURNS = pytest.mark.parametrize(
+    ("lag", "tree"),
+    [
+        pytest.param(
+            lag, tree, marks=pytest.mark.long if lag != bool(tree) else (), id=f"{lag}-{'tree' if tree else 'chain'}"
+        )
+        for lag, tree in itertools.product((0, 1), (None, (2, 2)))
+    ],
+)
 
 
 def _clock(**options: bool) -> DraftClock:
@@ -53,7 +65,7 @@ def _drafting(
         drafted = clock.is_drafting
         ran.append(drafted)
         count, took = (emitted, seconds) if drafted else (ROWS, plain)
-        clock.observe(drafted=drafted, num_rows=ROWS, num_whole=whole, num_emitted=count, seconds=took)
+        clock.observe(drafted=drafted, num_rows=ROWS, num_whole=whole, worth=count, seconds=took)
     return ran
 
 
@@ -143,7 +155,7 @@ def test_steps_that_were_launched_before_the_last_change_say_nothing():
     _drafting(clock, WINDOW + 2, emitted=ROWS, seconds=2 * PLAIN)
     assert not clock.is_drafting
     for _ in range(LONGEST_PAUSE):
-        clock.observe(drafted=True, num_rows=ROWS, num_whole=ROWS, num_emitted=9 * ROWS, seconds=PLAIN)
+        clock.observe(drafted=True, num_rows=ROWS, num_whole=ROWS, worth=9 * ROWS, seconds=PLAIN)
     assert not clock.is_drafting
 
 
@@ -169,12 +181,63 @@ def _take_turns(drafter: Drafter, lag: int) -> None:
     assert fast._engine.counters()[0]["num_accepted_draft_tokens"] > 0, "it drafts again afterwards"
 
 
-@pytest.mark.parametrize("tree", [None, (2, 2)], ids=["chain", "tree"])
-@pytest.mark.parametrize("lag", [0, 1])
+@TURNS
 def test_steps_with_and_without_the_drafter_take_turns_and_the_tokens_stay(lag, tree):
     """Rows that came, read their prompts and decoded while the drafter did not run are read by it when it does."""
     model = target("llama", ROWS).model
     _take_turns(DraftModel(model, K) if tree is None else DraftModel(model, tree=tree), lag)
+
+
+def _texts() -> list[list[int]]:
+    return [[*prompt(n), *target("llama", ROWS).reference(prompt(n), NEW_TOKENS)] for n in LENGTHS]
+
+
+def _hybrid(*, wrong_of_seven: int = 0, tree: tuple[int, ...] | None = None) -> Hybrid:
+    """What is for free before a draft model that is always right; it drafts right, or none, or wrong."""
+    model, ahead = target("llama", ROWS).model, Oracle(_texts(), 128, 5, wrong_of_seven=wrong_of_seven, ragged=True)
+    return Hybrid(ahead, DraftModel(model, K) if tree is None else DraftModel(model, tree=tree), threshold=0)
+
+
+@TURNS
+def test_what_is_cheap_of_a_hybrid_drafts_in_plain_steps_too(lag, tree):
+    """The draft model reads afterwards what it has missed, accepted drafts among it, and the tokens stay."""
+    _take_turns(_hybrid(tree=tree), lag)
+
+
+def test_a_hybrid_that_is_left_out_runs_no_op_of_what_is_costly_and_verifies_what_is_not():
+    hybrid = _hybrid()
+    fast = _engine_of(hybrid)
+    clock = fast._engine.clock
+    assert clock is not None
+    clock.is_drafting = False
+    seen: list[float] = []
+    clock.observe = lambda **step: seen.append(step["worth"])  # type: ignore[method-assign]
+    assert fast.generate([prompt(n) for n in LENGTHS], max_new_tokens=NEW_TOKENS) == _texts()
+    assert fast.stats.num_accepted_draft_tokens == fast.stats.num_draft_tokens > 0
+    assert seen
+    undrafted = fast._step.without_drafts(NoDrafter(), PackedLayout().policy())
+    assert undrafted is not None
+    cheap, none, whole = (
+        [node for node in step.graph_module.graph.nodes if node.target == ragged_attention]
+        for step in (fast._step.drafting_by(without(hybrid)), undrafted, fast._step)
+    )
+    assert len(cheap) == len(none) < len(whole), "layers of the target, and of the draft model"
+
+
+@pytest.mark.parametrize(("wrong", "threshold"), [(0, 0.0), (7, 9.0)], ids=["free", "costly"])
+def test_drafts_that_are_free_say_nothing_for_the_drafter(wrong, threshold):
+    """Steps that emit by drafts that are free are worth as many plain steps; by others, one for each token."""
+    hybrid = _hybrid(wrong_of_seven=wrong)
+    hybrid.threshold = threshold
+    fast = _engine_of(hybrid)
+    assert fast._engine.clock is not None
+    seen: list[tuple[float, int]] = []
+    fast._engine.clock.observe = lambda **step: seen.append((step["worth"], step["num_whole"]))  # type: ignore[method-assign]
+    ids = prompt(5)
+    fast.generate([ids], max_new_tokens=NEW_TOKENS)
+    assert fast.stats.num_accepted_draft_tokens > 0
+    worth = sum(worth for worth, _ in seen)
+    assert worth == (NEW_TOKENS if threshold else len(seen))
 
 
 @pytest.mark.parametrize("case", REMEMBER)

@@ -69,7 +69,7 @@ def test_a_row_that_decodes_has_one_token_to_read_after_any_step_under_way():
 def test_what_the_drafter_has_not_seen_makes_no_step_larger_that_it_is_left_out_of():
     """Else no bucket would cover such steps, and none would be captured."""
     row = Row(Request(0, torch.zeros(50, dtype=torch.int64), 20), pending=1, unseen=40)
-    left_out = _planner().sizes([row], [], drafts=0, drafted=False)
+    left_out = _planner().sizes([row], [], drafts=0, is_plain=True)
     assert smallest_cover(decode_buckets(B, K), left_out) is not None
     assert _planner().sizes([row], [], drafts=0).draft_range >= 40 + 1
 

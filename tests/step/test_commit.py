@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emssd_compile.step.acceptance import Verdict
-from emssd_compile.step.commit import REPORT_FIELDS, commit, make_report, write
+from emssd_compile.step.commit import REPORT_FIELDS, commit, make_report, plain_counts, write
 from emssd_compile.step.pack import Packed, pack
 from emssd_compile.step.parts import PartSizes
 from emssd_compile.step.state import COUNTERS, StepState
@@ -222,6 +222,23 @@ def test_write_leaves_the_rest_of_the_history_alone():
     ]
 
 
+@pytest.mark.parametrize(
+    ("costly", "expected"),
+    [
+        ((), [0, 1, 3, 4, 2]),
+        ((range(4),), [0, 1, 1, 1, 1]),
+        ((range(2, 4),), [0, 1, 2, 4, 2]),
+        ((range(1), range(3, 4)), [0, 1, 2, 3, 1]),
+    ],
+)
+def test_plain_counts_leave_out_accepted_drafts_of_costly_grades(costly, expected):
+    """One row reads its prompt, one had its drafts rejected, one took two, one three; its last draft ended one."""
+    counts = torch.tensor([0, 1, 3, 4, 2])
+    grades = torch.tensor([[0, 1, 2], [2, 2, 3], [1, 3, 3], [0, 1, 1], [0, 0, 1]])
+    accepted = torch.tensor([[False] * 3, [False] * 3, [True, True, False], [True] * 3, [True, True, False]])
+    assert plain_counts(counts, grades, accepted, costly).tolist() == expected
+
+
 def test_the_report_holds_the_fields_and_then_the_tokens():
     columns: dict[str, Tensor] = {
         "counts": torch.tensor([2]),
@@ -229,7 +246,8 @@ def test_the_report_holds_the_fields_and_then_the_tokens():
         "pending": torch.tensor([1]),
         "draft_lengths": torch.tensor([3]),
         "wanted": torch.tensor([5]),
+        "plain_counts": torch.tensor([1]),
     }
     report = make_report(torch.tensor([[7, 8, 0, 0]]), columns)
     assert tuple(columns) == REPORT_FIELDS
-    assert report.tolist() == [[2, 1, 1, 3, 5, 7, 8, 0, 0]]
+    assert report.tolist() == [[2, 1, 1, 3, 5, 1, 7, 8, 0, 0]]
