@@ -50,7 +50,7 @@ class DraftClock:
         """Be as at first: the drafter runs."""
         self._pause = SHORTEST_PAUSE
         self._left = 0
-        self._is_settled = False  # whether the last step was a plain one
+        self._was_plain = False  # whether the last step was a plain one
         self._assumed: float | None = None  # seconds of a plain step, while the first ones are tried
         self._start()
 
@@ -76,16 +76,16 @@ class DraftClock:
         """
         if drafted != self.is_drafting:
             return  # it was launched before the last change
+        was_plain, self._was_plain = self._was_plain, not drafted
         if not drafted:
-            if self._is_settled:  # the first one after others has to fetch its weights, and may run for the first time
+            if was_plain:  # the first one after others has to fetch its weights, and may run for the first time
                 self.plain.observe(num_rows, seconds)
-            self._is_settled = True
             self._left -= 1
             if self._left <= 0 and not self.is_missed:
                 self._end_pause(num_rows)
             return
         if not num_whole:  # nor will any of them be
-            self.is_drafting, self.is_missed, self._is_settled = False, True, False
+            self.is_drafting, self.is_missed = False, True
             return
         self._num_seen += 1
         if self._num_seen == 1:
@@ -103,7 +103,7 @@ class DraftClock:
         return self._worth >= (1 - MARGIN) * self._needed
 
     def _leave_out(self, num_rows: int) -> None:
-        self.is_drafting = self._is_settled = False
+        self.is_drafting = False
         if not self.plain.is_observed:
             self._left, self._assumed = PROBE, self.plain.expected(num_rows)
             return

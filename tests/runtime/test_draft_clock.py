@@ -105,6 +105,18 @@ def test_a_drafter_that_pays_by_what_plain_steps_take_is_left_out_for_a_few_only
     assert all(ran[-400:])
 
 
+def test_the_first_plain_step_after_others_does_not_count():
+    """It fetches its weights. Here it takes three times what the others do, by which the drafter does not pay."""
+    clock = _clock()
+    _drafting(clock, WINDOW + 1, emitted=ROWS, seconds=1.3 * PLAIN)
+    assert not clock.is_drafting
+    _drafting(clock, 1, emitted=ROWS, seconds=1.3 * PLAIN, plain=3 * PLAIN)
+    assert not clock.plain.is_observed
+    _drafting(clock, PROBE - 1, emitted=ROWS, seconds=1.3 * PLAIN)
+    assert clock.plain.expected(ROWS) == pytest.approx(PLAIN)
+    assert not clock.is_drafting
+
+
 def test_a_slow_drafter_does_not_hide_behind_tokens_that_it_gains():
     ran = _drafting(_clock(), 500, emitted=3 * ROWS, seconds=4 * PLAIN)
     assert ran.count(True) < 60
