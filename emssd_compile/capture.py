@@ -192,7 +192,7 @@ def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:
     device = device_of(model)
     example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _without_fake_cache():
             forward = PlainForward(model, branches)
             program = functional(
                 torch.export.export(forward, (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False)
@@ -249,6 +249,16 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(is_of_others)
+
+
+def _without_fake_cache() -> contextlib.AbstractContextManager[None]:
+    """Fake results are made anew each time, here and in all passes, whose fake mode is the one that export makes.
+
+    To find one in torch's cache, its key and its symbolic strides are computed: for the small graphs of a step's parts
+    that took twice as long as making the result, and 30 layers gained nothing by it.
+    """
+    patch: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    return patch
 
 
 def _bind_weights(program: ExportedProgram) -> fx.GraphModule:
