@@ -30,7 +30,7 @@ TRANSFORMERS := 5.0.0 5.24.0
 versions: $(INSTALLED)  ## Run quick tests with other versions, as in WITH="transformers==5.24.0"
 	@$(BIN)/python -m venv --clear --without-pip $(VERSIONED)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VERSIONED)/lib/python3*/site-packages)/base.pth
-	@$(BIN)/pip --python $(VERSIONED)/bin/python install -qq $(WITH)
+	@$(BIN)/pip --python $(VERSIONED)/bin/python install -qq --no-compile $(WITH)
 	$(VERSIONED)/bin/python -m pytest --quiet -p no:cacheprovider $(QUICK)
 
 range: $(TRANSFORMERS:%=range-%)  ## Run quick tests with the oldest and the newest transformers that are supported
@@ -47,9 +47,10 @@ format: $(INSTALLED)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 # The constraints hold torch at the tested version; without them pip would take whatever is newest.
+# Compiling all that is installed takes longer than installing it; Python compiles what is imported.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3 ...")'
 	@echo "Installing into $(VENV) (the first time takes minutes: torch is large)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install -qq --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@

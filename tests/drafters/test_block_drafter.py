@@ -110,7 +110,9 @@ def head_of(name: str, seed: int = 0, **options: Any) -> BlockDrafter:
     return loud(BlockDrafter(CONFIGS[name], **options))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long if case.startswith("gated") else ()) for case in CASES]
+)
 def test_drafts_are_those_of_the_papers_and_tokens_the_targets(case):
     """Prompts are read in chunks, and by one of the rows that begin with it; rows end while others begin."""
     name, options = CASES[case]

@@ -296,7 +296,7 @@ def test_tokens_are_the_models_own(kind, reference):
     assert decoder.stats.num_accepted_draft_tokens > 0
 
 
-@pytest.mark.parametrize("kind", ["chain", "tree"])
+@pytest.mark.parametrize("kind", [pytest.param("chain", marks=pytest.mark.long), "tree"])
 def test_sampled_tokens_are_those_without_drafts(kind):
     sizes: dict[str, Any] = {"max_batch": 3, "max_length": 128, "backend": "eager"}
     sample: dict[str, Any] = {"do_sample": True, "seed": 5, "temperature": 0.7, "max_new_tokens": NEW}

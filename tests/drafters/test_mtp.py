@@ -70,8 +70,11 @@ def head_of(config: MTPConfig = CONFIG, **options: Any) -> MTP:
 
 @pytest.mark.parametrize(
     ("config", "options"),
-    [(CONFIG, {}), (CONFIG, {"tree": TREE, "reads_normalised": False}), (GATED, {})],
-    ids=["chain", "tree", "gated"],
+    [
+        pytest.param(CONFIG, {}, id="chain"),
+        pytest.param(CONFIG, {"tree": TREE, "reads_normalised": False}, id="tree"),
+        pytest.param(GATED, {}, marks=pytest.mark.long, id="gated"),
+    ],
 )
 def test_drafts_are_those_of_the_layer_and_tokens_the_targets(config, options):
     head, tree = head_of(config, **options), options.get("tree")

@@ -67,7 +67,10 @@ def head_of(name: str, **options: Any) -> ParallelEagle:
 SAMPLED_TWICE = {**SAMPLED, "num_return_sequences": 2}
 
 
-@pytest.mark.parametrize(("name", "options", "new"), [("borrows", {}, 6), ("owns", SAMPLED_TWICE, 5)])
+@pytest.mark.parametrize(
+    ("name", "options", "new"),
+    [pytest.param("borrows", {}, 6, marks=pytest.mark.long), ("owns", SAMPLED_TWICE, 5)],
+)
 def test_drafts_are_those_behind_masks_and_tokens_the_targets(name, options, new):
     """Prompts are read in chunks, and by one of the rows that begin with it; rows end while others begin."""
     head = head_of(name)

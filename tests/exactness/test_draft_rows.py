@@ -37,8 +37,8 @@ FAMILY = FAMILIES[0]
 NARROW = tuple(case for case in (*CASES, *OTHERS) if case != "early-exit")
 """What can draft for few rows: not what writes to the target's caches, which have all."""
 OFTEN = ("suffix-or-head",)
-PAGED = ("eagle3-tree", "draft-model")
-"""Tried each time: a lookup, trees, a head with a cache of its own; a model that reads along. The others if --long."""
+PAGED = ("eagle3-tree",)
+"""Tried each time: a lookup; trees of a head with a cache of its own. The others if --long."""
 
 
 def _drafter(case: str) -> Drafter:

@@ -17,8 +17,8 @@ LAYOUTS = ("packed", "padded", "auto")
 DRAFTERS = ("none", "prompt-lookup", "draft-model", "draft-model-tree", "rubbish", "sometimes-wrong")
 OFTEN = {
     "packed": ("draft-model-tree", "sometimes-wrong"),  # `test_architectures.py` decodes so with all of them
-    "padded": ("none", "draft-model", "draft-model-tree", "sometimes-wrong"),
-    "auto": DRAFTERS,
+    "padded": ("none", "draft-model-tree", "sometimes-wrong"),
+    "auto": tuple(drafter for drafter in DRAFTERS if drafter != "draft-model"),
 }
 """Tried each time; the others if --long."""
 

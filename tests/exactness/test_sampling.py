@@ -79,8 +79,7 @@ def _sample(fast: OptimizedModel, prompts: Any = PROMPTS, **options: Any) -> Any
     [
         *(("gpt2", drafter) for drafter in DRAFTERS if drafter not in SELDOM),
         *(pytest.param("gpt2", drafter, marks=pytest.mark.long) for drafter in SELDOM),
-        ("mistral", "draft-model-tree"),
-        *(pytest.param(other, "draft-model-tree", marks=pytest.mark.long) for other in ("bloom", "gemma")),
+        *(pytest.param(other, "draft-model-tree", marks=pytest.mark.long) for other in ("bloom", "gemma", "mistral")),
         ("own-positions", "draft-model"),
     ],
 )

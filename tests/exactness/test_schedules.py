@@ -51,7 +51,7 @@ def _likely_tokens() -> list[int]:
     return sorted({token for n in LENGTHS for token in reference(prompt(n), NEW_TOKENS)})
 
 
-OFTEN = ((1, "sometimes-wrong"), (1, "rubbish"), (2, "draft-model"), (5, "sometimes-wrong"), (5, "draft-model"))
+OFTEN = ((1, "sometimes-wrong"), (1, "rubbish"), (5, "sometimes-wrong"), (5, "draft-model"))
 """Tried each time; the others if --long."""
 
 

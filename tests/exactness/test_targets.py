@@ -31,8 +31,9 @@ CASES = [
     *(("eager", drafter) for drafter in DRAFTERS),
     # Trees, and the target's logits; other trees: `test_draft_rows.py`, chains: `test_compile.py`.
     pytest.param("inductor", "target-initialized", marks=pytest.mark.long),
-    *(("onnx", drafter) for drafter in (*DRAFTERS[:-1], "target-initialized")),
-    pytest.param("onnx", "forks", marks=pytest.mark.long),  # exported with options below, each time
+    *(("onnx", drafter) for drafter in DRAFTERS[:-1]),
+    # Trees of heads: `test_heads.py`; forks are exported with options below, each time.
+    *(pytest.param("onnx", drafter, marks=pytest.mark.long) for drafter in ("target-initialized", "forks")),
     ("aot", "lookup"),
     *(pytest.param("aot", drafter, marks=pytest.mark.long) for drafter in ("target-initialized", "forks")),
 ]
