@@ -20,7 +20,6 @@ from tests.exactness.trained_heads import (
     BATCHES,
     CASES,
     FAMILIES,
-    FEW,
     NEW,
     OTHERS,
     PROMPTS,
@@ -80,7 +79,7 @@ def test_tokens_are_the_models_own(family, rows, case):
 @pytest.mark.parametrize(
     ("target_name", "cases"),
     [
-        pytest.param("onnx", ("recurrent", "block-tree", "suffix-or-head"), id="onnx-few"),
+        pytest.param("onnx", ("recurrent", "block-tree", "suffix-or-head", "early-exit"), id="onnx-few"),
         *(pytest.param(name, ALL, marks=pytest.mark.long, id=name) for name in ("onnx", "aot", "inductor")),
     ],
 )
