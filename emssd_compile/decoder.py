@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from emssd_compile.ambient import neutral
-from emssd_compile.calls import Call, Terms, read_call
+from emssd_compile.calls import Terms, read_call
 from emssd_compile.continuous_batching import ContinuousBatching
-from emssd_compile.ends import shared_eos
 from emssd_compile.errors import OptionError
 from emssd_compile.generation import own_options
 from emssd_compile.grammar import Grammar
+from emssd_compile.jobs import Job, Jobs
 from emssd_compile.numeric import flag
 from emssd_compile.progress import progress_bar, working
 from emssd_compile.report import Explanation
 from emssd_compile.runtime.admission import Admission
-from emssd_compile.runtime.consumer import Consumer
 from emssd_compile.runtime.containers import Array
 from emssd_compile.runtime.engine import Engine
 from emssd_compile.runtime.outputs import GenerateOutput
 from emssd_compile.runtime.requests import Request
 from emssd_compile.runtime.turns import Turns
+from emssd_compile.scheduler import Scheduler
 from emssd_compile.session import Session
 from emssd_compile.stats import Stats
 from emssd_compile.step.options import RowOption
@@ -319,15 +319,12 @@ class Decoder(ContinuousBatching, ABC):
                 cache_salt=cache_salt,
                 rows=lambda: self._engine.requests,
             )
-            with self._turns.take("generate"):
-                self._follow()
-                self._select(call.used, hooked=bool(call.hooks))
-                if not self._is_warm:
-                    self._warm_up(progress=False)
-                with self._calling(call.hooks):
-                    self._decode(call, progress)
-                if call.masks is not None:
-                    call.masks.settle()
+            total = sum(request.max_new_tokens for request in call.requests)
+            with self._turns.take("generate"), progress_bar(progress, total) as advance:
+                jobs, job = Jobs[Job](), Job(call, advance)
+                jobs.put(job)
+                Scheduler(self, jobs).decode()
+            job.raise_error()
             return call.result(self.readings)
 
     @property
@@ -344,18 +341,8 @@ class Decoder(ContinuousBatching, ABC):
             self._engine.memory.check,
         )
 
-    def _decode(self, call: Call, progress: bool) -> None:
-        """Run the requests to their ends, in this thread; sessions do it as requests come."""
-        total = sum(request.max_new_tokens for request in call.requests)
-        shared = shared_eos(call.requests)
-        consumer = Consumer(call.prompts, call.requests, call.chosen, shared)
-        with progress_bar(progress, total) as advance, self._running(call.requests, shared) as run:
-            for request in run:
-                advance(consumer.take(request))
-        consumer.end()
-
     @contextlib.contextmanager
-    def _running(self, requests: Admission | Sequence[Request], eos: Collection[int]) -> Iterator[Iterator[Request]]:
+    def _running(self, requests: Admission, eos: Collection[int]) -> Iterator[Iterator[Request]]:
         """Have steps run: gives each request that has new tokens, until none waits and none runs.
 
         However the `with` ends, what was counted is in the stats, and no row is busy.

@@ -12,7 +12,7 @@ from emssd_compile.ambient import neutral
 from emssd_compile.calls import read_call
 from emssd_compile.errors import OptionError
 from emssd_compile.numeric import integer, seconds
-from emssd_compile.scheduler import Scheduler
+from emssd_compile.session_thread import SessionThread
 from emssd_compile.step.probe import ReadingSpec
 from emssd_compile.stream import Stream, Ticket
 
@@ -37,7 +37,7 @@ class Session:
 
     def __init__(self, decoder: Decoder, *, max_queue: int, options: Mapping[str, Any]) -> None:
         most = integer("max_queue", max_queue, least=0)
-        self._scheduler = Scheduler(decoder, most, decoder._used_by(options))
+        self._scheduler = SessionThread(decoder, most, decoder._used_by(options))
         self._scheduler.open()
         self._close_when_dropped = weakref.finalize(self, self._scheduler.stop)
 

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from emssd_compile.calls import Call
 from emssd_compile.errors import ReentryError
-from emssd_compile.runtime.consumer import Consumer
+from emssd_compile.jobs import FinishReason, Job
 from emssd_compile.runtime.requests import Request
 from emssd_compile.step.probe import READING
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from emssd_compile.session import Session
 
 _logger = logging.getLogger(__name__)
-
-FinishReason = Literal["eos", "length", "stop", "cancelled", "deadline", "error"]
-"""Why a request ended: an EOS, its limit of tokens, a stop string or stopping criterion, `cancel` or the session's end,
-its `deadline` or `max_time`, or an exception."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ class StreamStats:
         return 1.0 + self.num_accepted_draft_tokens / self.num_steps if self.num_steps else 1.0
 
 
-class Ticket:
-    """A request between the session's thread, which writes, and any number of readers.
+class Ticket(Job):
+    """The job of one request, between the session's thread, which writes, and any number of readers.
 
     Args:
         call: of one prompt.
@@ -72,21 +68,17 @@ class Ticket:
         request: the one of the call.
         ends_at: when its deadline is over, seconds of `time.monotonic`; inf without one.
         is_cancelled: whether it is to be ended with the next step.
-        consumer: what its tokens go through, once it runs.
         tokens: those that were handed over; they only become more.
         finish_reason: None as long as it has not ended.
-        error: what ended it, if it is "error".
     """
 
     def __init__(self, call: Call, deadline: float | None) -> None:
-        self.call = call
+        super().__init__(call)
         self._submitted = time.monotonic()
         self.ends_at = math.inf if deadline is None else self._submitted + deadline
         self.is_cancelled = False
-        self.consumer: Consumer | None = None
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.error: BaseException | None = None
         self._first: float | None = None
         self._ended: float | None = None
         self._changed = threading.Condition()
@@ -98,23 +90,30 @@ class Ticket:
         """What the engine decodes."""
         return self.call.requests[0]
 
-    def deliver(self) -> None:
-        """Hand over what is new in the request's output."""
+    def deliver(self, request: Request, count: int) -> None:
+        """Hand them over to the readers."""
         with self._changed:
-            self.tokens += self.request.output[len(self.tokens) :]
+            self.tokens += request.output[len(self.tokens) :]
             if self.tokens and self._first is None:
                 self._first = time.monotonic()
             self._wake()
 
-    def finish(self, reason: FinishReason, error: BaseException | None = None) -> None:
-        """Nothing more follows."""
+    def finish(self, reason: FinishReason | None, error: BaseException | None = None) -> None:
+        """Tell the readers that nothing more follows."""
         with self._changed:
-            self.consumer = None
-            self.error, self.finish_reason, self._ended = error, reason, time.monotonic()
+            super().finish(reason, error)
+            self.finish_reason, self._ended = reason or self._own_reason(), time.monotonic()
             self._wake()
             calls, self._calls = self._calls, []
         for call in calls:
             _call(call)
+
+    def _own_reason(self) -> FinishReason:
+        """Why the request ended by itself."""
+        request = self.request
+        if request.output and request.output[-1] in request.eos_token_ids:
+            return "eos"
+        return "length" if not request.finish_reason else "deadline" if request.finish_reason == "deadline" else "stop"
 
     def when_ended(self, call: Callable[[], object]) -> None:
         """Call it once, when the request has ended; at once if it has."""

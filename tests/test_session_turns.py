@@ -116,17 +116,17 @@ def test_a_queue_that_others_fill_while_the_sessions_thread_submits_is_no_matter
         return True
 
     with fast().session(max_queue=0) as session:
-        tickets = session._scheduler._tickets
-        put = tickets.put
+        jobs = session._scheduler._jobs
+        put = jobs.put
 
         def filled_first(ticket: Ticket, timeout: float | None) -> None:
-            if session.is_inside() and tickets.has_room():
+            if session.is_inside() and jobs.has_room():
                 with ThreadPoolExecutor(1) as other:
                     other.submit(session.submit, prompt(4), max_new_tokens=1).result(WAIT)
             put(ticket, timeout)
 
         stream = session.submit(prompt(5), max_new_tokens=NEW, stopping_criteria=[call])
-        monkeypatch.setattr(tickets, "put", filled_first)
+        monkeypatch.setattr(jobs, "put", filled_first)
         stream.result(WAIT)
     assert [*map(type, seen)] == [ReentryError, ReentryError, QueueFullError]
 

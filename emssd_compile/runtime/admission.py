@@ -33,27 +33,27 @@ class Admission:
             rows: what each row decodes, None where it is free.
             memory: who waits for it is not overtaken.
         """
-        return next_request(self._requests, rows, memory)
+        beginning = next_request(self._requests, rows, memory)
+        if beginning is not None:
+            self._requests.remove(beginning.request)
+        return beginning
 
 
-def next_request(waiting: deque[Request], rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
-    """Take the first of those that wait; but whose prompt is being read, or how it begins, waits until it is.
+def next_request(waiting: Iterable[Request], rows: Sequence[Row | None], memory: KVMemory) -> Beginning | None:
+    """The first of those that wait; but whose prompt is being read, or how it begins, waits until it is.
 
     Args:
-        waiting: loses the one that is returned.
+        waiting: in order.
         rows: what each row decodes, None where it is free.
         memory: what the request starts in.
     """
     reading = {row.request.group for row in rows if row and not row.request.output} - {None}
-    for place, request in enumerate(waiting):
+    for request in waiting:
         sources = rows_with_prompt(request, rows)
         is_read_whole = request.group in reading and _is_shared(request)
         if not sources and (is_read_whole or memory.is_being_read(request)):
             continue
-        beginning = memory.plan(request, sources)
-        if beginning is not None:
-            del waiting[place]
-        return beginning
+        return memory.plan(request, sources)
     return None
 
 

@@ -20,17 +20,9 @@ class Consumer:
         prompts: the prompts of all requests.
         requests: one for each prompt, in order.
         options: what the call asked for. Its clock starts now.
-        known: tokens at which the steps themselves end every row, all the time.
     """
 
-    def __init__(
-        self,
-        prompts: PromptBatch,
-        requests: Sequence[Request],
-        options: GenerateOptions,
-        known: frozenset[int] = frozenset(),
-    ) -> None:
-        self._known = known
+    def __init__(self, prompts: PromptBatch, requests: Sequence[Request], options: GenerateOptions) -> None:
         self._row_criteria = options.row_criteria
         self._ends_at = None if options.max_time is None else time.monotonic() + options.max_time
         self._streamer = options.streamer
@@ -52,14 +44,9 @@ class Consumer:
         self._seen[request.index] = len(request.output)
         return len(request.output) - start
 
-    def end(self) -> None:
-        """No more tokens follow."""
-        if self._streamer is not None:
-            self._streamer.end()
-
     def _stop(self, request: Request, start: int) -> None:
         """End a row at its first EOS, at the first token for which a criterion holds, or when its time is over."""
-        eos = request.eos_token_ids - self._known
+        eos = request.eos_token_ids
         count = next((n for n, token in enumerate(request.output[start:], start + 1) if token in eos), None)
         if count is not None:
             request.end(count, "eos")

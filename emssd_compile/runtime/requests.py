@@ -13,7 +13,7 @@ from emssd_compile.runtime.buckets import StepSizes
 from emssd_compile.runtime.launch import Report
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """One prompt to continue.
 

@@ -46,6 +46,7 @@ def _start(waiting: deque[Request], rows: list[Row | None], memory: _Memory | No
         beginning = next_request(waiting, rows, cast(KVMemory, memory or _Memory()))
         if beginning is None:
             break
+        waiting.remove(beginning.request)
         assert beginning.source == next(iter(rows_with_prompt(beginning.request, rows)), None)
         rows[b] = Row(beginning.request, len(beginning.request.prompt))
         started.append(beginning.request)
