@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from emssd_compile.drafters import (
     Hybrid,
     ParallelDraftModel,
     SuffixLookup,
+    head_kind,
     load_head,
 )
 from emssd_compile.files import cache_folder
@@ -66,9 +68,13 @@ def subjects(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, S
     for folder in options.heads:
         made[folder.name] = Subject(partial(load_head, folder), "given")
         made[f"suffix or {folder.name}"] = Subject(partial(_with_suffix, folder), "given")
+        for length in _chains(folder, options.draft_tokens):
+            made[f"{folder.name} K={length}"] = Subject(partial(load_head, folder, num_draft_tokens=length), "given")
     checkpoints = [read_names(folder) for folder in options.heads]
     missing = [kind for kind in HEADS if not any(kind.layout_of(*checkpoint) for checkpoint in checkpoints)]
     made |= {kind.kind: _fresh(kind, model, options) for kind in missing}
+    if unknown := [name for name in options.only or () if name not in made]:
+        raise SystemExit(f"--only {unknown[0]!r}: there is no such drafter here; there are {', '.join(made)}")
     return {name: subject for name, subject in made.items() if not options.only or name in {"none", *options.only}}
 
 
@@ -81,6 +87,12 @@ def _draft_model(
     if options.model is None:
         return partial(shapes.build, "demo-draft", options.device, options.dtype), "given"
     return partial(shapes.first_layers, model, layers), f"the target's first {layers} layers"
+
+
+def _chains(folder: Path, lengths: Sequence[int]) -> Sequence[int]:
+    """Those of these lengths that a head is to draft: all, or none of a head without chains."""
+    kind = head_kind(folder)
+    return lengths if kind is not None and "num_draft_tokens" in inspect.signature(kind).parameters else ()
 
 
 def _with_suffix(folder: Path) -> Drafter:

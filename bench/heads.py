@@ -2,7 +2,7 @@
 
     python -m bench.heads
     python -m bench.heads --batches 1 4 8 16 --json heads.json --plot heads.png
-    python -m bench.heads --temperature 1
+    python -m bench.heads --temperature 1 --draft-tokens 1
     python -m bench.heads --shape smollm2 --exit 20
     python -m bench.heads --model models/llama --heads models/llama-eagle3 --draft models/small
     python -m bench.heads --train-on texts/*.txt --train-tokens 100000
@@ -137,6 +137,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--heads", type=Path, nargs="*", metavar="DIR", help="checkpoints of heads (default: those shipped, or none)"
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=number,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="chains of such lengths, too, from heads that draft chains: 'mlp K=1'",
     )
     parser.add_argument(
         "--exit", type=number, metavar="E", help="layers of the early exit and of such a draft model (default: half)"

@@ -22,7 +22,7 @@ class Job:
 
     Args:
         call: what was asked for.
-        advance: is told of each new tokens how many they are.
+        advance: is told how many tokens are new, whenever there are some.
 
     Attributes:
         consumer: what its tokens go through, while it runs.
@@ -41,7 +41,7 @@ class Job:
         return all(request.finished for request in self.call.requests)
 
     def deliver(self, request: Request, count: int) -> None:
-        """So many new tokens of a request have gone through the consumer."""
+        """So many new tokens of a request are through the consumer."""
         self._advance(count)
 
     def finish(self, reason: FinishReason | None, error: BaseException | None = None) -> None:

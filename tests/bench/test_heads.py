@@ -78,6 +78,16 @@ def test_only_what_is_asked_for_is_compiled_beside_plain_decoding():
     assert list(head_subjects.subjects(cast(Any, None), options)) == ["none", "suffix", "exit 2"]
     with pytest.raises(SystemExit):
         heads.parse_arguments(["--batches", "0"])
+    with pytest.raises(SystemExit, match="'sufix': there is no such drafter here; there are none, lookup, suffix, "):
+        head_subjects.subjects(cast(Any, None), heads.parse_arguments(["--only", "sufix", "--exit", "2", "--heads"]))
+
+
+def test_a_head_with_chains_is_compared_at_other_lengths():
+    options = heads.parse_arguments(["--draft-tokens", "1", "2", "--exit", "2"])
+    compared = head_subjects.subjects(cast(Any, None), options)
+    assert {name for name in compared if "K=" in name} == {f"{kind} K={k}" for kind in ("mlp", "mtp") for k in (1, 2)}
+    made = cast(Any, compared["mlp K=2"].make())
+    assert (made.num_draft_tokens, compared["mlp K=2"].weights) == (2, "given")
 
 
 @pytest.mark.parametrize(
