@@ -320,11 +320,15 @@ class Decoder(ContinuousBatching, ABC):
                 rows=lambda: self._engine.requests,
             )
             total = sum(request.max_new_tokens for request in call.requests)
-            with self._turns.take("generate"), progress_bar(progress, total) as advance:
-                jobs, job = Jobs[Job](), Job(call, advance)
+            with self._turns.take("generate"):
+                jobs, job = Jobs[Job](), Job(call)
                 jobs.put(job)
-                Scheduler(self, jobs).decode()
-            job.raise_error()
+                scheduler = Scheduler(self, jobs)
+                if scheduler.prepare():
+                    with progress_bar(progress, total) as job.advance:
+                        scheduler.decode()
+                        job.raise_error()  # within: no bar comes to its end then
+                job.raise_error()
             return call.result(self.readings)
 
     @property
@@ -351,7 +355,11 @@ class Decoder(ContinuousBatching, ABC):
             with contextlib.closing(self._engine.run(requests, [*eos])) as run:
                 yield run
         finally:
-            self.stats.add(*self._engine.counters())
+            self._count()
+
+    def _count(self) -> None:
+        """Have all that was counted in the stats."""
+        self.stats.add(*self._engine.counters())
 
     def session(self, *, max_queue: int = 64, **options: Any) -> Session:
         """Take requests while others decode: `with fast.session() as session: stream = session.submit(prompt)`.

@@ -37,19 +37,24 @@ class Scheduler(Admission, Generic[JobT]):
         self._eos: frozenset[int] = frozenset()  # those that the step knows
         self._used: frozenset[str] | None = None  # options that the form of the step honours; None before any
         self._hooked = False
+        self._is_heard = False  # whether that form calls the hooks
 
-    def decode(self) -> None:
-        """Decode until there is nothing to do, or what waits cannot run beside what runs. Something waits."""
+    def prepare(self) -> bool:
+        """Have a step that suits the job that waits longest; there is one. False if none does, which has ended it."""
         decoder = self._decoder
         self._eos, self._used, self._hooked = shared_eos(self._jobs.first().call.requests), None, False
-        with ExitStack() as self._hooks:
-            with neutral(decoder._default_dtype):
-                decoder._follow()
-                if not self._has_step(self._jobs.first()):
-                    return
-            with decoder._running(self, self._eos) as run:
-                while self._advance(run):
-                    pass
+        with neutral(decoder._default_dtype):
+            decoder._follow()
+            is_ready = self._has_step(self._jobs.first())
+            if is_ready and not decoder._is_warm:
+                decoder._warm_up(progress=False)
+        return is_ready
+
+    def decode(self) -> None:
+        """Decode until there is nothing to do, or what waits cannot run beside what runs; `prepare` has been called."""
+        with ExitStack() as self._hooks, self._decoder._running(self, self._eos) as run:
+            while self._advance(run):
+                pass
 
     def _advance(self, run: Iterator[Request]) -> bool:
         """Decode on to the next new tokens, and hand them over; False if nothing runs any more."""
@@ -64,15 +69,24 @@ class Scheduler(Admission, Generic[JobT]):
         assert job.consumer is not None
         try:
             count = job.consumer.take(request)
-            has_ended = request.finished and job.has_ended
-            if has_ended and job.call.masks is not None:
-                job.call.masks.settle()
+            has_ended = request.finished and job.has_ended()
+            if has_ended:
+                self._end_streamer(job)
+                if job.call.masks is not None:
+                    job.call.masks.settle()
         except BaseException as error:
             self._end(job, "error", error)
             return
         job.deliver(request, count)
         if has_ended:
             self._end(job)
+
+    def _end_streamer(self, job: JobT) -> None:
+        """Tell its streamer, if it has one, that no more tokens follow; who hears that may look at the stats."""
+        streamer = job.call.chosen.streamer
+        if streamer is not None:
+            self._decoder._count()
+            streamer.end()
 
     def __bool__(self) -> bool:
         """Whether the first that waits can run beside those that do."""
@@ -107,6 +121,7 @@ class Scheduler(Admission, Generic[JobT]):
         if not self._has_step(job):
             return False
         try:
+            self._hear(job.call)
             self._tell_eos()
             job.consumer = Consumer(job.call.prompts, job.call.requests, job.call.chosen)
         except BaseException as error:
@@ -128,10 +143,13 @@ class Scheduler(Admission, Generic[JobT]):
         used, hooked = call.used | (self._used or self._options), self._hooked or bool(call.hooks)
         if (used, hooked) != (self._used, self._hooked):
             self._decoder._select(used, hooked=hooked)
-            if not self._decoder._is_warm:
-                self._decoder._warm_up(progress=False)
+            self._used, self._hooked, self._is_heard = used, hooked, False
+
+    def _hear(self, call: Call) -> None:
+        """Have the form of the step that is driven call the hooks: not before a run, since a warm-up is no text."""
+        if not self._is_heard:
             self._hooks.enter_context(self._decoder._calling(self._hooks_of_steps(call)))
-            self._used, self._hooked = used, hooked
+            self._is_heard = True
 
     def _hooks_of_steps(self, call: Call) -> tuple[LogitsHook, ...]:
         """What steps call between their halves when this call has begun: it is the only one."""
@@ -150,10 +168,4 @@ class Scheduler(Admission, Generic[JobT]):
             if not request.finished:
                 request.end(len(request.output), reason or "stop")
         self._jobs.remove(job)
-        streamer = job.call.chosen.streamer
-        if streamer is not None and error is None:
-            try:
-                streamer.end()
-            except BaseException as raised:
-                reason, error = "error", raised
         job.finish(reason, error)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from emssd_compile.ambient import neutral
 from emssd_compile.calls import Call
 from emssd_compile.errors import QueueFullError, ReentryError, SessionError
-from emssd_compile.jobs import Jobs
+from emssd_compile.jobs import FinishReason, Jobs
 from emssd_compile.row_hooks import RowHooks
 from emssd_compile.runtime.requests import Request
 from emssd_compile.scheduler import Scheduler
@@ -140,7 +140,8 @@ class SessionThread(Scheduler[Ticket]):
         self._turn.adopt()
         try:
             while self._wait_for_work():
-                self.decode()
+                if self.prepare():
+                    self.decode()
         except BaseException as error:
             self.failure = error
         finally:
@@ -175,17 +176,28 @@ class SessionThread(Scheduler[Ticket]):
         self._look_at = math.inf
         for ticket in self._jobs.all():
             if ticket.is_cancelled or self._closing == "cancel":
-                self._end(ticket, "cancelled")
+                self._break_off(ticket, "cancelled")
             elif now >= ticket.ends_at:
-                self._end(ticket, "deadline")
+                self._break_off(ticket, "deadline")
             else:
                 self._look_at = min(self._look_at, ticket.ends_at)
+
+    def _break_off(self, ticket: Ticket, reason: FinishReason) -> None:
+        try:
+            self._end_streamer(ticket)
+        except BaseException as error:
+            self._end(ticket, "error", error)
+        else:
+            self._end(ticket, reason)
 
     def _end_all(self) -> None:
         self._closing = self._closing or "finish"
         self._jobs.tell()  # who puts now holds the lock that this waits for: from here on nothing is put
         for ticket in self._jobs.all():
-            self._end(ticket, "error" if self.failure else "cancelled", self.failure)
+            if self.failure is None:
+                self._break_off(ticket, "cancelled")
+            else:
+                self._end(ticket, "error", self.failure)
 
 
 @atexit.register
