@@ -35,6 +35,7 @@ class Scheduler(Admission, Generic[JobT]):
         super().__init__()
         self._decoder, self._jobs, self._options = decoder, jobs, options
         self._eos: frozenset[int] = frozenset()  # those that the step knows
+        self._known: set[int] = set()  # those that it has known all the time since nothing ran
         self._used: frozenset[str] | None = None  # options that the form of the step honours; None before any
         self._hooked = False
         self._is_heard = False  # whether that form calls the hooks
@@ -43,6 +44,7 @@ class Scheduler(Admission, Generic[JobT]):
         """Have a step that suits the job that waits longest; there is one. False if none does, which has ended it."""
         decoder = self._decoder
         self._eos, self._used, self._hooked = shared_eos(self._jobs.first().call.requests), None, False
+        self._known = {*self._eos}
         with neutral(decoder._default_dtype):
             decoder._follow()
             is_ready = self._has_step(self._jobs.first())
@@ -123,7 +125,7 @@ class Scheduler(Admission, Generic[JobT]):
         try:
             self._hear(job.call)
             self._tell_eos()
-            job.consumer = Consumer(job.call.prompts, job.call.requests, job.call.chosen)
+            job.consumer = Consumer(job.call.prompts, job.call.requests, job.call.chosen, self._known)
         except BaseException as error:
             self._end(job, "error", error)
             return False
@@ -161,6 +163,7 @@ class Scheduler(Admission, Generic[JobT]):
         if shared != self._eos:
             self._decoder._engine.set_eos([*shared])
             self._eos = shared
+            self._known &= shared
 
     def _end(self, job: JobT, reason: FinishReason | None = None, error: BaseException | None = None) -> None:
         """Free its places, and tell who waits for it; the reason is None if its requests have ended by themselves."""

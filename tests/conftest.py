@@ -25,11 +25,8 @@ logging.getLogger("torch.__trace").propagate = False  # pytest would keep every 
 # Tracing makes objects by the million, and most of them stay: looking through them took a tenth of all tests' time.
 gc.set_threshold(100_000, 20, 100)
 
-# No deadline, no complaint of slow examples: the first call of one may compile, and other work may run beside it.
-# Derandomised: a red run means that the code changed.
-hypothesis.settings.register_profile(
-    "emssd", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+# No deadline: the first call of an example may compile. Derandomised: a red run means that the code changed.
+hypothesis.settings.register_profile("emssd", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("emssd")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -20,9 +20,17 @@ class Consumer:
         prompts: the prompts of all requests.
         requests: one for each prompt, in order.
         options: what the call asked for. Its clock starts now.
+        known: tokens at which the steps themselves end every row, all the time; it may lose some.
     """
 
-    def __init__(self, prompts: PromptBatch, requests: Sequence[Request], options: GenerateOptions) -> None:
+    def __init__(
+        self,
+        prompts: PromptBatch,
+        requests: Sequence[Request],
+        options: GenerateOptions,
+        known: Set[int] = frozenset(),
+    ) -> None:
+        self._known = known
         self._row_criteria = options.row_criteria
         self._ends_at = None if options.max_time is None else time.monotonic() + options.max_time
         self._streamer = options.streamer
@@ -46,7 +54,7 @@ class Consumer:
 
     def _stop(self, request: Request, start: int) -> None:
         """End a row at its first EOS, at the first token for which a criterion holds, or when its time is over."""
-        eos = request.eos_token_ids
+        eos = request.eos_token_ids - self._known
         count = next((n for n, token in enumerate(request.output[start:], start + 1) if token in eos), None)
         if count is not None:
             request.end(count, "eos")

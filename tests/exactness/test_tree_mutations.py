@@ -1,6 +1,5 @@
 """The exactness check sees trees: with any one of these mistakes built into the step, it fails."""
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from emssd_compile.acceptance import GreedyMatch, Rule, Verdict, Verification
-from emssd_compile.ambient import neutral
 from emssd_compile.compiler import CompiledModel, compile_model, compile_step
 from emssd_compile.drafters import Draft, DraftContext, Drafter
 from emssd_compile.ops import WORD_BITS, pack_ancestors
@@ -18,7 +16,6 @@ from emssd_compile.optimized_model import OptimizedModel
 from emssd_compile.options import CompileOptions
 from emssd_compile.passes import fuse_step
 from emssd_compile.policies import AllDrafts
-from emssd_compile.runtime.requests import Request
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.commit import Emission, commit
 from emssd_compile.step.pack import Packed, as_trees
@@ -135,21 +132,15 @@ def compiled() -> CompiledModel:
     return compile_model(target("llama", ROWS).model, BatchShape(ROWS, CAPACITY, 2 * K + 1))
 
 
-def _decode(
-    change: Change, rule: type[Rule], monkeypatch: pytest.MonkeyPatch, compiled: CompiledModel
-) -> list[list[int]]:
-    """What the steps give: `generate` would end rows at an EOS itself."""
+def _generate(change: Change, rule: type[Rule], monkeypatch: pytest.MonkeyPatch, compiled: CompiledModel) -> object:
     subject = target("llama", ROWS)
     drafter = _Forks(Oracle(subject.texts(), CAPACITY, K, wrong_of_seven=1))
     with monkeypatch.context() as patch:
         change(patch)
         step = compile_step(compiled, rule(), drafter, AllDrafts())
     options = CompileOptions(ROWS, CAPACITY, "eager", prefill_chunk=ROWS * (drafter.num_draft_tokens + 1))
-    engine = OptimizedModel(subject.model, step, options)._engine
-    requests = [Request(i, torch.tensor(ids), NEW_TOKENS) for i, ids in enumerate(PROMPTS)]
-    with neutral(None):
-        deque(engine.run(requests, _eos()), maxlen=0)
-    return [[*ids, *request.output] for ids, request in zip(PROMPTS, requests, strict=True)]
+    fast = OptimizedModel(subject.model, step, options)
+    return fast.generate(PROMPTS, max_new_tokens=NEW_TOKENS, eos_token_id=_eos())
 
 
 def _eos() -> list[int]:
@@ -164,9 +155,9 @@ def expected() -> list[list[int]]:
 
 
 def test_without_a_mistake_the_tokens_are_right(expected, compiled, monkeypatch):
-    assert _decode(lambda patch: None, GreedyMatch, monkeypatch, compiled) == expected
+    assert _generate(lambda patch: None, GreedyMatch, monkeypatch, compiled) == expected
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_changes_the_tokens(name, expected, compiled, monkeypatch):
-    assert _decode(*MISTAKES[name], monkeypatch, compiled) != expected
+    assert _generate(*MISTAKES[name], monkeypatch, compiled) != expected
