@@ -60,15 +60,25 @@ def peak_memory(fast: OptimizedModel, work: Callable[[], object]) -> Memory | No
         work()
         return Memory(weights, kv, torch.cuda.max_memory_allocated(fast.device))
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the first run gave back would else not be counted again
-        (_PROCESS / "clear_refs").write_text("5")  # the peak starts anew: proc(5)
-        before = _resident("VmRSS")
+        before = start_peak()  # what the first run gave back would else not be counted again
         work()
-        return Memory(weights, kv, weights + kv + max(_resident("VmHWM") - before, 0))
+        return Memory(weights, kv, weights + kv + max(resident("VmHWM") - before, 0))
     except (OSError, AttributeError):  # no procfs, no glibc
         return None
 
 
-def _resident(field: str) -> int:
+def start_peak() -> int:
+    """Give back what is free and have the peak of the resident set start anew (proc(5)); the bytes that are left.
+
+    Raises:
+        OSError, AttributeError: the system is not Linux with glibc.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    (_PROCESS / "clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Bytes of `VmRSS`, the resident set, or `VmHWM`, its peak."""
     lines = (_PROCESS / "status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024

@@ -11,8 +11,8 @@ weights only: what transformers does with it is what torchao makes of it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
-import resource
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,11 +32,14 @@ import emssd_compile
 from bench import command, shapes, speedup
 from bench.candidates import CANDIDATES, Attempt, Task
 from bench.figures import Phase
-from bench.memory import kv_bytes, weight_bytes
+from bench.memory import kv_bytes, resident, start_peak, weight_bytes
 from emssd_compile.errors import OptionError
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 WAYS = ("hf_generate", "hf_generate_static", "ours_none", "ours_auto")
+
+_IMPORTED = ("emssd_compile.pipeline", "emssd_compile.lowering.regions", "torch._inductor.compile_fx")
+"""What a start imports when it first needs it."""
 
 Result = TypeVar("Result")
 
@@ -47,7 +50,7 @@ class Start:
 
     Attributes:
         load, optimize, warmup, first_token: seconds of each, one after the other.
-        peak: the most memory that there was.
+        peak: the most memory that there was, once the model was loaded.
         needed: what weights and KV caches take.
     """
 
@@ -146,9 +149,12 @@ def build(name: str, precision: str, device: torch.device) -> PreTrainedModel:
 
 def start(name: str, precision: str, options: argparse.Namespace) -> Start:
     """Compile with prompt lookup and decode once, as a program of a user does."""
+    for module in _IMPORTED:
+        importlib.import_module(module)
     prompts = shapes.spread(shapes.prompts(name), max(options.batches))
-    longest, before = max(map(len, prompts)) + options.tokens, _peak()
+    longest, before = max(map(len, prompts)) + options.tokens, start_peak()
     model, load = command.timed(partial(build, name, precision, options.device), options.device)
+    start_peak()  # a checkpoint in another dtype is held beside the model while it is loaded
     # a converted model is kept where our kernels are, which the first start has to compile
     os.environ["EMSSD_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
     sizes = {"max_batch": len(prompts), "max_length": longest}
@@ -158,7 +164,7 @@ def start(name: str, precision: str, options: argparse.Namespace) -> Start:
     _, first_token = command.timed(partial(fast.generate, prompts[:1], max_new_tokens=1), options.device)
     fast.generate(prompts, max_new_tokens=options.tokens, eos_token_id=None)
     needed = weight_bytes(model) + kv_bytes(fast)
-    return Start(load, optimize, warmup, first_token, _peak() - before, needed)
+    return Start(load, optimize, warmup, first_token, resident("VmHWM") - before, needed)
 
 
 def speeds_of(name: str, precision: str, options: argparse.Namespace) -> list[Speed]:
@@ -216,11 +222,6 @@ def speeds_table(title: str, speeds: Sequence[Speed]) -> Table:
         cells = f"{each.tokens_per_second:.0f}", ratio, f"{each.first_token:.2f}", f"{each.acceptance_length:.2f}"
         table.add_row(str(each.batch), each.way, *cells, "yes" if each.tokens_identical else "no")
     return table
-
-
-def _peak() -> int:
-    """Bytes of the most memory that this process had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 if __name__ == "__main__":

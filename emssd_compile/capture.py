@@ -25,7 +25,7 @@ from emssd_compile.branches import DecideBranches
 from emssd_compile.errors import InvalidInputError, UnsupportedModelError
 from emssd_compile.functional import functional
 
-_EXAMPLE_TOKENS = 11
+EXAMPLE_TOKENS = 11
 """Length of the example sequence: not 0 or 1 (which export specialises) and unlikely to equal another dimension."""
 _LONGEST_REASON = 300
 """Characters of an export's own error that are worth reading."""
@@ -145,7 +145,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def capture(model: nn.Module, longest: int = _EXAMPLE_TOKENS) -> fx.GraphModule:
+def capture(model: nn.Module, longest: int = EXAMPLE_TOKENS) -> fx.GraphModule:
     """Capture `model` as a level-L0 graph `forward(input_ids[1, T], positions[1, T]) -> logits`.
 
     The graph holds ATen ops only; `T` is symbolic; weights are attributes that *are* the model's own parameters.
@@ -190,9 +190,9 @@ def _export_one_way(model: nn.Module, longest: int) -> ExportedProgram:
 
 def _export(model: nn.Module, branches: DecideBranches) -> ExportedProgram:
     device = device_of(model)
-    example = torch.arange(_EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
+    example = torch.arange(EXAMPLE_TOKENS, device=device)[None] % _vocabulary_hint(model)
     try:
-        with torch.no_grad(), _quiet(), _without_fake_cache():
+        with torch.no_grad(), _quiet(), without_fake_cache():
             forward = PlainForward(model, branches)
             program = functional(
                 torch.export.export(forward, (example,), dynamic_shapes=({1: Dim.AUTO},), strict=False)
@@ -228,7 +228,7 @@ def _reason(error: BaseException) -> str:
 
 def _vocabulary_hint(model: nn.Module) -> int:
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    return max(1, min([_EXAMPLE_TOKENS, *sizes]))
+    return max(1, min([EXAMPLE_TOKENS, *sizes]))
 
 
 @contextlib.contextmanager
@@ -251,7 +251,7 @@ def _quiet() -> Iterator[None]:
             logger.removeFilter(is_of_others)
 
 
-def _without_fake_cache() -> contextlib.AbstractContextManager[None]:
+def without_fake_cache() -> contextlib.AbstractContextManager[None]:
     """Fake results are made anew each time, here and in all passes, whose fake mode is the one that export makes.
 
     To find one in torch's cache, a key is computed, and its symbolic strides again. With it, `optimize` of a model of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -161,14 +161,29 @@ def compile_model(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = (
         UnsupportedModelError: the model cannot be captured, or a pass cannot prove its rewrite right.
         OptionError: a layer of `taps` does not exist.
     """
-    graph_module = capture(model, batch.capacity)
+    return rewrite(capture(model, batch.capacity), batch, taps)
+
+
+def rewrite(
+    graph_module: fx.GraphModule, batch: BatchShape, taps: tuple[int, ...] = (), records: Iterable[PassRecord] = ()
+) -> CompiledModel:
+    """Rewrite a captured graph to level L2.
+
+    Args:
+        graph_module: level L0; it is rewritten in place.
+        batch, taps: as for `compile_model`.
+        records: of what was done before.
+
+    Raises:
+        UnsupportedModelError, OptionError: as `compile_model`.
+    """
     keep_values(graph_module.graph)
     ids = placeholder(graph_module.graph, "input_ids").meta["val"]
     fake_mode: FakeTensorMode = ids.fake_mode
     has_kernels = load_kernels(ids.device.type)  # before anything runs: the comparison with the model uses them, too
     _check_capacity(batch.capacity, ids.shape[1])
     tensors = dict(chain(graph_module.named_parameters(remove_duplicate=False), graph_module.named_buffers()))
-    manager = PassManager(fake_mode, active_observers())
+    manager = PassManager(fake_mode, active_observers(), [*records])
     manager.apply(graph_module, (passes.captured(), passes.canonical(batch), passes.unpadded(batch, fake_mode)))
     looked_at = {name: tensors[name] for name in sorted(read_attributes(graph_module)) if name in tensors}
     if not has_kernels and ids.device.type in ("cpu", "cuda"):
@@ -380,4 +395,4 @@ def _copy(source: fx.GraphModule, name: str) -> fx.GraphModule:
     return _LazyGraphModule(source, copied(source.graph), class_name=name)
 
 
-__all__ = ["CompiledModel", "CompiledStep", "apply_target_passes", "compile_model", "compile_step"]
+__all__ = ["CompiledModel", "CompiledStep", "apply_target_passes", "compile_model", "compile_step", "rewrite"]

@@ -71,9 +71,7 @@ def optimize(
 
     The tokens that `generate` gives are the model's own: in fp32 exactly those of its greedy decoding of each prompt
     alone. Weights are shared with `model`, which is left as it was: what is written into them is seen by the next
-    `generate`, and what cannot be followed is refused there (see `OptimizedModel.refresh`). Only Inductor on a CPU
-    holds the matrices a second time, in the layout that it multiplies fastest, unless that takes more than half of the
-    memory available (`explain()` says so then).
+    `generate`, and what cannot be followed is refused there (see `OptimizedModel.refresh`).
 
     Args:
         model: a Hugging Face causal LM, or any module whose forward maps `ids[1, T]` to logits (a tensor, a tuple

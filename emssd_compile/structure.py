@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from emssd_compile.step.parts import Part
 
-_HARMLESS_OF_MODULES = frozenset(
+HARMLESS_OF_MODULES = frozenset(
     {
         *("generation_config", "generate_batch", "name_or_path", "_compiled_call_impl", "_emssd_compiled"),
         *("_compiled_call", "_last_compile_config", "_previous_max_cache_length"),  # of transformers' generate
@@ -33,7 +33,7 @@ _HARMLESS_OF_MODULES = frozenset(
 """Attributes of modules that change no value of a forward: names, hooks that it does not call, and what is kept for the
 backward pass."""
 
-_HARMLESS_OF_CONFIGS = frozenset(
+HARMLESS_OF_CONFIGS = frozenset(
     {
         *("generation_config", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version"),
         *("architectures", "id2label", "label2id", "use_cache"),
@@ -94,7 +94,7 @@ class Structure:
         self._kinds.append((path, module, type(module)))
         self._note_classes(type(module))
         of_host = module.host_attributes if isinstance(module, Part) else ()
-        harmless = _HARMLESS_OF_MODULES | _recomputed(module) | {*of_host}
+        harmless = HARMLESS_OF_MODULES | _recomputed(module) | {*of_host}
         self._containers.append(_Container(path, partial(vars, module), harmless))
         for store in ("_parameters", "_buffers"):
             self._containers.append(_Names(f"{path} (its tensors)", partial(getattr, module, store)))
@@ -132,7 +132,7 @@ class Structure:
         if items is None:
             return
         read, pairs = items
-        harmless = _HARMLESS_OF_CONFIGS if hasattr(value, "model_type") else frozenset()
+        harmless = HARMLESS_OF_CONFIGS if hasattr(value, "model_type") else frozenset()
         self._seen.add(id(value))
         if not isinstance(value, tuple):  # those never change
             self._containers.append(_Container(path, read, harmless))

@@ -55,12 +55,3 @@ def little_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture
-def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a test, `optimize` takes the graph that was captured of the same model, for rows of the same size."""
-    from emssd_compile import compiler
-    from tests.captured import compile_model  # brings sympy
-
-    monkeypatch.setattr(compiler, "compile_model", compile_model)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from emssd_compile import tested_graphs
+from emssd_compile import identity, tested_graphs
 from emssd_compile.compiler import CompiledModel, compile_model
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.selfcheck import check_against
@@ -79,13 +79,13 @@ def _configured(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyP
 
 
 def _released(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> CompiledModel:
-    package = tested_graphs._package
-    monkeypatch.setattr(tested_graphs, "_package", lambda name: (package(name)[0] + "+1", package(name)[1]))
+    package = identity.package
+    monkeypatch.setattr(identity, "package", lambda name: (package(name)[0] + "+1", package(name)[1]))
     return compiled
 
 
 def _rewritten(model: Any, compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> CompiledModel:
-    monkeypatch.setattr(tested_graphs, "_own_sources", lambda: b"other sources")
+    monkeypatch.setattr(identity, "own_sources", lambda: "other sources")
     return compiled
 
 

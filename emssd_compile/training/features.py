@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from emssd_compile.ambient import compiling, neutral
-from emssd_compile.compiler import CompiledModel, compile_model
+from emssd_compile.compiler import CompiledModel
 from emssd_compile.drafters.head import Features
+from emssd_compile.pipeline import compile_model
 from emssd_compile.runtime.memory import allocate
-from emssd_compile.selfcheck import check_against
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Target, TokenTables
 from emssd_compile.step.pack import pack
@@ -36,7 +36,6 @@ class FrozenTarget:
         self._shape = BatchShape(batch, window)
         with compiling, neutral(torch.get_default_dtype()):
             self._compiled = self._tapped = compile_model(model, self._shape)
-            check_against(model, self._compiled)
         self.device = self.as_target().device
         self._caches = allocate(self._compiled.cache_shapes, self.device)
 

@@ -13,8 +13,6 @@ from tests.drafters import test_eagle3, test_mtp, test_parallel_eagle
 from tests.drafters.llama_heads import PROMPTS, TREE, optimized, plainly
 from tests.exactness.compiled import rechunked
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 HEADS: dict[str, Callable[[], AutoregressiveHead]] = {
     "eagle3": lambda: test_eagle3.head_of("eagle-3"),
     "two layers and a tree": lambda: test_eagle3.head_of("eagle-3.1", tree=TREE),

@@ -41,8 +41,6 @@ from tests.exactness.models import prompt
 from tests.training.toys import TEXT, Characters, options, toy_target
 from tests.zoo import VOCABULARY
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 MASK = 7
 _OWN: dict[str, Any] = {"owns_embedding": True, "owns_head": True}
 _NARROW = LayerSizes(32, 48, 4, 2, 16, rotary=Rotary(500.0), has_head_norms=True)

@@ -36,8 +36,6 @@ from tests.drafters.watched import check_drafts
 from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 CONFIGS = {
     "borrows": Eagle3Config(HIDDEN, VOCABULARY, taps=default_taps(2), speculative_tokens=3),
     "eagle-3": Eagle3Config(

@@ -17,8 +17,6 @@ from tests.exactness.models import Reference, prompt
 from tests.passes.graphs import model_with_attention
 from tests.zoo import toy_model
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 LAYERS, NEW = 4, 20
 PROMPTS = [prompt(n) for n in (5, 1, 23, 40)]
 SHAPES: list[dict[str, Any]] = [{"num_draft_tokens": 3}, {"tree": (3, 1, 2)}]

@@ -31,8 +31,6 @@ from tests.drafters.head_cases import (
 )
 from tests.passes.graphs import HIDDEN, VOCABULARY
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 TREE = ((0,), (1,), (3,), (0, 0), (0, 2), (1, 0), (0, 2, 0), (0, 2, 1))
 TABLES = TokenTables(head=torch.randn(VOCABULARY, HIDDEN), head_bias=torch.randn(VOCABULARY))
 CONFIGS = {

@@ -17,8 +17,6 @@ from tests.drafters.contexts import target_of
 from tests.drafters.head_cases import GREEDY, SAMPLING, TEXTS, fast, grade, in_speculators, ranked, seen, target, write
 from tests.passes.graphs import HIDDEN, VOCABULARY
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 CONFIGS = {
     "plain": MLPSpeculatorConfig(HIDDEN, VOCABULARY, 3, inner_size=12),
     "tied": MLPSpeculatorConfig(HIDDEN, VOCABULARY, 4, inner_size=12, tie_weights=True, scale_input=True),

@@ -38,8 +38,6 @@ from tests.drafters.watched import check_drafts
 from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 SIZES = LayerSizes(HIDDEN, 48, 4, 2, 16, has_qkv_bias=True)
 CONFIG = MTPConfig(HIDDEN, VOCABULARY, SIZES)
 GATED = MTPConfig(

@@ -38,8 +38,6 @@ from tests.drafters.watched import check_drafts
 from tests.exactness.models import prompt
 from tests.zoo import VOCABULARY
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 CONFIGS = {
     "borrows": ParallelEagleConfig(
         HIDDEN, VOCABULARY, taps=(0, 0, 1), num_layers=1, owns_embedding=False, speculative_tokens=5, mask_token=3

@@ -23,8 +23,6 @@ from tests.drafters.contexts import context, target_of
 from tests.drafters.head_cases import Largest
 from tests.passes.graphs import HIDDEN, VOCABULARY, TinyModel, causal
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 ROWS = [[3, 1, 4], [9], [2, 6, 5, 3, 5, 8, 9, 7, 1, 1, 2]]
 GREEDY: dict[str, Any] = {}
 SAMPLING: dict[str, Any] = {"do_sample": True, "seed": 5, "temperature": 0.8, "top_k": [3, 0, 1]}

@@ -16,8 +16,6 @@ from tests.exactness.models import prompt
 from tests.exactness.parts import AlternatingLayout, Ban, Impatient, Margin, Timid, ban, banned
 from tests.passes.graphs import model_with_attention
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 ROWS, NEW = 3, 12
 PROMPTS = [prompt(n) for n in (5, 40, 17, 1, 64)]
 DRAFTERS = ("none", "sometimes-wrong", "fixed-tree", "random-tree", "draft-model")

@@ -1,0 +1,190 @@
+"""What a model is beside the values of its weights: the code that it runs, and what its modules hold.
+
+Two models that are the same by all of this have the same forward. Where it cannot be told, nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+
+import torch
+from torch import Tensor, nn
+
+from emssd_compile.files import hash_of_sources
+from emssd_compile.structure import HARMLESS_OF_CONFIGS, HARMLESS_OF_MODULES
+
+_ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules"})
+"""Attributes of a module that are told as the model's tensors and modules."""
+_DEPTH = 6
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout)
+
+
+class UnknownError(Exception):
+    """There is something of which it cannot be told what it is."""
+
+
+def code_of(model: nn.Module) -> tuple[object, ...]:
+    """What the model's classes are: versions of their packages, their functions, and what lies beside them.
+
+    Raises:
+        UnknownError: some of the code is of no installed package, or was put there at run time.
+    """
+    hooks = vars(torch.nn.modules.module).items()
+    if any(held for name, held in hooks if name.startswith("_global_forward") and isinstance(held, dict)):
+        raise UnknownError("hooks of all modules")
+    kinds = set[type]()
+    for module in model.modules():
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            raise UnknownError("a hook")
+        kinds |= {*type(module).__mro__}
+    names = {kind.__module__.partition(".")[0] for kind in kinds} - {"builtins", "typing", "abc"}
+    packages = {name: package(name) for name in sorted(names)}
+    return (packages, *_functions(kinds, tuple(folder for _, folder in packages.values())))
+
+
+def machine(devices: Iterable[torch.device]) -> tuple[object, ...]:
+    """The versions of Python and torch, and the processors."""
+    gpus = [(str(d), torch.cuda.get_device_name(d) if d.type == "cuda" else "") for d in sorted(devices, key=str)]
+    return sys.version, torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), gpus
+
+
+@functools.cache
+def own_sources() -> str:
+    """A hash of this package's code."""
+    return hash_of_sources(Path(__file__).parent)
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    """What the names of files of installed code begin with; what is made by exec has no file."""
+    return "<", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))
+
+
+def package(name: str) -> tuple[str, str]:
+    """Version and folder of an installed package. Raises UnknownError if its version does not say what it is."""
+    try:
+        distribution, folder = metadata.distribution(name), sys.modules[name].__file__
+    except (metadata.PackageNotFoundError, LookupError) as error:
+        raise UnknownError(f"{name} is of no package") from error
+    if folder is None or "editable" in (distribution.read_text("direct_url.json") or ""):
+        raise UnknownError(f"the version of {name} does not say what it is")
+    return distribution.version, str(Path(folder).parent)
+
+
+def _functions(kinds: set[type], folders: tuple[str, ...]) -> Iterator[tuple[object, ...]]:
+    """All functions of these classes and beside them."""
+    modules = {kind.__module__ for kind in kinds}
+    if not modules <= sys.modules.keys():
+        raise UnknownError("a class of no module")
+    for holder in sorted((*(sys.modules[name] for name in modules), *kinds), key=repr):
+        for name, value in sorted(vars(holder).items()):
+            if isinstance(value, FunctionType):
+                yield repr(holder), name, _body(inspect.unwrap(value), folders)
+
+
+def _body(function: FunctionType, folders: tuple[str, ...] = ()) -> tuple[object, ...]:
+    code = function.__code__
+    if not code.co_filename.startswith((*_installed(), *folders)):
+        raise UnknownError(f"{function.__qualname__} was not installed")
+    return _of(code)
+
+
+def _of(code: CodeType) -> tuple[object, ...]:
+    """What a function does; marshal would tell as well how often its constants are used elsewhere."""
+    constants = (
+        _of(each) if isinstance(each, CodeType) else sorted(map(repr, each)) if isinstance(each, frozenset) else each
+        for each in code.co_consts
+    )
+    return code.co_filename, code.co_code, code.co_names, *constants
+
+
+def held_by(model: nn.Module) -> tuple[object, ...]:
+    """What a model's modules hold, and what its tensors are, but for their values.
+
+    Raises:
+        UnknownError: something that is held is not of a kind that is known here, such as a tensor that no module has
+            registered.
+    """
+    registered: dict[int, str] = {}
+    tensors = []
+    for path, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise UnknownError(f"{path} is a {type(tensor).__name__}")
+        first = registered.setdefault(id(tensor), path)
+        layout = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, str(tensor.device)
+        tensors.append((path, first, type(tensor).__name__, tensor.requires_grad, *layout))
+    describe = _Describer(registered | {id(module): path for path, module in model.named_modules()})
+    modules = [
+        (path, describe.kind(type(module)), describe.attributes(vars(module), HARMLESS_OF_MODULES | _ELSEWHERE, 0))
+        for path, module in model.named_modules(remove_duplicate=False)
+    ]
+    beside = [(name, describe.globals_of(name)) for name in sorted({type(m).__module__ for m in model.modules()})]
+    return tensors, modules, beside
+
+
+class _Describer:
+    """Turns values into what says all that a forward may read of them.
+
+    Args:
+        known: names of objects that are described elsewhere, by their ids.
+    """
+
+    def __init__(self, known: dict[int, str]) -> None:
+        self._known = known
+        self._package = functools.cache(package)
+
+    def kind(self, kind: type) -> str:
+        """A class, by name."""
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+    def attributes(self, held: Mapping[str, object], harmless: frozenset[str], depth: int) -> list[tuple[str, object]]:
+        """Values by name, without those that no forward reads."""
+        return [(name, self.value(held[name], depth)) for name in sorted(held) if name not in harmless]
+
+    def globals_of(self, name: str) -> list[tuple[str, object]]:
+        """Numbers, texts, registries and tensors that lie beside classes; functions are told with the classes' own."""
+        kinds = (*_PLAIN, Mapping, Tensor)
+        held = {key: value for key, value in vars(sys.modules[name]).items() if not key.startswith("__")}
+        return [(key, self.value(held[key], 0)) for key in sorted(held) if isinstance(held[key], kinds)]
+
+    def value(self, value: object, depth: int) -> object:
+        """Anything that a module may hold. Raises UnknownError if it is of another kind."""
+        if id(value) in self._known:
+            return self._known[id(value)]
+        if isinstance(value, _PLAIN):
+            return type(value).__name__, repr(value)
+        if depth < _DEPTH:
+            deeper = functools.partial(self.value, depth=depth + 1)
+            if isinstance(value, (set, frozenset)):
+                return type(value).__name__, sorted(repr(deeper(item)) for item in value)
+            if isinstance(value, (list, tuple)):
+                return self.kind(type(value)), [deeper(item) for item in value]
+            if isinstance(value, Mapping):
+                return self.kind(type(value)), [(deeper(key), deeper(item)) for key, item in value.items()]
+            if isinstance(value, functools.partial):
+                return "partial", deeper(value.func), deeper(value.args), deeper(value.keywords)
+            if isinstance(value, MethodType):
+                return "method", deeper(value.__self__), deeper(value.__func__)
+            if isinstance(value, FunctionType):
+                cells = [deeper(cell.cell_contents) for cell in value.__closure__ or ()]
+                return _body(value), cells, deeper(value.__defaults__), deeper(value.__kwdefaults__)
+            if isinstance(value, type):
+                return self._of_package(value)
+            if isinstance(value, BuiltinFunctionType) and value.__self__ is torch._C._nn:
+                return "builtin", value.__name__
+            if hasattr(value, "model_type") or hasattr(value, "__dataclass_fields__"):  # a configuration
+                return self._of_package(type(value)), self.attributes(vars(value), HARMLESS_OF_CONFIGS, depth + 1)
+        raise UnknownError(f"a {type(value).__name__} is held")
+
+    def _of_package(self, kind: type) -> object:
+        name = kind.__module__.partition(".")[0]
+        return self.kind(kind), name in sys.stdlib_module_names or self._package(name)

@@ -1,0 +1,276 @@
+"""A later start reads the graph that an earlier one captured, of the same model; never that of another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import emssd_compile
+from emssd_compile import captured_graphs, identity, pipeline
+from emssd_compile.capture import capture
+from emssd_compile.captured_graphs import CapturedGraph
+from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.step.batch import BatchShape
+from tests.passes.graphs import TinyModel, causal
+from tests.zoo import toy_model
+
+LONGEST = 64
+PROMPTS = [[1, 2, 3, 1, 2], [7, 8]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(captured_graphs, "cache_folder", lambda: tmp_path)
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[nn.Module]:
+    """The models that were captured."""
+    found = list[nn.Module]()
+
+    def noted(model: nn.Module, longest: int) -> torch.fx.GraphModule:
+        found.append(model)
+        return capture(model, longest)
+
+    monkeypatch.setattr(captured_graphs, "capture", noted)
+    return found
+
+
+def _optimized(model: nn.Module, **options: Any) -> emssd_compile.OptimizedModel:
+    return emssd_compile.optimize(model, max_batch=2, max_length=LONGEST, backend="eager", **options)
+
+
+def _tokens(fast: emssd_compile.OptimizedModel) -> list[list[int]]:
+    return fast.generate(PROMPTS, max_new_tokens=12)
+
+
+def _compiled(model: nn.Module) -> None:
+    pipeline.compile_model(model, BatchShape(2, LONGEST))
+
+
+def _path(model: nn.Module, longest: int) -> Path:
+    path = captured_graphs._path(model, longest)
+    assert path is not None
+    return path
+
+
+def _files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "captured_graphs").glob("*"))
+
+
+# gpt_oss holds constants that its forward makes of numbers.
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_the_second_start_captures_nothing_and_gives_the_tokens_of_its_own_weights(family, captures):
+    expected = _tokens(_optimized(toy_model(family)))
+    again = _optimized(toy_model(family))
+    assert len(captures) == 1
+    assert _tokens(again) == expected
+    assert again.explain().record("capture").notes == ("read: it was captured on an earlier start",)
+    other = _tokens(_optimized(toy_model(family, seed=1)))
+    assert len(captures) == 1
+    assert other == _tokens(_optimized(_of_no_package(toy_model(family, seed=1)))) != expected
+    assert len(captures) == 2
+
+
+def _of_no_package(model: nn.Module) -> nn.Module:
+    """The same model, which is captured each time."""
+    model.register_forward_hook(lambda module, given, found: None)
+    return model
+
+
+def test_a_draft_model_and_layers_of_the_target_are_read_too(captures):
+    target, draft = toy_model("llama"), toy_model("llama", seed=1, num_hidden_layers=1)
+    expected = _tokens(_optimized(target, drafter=draft))
+    assert captures == [target, draft]
+    assert _tokens(_optimized(target, drafter=draft)) == expected == _tokens(_optimized(target, drafter="none"))
+    assert captures == [target, draft]
+
+
+def _held(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def _configured(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.config.rms_norm_eps *= 2
+
+
+def _listed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.norm.limits = {"longest": [24]}
+
+
+def _patched_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model.model.norm), "forward", torch.nn.Identity.forward)
+
+
+def _patched_function(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.rotate_half)
+
+
+def _registered(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(attention._global_mapping, "sdpa", attention["flash_attention_2"])
+
+
+def _released(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = identity.package
+    monkeypatch.setattr(identity, "package", lambda name: (package(name)[0] + "+1", package(name)[1]))
+
+
+def _rewritten(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "own_sources", lambda: "other sources")
+
+
+def _exchanged(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+    model.model.layers[0].self_attn = model.model.layers[1].self_attn
+
+
+def _tied(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.layers[0].self_attn.k_proj.weight = model.model.layers[0].self_attn.v_proj.weight
+
+
+def _narrower(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.layers[0].mlp.half()
+
+
+def _transposed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = model.lm_head.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def _with_bias(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.lm_head.bias = nn.Parameter(torch.zeros(model.lm_head.out_features))
+
+
+def _other_activation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+
+
+def _default_dtype(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+
+
+CHANGES = (
+    *(_held, _configured, _listed, _patched_class, _patched_function, _registered, _released, _rewritten),
+    *(_exchanged, _tied, _narrower, _transposed, _with_bias, _other_activation, _default_dtype),
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_of_what_a_graph_follows_from_has_another_graph(change, monkeypatch):
+    model = toy_model("llama")
+    before = captured_graphs._path(model, LONGEST)
+    assert before is not None
+    assert before == captured_graphs._path(toy_model("llama", seed=1), LONGEST)
+    assert before != captured_graphs._path(model, LONGEST + 1)
+    change(model, monkeypatch)
+    assert captured_graphs._path(model, LONGEST) not in {before, None}
+
+
+class _Own(nn.Linear):
+    """A class of no package."""
+
+
+def _hooked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.norm.register_forward_hook(lambda module, given, found: found)
+
+
+def _of_own_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.lm_head.__class__ = _Own
+
+
+def _own_function(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+
+
+def _own_attention(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(module, query, key, value, mask, **options):
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(modeling_llama.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
+
+
+def _holds_a_function(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.norm.scale = lambda hidden: hidden
+
+
+def _holds_a_tensor(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.norm.scale = torch.ones(())
+
+
+def _holds_something(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.norm.generator = torch.Generator()
+
+
+NAMELESS = (_hooked, _of_own_class, _own_function, _own_attention, _holds_a_function, _holds_a_tensor, _holds_something)
+
+
+@pytest.mark.parametrize("change", NAMELESS)
+def test_where_it_cannot_be_told_what_a_graph_follows_from_none_is_kept(change, tmp_path, monkeypatch):
+    model = toy_model("llama")
+    change(model, monkeypatch)
+    CapturedGraph(model, LONGEST).keep()
+    assert _files(tmp_path) == []
+
+
+def test_a_hand_written_model_is_captured_each_time(captures, tmp_path):
+    model = TinyModel(lambda m, x, ids: x, attend=causal)
+    for _ in range(2):
+        _compiled(model)
+    assert len(captures) == 2
+    assert _files(tmp_path) == []
+
+
+def test_a_graph_that_is_not_the_models_is_captured_anew(captures, tmp_path):
+    model, other = toy_model("llama"), toy_model("llama", rms_norm_eps=0.5)
+    expected = _tokens(_optimized(other))
+    (kept,) = _files(tmp_path)
+    kept.rename(_path(model, LONGEST))
+    found = _tokens(_optimized(model))
+    assert captures == [other, model]
+    assert found == _tokens(_optimized(model)) != expected
+    assert captures == [other, model]  # what was wrong has been written over
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"nothing", slice(0, -9)])
+def test_what_cannot_be_read_is_captured_anew(spoilt, captures, tmp_path):
+    model = toy_model("llama")
+    _compiled(model)
+    (kept,) = _files(tmp_path)
+    whole = kept.read_bytes()
+    kept.write_bytes(spoilt if isinstance(spoilt, bytes) else whole[spoilt])
+    _compiled(model)
+    assert len(captures) == 2
+    assert kept.read_bytes() == whole
+
+
+def test_what_was_refused_is_not_kept(tmp_path, monkeypatch):
+    def refuse(model: nn.Module, compiled: object) -> None:
+        raise UnsupportedModelError("it is another model")
+
+    monkeypatch.setattr(pipeline, "check_against", refuse)
+    with pytest.raises(UnsupportedModelError, match="another model"):
+        _compiled(toy_model("llama"))
+    assert _files(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/null/within"])
+def test_where_nothing_can_be_kept_models_are_captured_each_time(place, captures, monkeypatch):
+    monkeypatch.setattr(captured_graphs, "cache_folder", lambda: Path(place))
+    for _ in range(2):
+        _compiled(toy_model("llama"))
+    assert len(captures) == 2
+
+
+def test_those_that_were_used_last_are_kept(captures, tmp_path, monkeypatch):
+    monkeypatch.setattr(captured_graphs, "_MOST", 2)
+    model = toy_model("llama")
+    for longest in (40, 41, 40, 42):
+        pipeline.compile_model(model, BatchShape(2, longest))
+    assert len(captures) == 3
+    assert {path.name for path in _files(tmp_path)} == {_path(model, longest).name for longest in (40, 42)}
