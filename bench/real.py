@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from statistics import median
 from typing import TypeVar
@@ -182,10 +182,11 @@ def speeds_of(name: str, precision: str, options: argparse.Namespace) -> list[Sp
         backend=options.backend,
     )
     attempts = {way: Attempt(partial(CANDIDATES[way], task)) for way in options.ways}
+    alone = cache(lambda row: speedup.alone(model, [*row], options.tokens))
     speeds = []
     for batch in options.batches:
         rows = shapes.spread(prompts, batch)
-        expected = [speedup.alone(model, row, options.tokens) for row in rows]
+        expected = [alone(tuple(row)) for row in rows]
         with Progress(disable=True) as progress:
             figures = speedup.measure(attempts, rows, expected, options, progress)
         for each in figures:

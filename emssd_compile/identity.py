@@ -18,6 +18,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emssd_compile.files import hash_of_sources
 from emssd_compile.structure import HARMLESS_OF_CONFIGS, HARMLESS_OF_MODULES
@@ -115,20 +116,16 @@ def held_by(model: nn.Module) -> tuple[object, ...]:
             registered.
     """
     registered: dict[int, str] = {}
-    tensors = []
-    for path, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if type(tensor) not in (Tensor, nn.Parameter):
-            raise UnknownError(f"{path} is a {type(tensor).__name__}")
-        first = registered.setdefault(id(tensor), path)
-        layout = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, str(tensor.device)
-        tensors.append((path, first, type(tensor).__name__, tensor.requires_grad, *layout))
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = [registered.setdefault(id(tensor), path) for path, tensor in tensors]
     describe = _Describer(registered | {id(module): path for path, module in model.named_modules()})
+    layouts = [(path, describe.layout(tensor)) for path, tensor in tensors]
     modules = [
         (path, describe.kind(type(module)), describe.attributes(vars(module), HARMLESS_OF_MODULES | _ELSEWHERE, 0))
         for path, module in model.named_modules(remove_duplicate=False)
     ]
     beside = [(name, describe.globals_of(name)) for name in sorted({type(m).__module__ for m in model.modules()})]
-    return tensors, modules, beside
+    return first, layouts, modules, beside
 
 
 class _Describer:
@@ -141,6 +138,17 @@ class _Describer:
     def __init__(self, known: dict[int, str]) -> None:
         self._known = known
         self._package = functools.cache(package)
+
+    def layout(self, tensor: Tensor) -> object:
+        """All about a tensor but its values; of one that wraps others, what it says of them too."""
+        told = tensor.shape, tensor.stride(), tensor.dtype, str(tensor.device), tensor.requires_grad
+        if type(tensor) in (Tensor, nn.Parameter):
+            return type(tensor).__name__, told, tensor.storage_offset()
+        if not is_traceable_wrapper_subclass(tensor):
+            raise UnknownError(f"a {type(tensor).__name__} is registered")
+        names, context = tensor.__tensor_flatten__()
+        within = [(name, self.layout(getattr(tensor, name))) for name in names]
+        return self._of_package(type(tensor)), told, within, self.value(context, 0)
 
     def kind(self, kind: type) -> str:
         """A class, by name."""

@@ -17,6 +17,7 @@ from emssd_compile.captured_graphs import CapturedGraph
 from emssd_compile.errors import UnsupportedModelError
 from emssd_compile.step.batch import BatchShape
 from tests.passes.graphs import TinyModel, causal
+from tests.quantised import with_weights
 from tests.zoo import toy_model
 
 LONGEST = 64
@@ -274,3 +275,17 @@ def test_those_that_were_used_last_are_kept(captures, tmp_path, monkeypatch):
         pipeline.compile_model(model, BatchShape(2, longest))
     assert len(captures) == 3
     assert {path.name for path in _files(tmp_path)} == {_path(model, longest).name for longest in (40, 42)}
+
+
+def test_weights_that_wrap_others_are_told_by_what_they_wrap(captures, monkeypatch):
+    monkeypatch.setattr(identity, "_installed", lambda: ("",))  # as if these tests were a package
+    monkeypatch.setattr(identity, "package", lambda name: ("1", "/"))
+    model, again = toy_model("llama"), toy_model("llama")
+    with_weights(model)
+    with_weights(again)
+    assert _tokens(_optimized(model)) == _tokens(_optimized(again))
+    assert captures == [model]
+    before = _path(model, LONGEST)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.integers = weight.integers.to(torch.int16)
+    assert _path(model, LONGEST) != before
