@@ -78,8 +78,8 @@ def _ours_none(task: Task) -> Run:
     return _ours(task, "none", "packed")
 
 
-def _ours_lookup(layout: str) -> Callable[[Task], Run]:
-    return lambda task: _ours(task, PromptLookup(task.lookup_tokens, task.max_ngram), layout)
+def _ours_lookup(layout: str, kv_dtype: str | None = None) -> Callable[[Task], Run]:
+    return lambda task: _ours(task, PromptLookup(task.lookup_tokens, task.max_ngram), layout, kv_dtype)
 
 
 def _ours_draft_model(task: Task) -> Run:
@@ -88,7 +88,7 @@ def _ours_draft_model(task: Task) -> Run:
     return _ours(task, DraftModel(task.draft_model, task.draft_tokens), "packed")
 
 
-def _ours(task: Task, drafter: str | PromptLookup | DraftModel, layout: str) -> Run:
+def _ours(task: Task, drafter: str | PromptLookup | DraftModel, layout: str, kv_dtype: str | None = None) -> Run:
     fast = compile_ours(
         task.model,
         drafter,
@@ -96,6 +96,7 @@ def _ours(task: Task, drafter: str | PromptLookup | DraftModel, layout: str) -> 
         max_length=task.max_length,
         layout=layout,
         backend=task.backend,
+        kv_dtype=kv_dtype,
     )
     return partial(decode, fast)
 
@@ -110,6 +111,7 @@ CANDIDATES: dict[str, Callable[[Task], Run]] = {
     "ours_packed": _ours_lookup("packed"),
     "ours_padded": _ours_lookup("padded"),
     "ours_auto": _ours_lookup("auto"),
+    "ours_int8_kv": _ours_lookup("auto", "int8"),
     "ours_draft_model": _ours_draft_model,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,12 @@ class Phase(StrEnum):
     """What comes after each row's first token: the time without that of a run for one token, and the other tokens."""
 
 
+def _agreement(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> float:
+    pairs = [list(zip(*each, strict=False)) for each in zip(found, wanted, strict=True)]
+    agreeing = (sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], row)) for row in pairs)
+    return sum(agreeing) / sum(map(len, wanted))
+
+
 @dataclass(frozen=True)
 class Figures:
     """One candidate at one batch size.
@@ -44,6 +51,7 @@ class Figures:
         prefill_seconds: of each timed run for one new token a row: the prompts and the first token.
         acceptance_length: tokens emitted a row and step; 1 without speculation.
         num_padding_tokens: inputs of a run that were computed for no row.
+        agreement: what part of the tokens stands before the first of a row that is not the model's own.
         num_identical: rows whose tokens were in every run those of the model's own decoding of the prompt alone.
         failure: why there are no figures; `None` where there are.
     """
@@ -55,6 +63,7 @@ class Figures:
     prefill_seconds: list[float] = field(default_factory=list)
     acceptance_length: float = 0.0
     num_padding_tokens: int = 0
+    agreement: float = 0.0
     num_identical: int = 0
     failure: str | None = None
 
@@ -88,6 +97,7 @@ class Figures:
             prefill_seconds=[run.seconds for run in prefills[1:]],
             acceptance_length=stats.get("mean_acceptance_length", 1.0),
             num_padding_tokens=int(stats.get("num_padding_tokens", 0)),
+            agreement=_agreement(runs[-1].tokens, wanted),
             num_identical=sum(right),
         )
 

@@ -19,10 +19,17 @@ def compile_ours(
     max_length: int,
     layout: str = "auto",
     backend: str = "inductor",
+    kv_dtype: str | None = None,
 ) -> OptimizedModel:
     """`model` compiled with `drafter`, warmed up. The arguments are those of `emssd_compile.optimize`."""
     fast = emssd_compile.optimize(
-        model, drafter, max_batch=max_batch, max_length=max_length, layout=layout, backend=backend
+        model,
+        drafter,
+        max_batch=max_batch,
+        max_length=max_length,
+        layout=layout,
+        backend=backend,
+        kv_dtype=kv_dtype,
     )
     fast.warmup()
     return fast

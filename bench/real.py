@@ -36,7 +36,7 @@ from bench.memory import kv_bytes, resident, start_peak, weight_bytes
 from emssd_compile.errors import OptionError
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-WAYS = ("hf_generate", "hf_generate_static", "ours_none", "ours_auto")
+WAYS = ("hf_generate", "hf_generate_static", "ours_none", "ours_auto", "ours_int8_kv")
 
 _IMPORTED = ("emssd_compile.pipeline", "emssd_compile.lowering.regions", "torch._inductor.compile_fx")
 """What a start imports when it first needs it."""
@@ -72,6 +72,7 @@ class Speed:
         tokens_per_second: of all rows, prompts included; None where it failed.
         first_token: seconds until all rows have their first token.
         acceptance_length: tokens a row and step.
+        agreement: what part of the tokens stands before the first of a row that is not the model's own.
         tokens_identical: whether all tokens are those of the model's own decoding of each prompt alone.
         failure: why there are no figures.
     """
@@ -81,6 +82,7 @@ class Speed:
     tokens_per_second: float | None = None
     first_token: float | None = None
     acceptance_length: float | None = None
+    agreement: float | None = None
     tokens_identical: bool | None = None
     failure: str | None = None
 
@@ -194,7 +196,8 @@ def speeds_of(name: str, precision: str, options: argparse.Namespace) -> list[Sp
                 speeds.append(Speed(each.name, batch, failure=each.failure))
                 continue
             speed, first = each.tokens_per_second(Phase.TOTAL), median(each.prefill_seconds)
-            speeds.append(Speed(each.name, batch, speed, first, each.acceptance_length, each.identical))
+            told = each.acceptance_length, each.agreement, each.identical
+            speeds.append(Speed(each.name, batch, speed, first, *told))
     return speeds
 
 
@@ -211,7 +214,7 @@ def starts_table(title: str, starts: Sequence[Start]) -> Table:
 def speeds_table(title: str, speeds: Sequence[Speed]) -> Table:
     """For `rich`; ratios are over `hf_generate` at the same batch size."""
     table = Table(
-        "rows", "way", "tokens/s", "x hf_generate", "first token, s", "tokens a step", "identical", title=title
+        "rows", "way", "tokens/s", "x hf_generate", "first token, s", "tokens a step", "agree", "identical", title=title
     )
     reference = {each.batch: each.tokens_per_second for each in speeds if each.way == "hf_generate"}
     for each in speeds:
@@ -220,7 +223,8 @@ def speeds_table(title: str, speeds: Sequence[Speed]) -> Table:
             continue
         base = reference.get(each.batch)
         ratio = f"{each.tokens_per_second / base:.2f}" if base else ""
-        cells = f"{each.tokens_per_second:.0f}", ratio, f"{each.first_token:.2f}", f"{each.acceptance_length:.2f}"
+        shares = (f"{value:.2f}" for value in (each.first_token, each.acceptance_length, each.agreement))
+        cells = f"{each.tokens_per_second:.0f}", ratio, *shares
         table.add_row(str(each.batch), each.way, *cells, "yes" if each.tokens_identical else "no")
     return table
 

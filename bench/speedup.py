@@ -28,7 +28,7 @@ from bench.candidates import CANDIDATES, Attempt, Task
 from bench.figures import Figures, Phase
 from bench.timing import alternate
 
-DEFAULT_CANDIDATES = [name for name in CANDIDATES if name != "ours_draft_model"]
+DEFAULT_CANDIDATES = [name for name in CANDIDATES if name not in {"ours_draft_model", "ours_int8_kv"}]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         default=DEFAULT_CANDIDATES,
         metavar="NAME",
-        help=f"of {', '.join(CANDIDATES)} (default: all but ours_draft_model)",
+        help=f"of {', '.join(CANDIDATES)} (default: all but ours_draft_model and ours_int8_kv)",
     )
     parser.add_argument(
         "--batches", type=number, nargs="+", default=[1, 2, 4, 8, 16, 24], metavar="B", help="rows (%(default)s)"

@@ -30,6 +30,7 @@ from emssd_compile.passes.graph import (
     results,
 )
 from emssd_compile.passes.manager import Pass
+from emssd_compile.passes.pack_caches import PackCaches
 from emssd_compile.passes.page_caches import PageCaches
 from emssd_compile.passes.ring_caches import RingCaches, reaches
 from emssd_compile.passes.split_halves import Halves, split_halves
@@ -285,16 +286,24 @@ class CompiledStep:
         """How many tokens are seen of the target's KV caches whose attention sees no further, by their names."""
         return {name: seen for name, seen in reaches(self.graph_module.graph).items() if not name.startswith(DRAFTER)}
 
+    def packed(self) -> CompiledStep:
+        """The same step with its target's keys and values in 8 bits, in slabs."""
+        return self._with(PackCaches(self.compiled.fake_mode))
+
     def placed(self, rings: Rings | None = None, paging: Paging | None = None) -> CompiledStep:
         """The same step on rings and on a pool of blocks; without either it keeps its slabs."""
         fake_mode = self.compiled.fake_mode
         ring = (RingCaches(rings, fake_mode),) if rings else ()
         page = (PageCaches(paging, fake_mode),) if paging else ()
-        if not ring + page:
+        return self._with(*ring, *page)
+
+    def _with(self, *kinds: Pass) -> CompiledStep:
+        """The same step with caches in other kinds of memory."""
+        if not kinds:
             return self
         graph_module = _copy(self.graph_module, "Step")
-        manager = PassManager(fake_mode, active_observers(), [*self.records])
-        manager.apply(graph_module, (passes.placed(ring + page),))
+        manager = PassManager(self.compiled.fake_mode, active_observers(), [*self.records])
+        manager.apply(graph_module, (passes.placed(kinds),))
         return replace(self, graph_module=graph_module, records=manager.records)
 
     def halves(self) -> Halves:

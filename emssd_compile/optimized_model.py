@@ -66,6 +66,7 @@ def optimize(
     memory: str = "auto",
     kv_tokens: int | None = None,
     prefix_cache: bool = False,
+    kv_dtype: str | None = None,
 ) -> OptimizedModel:
     """Compile a causal language model into a fused draft-and-verify step over unpadded batches.
 
@@ -103,6 +104,10 @@ def optimize(
             room is needed or the weights change; asks for one. See `OptimizedModel.prefix_cache`. Default: prompts of
             one call share what is read of beginnings that they have in common, and nothing is left of them: what
             another caller has sent could else be told from the time that a prompt takes.
+        kv_dtype: `"int8"`: keep the keys and values of the target in 8 bits, each vector with a scale of its own, in a
+            quarter of the memory of float32, or half of that of bfloat16. This is lossy: the tokens are those of
+            decoding without drafts with such keys and values, not the model's own, and `stats.guarantee` says so. On
+            CPUs.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
@@ -120,8 +125,9 @@ def optimize(
     check_fit(rule, proposer)
     length = resolve_length(model, max_length)
     options = CompileOptions(
-        max_batch, length, backend, layout, prefill_chunk, deterministic, memory, kv_tokens, prefix_cache
+        max_batch, length, backend, layout, prefill_chunk, deterministic, memory, kv_tokens, prefix_cache, kv_dtype
     )
+    options.check_device(device_of(model))
     options.chunk(proposer.num_draft_tokens)
     options.check_pool(tree_nodes(proposer))
     check_state(options.max_batch, options.max_length, device_of(model))
@@ -163,7 +169,10 @@ class OptimizedModel(Decoder):
         self.drafter = step.drafter
         self.options = options
         self._fingerprints: tuple[int, ...] = ()  # of the weights that the cached prefixes were read with
-        super().__init__(self._assemble(step, captured or (step.compiled,)), guarantee=step.rule.guarantees)
+        super().__init__(
+            self._assemble(step, captured or (step.compiled,)),
+            guarantee="lossy" if options.kv_dtype else step.rule.guarantees,
+        )
 
     def _assemble(self, step: CompiledStep, captured: tuple[CompiledModel, ...], *, again: bool = False) -> Engine:
         """Lower a step of the model as it is now, and remember what it is."""
@@ -433,6 +442,11 @@ class OptimizedModel(Decoder):
     ) -> None:
         from emssd_compile.exporting import STAGES, Exportable, export
 
+        if self.options.kv_dtype is not None:
+            raise OptionError(
+                f"artifacts keep keys and values as the model computes them, and this model was compiled with kv_dtype="
+                f"{self.options.kv_dtype!r}; compile it without, to export it"
+            )
         honoured = honoured_options(self.row_options, row_options, self.generation_config, self._vocabulary)
         with self._turns.take("export"):
             self._follow()  # what is written is the model as it is now

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
@@ -13,6 +15,7 @@ from emssd_compile.step.paging import BLOCK_SIZE, check_kv_tokens
 MOST_DRAFTS = 1024  # of a row in a step; what ranks drafts compares all pairs
 PREFILL_CHUNK = 512  # packed tokens of a step, unless the rows' drafts alone take more
 MEMORY = ("auto", "slab", "paged")
+KV_DTYPES = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class CompileOptions:
         memory: where keys and values are: `"slab"`, `"paged"` or `"auto"`.
         kv_tokens: tokens that the pool of paged memory holds; None for as many as there is memory for.
         prefix_cache: whether what is read stays in the pool for requests to come.
+        kv_dtype: `"int8"` if keys and values are kept in 8 bits, which is lossy; None: as the model computes them.
     """
 
     max_batch: int
@@ -40,6 +44,7 @@ class CompileOptions:
     memory: str = "auto"
     kv_tokens: int | None = None
     prefix_cache: bool = False
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("max_length", 1), ("prefill_chunk", 1)):
@@ -55,6 +60,8 @@ class CompileOptions:
         object.__setattr__(self, "deterministic", flag("deterministic", self.deterministic))
         if self.memory not in MEMORY:
             raise OptionError(f"unknown memory {self.memory!r}; choose one of {list(MEMORY)}")
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise OptionError(f"unknown kv_dtype {self.kv_dtype!r}; choose one of {list(KV_DTYPES)}, or leave it out")
         if self.kv_tokens is not None:
             object.__setattr__(self, "kv_tokens", integer("kv_tokens", self.kv_tokens, least=1))
             if self.memory == "slab":
@@ -75,6 +82,13 @@ class CompileOptions:
     def asks_for_pool(self) -> bool:
         """Whether memory is to be paged even if slabs fit."""
         return self.memory == "paged" or self.kv_tokens is not None or self.prefix_cache
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises OptionError if what is asked for has no kernels there."""
+        if self.kv_dtype is not None and device.type != "cpu":
+            raise OptionError(
+                f"kv_dtype={self.kv_dtype!r} has kernels for CPUs only, and the model is on {device.type}; leave it out"
+            )
 
     def check_pool(self, spare: int) -> None:
         """Check the size of a pool whose rows may need so many slots behind their last token.

@@ -22,19 +22,21 @@ _HELD = ("row", "memory", "host", "option", "state", "setting")
 
 @dataclass(frozen=True)
 class Placement:
-    """The caches that are not slabs.
+    """The caches that are not slabs, and what all hold.
 
     Attributes:
         rings: those that keep a window.
         paging: those that lie in a pool.
+        is_packed: whether keys and values are in 8 bits.
     """
 
     rings: Rings | None = None
     paging: Paging | None = None
+    is_packed: bool = False
 
     def of(self, step: CompiledStep) -> CompiledStep:
         """The step as it finds keys and values where they are."""
-        return step.placed(self.rings, self.paging)
+        return (step.packed() if self.is_packed else step).placed(self.rings, self.paging)
 
 
 def place(
@@ -53,10 +55,11 @@ def place(
         OptionError: prefixes shall be cached, and the drafter's cannot be; or the pool holds no row.
         MemoryError: as `runtime.memory.plan_pool`.
     """
-    was = before or Placement()
+    was, is_packed = before or Placement(), options.kv_dtype is not None
+    step = step.packed() if is_packed else step
     rings = _rings(step, options, device, was) if before is None or was.rings else None
     paging = _pool(step.placed(rings), options, device, was, rings) if before is None or was.paging else None
-    return Placement(rings, paging)
+    return Placement(rings, paging, is_packed)
 
 
 def _rings(step: CompiledStep, options: CompileOptions, device: torch.device, was: Placement) -> Rings | None:

@@ -30,8 +30,8 @@ class Stats:
         prefix_cache_queries: tokens of prompts that were looked for among what others had read (`memory="paged"`).
         prefix_cache_hits: those of them that were found, and so were not read again.
         acceptance_histogram: element i is how many verifications accepted exactly i drafts.
-        guarantee: what the acceptance rule promises of the tokens (`GUARANTEES` in `step/acceptance.py`): "tokens",
-            "distribution" or "lossy"; not a count, and not reset.
+        guarantee: what is promised of the tokens (`GUARANTEES` in `step/acceptance.py`): "tokens" or "distribution" by
+            the acceptance rule, or "lossy", by it or by keys and values in 8 bits; not a count, and not reset.
     """
 
     num_steps: int = 0

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--dump", metavar="DIR", type=Path, help="write every stage of the graph there")
     # The passes do the same whatever the sizes are; these are small so that a large model's KV cache is.
     parser.set_defaults(max_batch=1, max_length=64, backend="eager", layout="auto", deterministic=False)
-    parser.set_defaults(memory="auto", kv_tokens=None, prefix_cache=False)
+    parser.set_defaults(memory="auto", kv_tokens=None, prefix_cache=False, kv_dtype=None)
 
 
 def run(arguments: argparse.Namespace, notes: Console) -> None:

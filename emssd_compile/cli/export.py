@@ -48,7 +48,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--verify-only", action="store_true", help="without drafting, acceptance and state")
     parser.add_argument("--no-check", action="store_true", help="do not decode with it and compare the tokens")
     add_target_options(parser)
-    parser.set_defaults(backend="eager", memory="auto", kv_tokens=None, prefix_cache=False)  # it is never run
+    parser.set_defaults(backend="eager", memory="auto", kv_tokens=None)  # it is never run
+    parser.set_defaults(prefix_cache=False, kv_dtype=None)
 
 
 def run(arguments: argparse.Namespace, notes: Console) -> None:

@@ -22,13 +22,13 @@ from emssd_compile.export import manifest
 from emssd_compile.export.tokenizer import load_tokenizer as load_tokenizer_of_artifact
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
-from emssd_compile.options import MEMORY
+from emssd_compile.options import KV_DTYPES, MEMORY
 
 PROGRAM = "emssd-compile"
 
 _CHOSEN = (
     *("drafter", "num_draft_tokens", "dtype", "max_batch", "max_length", "layout", "deterministic"),
-    *("memory", "kv_tokens", "prefix_cache", "backend", "warmup"),
+    *("memory", "kv_tokens", "kv_dtype", "prefix_cache", "backend", "warmup"),
 )
 """What a compiled model is made for: of an artifact, no option any more."""
 
@@ -131,6 +131,9 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         "--kv-tokens", metavar="N", type=positive, help="tokens that paged memory holds (default: half of what is free)"
     )
     parser.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, help="keep keys and values in 8 bits, which is lossy (default: as computed)"
+    )
+    parser.add_argument(
         "--prefix-cache",
         action="store_true",
         help="keep what was read for prompts to come that begin in the same way; asks for paged memory",
@@ -150,6 +153,7 @@ def optimize(model: nn.Module, arguments: argparse.Namespace) -> emssd_compile.O
         memory=arguments.memory,
         kv_tokens=arguments.kv_tokens,
         prefix_cache=arguments.prefix_cache,
+        kv_dtype=arguments.kv_dtype,
     )
 
 

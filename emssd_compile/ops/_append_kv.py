@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from emssd_compile.ops._packed_kv import DTYPE, pack_kv
+
 torch.library.define(
     "emssd::append_kv",
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor row_ids, Tensor slots) -> ()",
@@ -18,10 +20,11 @@ def reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, row_ids: T
     and C their size: `row_ids` are then the blocks that tokens go to, and `slots` places in them.
 
     Args:
-        k_cache: ``[B, C, Hkv, Dk]``, changed in place.
-        v_cache: ``[B, C, Hkv, Dv]``, changed in place.
-        k: ``[T, Hkv, Dk]``, in the dtype of ``k_cache``.
-        v: ``[T, Hkv, Dv]``, in the dtype of ``v_cache``.
+        k_cache: ``[B, C, Hkv, Dk]``, changed in place; or int8 ``[B, C, Hkv, Dk + 4]``, for packed vectors
+            (`_packed_kv`).
+        v_cache: ``[B, C, Hkv, Dv]`` or int8 ``[B, C, Hkv, Dv + 4]``, changed in place.
+        k: ``[T, Hkv, Dk]``, in the dtype of ``k_cache`` if that holds no packed vectors.
+        v: ``[T, Hkv, Dv]``, in that of ``v_cache``.
         row_ids: int64 ``[T]``, the row of each token; ``B`` marks an inert tail token, which writes nothing.
         slots: int64 ``[T]``, the cache slot of each token in its row. No two tokens may share row and slot.
     """
@@ -34,7 +37,8 @@ def reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, row_ids: T
     source = torch.where(live, tokens, live.to(torch.int64).argmax())
     any_live = live.any()
     index = (torch.where(any_live, row_ids[source], 0), torch.where(any_live, slots[source], 0))
-    for cache, new in ((k_cache, k), (v_cache, v)):
+    for cache, given in ((k_cache, k), (v_cache, v)):
+        new = pack_kv(given) if cache.dtype == DTYPE else given
         cache.index_put_(index, torch.where(any_live, new[source], cache[index]))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from emssd_compile.ops._ancestors import unpack_ancestors
+from emssd_compile.ops._packed_kv import DTYPE, unpack_kv, vector_size
 from emssd_compile.ops._scores import SCHEMA, AttentionAttributes, accumulation_dtype
 
 torch.library.define(
@@ -43,7 +44,8 @@ def reference(
         q: ``[T, Hq, Dk]``.
         k_cache: ``[B, C, Hkv, Dk]``, or with a `block_table` ``[blocks, P, Hkv, Dk]``; ``Hkv`` divides ``Hq``, query
             head ``h`` uses key/value head ``h // (Hq / Hkv)``.
-        v_cache: ``[B, C, Hkv, Dv]`` or ``[blocks, P, Hkv, Dv]``.
+        v_cache: ``[B, C, Hkv, Dv]`` or ``[blocks, P, Hkv, Dv]``. Both may hold packed vectors (`_packed_kv`): int8, and
+            4 bytes longer.
         offsets: int64 ``[B + 1]``, jagged offsets of the rows in ``T``. Tokens from ``offsets[B]`` on are inert tail.
         lengths: int64 ``[B]``, committed tokens of each row.
         positions: int64 ``[T]``, true position of each token in its row.
@@ -68,13 +70,17 @@ def reference(
     visible = visible & rule.reaches(positions[:, None], key_positions)
 
     row = row.clamp(max=num_rows - 1)  # a tail token reads some row, but sees nothing of it
-    keys = k_cache[row].to(dtype)
+    keys = _read(k_cache[row], dtype)
     # A slot nobody wrote may hold NaN, and 0 * NaN is NaN.
-    values = v_cache[row].to(dtype).masked_fill(~visible[:, :, None, None], 0.0)
+    values = _read(v_cache[row], dtype).masked_fill(~visible[:, :, None, None], 0.0)
     scores = torch.einsum("tkgd,tskd->kgts", q.to(dtype).unflatten(1, (num_kv_heads, -1)), keys)
     weights = rule.weights(scores.flatten(0, 1), key_positions - positions[:, None], visible)
     out = torch.einsum("kgts,tskd->tkgd", weights.unflatten(0, (num_kv_heads, -1)), values)
     return out.flatten(1, 2).to(q.dtype).contiguous()
+
+
+def _read(held: Tensor, dtype: torch.dtype) -> Tensor:
+    return unpack_kv(held, dtype) if held.dtype == DTYPE else held.to(dtype)
 
 
 def _sight(
@@ -125,7 +131,7 @@ def _fake(
     block_table: Tensor | None = None,
     **attributes: Any,
 ) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
+    return q.new_empty(q.shape[0], q.shape[1], vector_size(v_cache))
 
 
 ragged_attention: OpOverload = torch.ops.emssd.ragged_attention.default

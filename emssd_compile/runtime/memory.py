@@ -127,6 +127,8 @@ def describe(signature: Signature, paging: Paging | None = None, rings: Rings | 
         ring = f"rings of {slots} slots for each of {sizes.rows} rows in layers that see no further than a window"
         said.append(f"{ring}, {_gib(taken['ring'])}")
     text = "; and ".join(said)
+    if any(spec.dtype == torch.int8 for spec in signature.specs(*KV_ROLES).values()):
+        text += ", in 8 bits, which is lossy"
     if paging is None:
         return text
     sharing = paging.sharing

@@ -34,14 +34,15 @@ def test_layouts_differ_in_nothing_but_the_layout(task, monkeypatch):
     monkeypatch.setattr(
         candidates, "compile_ours", lambda _, drafter, **options: asked.append({**options, "d": drafter})
     )
-    for name in ("ours_packed", "ours_padded", "ours_auto"):
+    for name in ("ours_packed", "ours_padded", "ours_auto", "ours_int8_kv"):
         CANDIDATES[name](task)
-    assert [options.pop("layout") for options in asked] == ["packed", "padded", "auto"]
+    assert [options.pop("layout") for options in asked] == ["packed", "padded", "auto", "auto"]
+    assert [options.pop("kv_dtype") for options in asked] == [None, None, None, "int8"]
     for options in asked:
         drafter = options.pop("d")
         assert isinstance(drafter, PromptLookup)
         assert (drafter.num_draft_tokens, drafter.max_ngram) == (task.lookup_tokens, task.max_ngram)
-    assert asked == [{"max_batch": 2, "max_length": 20, "backend": "eager"}] * 3
+    assert asked == [{"max_batch": 2, "max_length": 20, "backend": "eager"}] * 4
 
 
 def test_ratios_are_of_candidates_that_there_are():

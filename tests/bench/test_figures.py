@@ -45,6 +45,7 @@ def test_a_row_is_identical_only_if_every_run_got_it_right():
     runs = [*results(EXPECTED, 99, 1), *results(wrong, 1)]
     row = Figures.of("ours_packed", runs, results(FIRST, 99, 1, 1), EXPECTED)
     assert (row.num_identical, row.identical) == (1, False)
+    assert row.agreement == 0.9  # the last token of ten
     row = Figures.of("ours_packed", results(EXPECTED, 99, 1), results([[1], [7]], 99, 1), EXPECTED)
     assert (row.num_identical, row.identical) == (1, False)
     assert figures("ours_packed", 1, 1, 1).identical

@@ -16,6 +16,7 @@
 #include <optional>
 #include <vector>
 
+#include "packed_kv.h"
 #include "ragged_plan.h"
 #include "ragged_scratch.h"
 #include "ragged_tile.h"
@@ -25,8 +26,8 @@ namespace emssd {
 constexpr int64_t kMinMultiplyAdds = 1 << 16;  // of a thread; with less it costs more than it brings
 
 // Calls function(i, scratch) for i < count. Threads take the next i as they become free, since rows differ in length.
-template <typename T, typename scalar_t, typename F>
-void for_each(int64_t count, int64_t multiply_adds, const Arguments<scalar_t, T>& args, const F& function) {
+template <typename T, typename scalar_t, typename kv_t, typename F>
+void for_each(int64_t count, int64_t multiply_adds, const Arguments<scalar_t, T, kv_t>& args, const F& function) {
   const int64_t num_threads = std::min<int64_t>({multiply_adds / kMinMultiplyAdds + 1, count, at::get_num_threads()});
   std::atomic<int64_t> next{0};
   at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
@@ -35,8 +36,8 @@ void for_each(int64_t count, int64_t multiply_adds, const Arguments<scalar_t, T>
   });
 }
 
-template <typename scalar_t, typename T>
-void run_plan(const Arguments<scalar_t, T>& args, const Plan<scalar_t, T>& plan) {
+template <typename scalar_t, typename T, typename kv_t>
+void run_plan(const Arguments<scalar_t, T, kv_t>& args, const Plan<scalar_t, T, kv_t>& plan) {
   const int64_t stride = round_up(args.value_size, vector_size<T>());
   std::vector<T> partial_values(plan.num_partials * kQueryTile * stride);
   std::vector<Accumulator<T>> partials(plan.num_partials);
@@ -47,7 +48,7 @@ void run_plan(const Arguments<scalar_t, T>& args, const Plan<scalar_t, T>& plan)
   for_each(plan.work.size(), plan.multiply_adds, args, [&](int64_t i, Scratch<T>& scratch) {
     const Work& work = plan.work[i];
     const Tile& tile = plan.tiles[work.tile];
-    TileAttention<scalar_t, T> attention(args, tile, scratch);
+    TileAttention<scalar_t, T, kv_t> attention(args, tile, scratch);
     attention.attend(work.begin_slot, work.end_slot);
     if (work.partial < 0)
       attention.store();
@@ -61,22 +62,23 @@ void run_plan(const Arguments<scalar_t, T>& args, const Plan<scalar_t, T>& plan)
     scratch.total.clear(tile.num_queries);
     for (int64_t p = 0; p < tile.num_partials; ++p)
       scratch.total.merge(partials[tile.first_partial + p], tile.num_queries);
-    TileAttention<scalar_t, T>(args, tile, scratch).store();
+    TileAttention<scalar_t, T, kv_t>(args, tile, scratch).store();
   });
 }
 
 inline void check_shapes(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                          const at::Tensor& offsets, const at::Tensor& lengths, const at::Tensor& positions,
                          int64_t rows) {
-  TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && v_cache.dim() == 4 && q.size(2) == k_cache.size(3) &&
+  TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && v_cache.dim() == 4 && q.size(2) == vector_components(k_cache) &&
                   k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && q.size(1) % k_cache.size(2) == 0,
               "emssd::ragged_attention: q [T, Hq, Dk], k_cache [B, C, Hkv, Dk] and v_cache [B, C, Hkv, Dv] do not fit:",
               " ", q.sizes(), ", ", k_cache.sizes(), ", ", v_cache.sizes());
   TORCH_CHECK(offsets.numel() == rows + 1 && lengths.numel() == rows && positions.numel() == q.size(0),
               "emssd::ragged_attention: offsets [B + 1], lengths [B] and positions [T] do not fit: ", offsets.sizes(),
               ", ", lengths.sizes(), ", ", positions.sizes());
-  TORCH_CHECK(q.scalar_type() == k_cache.scalar_type() && q.scalar_type() == v_cache.scalar_type(),
-              "emssd::ragged_attention: q, k_cache and v_cache must have one dtype, got ", q.scalar_type(), ", ",
+  TORCH_CHECK(k_cache.scalar_type() == v_cache.scalar_type() &&
+                  (q.scalar_type() == k_cache.scalar_type() || is_packed(k_cache)),
+              "emssd::ragged_attention: q, k_cache and v_cache must have one dtype, or both caches Char, got ", q.scalar_type(), ", ",
               k_cache.scalar_type(), ", ", v_cache.scalar_type());
 }
 
@@ -135,18 +137,18 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
   const at::Tensor positions = positions_.contiguous();
   const BlockTable table("emssd::ragged_attention", block_table, rows, k_cache, v_cache);
   check_rows(offsets.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>(), rows, q.size(0), table);
-  at::Tensor out = at::empty({q.size(0), q.size(1), v_cache.size(3)}, q.options());
+  at::Tensor out = at::empty({q.size(0), q.size(1), vector_components(v_cache)}, q.options());
   zero_tail(out, offsets.const_data_ptr<int64_t>()[rows]);
 
-  const auto run = [&]<typename scalar_t, typename T>(scalar_t, T) {
+  const auto run = [&]<typename scalar_t, typename T, typename kv_t>(scalar_t, T, kv_t) {
     at::Tensor slopes, sinks, tree;
     if (alibi_slopes) slopes = alibi_slopes->to(c10::CppTypeToScalarType<T>::value).contiguous();
     if (sinks_) sinks = sinks_->to(c10::CppTypeToScalarType<T>::value).contiguous();
     if (ancestors) tree = ancestors->contiguous();
-    const Arguments<scalar_t, T> args{
+    const Arguments<scalar_t, T, kv_t> args{
         .q = q.const_data_ptr<scalar_t>(),
-        .k_cache = k_cache.const_data_ptr<scalar_t>(),
-        .v_cache = v_cache.const_data_ptr<scalar_t>(),
+        .k_cache = k_cache.const_data_ptr<kv_t>(),
+        .v_cache = v_cache.const_data_ptr<kv_t>(),
         .q_token = q.stride(0), .q_head = q.stride(1),
         .k_row = k_cache.stride(0), .k_slot = k_cache.stride(1), .k_head = k_cache.stride(2),
         .v_row = v_cache.stride(0), .v_slot = v_cache.stride(1), .v_head = v_cache.stride(2),
@@ -154,7 +156,7 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
         .lengths = lengths.const_data_ptr<int64_t>(),
         .positions = positions.const_data_ptr<int64_t>(),
         .num_rows = rows, .num_heads = q.size(1), .num_kv_heads = k_cache.size(2),
-        .head_size = q.size(2), .value_size = v_cache.size(3),
+        .head_size = q.size(2), .value_size = vector_components(v_cache),
         .rule = {static_cast<T>(scale), static_cast<T>(softcap)},
         .reach = {window, chunk},
         .alibi_slopes = alibi_slopes ? slopes.const_data_ptr<T>() : nullptr,
@@ -163,13 +165,16 @@ inline at::Tensor ragged_attention(const at::Tensor& q_, const at::Tensor& k_cac
         .ancestor_words = ancestors ? tree.size(1) : 0,
         .table = &table,
         .out = out.mutable_data_ptr<scalar_t>()};
-    run_plan(args, Plan<scalar_t, T>(args));
+    run_plan(args, Plan<scalar_t, T, kv_t>(args));
+  };
+  const auto run_for = [&]<typename scalar_t, typename T>(scalar_t, T) {
+    is_packed(k_cache) ? run(scalar_t(), T(), int8_t()) : run(scalar_t(), T(), scalar_t());
   };
   switch (q.scalar_type()) {
-    case at::kFloat: run(float(), float()); break;
-    case at::kDouble: run(double(), double()); break;
-    case at::kBFloat16: run(at::BFloat16(), float()); break;
-    case at::kHalf: run(at::Half(), float()); break;
+    case at::kFloat: run_for(float(), float()); break;
+    case at::kDouble: run_for(double(), double()); break;
+    case at::kBFloat16: run_for(at::BFloat16(), float()); break;
+    case at::kHalf: run_for(at::Half(), float()); break;
     default: TORCH_CHECK(false, "emssd::ragged_attention: no CPU kernel for ", q.scalar_type());
   }
   return out;

@@ -35,10 +35,11 @@ struct Reach {
   }
 };
 
-// The op's arguments as raw pointers; strides in elements.
-template <typename scalar_t, typename T>
+// The op's arguments as raw pointers; strides in elements. kv_t is scalar_t, or int8_t where vectors are packed.
+template <typename scalar_t, typename T, typename kv_t>
 struct Arguments {
-  const scalar_t *q, *k_cache, *v_cache;
+  const scalar_t* q;
+  const kv_t *k_cache, *v_cache;
   int64_t q_token, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head;
   const int64_t *offsets, *lengths, *positions;
   int64_t num_rows, num_heads, num_kv_heads, head_size, value_size;
@@ -74,10 +75,10 @@ struct Work {
 
 inline int64_t end_of_span(int64_t slot, int64_t limit) { return std::min((slot / kKeySpan + 1) * kKeySpan, limit); }
 
-template <typename scalar_t, typename T>
+template <typename scalar_t, typename T, typename kv_t>
 class Plan {
  public:
-  explicit Plan(const Arguments<scalar_t, T>& args) : args_(args) {
+  explicit Plan(const Arguments<scalar_t, T, kv_t>& args) : args_(args) {
     for (int64_t row = 0; row < args.num_rows; ++row) {
       const int64_t num_queries = args.num_tokens(row) * args.group();
       for (int64_t kv_head = 0; kv_head < args.num_kv_heads; ++kv_head)
@@ -121,7 +122,7 @@ class Plan {
     tile.num_partials = num_partials - tile.first_partial;
   }
 
-  const Arguments<scalar_t, T>& args_;
+  const Arguments<scalar_t, T, kv_t>& args_;
 };
 
 }  // namespace emssd

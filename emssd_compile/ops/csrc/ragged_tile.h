@@ -11,10 +11,10 @@
 
 namespace emssd {
 
-template <typename scalar_t, typename T>
+template <typename scalar_t, typename T, typename kv_t>
 class TileAttention {
  public:
-  TileAttention(const Arguments<scalar_t, T>& args, const Tile& tile, Scratch<T>& scratch)
+  TileAttention(const Arguments<scalar_t, T, kv_t>& args, const Tile& tile, Scratch<T>& scratch)
       : args_(args), tile_(tile), scratch_(scratch), first_packed_(args.offsets[tile.row]),
         length_(args.lengths[tile.row]) {}
 
@@ -125,11 +125,11 @@ class TileAttention {
       i += count;
     }
   }
-  const scalar_t* keys_at(int64_t slot) const {
+  const kv_t* keys_at(int64_t slot) const {
     return args_.k_cache + args_.table->place(tile_.row, slot, args_.k_row, args_.k_slot) +
            tile_.kv_head * args_.k_head;
   }
-  const scalar_t* values_at(int64_t slot) const {
+  const kv_t* values_at(int64_t slot) const {
     return args_.v_cache + args_.table->place(tile_.row, slot, args_.v_row, args_.v_slot) +
            tile_.kv_head * args_.v_head;
   }
@@ -137,21 +137,21 @@ class TileAttention {
   void load_keys(int64_t slot, int64_t num_keys) {
     const int64_t size = args_.head_size;
     for_runs(slot, num_keys, [&](int64_t i, int64_t count) {
-      const scalar_t* keys = keys_at(slot + i);
-      if constexpr (std::is_same_v<scalar_t, T>) {
+      const kv_t* keys = keys_at(slot + i);
+      if constexpr (std::is_same_v<kv_t, T>) {
         at::vec::transpose_mxn<T>(keys, args_.k_slot, scratch_.keys + i, kKeyBlock, count, size);
       } else {
         for (int64_t j = 0; j < count; ++j) widen_row(keys + j * args_.k_slot, scratch_.rows + (i + j) * size, size);
       }
     });
-    if constexpr (!std::is_same_v<scalar_t, T>)
+    if constexpr (!std::is_same_v<kv_t, T>)
       at::vec::transpose_mxn<T>(scratch_.rows, size, scratch_.keys, kKeyBlock, num_keys, size);
   }
 
   // Returns the block's values as [num_keys][*stride], each padded with zeros to whole vectors.
   const T* load_values(int64_t slot, int64_t num_keys, int64_t* stride) {
     const int64_t padded = scratch_.span.stride;
-    if constexpr (std::is_same_v<scalar_t, T>) {
+    if constexpr (std::is_same_v<kv_t, T>) {
       // What is read only once is read where it lies.
       const bool in_one_piece = args_.table->run(slot, slot + num_keys) == num_keys;
       if (padded == args_.value_size && tile_.num_queries <= kTileRows && in_one_piece) {
@@ -160,7 +160,7 @@ class TileAttention {
       }
     }
     for_runs(slot, num_keys, [&](int64_t i, int64_t count) {
-      const scalar_t* values = values_at(slot + i);
+      const kv_t* values = values_at(slot + i);
       for (int64_t j = 0; j < count; ++j) {
         T* row = scratch_.rows + (i + j) * padded;
         widen_row(values + j * args_.v_slot, row, args_.value_size);
@@ -171,7 +171,7 @@ class TileAttention {
     return scratch_.rows;
   }
 
-  const Arguments<scalar_t, T>& args_;
+  const Arguments<scalar_t, T, kv_t>& args_;
   const Tile& tile_;
   Scratch<T>& scratch_;
   const int64_t first_packed_;  // the row's first packed token

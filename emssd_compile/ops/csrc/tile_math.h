@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -176,6 +177,14 @@ void widen_row(const scalar_t* source, T* destination, int64_t count) {
     }
   }
   for (; i < count; ++i) destination[i] = static_cast<T>(source[i]);
+}
+
+// Of a packed vector: its integers times its scale, which lies behind them.
+template <typename T>
+void widen_row(const int8_t* source, T* destination, int64_t count) {
+  float scale;
+  std::memcpy(&scale, source + count, sizeof scale);
+  for (int64_t i = 0; i < count; ++i) destination[i] = static_cast<T>(source[i]) * static_cast<T>(scale);
 }
 
 }  // namespace emssd
