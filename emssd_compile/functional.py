@@ -19,7 +19,8 @@ _FRESH = frozenset({aten.linear.default, aten.matmul.default})
 """Ops that are made of others, and return memory of their own."""
 _CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default})
 _RESHAPES = frozenset({aten.flatten.using_ints, aten.unflatten.int, aten.reshape_as.default, aten.view_as.default})
-_ON_SIZES = frozenset({torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_sqrt})
+ON_SIZES = frozenset({torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_sqrt})
+"""Functions that a graph calls on sizes, beside operators."""
 
 
 def argument(node: fx.Node, index: int) -> fx.Node:
@@ -54,7 +55,7 @@ def _is_plain(node: fx.Node) -> bool:
         return node.op != "get_attr"  # a part of the forward that is called as a graph of its own
     op = node.target
     if not isinstance(op, OpOverload):
-        return op in _ON_SIZES or getattr(op, "__module__", "") == "_operator"
+        return op in ON_SIZES or getattr(op, "__module__", "") == "_operator"
     if op in _RESHAPES:
         return sum(isinstance(size, torch.SymInt) for size in node.meta["val"].shape) < 2
     if op == aten.chunk.default:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
 from emssd_compile.capture import EXAMPLE_TOKENS, without_fake_cache
+from emssd_compile.functional import ON_SIZES
 from emssd_compile.passes.graph import placeholder
 from emssd_compile.passes.manager import propagate
 
@@ -30,7 +31,13 @@ _TOLD = ("nn_module_stack", "stack_trace")
 _LARGEST = 4096
 """Elements of a tensor that is written."""
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
-_ROOTS = {"operator": operator, "torch": torch}
+_OPERATORS = {name: value for name, value in vars(operator).items() if callable(value) and not name.startswith("_")}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{f"operator.{name}": value for name, value in _OPERATORS.items()},
+    **{f"torch.{function.__name__}": function for function in ON_SIZES},
+}
+"""What nodes may call, beside ops."""
+_WORDS = {function: word for word, function in _FUNCTIONS.items()}
 
 
 class UnwritableError(Exception):
@@ -97,7 +104,7 @@ def read(text: str, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
 
 def same(first: fx.GraphModule, second: fx.GraphModule) -> bool:
     """Whether two graphs are the same, their values and what they hold included."""
-    if len(first.graph.nodes) != len(second.graph.nodes):
+    if len(first.graph.nodes) != len(second.graph.nodes) or _range(first) != _range(second):
         return False
     held = {str(node.target) for node in first.graph.find_nodes(op="get_attr")}
     return all(a == b for a, b in zip(_said(first), _said(second), strict=True)) and all(
@@ -174,20 +181,17 @@ def _word(target: Any) -> str:
     """The name of what a node calls."""
     if isinstance(target, torch._ops.OpOverload):
         return f"ops.{target}"
-    for root, module in _ROOTS.items():
-        name = getattr(target, "__name__", "")
-        if getattr(module, name, None) is target:
-            return f"{root}.{name}"
-    raise UnwritableError(f"{target} is called")
+    if target not in _WORDS:
+        raise UnwritableError(f"{target} is called")
+    return _WORDS[target]
 
 
 def _meaning(word: str) -> Callable[..., Any]:
-    root, *names = word.split(".")
-    found: Any = torch.ops if root == "ops" else _ROOTS[root]
-    for name in names:
-        found = getattr(found, name)
-    meaning: Callable[..., Any] = found
-    return meaning
+    if word in _FUNCTIONS:
+        return _FUNCTIONS[word]
+    _, namespace, name, overload = word.split(".")
+    op: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return op
 
 
 def _packed(value: Any, numbers: Mapping[fx.Node, int]) -> Any:

@@ -88,8 +88,16 @@ def _functions(kinds: set[type], folders: tuple[str, ...]) -> Iterator[tuple[obj
         raise UnknownError("a class of no module")
     for holder in sorted((*(sys.modules[name] for name in modules), *kinds), key=repr):
         for name, value in sorted(vars(holder).items()):
-            if isinstance(value, FunctionType):
-                yield repr(holder), name, _body(inspect.unwrap(value), folders)
+            function = _function(value)
+            if isinstance(function, FunctionType):
+                yield repr(holder), name, _body(inspect.unwrap(function), folders)
+
+
+def _function(value: object) -> object:
+    """What is called of what a class holds."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
 
 
 def _body(function: FunctionType, folders: tuple[str, ...] = ()) -> tuple[object, ...]:
@@ -124,8 +132,11 @@ def held_by(model: nn.Module) -> tuple[object, ...]:
         (path, describe.kind(type(module)), describe.attributes(vars(module), HARMLESS_OF_MODULES | _ELSEWHERE, 0))
         for path, module in model.named_modules(remove_duplicate=False)
     ]
-    beside = [(name, describe.globals_of(name)) for name in sorted({type(m).__module__ for m in model.modules()})]
-    return first, layouts, modules, beside
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    classes = [(describe.kind(kind), describe.constants(vars(kind))) for kind in sorted(kinds, key=repr)]
+    sources = sorted({type(module).__module__ for module in model.modules()})
+    beside = [(name, describe.constants(vars(sys.modules[name]))) for name in sources]
+    return first, layouts, modules, classes, beside
 
 
 class _Describer:
@@ -158,11 +169,11 @@ class _Describer:
         """Values by name, without those that no forward reads."""
         return [(name, self.value(held[name], depth)) for name in sorted(held) if name not in harmless]
 
-    def globals_of(self, name: str) -> list[tuple[str, object]]:
-        """Numbers, texts, registries and tensors that lie beside classes; functions are told with the classes' own."""
+    def constants(self, namespace: Mapping[str, object]) -> list[tuple[str, object]]:
+        """Numbers, texts, registries and tensors of a class or a module; functions are told by `code_of`."""
         kinds = (*_PLAIN, Mapping, Tensor)
-        held = {key: value for key, value in vars(sys.modules[name]).items() if not key.startswith("__")}
-        return [(key, self.value(held[key], 0)) for key in sorted(held) if isinstance(held[key], kinds)]
+        held = {name: value for name, value in namespace.items() if not name.startswith("__")}
+        return [(name, self.value(held[name], 0)) for name in sorted(held) if isinstance(held[name], kinds)]
 
     def value(self, value: object, depth: int) -> object:
         """Anything that a module may hold. Raises UnknownError if it is of another kind."""

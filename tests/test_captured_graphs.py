@@ -117,6 +117,14 @@ def _registered(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention._global_mapping, "sdpa", attention["flash_attention_2"])
 
 
+def _class_constant(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model.model.norm), "offset", 1.0, raising=False)
+
+
+def _patched_property(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model.model.norm), "extra", property(nn.Module.extra_repr), raising=False)
+
+
 def _released(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     package = identity.package
     monkeypatch.setattr(identity, "package", lambda name: (package(name)[0] + "+1", package(name)[1]))
@@ -158,6 +166,7 @@ def _default_dtype(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 CHANGES = (
     *(_held, _configured, _listed, _patched_class, _patched_function, _registered, _released, _rewritten),
+    *(_class_constant, _patched_property),
     *(_exchanged, _tied, _narrower, _transposed, _with_bias, _other_activation, _default_dtype),
 )
 
