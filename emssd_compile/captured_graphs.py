@@ -8,7 +8,6 @@ all passes, with their proofs, and beside the model.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 import zlib
@@ -87,11 +86,8 @@ def _path(model: nn.Module, longest: int) -> Path | None:
         told = (*identity.code_of(model), *identity.held_by(model))
     except identity.UnknownError:
         return None
-    digest = hashlib.sha256()
     surroundings = identity.own_sources(), *identity.machine([device_of(model)]), torch.get_default_dtype(), longest
-    for part in (*surroundings, *told):
-        digest.update(repr(part).encode() + b"\0")
-    return cache_folder() / "captured_graphs" / digest.hexdigest()
+    return cache_folder() / "captured_graphs" / identity.digest_of((*surroundings, *told)).hexdigest()
 
 
 def _read(path: Path, tensors: dict[str, Tensor]) -> fx.GraphModule | None:

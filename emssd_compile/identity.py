@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 import inspect
 import platform
 import sys
@@ -50,6 +51,14 @@ def code_of(model: nn.Module) -> tuple[object, ...]:
     names = {kind.__module__.partition(".")[0] for kind in kinds} - {"builtins", "typing", "abc"}
     packages = {name: package(name) for name in sorted(names)}
     return (packages, *_functions(kinds, tuple(folder for _, folder in packages.values())))
+
+
+def digest_of(parts: Iterable[object]) -> hashlib._Hash:
+    """SHA-256 of what was told, part by part."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode() + b"\0")
+    return digest
 
 
 def machine(devices: Iterable[torch.device]) -> tuple[object, ...]:

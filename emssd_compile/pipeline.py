@@ -28,7 +28,7 @@ from emssd_compile.step.parts import merge_options
 from emssd_compile.step.probe import Probe, check_readings, merge_readings
 
 
-def compile_model(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = ()) -> CompiledModel:
+def compile_compared(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] = ()) -> CompiledModel:
     """The model at level L2, compared with itself; captured, unless that was done on an earlier start.
 
     Args:
@@ -74,7 +74,7 @@ def compile_checked(
     captured: list[CompiledModel] = []
 
     def compiled_one(source: nn.Module, batch: BatchShape, taps: tuple[int, ...] = ()) -> CompiledModel:
-        captured.append(compiled := compile_model(source, batch, taps))
+        captured.append(compiled := compile_compared(source, batch, taps))
         return compiled
 
     def compile_draft_model(source: nn.Module, *, tree_nodes: int = 0) -> CompiledModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +34,9 @@ def name_of(model: nn.Module, compiled: CompiledModel, how: object) -> str | Non
         code = identity.code_of(model)
     except identity.UnknownError:
         return None
-    digest = hashlib.sha256()
     devices = {tensor.device for tensor in compiled.graph_module.state_dict().values()}
     told = (identity.own_sources(), how, *code, *identity.machine(devices), *_graph(compiled), *_modules(model))
-    for part in told:
-        digest.update(repr(part).encode() + b"\0")
+    digest = identity.digest_of(told)
     for name, tensor in sorted(compiled.looked_at.items()):
         for plain in plain_tensors(tensor):
             flat = plain.detach().cpu().contiguous().reshape(-1)

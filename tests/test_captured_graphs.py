@@ -51,7 +51,7 @@ def _tokens(fast: emssd_compile.OptimizedModel) -> list[list[int]]:
 
 
 def _compiled(model: nn.Module) -> None:
-    pipeline.compile_model(model, BatchShape(2, LONGEST))
+    pipeline.compile_compared(model, BatchShape(2, LONGEST))
 
 
 def _path(model: nn.Module, longest: int) -> Path:
@@ -281,7 +281,7 @@ def test_those_that_were_used_last_are_kept(captures, tmp_path, monkeypatch):
     monkeypatch.setattr(captured_graphs, "_MOST", 2)
     model = toy_model("llama")
     for longest in (40, 41, 40, 42):
-        pipeline.compile_model(model, BatchShape(2, longest))
+        pipeline.compile_compared(model, BatchShape(2, longest))
     assert len(captures) == 3
     assert {path.name for path in _files(tmp_path)} == {_path(model, longest).name for longest in (40, 42)}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emssd_compile.errors import CapacityError, OptionError
 from emssd_compile.memory import available_memory
+from emssd_compile.ops._packed_kv import DTYPE as PACKED
 from emssd_compile.step.paging import BLOCK_SIZE, DRAFTER, Paging, Sharing, check_kv_tokens
 from emssd_compile.step.rings import Rings
 from emssd_compile.step.signature import KV_ROLES, Signature
@@ -127,7 +128,7 @@ def describe(signature: Signature, paging: Paging | None = None, rings: Rings | 
         ring = f"rings of {slots} slots for each of {sizes.rows} rows in layers that see no further than a window"
         said.append(f"{ring}, {_gib(taken['ring'])}")
     text = "; and ".join(said)
-    if any(spec.dtype == torch.int8 for spec in signature.specs(*KV_ROLES).values()):
+    if any(spec.dtype == PACKED for spec in signature.specs(*KV_ROLES).values()):
         text += ", in 8 bits, which is lossy"
     if paging is None:
         return text

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from emssd_compile.ambient import compiling, neutral
-from emssd_compile.compiler import CompiledModel
+from emssd_compile.compiler import CompiledModel, compile_model
 from emssd_compile.drafters.head import Features
-from emssd_compile.pipeline import compile_model
+from emssd_compile.pipeline import compile_compared
 from emssd_compile.runtime.memory import allocate
 from emssd_compile.step.batch import BatchShape
 from emssd_compile.step.drafting import Target, TokenTables
@@ -35,7 +35,7 @@ class FrozenTarget:
     def __init__(self, model: nn.Module, batch: int, window: int) -> None:
         self._shape = BatchShape(batch, window)
         with compiling, neutral(torch.get_default_dtype()):
-            self._compiled = self._tapped = compile_model(model, self._shape)
+            self._compiled = self._tapped = compile_compared(model, self._shape)
         self.device = self.as_target().device
         self._caches = allocate(self._compiled.cache_shapes, self.device)
 
