@@ -23,19 +23,17 @@ from statistics import median
 from typing import TypeVar
 from unittest.mock import patch
 
-import torch
 from rich.progress import Progress
 from rich.table import Table
-from transformers import PreTrainedModel
 
 import emssd_compile
 from bench import command, shapes, speedup
 from bench.candidates import CANDIDATES, Attempt, Task
 from bench.figures import Phase
 from bench.memory import kv_bytes, resident, start_peak, weight_bytes
+from bench.precisions import PRECISIONS, build
 from emssd_compile.errors import OptionError
 
-PRECISIONS = ("float32", "bfloat16", "int8")
 WAYS = ("hf_generate", "hf_generate_static", "ours_none", "ours_auto", "ours_int8_kv")
 
 _IMPORTED = ("emssd_compile.pipeline", "emssd_compile.lowering.regions", "torch._inductor.compile_fx")
@@ -134,19 +132,6 @@ def apart(work: Callable[..., Result], *arguments: object) -> Result:
     """What `work` gives in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
-
-
-def build(name: str, precision: str, device: torch.device) -> PreTrainedModel:
-    """A model of `shapes`. Raises OptionError if what it takes is not installed."""
-    if precision != "int8":
-        return shapes.build(name, device, getattr(torch, precision))
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise OptionError("int8 needs torchao: pip install torchao") from error
-    model = shapes.build(name, device)
-    quantize_(model, Int8WeightOnlyConfig())
-    return model
 
 
 def start(name: str, precision: str, options: argparse.Namespace) -> Start:

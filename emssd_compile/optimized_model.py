@@ -106,8 +106,8 @@ def optimize(
             another caller has sent could else be told from the time that a prompt takes.
         kv_dtype: `"int8"`: keep the keys and values of the target in 8 bits, each vector with a scale of its own, in a
             quarter of the memory of float32, or half of that of bfloat16. This is lossy: the tokens are those of
-            decoding without drafts with such keys and values, not the model's own, and `stats.guarantee` says so. On
-            CPUs.
+            decoding without drafts with such keys and values, not the model's own, and `stats.guarantee` says so.
+            Artifacts cannot have it.
 
     Raises:
         InvalidInputError: the model is in training mode or its weights are unusable.
@@ -127,7 +127,6 @@ def optimize(
     options = CompileOptions(
         max_batch, length, backend, layout, prefill_chunk, deterministic, memory, kv_tokens, prefix_cache, kv_dtype
     )
-    options.check_device(device_of(model))
     options.chunk(proposer.num_draft_tokens)
     options.check_pool(tree_nodes(proposer))
     check_state(options.max_batch, options.max_length, device_of(model))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from emssd_compile.errors import OptionError
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.lowering import BACKENDS
@@ -82,13 +80,6 @@ class CompileOptions:
     def asks_for_pool(self) -> bool:
         """Whether memory is to be paged even if slabs fit."""
         return self.memory == "paged" or self.kv_tokens is not None or self.prefix_cache
-
-    def check_device(self, device: torch.device) -> None:
-        """Raises OptionError if what is asked for has no kernels there."""
-        if self.kv_dtype is not None and device.type != "cpu":
-            raise OptionError(
-                f"kv_dtype={self.kv_dtype!r} has kernels for CPUs only, and the model is on {device.type}; leave it out"
-            )
 
     def check_pool(self, spare: int) -> None:
         """Check the size of a pool whose rows may need so many slots behind their last token.

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from emssd_compile import ops
 from emssd_compile.ops import _ragged_attention
+from emssd_compile.ops._packed_kv import SCALE_BYTES, pack_kv, unpack_kv
 from tests.ops.moves import expected_caches, make_moves, same_bits
-from tests.ops.ragged import Batch, Heads, make_batch, with_trees
+from tests.ops.ragged import Batch, Heads, in_blocks, make_batch, with_trees
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -76,6 +77,25 @@ def test_a_long_prompt_is_read_in_order_beside_trees(options: dict[str, object],
 def test_matches_the_reference_for_all_head_shapes(head_size: int, num_kv_heads: int, dtype: torch.dtype) -> None:
     batch = make_batch([(200, 4), (7, 1)], Heads(8, num_kv_heads, head_size, head_size), dtype=dtype)
     assert_exact(ops.ragged_attention(*on_gpu(batch).tensors, **batch.options), expected(batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["chain", "tree", "blocks"])
+@pytest.mark.parametrize("head_size", [64, 128, 7])
+def test_packed_vectors_are_written_and_read(head_size: int, shape: str, dtype: torch.dtype) -> None:
+    batch = make_batch([(700, 5), (0, 90), (333, 1)], Heads(8, 2, head_size, head_size), tail=3, dtype=dtype)
+    batch = with_trees(batch) if shape == "tree" else batch
+    lines = [pack_kv(cache) for cache in (batch.k_cache, batch.v_cache)]
+    vectors = [unpack_kv(each, torch.float64) for each in lines]
+    held = in_blocks(batch, 64) if shape == "blocks" else batch
+    gpu = on_gpu(replace(held, k_cache=pack_kv(held.k_cache), v_cache=pack_kv(held.v_cache)))
+    exact = expected(replace(batch, k_cache=vectors[0], v_cache=vectors[1]))
+    assert_exact(ops.ragged_attention(*gpu.tensors, **gpu.options), exact)
+    new, where = batch.q[:, :2].cuda(), torch.arange(batch.q.shape[0]).cuda()
+    caches = [torch.zeros(1, len(where), 2, head_size + SCALE_BYTES, dtype=torch.int8).cuda() for _ in range(2)]
+    ops.append_kv(*caches, new, -new, torch.zeros_like(where), where)
+    assert torch.equal(caches[0][0].cpu(), pack_kv(batch.q[:, :2]))
+    assert torch.equal(caches[1][0].cpu(), pack_kv(-batch.q[:, :2]))
 
 
 def test_float64_is_served_by_the_reference() -> None:

@@ -144,6 +144,11 @@ def test_blocks(name, options, monkeypatch):
     _compare(lambda model: NEAR[name](_near(model)), (*WAYS, *WAYS), **options)
 
 
+@pytest.mark.parametrize("name", ["prompt-lookup", "draft-model-tree"])
+def test_keys_and_values_in_8_bits(name):
+    _compare(lambda model: NEAR[name](_near(model)), kv_dtype="int8")
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize(("name", "chunk"), [("prompt-lookup", 16), ("draft-model-tree", 40)])
 def test_rings(name, chunk, backend, monkeypatch):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from emssd_compile.ops._ancestors import WORD_BITS
+from emssd_compile.ops.triton.packed_kv import aligned, load_scales
 
 _WORD_BITS = tl.constexpr(WORD_BITS)
 # Sizes that differ from step to step: Triton would compile anew where one happens to be 1 or a multiple of 16.
@@ -60,8 +61,11 @@ def attend(
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     PAGE: tl.constexpr,  # slots of a block of the pool
+    ALIGNED: tl.constexpr,  # packed vectors lie at multiples of `packed_kv.ALIGNMENT`
 ):
     """One tile of queries, one KV head, one split of the row's slots."""
+    if ALIGNED:
+        k_strides, v_strides = aligned(k_strides), aligned(v_strides)
     row, begin, end, first_query = _find_tile(
         tl.program_id(0), offsets, num_rows, num_tokens, GROUP, BLOCK_ROWS, BLOCK_QUERIES
     )
@@ -194,6 +198,8 @@ def _attend_slots(
     """Add the slots `first_slot .. stop_slot - 1` to the running sums; without MASKED every query sees all of them."""
     block = tl.arange(0, BLOCK_SLOTS)
     head_dims, value_dims = tl.arange(0, BLOCK_HEAD), tl.arange(0, BLOCK_VALUE)
+    PACKED: tl.constexpr = keys.dtype.element_ty == tl.int8
+    key_scales, value_scales = keys + HEAD_SIZE, values + VALUE_SIZE  # where they lie in packed vectors
     keys += head_dims[:, None] * k_strides[3]
     values += value_dims[None, :] * v_strides[3]
     if block_table is None:
@@ -209,14 +215,19 @@ def _attend_slots(
         if MASKED:
             key_mask &= (slots < stop_slot)[None, :]
             value_mask &= (slots < stop_slot)[:, None]
+        slot_mask = slots < stop_slot
         if block_table is None:
-            k = tl.load(keys, mask=key_mask, other=0.0)
+            k = tl.load(keys, mask=key_mask, other=0)
+            line = slots.to(tl.int64) * k_strides[1]
         else:
-            number = tl.load(block_table + slots // PAGE, mask=slots < stop_slot, other=-1).to(tl.int64)
-            key_mask &= (number >= 0)[None, :]  # what a GPU cannot report must at least not be another row's
-            value_mask &= (number >= 0)[:, None]
-            in_pool = number * k_strides[0] + (slots % PAGE) * k_strides[1]
-            k = tl.load(keys + in_pool[None, :], mask=key_mask, other=0.0)
+            number = tl.load(block_table + slots // PAGE, mask=slot_mask, other=-1).to(tl.int64)
+            slot_mask &= number >= 0  # what a GPU cannot report must at least not be another row's
+            key_mask &= slot_mask[None, :]
+            value_mask &= slot_mask[:, None]
+            line = number * k_strides[0] + (slots % PAGE) * k_strides[1]
+            k = tl.load(keys + line[None, :], mask=key_mask, other=0)
+        if PACKED:
+            k = (k.to(tl.float32) * load_scales(key_scales + line, slot_mask)[None, :]).to(queries.dtype)
         scores = tl.dot(queries, k, input_precision="ieee") * score_scale
         if score_cap is not None:
             scores = score_cap * _tanh(scores)
@@ -242,10 +253,13 @@ def _attend_slots(
         peak = new_peak
 
         if block_table is None:
-            v = tl.load(values, mask=value_mask, other=0.0)
+            v = tl.load(values, mask=value_mask, other=0)
+            line = slots.to(tl.int64) * v_strides[1]
         else:
-            in_pool = number * v_strides[0] + (slots % PAGE) * v_strides[1]
-            v = tl.load(values + in_pool[:, None], mask=value_mask, other=0.0)
+            line = number * v_strides[0] + (slots % PAGE) * v_strides[1]
+            v = tl.load(values + line[:, None], mask=value_mask, other=0)
+        if PACKED:
+            v = (v.to(tl.float32) * load_scales(value_scales + line, slot_mask)[:, None]).to(queries.dtype)
         if MASKED:
             # A weight of 0 does not hide what is not finite, and a rejected draft may overflow: taken out for all
             # queries of the tile, and given back as NaN to those who see it.

@@ -8,10 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
+from emssd_compile.ops._packed_kv import DTYPE, vector_size
 from emssd_compile.ops._scores import AttentionAttributes
 from emssd_compile.ops.triton.attention_kernel import attend
 from emssd_compile.ops.triton.launch import AttentionSizes, LaunchConfig, Processors, block_size, plan_launch
 from emssd_compile.ops.triton.merge_kernel import merge_splits
+from emssd_compile.ops.triton.packed_kv import is_aligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute with; float32 in full precision, not as TF32."""
@@ -35,8 +37,9 @@ def ragged_attention_triton(
 ) -> Tensor:
     """Arguments and result as `emssd_compile.ops.ragged_attention` has them, in one of `DTYPES` and of any strides.
 
-    Nothing is read back to the host, and what is allocated and launched depends on sizes alone. Values that do not fit
-    (a row that reaches past its cache) cannot be reported from a GPU: slots outside the cache are not read.
+    Only packed vectors must be lines of bytes. Nothing is read back to the host, and what is allocated and launched
+    depends on sizes alone. Values that do not fit (a row that reaches past its cache) cannot be reported from a GPU:
+    slots outside the cache are not read.
 
     Args:
         ancestors, block_table, **attributes: as the op has them; blocks are of a power of two of slots.
@@ -95,6 +98,7 @@ def ragged_attention_triton(
             BLOCK_HEAD=block_size(sizes.head_size),
             BLOCK_VALUE=block_size(sizes.value_size),
             PAGE=1 if block_table is None else k_cache.shape[1],
+            ALIGNED=is_aligned(k_cache) and is_aligned(v_cache),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -131,10 +135,10 @@ def check_arguments(
     Raises:
         RuntimeError: they do not.
     """
-    fits = q.dim() == 3 and k_cache.dim() == 4 and v_cache.dim() == 4 and q.shape[2] == k_cache.shape[3]
+    fits = q.dim() == 3 and k_cache.dim() == 4 and v_cache.dim() == 4 and q.shape[2] == vector_size(k_cache)
     fits = fits and k_cache.shape[:3] == v_cache.shape[:3] and q.shape[1] % k_cache.shape[2] == 0
     _check(fits, "q [T, Hq, Dk], k_cache [B, C, Hkv, Dk] and v_cache [B, C, Hkv, Dv]", q, k_cache, v_cache)
-    (num_tokens, num_heads, head_size), (num_rows, capacity, num_kv_heads, value_size) = q.shape, v_cache.shape
+    (num_tokens, num_heads, head_size), (num_rows, capacity, num_kv_heads) = q.shape, v_cache.shape[:3]
     if block_table is not None:
         page, num_rows = capacity, lengths.shape[0]
         fits = block_table.dim() == 2 and block_table.shape[0] == num_rows and block_table.dtype == torch.int32
@@ -151,8 +155,11 @@ def check_arguments(
     if ancestors is not None:
         fits = ancestors.dim() == 2 and ancestors.shape[0] == num_tokens and ancestors.dtype == torch.int32
         _check(fits, "q [T, Hq, Dk] and ancestors int32 [T, W]", q, ancestors)
-    one_dtype = q.dtype == k_cache.dtype == v_cache.dtype and q.dtype in DTYPES
-    _check(one_dtype, "q, k_cache and v_cache of one dtype among float32, bfloat16 and float16", q, k_cache, v_cache)
+    is_packed = k_cache.stride(3) == v_cache.stride(3) == 1 and k_cache.dtype == DTYPE
+    fits = k_cache.dtype == v_cache.dtype and (k_cache.dtype == q.dtype or is_packed) and q.dtype in DTYPES
+    what = "q, k_cache and v_cache of one dtype among float32, bfloat16 and float16, or caches of packed vectors,"
+    _check(fits, what, q, k_cache, v_cache)
+    value_size = vector_size(v_cache)
     return AttentionSizes(num_tokens, num_rows, capacity, num_heads, num_kv_heads, head_size, value_size, q.dtype)
 
 

@@ -36,7 +36,7 @@ def applies(
     plain = in_use(attributes) <= {"scale", "window"} and ancestors is None and block_table is None
     head_size = q.shape[2]
     fits = head_size == v_cache.shape[3] and head_size % 8 == 0 and head_size <= _MAX_HEAD_SIZE
-    half = q.dtype in (torch.float16, torch.bfloat16)
+    half = q.dtype in (torch.float16, torch.bfloat16) and k_cache.dtype == q.dtype
     laid_out = k_cache.is_contiguous() and v_cache.is_contiguous() and q.stride(2) == 1
     return is_available() and plain and fits and half and laid_out
 
