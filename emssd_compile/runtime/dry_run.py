@@ -14,7 +14,8 @@ from emssd_compile.runtime.kv_memory import KVMemory
 from emssd_compile.runtime.launch import Launcher
 
 CONTEXT = 1024  # tokens that each row holds, if it has room for twice as many
-ROUNDS = 4
+ROUNDS = 2, 4  # fewest and most
+ENOUGH_SECONDS = 0.5  # after which there are no more than the fewest: what disturbs a step is little beside a long one
 
 
 class DryRun:
@@ -62,8 +63,12 @@ class DryRun:
         active = self._launcher.tensors["active"]
         self._launcher.assign("active", torch.zeros_like(active))
         sizes = {count: self._sizes(count) for count in tokens}
-        rounds = [{count: self._timed(size) for count, size in sizes.items()} for _ in range(ROUNDS + 1)][1:]
-        return {count: min(seconds[count] for seconds in rounds) for count in sizes}
+        fewest, most = ROUNDS
+        rounds: list[dict[int, float]] = []
+        started = time.perf_counter()
+        while len(rounds) <= fewest or (len(rounds) <= most and time.perf_counter() - started < ENOUGH_SECONDS):
+            rounds.append({count: self._timed(size) for count, size in sizes.items()})
+        return {count: min(seconds[count] for seconds in rounds[1:]) for count in sizes}
 
     def _timed(self, sizes: StepSizes) -> float:
         started = time.perf_counter()
