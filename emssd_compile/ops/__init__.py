@@ -17,13 +17,14 @@ from emssd_compile.ops._move_kv import move_kv
 from emssd_compile.ops._ragged_attention import ragged_attention
 from emssd_compile.ops._tiled_attention import tiled_attention
 from emssd_compile.ops._update_kv import update_kv
-from emssd_compile.ops.cpu_library import cpu_kernel_status, load_cpu_kernels
+from emssd_compile.ops.cpu_library import begin_cpu_kernels, cpu_kernel_status, load_cpu_kernels
 from emssd_compile.ops.cuda_library import cuda_kernel_status, load_cuda_kernels
 
 __all__ = [
     "WORD_BITS",
     "append_kv",
     "attention",
+    "begin_kernels",
     "cpu_kernel_status",
     "cuda_kernel_status",
     "fingerprint",
@@ -40,6 +41,12 @@ __all__ = [
     "tiled_attention",
     "update_kv",
 ]
+
+
+def begin_kernels(device_type: str) -> None:
+    """Begins in the background what `load_kernels` may have to wait for."""
+    if device_type == "cpu":
+        begin_cpu_kernels()
 
 
 def load_kernels(device_type: str) -> bool:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,14 +43,24 @@ _OPS = (
     "move_kv",
     "ragged_attention",
 )
-"""Those that library.cpp implements."""
+"""Those that the library implements."""
 _SEAL_BYTES = hashlib.sha256().digest_size
 _prebuilt: list[str] = []  # the library in use where none could be built
+_begun: list[Future[tuple[Path | None, bytes]]] = []  # what `begin_cpu_kernels` began and nobody has asked for
 _lock = threading.RLock()
 
 
 class CannotBuildError(Exception):
     """Why there is no C++ form on this machine."""
+
+
+def begin_cpu_kernels() -> None:
+    """Begins to build what `load_cpu_kernels` waits for, in the background: compilers are processes of their own."""
+    with _lock:
+        if not (_begun or _load.cache_info().currsize or _is_disabled()):
+            pool = ThreadPoolExecutor(1, thread_name_prefix="emssd-cpu-kernels")
+            _begun.append(pool.submit(_build))
+            pool.shutdown(wait=False)
 
 
 def load_cpu_kernels(prebuilt: Callable[[], bytes] | None = None, origin: object = None) -> bool:
@@ -113,7 +124,7 @@ def _load() -> tuple[bool, str]:
     if _is_disabled():
         return False, "reference: EMSSD_CPU_KERNELS=0 is set"
     try:
-        library, content = _build()
+        library, content = _begun.pop().result() if _begun else _build()
         if library is None:
             _load_content(content)
         else:
@@ -221,14 +232,19 @@ def _compile(compiler: list[str], flags: list[str], definitions: str, folder: Pa
     # torch.utils.cpp_extension imports setuptools; only a build pays for that.
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    source, obj, library = folder / "source.cpp", folder / "source.o", folder / "library.so"
-    source.write_text(f'#include "library.cpp"\n{definitions}')
+    sources, library = sorted(_SOURCES.glob("*.cpp")), folder / "library.so"
+    if definitions:
+        sources.append(folder / "definitions.cpp")
+        sources[-1].write_text(f"#include <torch/library.h>\n{definitions}")
+    objects = [folder / f"{source.stem}.o" for source in sources]
     includes = [f"-I{path}" for path in (_SOURCES, *include_paths())]
-    _run([*compiler, *flags, *includes, "-c", str(source), "-o", str(obj)])
+    pairs = zip(map(str, sources), map(str, objects), strict=True)
+    with ThreadPoolExecutor(len(sources)) as pool:
+        [*pool.map(_run, ([*compiler, *flags, *includes, "-c", source, "-o", obj] for source, obj in pairs))]
     # Linked without -fopenmp: the OpenMP functions must come from the runtime torch brings, never from a second one.
     # -z now: should torch's runtime lack one of them, loading fails here instead of the first call.
     search = [f"-L{path}" for path in library_paths()]
-    _run([*compiler, "-shared", str(obj), "-o", str(library), *search, "-ltorch_cpu", "-lc10", "-Wl,-z,now"])
+    _run([*compiler, "-shared", *map(str, objects), "-o", str(library), *search, "-ltorch_cpu", "-lc10", "-Wl,-z,now"])
     return library
 
 

@@ -1,11 +1,14 @@
+import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from emssd_compile import ops
 from emssd_compile.ops import cpu_library
@@ -204,6 +207,48 @@ def test_where_nothing_can_be_kept_the_library_serves_this_process(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home
     assert cpu_library._build() == (None, CONTENT)
+
+
+@pytest.fixture
+def first_load(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """As in a process that has loaded nothing; the libraries that are loaded, which do nothing."""
+    loaded: list[Path] = []
+    monkeypatch.setattr(cpu_library, "_load", functools.cache(cpu_library._load.__wrapped__))
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    return loaded
+
+
+def test_what_was_begun_is_built_once_and_waited_for(
+    quick_build: Path, first_load: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    slow, build = threading.Event(), cpu_library._build
+
+    def built_slowly() -> tuple[Path | None, bytes]:
+        built.append(threading.current_thread().name)
+        slow.wait(60)
+        return build()
+
+    monkeypatch.setattr(cpu_library, "_build", built_slowly)
+    for _ in range(2):
+        cpu_library.begin_cpu_kernels()  # returns at once
+    assert not first_load
+    slow.set()
+    assert ops.load_cpu_kernels()
+    cpu_library.begin_cpu_kernels()
+    assert ops.load_cpu_kernels()
+    assert first_load == [quick_build]
+    assert len(built) == 1
+    assert built != [threading.current_thread().name]
+
+
+def test_what_was_begun_and_failed_is_told_when_it_is_asked_for(
+    first_load: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"EMSSD_CACHE_DIR": str(tmp_path), "CXX": "false"}.items():
+        monkeypatch.setenv(name, value)
+    cpu_library.begin_cpu_kernels()
+    assert cpu_library._load() == (False, "reference: false failed: exit status 1")
 
 
 UNWRITABLE_PROGRAM = """
