@@ -8,6 +8,7 @@ all passes, with their proofs, and beside the model.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import zlib
@@ -20,7 +21,10 @@ from torch import Tensor, fx, nn
 from emssd_compile import graph_text, identity
 from emssd_compile.capture import capture, check_model, device_of
 from emssd_compile.files import cache_folder, write_whole
+from emssd_compile.ops import begin_kernels
+from emssd_compile.reached_code import UnknownError
 
+_logger = logging.getLogger(__name__)
 _MOST = 256
 """Graphs that are kept; the one that was not used for longest goes first."""
 
@@ -34,6 +38,7 @@ class CapturedGraph:
         fresh: capture it, whatever is kept.
 
     Attributes:
+        code: `identity.code_of(model)`, told before anything was done; None if it cannot be told.
         graph_module: level L0.
         was_kept: whether it was read.
         seconds: that it took.
@@ -46,7 +51,9 @@ class CapturedGraph:
         start = time.perf_counter()
         check_model(model)
         self._text = ""
-        self._path = _path(model, longest)
+        self.code = identity.known_code(model)
+        self._path = _path(model, longest, self.code)
+        begin_kernels(device_of(model).type)
         tensors = dict(chain(model.named_parameters(), model.named_buffers()))
         known = None if fresh or self._path is None else _read(self._path, tensors)
         self.was_kept = known is not None
@@ -77,27 +84,33 @@ class CapturedGraph:
                 path.unlink(missing_ok=True)
 
 
-def _path(model: nn.Module, longest: int) -> Path | None:
+def _path(model: nn.Module, longest: int, code: identity.Code | None) -> Path | None:
     """Where the graph is kept: a name that is another one if anything changes that it follows from.
 
     None if that cannot be told (`identity`).
     """
     try:
-        told = (*identity.code_of(model), *identity.held_by(model))
-    except identity.UnknownError:
+        held = identity.held_by(model)
+    except UnknownError:
+        return None
+    if code is None:
         return None
     surroundings = identity.own_sources(), *identity.machine([device_of(model)]), torch.get_default_dtype(), longest
-    return cache_folder() / "captured_graphs" / identity.digest_of((*surroundings, *told)).hexdigest()
+    return cache_folder() / "captured_graphs" / identity.digest_of((*surroundings, *code, *held)).hexdigest()
 
 
 def _read(path: Path, tensors: dict[str, Tensor]) -> fx.GraphModule | None:
     """The graph that is kept there, if there is one that can be read."""
     try:
-        text = zlib.decompress(path.read_bytes()).decode()
-        os.utime(path)
-    except (OSError, ValueError, zlib.error):
+        graph_module = graph_text.read(zlib.decompress(path.read_bytes()).decode(), tensors)
+    except FileNotFoundError:
         return None
-    return graph_text.read(text, tensors)
+    except Exception as error:  # whatever somebody has put there
+        _logger.warning("%s cannot be read (%s), so the model is captured anew", path, error)
+        return None
+    with contextlib.suppress(OSError):  # a folder that is only read
+        os.utime(path)
+    return graph_module
 
 
 def _last_use(path: Path) -> float:

@@ -5,37 +5,31 @@ Two models that are the same by all of this have the same forward. Where it cann
 
 from __future__ import annotations
 
-import enum
 import functools
 import hashlib
-import inspect
 import platform
 import sys
-import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emssd_compile.files import hash_of_sources
+from emssd_compile.reached_code import PLAIN, ReachedCode, UnknownError, content
 from emssd_compile.structure import HARMLESS_OF_CONFIGS, HARMLESS_OF_MODULES
 
 _ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules"})
 """Attributes of a module that are told as the model's tensors and modules."""
 _DEPTH = 6
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout)
+Code = tuple[object, ...]
 
 
-class UnknownError(Exception):
-    """There is something of which it cannot be told what it is."""
-
-
-def code_of(model: nn.Module) -> tuple[object, ...]:
-    """What the model's classes are: versions of their packages, their functions, and what lies beside them.
+def code_of(model: nn.Module) -> Code:
+    """The versions of the packages that the model's classes are of, and all code that their forwards may reach.
 
     Raises:
         UnknownError: some of the code is of no installed package, or was put there at run time.
@@ -50,7 +44,15 @@ def code_of(model: nn.Module) -> tuple[object, ...]:
         kinds |= {*type(module).__mro__}
     names = {kind.__module__.partition(".")[0] for kind in kinds} - {"builtins", "typing", "abc"}
     packages = {name: package(name) for name in sorted(names)}
-    return (packages, *_functions(kinds, tuple(folder for _, folder in packages.values())))
+    return packages, *ReachedCode(model.modules(), tuple(folder for _, folder in packages.values())).told
+
+
+def known_code(model: nn.Module) -> Code | None:
+    """`code_of(model)`; None if it cannot be told."""
+    try:
+        return code_of(model)
+    except UnknownError:
+        return None
 
 
 def digest_of(parts: Iterable[object]) -> hashlib._Hash:
@@ -73,56 +75,16 @@ def own_sources() -> str:
     return hash_of_sources(Path(__file__).parent)
 
 
-@functools.cache
-def _installed() -> tuple[str, ...]:
-    """What the names of files of installed code begin with; what is made by exec has no file."""
-    return "<", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))
-
-
 def package(name: str) -> tuple[str, str]:
     """Version and folder of an installed package. Raises UnknownError if its version does not say what it is."""
     try:
         distribution, folder = metadata.distribution(name), sys.modules[name].__file__
     except (metadata.PackageNotFoundError, LookupError) as error:
         raise UnknownError(f"{name} is of no package") from error
-    if folder is None or "editable" in (distribution.read_text("direct_url.json") or ""):
+    source = distribution.read_text("direct_url.json") or ""  # of what no index gave: the commit, or the hash
+    if folder is None or "dir_info" in source:
         raise UnknownError(f"the version of {name} does not say what it is")
-    return distribution.version, str(Path(folder).parent)
-
-
-def _functions(kinds: set[type], folders: tuple[str, ...]) -> Iterator[tuple[object, ...]]:
-    """All functions of these classes and beside them."""
-    modules = {kind.__module__ for kind in kinds}
-    if not modules <= sys.modules.keys():
-        raise UnknownError("a class of no module")
-    for holder in sorted((*(sys.modules[name] for name in modules), *kinds), key=repr):
-        for name, value in sorted(vars(holder).items()):
-            function = _function(value)
-            if isinstance(function, FunctionType):
-                yield repr(holder), name, _body(inspect.unwrap(function), folders)
-
-
-def _function(value: object) -> object:
-    """What is called of what a class holds."""
-    if isinstance(value, (staticmethod, classmethod)):
-        return value.__func__
-    return value.fget if isinstance(value, property) else value
-
-
-def _body(function: FunctionType, folders: tuple[str, ...] = ()) -> tuple[object, ...]:
-    code = function.__code__
-    if not code.co_filename.startswith((*_installed(), *folders)):
-        raise UnknownError(f"{function.__qualname__} was not installed")
-    return _of(code)
-
-
-def _of(code: CodeType) -> tuple[object, ...]:
-    """What a function does; marshal would tell as well how often its constants are used elsewhere."""
-    constants = (
-        _of(each) if isinstance(each, CodeType) else sorted(map(repr, each)) if isinstance(each, frozenset) else each
-        for each in code.co_consts
-    )
-    return code.co_filename, code.co_code, code.co_names, *constants
+    return distribution.version + source, str(Path(folder).parent)
 
 
 def held_by(model: nn.Module) -> tuple[object, ...]:
@@ -179,8 +141,8 @@ class _Describer:
         return [(name, self.value(held[name], depth)) for name in sorted(held) if name not in harmless]
 
     def constants(self, namespace: Mapping[str, object]) -> list[tuple[str, object]]:
-        """Numbers, texts, registries and tensors of a class or a module; functions are told by `code_of`."""
-        kinds = (*_PLAIN, Mapping, Tensor)
+        """Numbers, texts, containers and tensors of a class or a module; functions are told by `code_of`."""
+        kinds = (*PLAIN, Mapping, list, tuple, set, frozenset, Tensor)
         held = {name: value for name, value in namespace.items() if not name.startswith("__")}
         return [(name, self.value(held[name], 0)) for name in sorted(held) if isinstance(held[name], kinds)]
 
@@ -188,7 +150,7 @@ class _Describer:
         """Anything that a module may hold. Raises UnknownError if it is of another kind."""
         if id(value) in self._known:
             return self._known[id(value)]
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value).__name__, repr(value)
         if depth < _DEPTH:
             deeper = functools.partial(self.value, depth=depth + 1)
@@ -203,8 +165,8 @@ class _Describer:
             if isinstance(value, MethodType):
                 return "method", deeper(value.__self__), deeper(value.__func__)
             if isinstance(value, FunctionType):
-                cells = [deeper(cell.cell_contents) for cell in value.__closure__ or ()]
-                return _body(value), cells, deeper(value.__defaults__), deeper(value.__kwdefaults__)
+                cells = [deeper(content(cell)) for cell in value.__closure__ or ()]
+                return value.__qualname__, cells, deeper(value.__defaults__), deeper(value.__kwdefaults__)
             if isinstance(value, type):
                 return self._of_package(value)
             if isinstance(value, BuiltinFunctionType) and value.__self__ is torch._C._nn:

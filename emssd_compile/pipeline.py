@@ -18,7 +18,6 @@ from emssd_compile.errors import PartError, ProbeError, ProcessorError, Unsuppor
 from emssd_compile.layouts import LAYOUTS
 from emssd_compile.length import length_limit
 from emssd_compile.logits import LogitsProcessor
-from emssd_compile.ops import begin_kernels
 from emssd_compile.options import CompileOptions
 from emssd_compile.passes import PassRecord
 from emssd_compile.selfcheck import check_against
@@ -38,7 +37,6 @@ def compile_compared(model: nn.Module, batch: BatchShape, taps: tuple[int, ...] 
     Raises:
         InvalidInputError, UnsupportedModelError, OptionError: as `compiler.compile_model` and `check_against`.
     """
-    begin_kernels(device_of(model).type)
     captured = CapturedGraph(model, batch.capacity)
     if captured.was_kept:
         with suppress(UnsupportedModelError):  # whatever it is, a graph of this moment is the one to say so
@@ -54,7 +52,7 @@ def _rewritten(model: nn.Module, captured: CapturedGraph, batch: BatchShape, tap
     notes = ("read: it was captured on an earlier start",) if captured.was_kept else ()
     record = PassRecord("capture", "L0", 0, count, count, captured.seconds, notes)
     compiled = rewrite(captured.graph_module, batch, taps, [record])
-    check_against(model, compiled)
+    check_against(model, compiled, captured.code)
     return compiled
 
 

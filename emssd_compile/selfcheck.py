@@ -13,6 +13,7 @@ from emssd_compile import tested_graphs
 from emssd_compile.capture import PlainForward, device_of
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
+from emssd_compile.identity import Code
 from emssd_compile.memory import available_memory
 from emssd_compile.passes import PassRecord
 from emssd_compile.precision import Precision, coarsest
@@ -58,7 +59,7 @@ class _Prompts:
         return cls(ids.to(device), lengths, first, compared)
 
 
-def check_against(model: nn.Module, compiled: CompiledModel) -> None:
+def check_against(model: nn.Module, compiled: CompiledModel, code: Code | None = None) -> None:
     """Run ragged random prompts in two chunks through `compiled` and one by one through `model`.
 
     The proofs of the passes rest on what a graph says; this rests on what the model does. It catches a forward whose
@@ -69,6 +70,10 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
     pass as rounding; where that is impossible, with the rounding of its coarsest dtype. What was compared is noted in
     the compiled model's records.
 
+    Args:
+        model, compiled: to be compared.
+        code: the model's, if it was told before (`identity.code_of`): to capture a model may change what can be told.
+
     Raises:
         UnsupportedModelError: logits differ by more than rounding.
     """
@@ -77,7 +82,7 @@ def check_against(model: nn.Module, compiled: CompiledModel) -> None:
     own = _coarsest(compiled)
     longest = _longest(compiled, device)
     raised = own not in _TOLERANCE and _room_for_float32(model, device)
-    name = tested_graphs.name_of(model, compiled, raised) if longest > _BRIEF else None
+    name = tested_graphs.name_of(model, compiled, raised, code) if longest > _BRIEF else None
     known = name is not None and tested_graphs.tested_length(name) >= longest
     prompts = _Prompts.of(compiled.vocabulary, _BRIEF if known else longest, device)
     try:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel
 
 
-def name_of(model: nn.Module, compiled: CompiledModel, how: object) -> str | None:
+def name_of(model: nn.Module, compiled: CompiledModel, how: object, code: identity.Code | None = None) -> str | None:
     """A name that is another one if anything changes that may tell the graph from its model, but for what weights say.
 
     That is: the graph and its sizes, the tensors that passes have looked at, what the model's modules are and hold
@@ -29,10 +29,10 @@ def name_of(model: nn.Module, compiled: CompiledModel, how: object) -> str | Non
     Args:
         model, compiled: that are compared.
         how: they are.
+        code: the model's (`identity.code_of`), if it was told before.
     """
-    try:
-        code = identity.code_of(model)
-    except identity.UnknownError:
+    code = code or identity.known_code(model)
+    if code is None:
         return None
     devices = {tensor.device for tensor in compiled.graph_module.state_dict().values()}
     told = (identity.own_sources(), how, *code, *identity.machine(devices), *_graph(compiled), *_modules(model))

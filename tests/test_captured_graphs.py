@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import zlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import masking_utils
 from transformers.models.llama import modeling_llama
+from transformers.utils import can_return_tuple
 
 import emssd_compile
-from emssd_compile import captured_graphs, identity, pipeline
+from emssd_compile import captured_graphs, identity, pipeline, reached_code
 from emssd_compile.capture import capture
 from emssd_compile.captured_graphs import CapturedGraph
 from emssd_compile.errors import UnsupportedModelError
@@ -54,8 +60,12 @@ def _compiled(model: nn.Module) -> None:
     pipeline.compile_compared(model, BatchShape(2, LONGEST))
 
 
+def _known_path(model: nn.Module, longest: int = LONGEST) -> Path | None:
+    return captured_graphs._path(model, longest, identity.known_code(model))
+
+
 def _path(model: nn.Module, longest: int) -> Path:
-    path = captured_graphs._path(model, longest)
+    path = _known_path(model, longest)
     assert path is not None
     return path
 
@@ -122,7 +132,33 @@ def _class_constant(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _patched_property(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(model.model.norm), "extra", property(nn.Module.extra_repr), raising=False)
+    monkeypatch.setattr(type(model.model.norm), "variance_epsilon", property(nn.Module.extra_repr), raising=False)
+
+
+def _module_constant(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "SIZES", [70, 90], raising=False)
+
+
+def _default(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama.eager_attention_forward, "__defaults__", (0.5,))
+
+
+def _keyword_default(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking_utils.sdpa_mask, "__kwdefaults__", {"local_size": 70})
+
+
+def _far_function(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called by what the model's module calls."""
+    monkeypatch.setattr(masking_utils, "sdpa_mask", masking_utils.eager_mask)
+
+
+def _registered_mask(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(masks._global_mapping, "sdpa", masks["eager"])
+
+
+def _of_torch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.functional, "silu", nn.functional.gelu)
 
 
 def _released(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +202,8 @@ def _default_dtype(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 CHANGES = (
     *(_held, _configured, _listed, _patched_class, _patched_function, _registered, _released, _rewritten),
-    *(_class_constant, _patched_property),
+    *(_class_constant, _patched_property, _module_constant, _default, _keyword_default),
+    *(_far_function, _registered_mask, _of_torch),
     *(_exchanged, _tied, _narrower, _transposed, _with_bias, _other_activation, _default_dtype),
 )
 
@@ -174,12 +211,12 @@ CHANGES = (
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_change_of_what_a_graph_follows_from_has_another_graph(change, monkeypatch):
     model = toy_model("llama")
-    before = captured_graphs._path(model, LONGEST)
+    before = _known_path(model)
     assert before is not None
-    assert before == captured_graphs._path(toy_model("llama", seed=1), LONGEST)
-    assert before != captured_graphs._path(model, LONGEST + 1)
+    assert before == _known_path(toy_model("llama", seed=1))
+    assert before != _known_path(model, LONGEST + 1)
     change(model, monkeypatch)
-    assert captured_graphs._path(model, LONGEST) not in {before, None}
+    assert _known_path(model) not in {before, None}
 
 
 class _Own(nn.Linear):
@@ -217,7 +254,70 @@ def _holds_something(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.norm.generator = torch.Generator()
 
 
-NAMELESS = (_hooked, _of_own_class, _own_function, _own_attention, _holds_a_function, _holds_a_tensor, _holds_something)
+def _wrapped(function: Any) -> Any:
+    """An own function that says of itself that it is another one."""
+
+    @functools.wraps(function)
+    def wrapper(*given: Any, **options: Any) -> Any:
+        return function(*given, **options)
+
+    return wrapper
+
+
+def _wrapped_method(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", _wrapped(modeling_llama.LlamaMLP.forward))
+
+
+def _wrapped_of_torch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Linear, "forward", _wrapped(nn.Linear.forward))
+
+
+def _wrapped_function(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", _wrapped(modeling_llama.apply_rotary_pos_emb))
+
+
+def _own_kernel(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: q)
+
+
+def _own_tensor_method(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "transpose", lambda tensor, first, second: tensor.swapaxes(first, second))
+
+
+def _own_mask(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(masks._global_mapping, "sdpa", lambda *given, **options: None)
+
+
+def _without_positions(q: Any, k: Any, *rotations: Any) -> Any:
+    return q, k
+
+
+def _own_partial(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", functools.partial(_without_positions))
+
+
+class _Called:
+    def __call__(self, *given: Any) -> Any:
+        return given[:2]
+
+
+def _own_object(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", _Called())
+
+
+def _in_a_closure(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a decorator of transformers, around an own function."""
+    monkeypatch.setattr(
+        modeling_llama.LlamaModel, "forward", can_return_tuple(_wrapped(modeling_llama.LlamaModel.forward))
+    )
+
+
+NAMELESS = (
+    *(_hooked, _of_own_class, _own_function, _own_attention, _holds_a_function, _holds_a_tensor, _holds_something),
+    *(_wrapped_method, _wrapped_of_torch, _wrapped_function, _own_kernel, _own_mask, _own_partial, _own_object),
+    *(_in_a_closure, _own_tensor_method),
+)
 
 
 @pytest.mark.parametrize("change", NAMELESS)
@@ -226,6 +326,49 @@ def test_where_it_cannot_be_told_what_a_graph_follows_from_none_is_kept(change, 
     change(model, monkeypatch)
     CapturedGraph(model, LONGEST).keep()
     assert _files(tmp_path) == []
+
+
+def _partials() -> list[Any]:
+    return [functools.partial(modeling_llama.repeat_kv, n_rep=n) for n in (1, 2)]
+
+
+def _objects() -> list[Any]:
+    found = [_Called(), _Called()]
+    for number, each in enumerate(found):
+        vars(each)["scale"] = [modeling_llama.repeat_kv, modeling_llama.rotate_half][number]
+    return found
+
+
+def _closures() -> list[Any]:
+    def scaled(scale: float) -> Any:
+        return lambda q, k, *others: (q * scale, k)
+
+    return [scaled(1.0), scaled(2.0)]
+
+
+@pytest.mark.parametrize("replacements", [_partials, _objects, _closures])
+def test_replacements_of_one_kind_are_told_apart(replacements, monkeypatch):
+    monkeypatch.setattr(reached_code, "_installed", lambda: ("",))  # as if these tests were a package
+    model, paths = toy_model("llama"), []
+    for each in replacements():
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", each)
+        paths.append(_path(model, LONGEST))
+    assert paths[0] != paths[1]
+
+
+def test_versions_say_what_is_within_only_if_an_index_or_a_commit_does(monkeypatch):
+    model, found = toy_model("llama"), []
+    read = metadata.PathDistribution.read_text
+    for source in ('{"vcs_info": {"commit_id": "a"}}', '{"vcs_info": {"commit_id": "b"}}', '{"dir_info": {}}'):
+        monkeypatch.setattr(
+            metadata.PathDistribution,
+            "read_text",
+            lambda self, name, source=source: source if name == "direct_url.json" else read(self, name),
+        )
+        found.append(_known_path(model))
+    assert found[0] != found[1]
+    assert None not in found[:2]
+    assert found[2] is None
 
 
 def test_a_hand_written_model_is_captured_each_time(captures, tmp_path):
@@ -247,7 +390,10 @@ def test_a_graph_that_is_not_the_models_is_captured_anew(captures, tmp_path):
     assert captures == [other, model]  # what was wrong has been written over
 
 
-@pytest.mark.parametrize("spoilt", [b"", b"nothing", slice(0, -9)])
+SPOILT = [b"", b"nothing", slice(0, -9), *(zlib.compress(text) for text in (b"{}", b"[]", b'{"nodes": []}'))]
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
 def test_what_cannot_be_read_is_captured_anew(spoilt, captures, tmp_path):
     model = toy_model("llama")
     _compiled(model)
@@ -259,8 +405,20 @@ def test_what_cannot_be_read_is_captured_anew(spoilt, captures, tmp_path):
     assert kept.read_bytes() == whole
 
 
+def test_a_folder_that_can_only_be_read_is_read(captures, monkeypatch):
+    model = toy_model("llama")
+    _compiled(model)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "utime", refuse)
+    _compiled(model)
+    assert captures == [model]
+
+
 def test_what_was_refused_is_not_kept(tmp_path, monkeypatch):
-    def refuse(model: nn.Module, compiled: object) -> None:
+    def refuse(model: nn.Module, compiled: object, code: object) -> None:
         raise UnsupportedModelError("it is another model")
 
     monkeypatch.setattr(pipeline, "check_against", refuse)
@@ -287,7 +445,7 @@ def test_those_that_were_used_last_are_kept(captures, tmp_path, monkeypatch):
 
 
 def test_weights_that_wrap_others_are_told_by_what_they_wrap(captures, monkeypatch):
-    monkeypatch.setattr(identity, "_installed", lambda: ("",))  # as if these tests were a package
+    monkeypatch.setattr(reached_code, "_installed", lambda: ("",))  # as if these tests were a package
     monkeypatch.setattr(identity, "package", lambda name: ("1", "/"))
     model, again = toy_model("llama"), toy_model("llama")
     with_weights(model)
