@@ -22,7 +22,6 @@ from emssd_compile import graph_text, identity
 from emssd_compile.capture import capture, check_model, device_of
 from emssd_compile.files import cache_folder, write_whole
 from emssd_compile.ops import begin_kernels
-from emssd_compile.reached_code import UnknownError
 
 _logger = logging.getLogger(__name__)
 _MOST = 256
@@ -51,7 +50,7 @@ class CapturedGraph:
         start = time.perf_counter()
         check_model(model)
         self._text = ""
-        self.code = identity.known_code(model)
+        self.code = identity.if_known(identity.code_of, model)
         self._path = _path(model, longest, self.code)
         begin_kernels(device_of(model).type)
         tensors = dict(chain(model.named_parameters(), model.named_buffers()))
@@ -84,16 +83,13 @@ class CapturedGraph:
                 path.unlink(missing_ok=True)
 
 
-def _path(model: nn.Module, longest: int, code: identity.Code | None) -> Path | None:
+def _path(model: nn.Module, longest: int, code: identity.Told | None) -> Path | None:
     """Where the graph is kept: a name that is another one if anything changes that it follows from.
 
     None if that cannot be told (`identity`).
     """
-    try:
-        held = identity.held_by(model)
-    except UnknownError:
-        return None
-    if code is None:
+    held = identity.if_known(identity.held_by, model)
+    if code is None or held is None:
         return None
     surroundings = identity.own_sources(), *identity.machine([device_of(model)]), torch.get_default_dtype(), longest
     return cache_folder() / "captured_graphs" / identity.digest_of((*surroundings, *code, *held)).hexdigest()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -25,10 +26,11 @@ from emssd_compile.structure import HARMLESS_OF_CONFIGS, HARMLESS_OF_MODULES
 _ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules"})
 """Attributes of a module that are told as the model's tensors and modules."""
 _DEPTH = 6
-Code = tuple[object, ...]
+_logger = logging.getLogger(__name__)
+Told = tuple[object, ...]
 
 
-def code_of(model: nn.Module) -> Code:
+def code_of(model: nn.Module) -> Told:
     """The versions of the packages that the model's classes are of, and all code that their forwards may reach.
 
     Raises:
@@ -47,11 +49,12 @@ def code_of(model: nn.Module) -> Code:
     return packages, *ReachedCode(model.modules(), tuple(folder for _, folder in packages.values())).told
 
 
-def known_code(model: nn.Module) -> Code | None:
-    """`code_of(model)`; None if it cannot be told."""
+def if_known(tell: Callable[[nn.Module], Told], model: nn.Module) -> Told | None:
+    """What `code_of` or `held_by` tell; None if it cannot be told, such as of what does not let itself be looked at."""
     try:
-        return code_of(model)
-    except UnknownError:
+        return tell(model)
+    except Exception as error:
+        _logger.debug("what a graph of %s follows from cannot be told: %s", type(model).__name__, error)
         return None
 
 
@@ -87,7 +90,7 @@ def package(name: str) -> tuple[str, str]:
     return distribution.version + source, str(Path(folder).parent)
 
 
-def held_by(model: nn.Module) -> tuple[object, ...]:
+def held_by(model: nn.Module) -> Told:
     """What a model's modules hold, and what its tensors are, but for their values.
 
     Raises:

@@ -13,7 +13,7 @@ from emssd_compile import tested_graphs
 from emssd_compile.capture import PlainForward, device_of
 from emssd_compile.compiler import CompiledModel
 from emssd_compile.errors import UnsupportedModelError
-from emssd_compile.identity import Code
+from emssd_compile.identity import Told
 from emssd_compile.memory import available_memory
 from emssd_compile.passes import PassRecord
 from emssd_compile.precision import Precision, coarsest
@@ -59,7 +59,7 @@ class _Prompts:
         return cls(ids.to(device), lengths, first, compared)
 
 
-def check_against(model: nn.Module, compiled: CompiledModel, code: Code | None = None) -> None:
+def check_against(model: nn.Module, compiled: CompiledModel, code: Told | None = None) -> None:
     """Run ragged random prompts in two chunks through `compiled` and one by one through `model`.
 
     The proofs of the passes rest on what a graph says; this rests on what the model does. It catches a forward whose

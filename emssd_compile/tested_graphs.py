@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from emssd_compile.compiler import CompiledModel
 
 
-def name_of(model: nn.Module, compiled: CompiledModel, how: object, code: identity.Code | None = None) -> str | None:
+def name_of(model: nn.Module, compiled: CompiledModel, how: object, code: identity.Told | None = None) -> str | None:
     """A name that is another one if anything changes that may tell the graph from its model, but for what weights say.
 
     That is: the graph and its sizes, the tensors that passes have looked at, what the model's modules are and hold
@@ -31,7 +31,7 @@ def name_of(model: nn.Module, compiled: CompiledModel, how: object, code: identi
         how: they are.
         code: the model's (`identity.code_of`), if it was told before.
     """
-    code = code or identity.known_code(model)
+    code = code or identity.if_known(identity.code_of, model)
     if code is None:
         return None
     devices = {tensor.device for tensor in compiled.graph_module.state_dict().values()}
