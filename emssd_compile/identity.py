@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emssd_compile.files import hash_of_sources
-from emssd_compile.reached_code import PLAIN, ReachedCode, UnknownError, content
+from emssd_compile.reached_code import PLAIN, REGISTERED, ReachedCode, UnknownError, content
 from emssd_compile.structure import HARMLESS_OF_CONFIGS, HARMLESS_OF_MODULES
 
-_ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules"})
-"""Attributes of a module that are told as the model's tensors and modules."""
 _DEPTH = 6
 _logger = logging.getLogger(__name__)
 Told = tuple[object, ...]
@@ -103,7 +101,7 @@ def held_by(model: nn.Module) -> Told:
     describe = _Describer(registered | {id(module): path for path, module in model.named_modules()})
     layouts = [(path, describe.layout(tensor)) for path, tensor in tensors]
     modules = [
-        (path, describe.kind(type(module)), describe.attributes(vars(module), HARMLESS_OF_MODULES | _ELSEWHERE, 0))
+        (path, describe.kind(type(module)), describe.attributes(vars(module), HARMLESS_OF_MODULES | REGISTERED, 0))
         for path, module in model.named_modules(remove_duplicate=False)
     ]
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}

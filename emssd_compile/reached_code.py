@@ -21,7 +21,8 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dty
 """What is told by how it prints."""
 _FIRST = frozenset({"forward"})
 """Names of the methods that are followed whether anything names them or not; so are those between underscores."""
-_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+"""Attributes of a module that are told as the model's tensors and modules."""
 _NOT_FOLLOWED = frozenset({"torch", "numpy", "emssd_compile", *sys.stdlib_module_names})
 _PARTS: dict[type, tuple[str, ...]] = {
     staticmethod: ("__func__",),
@@ -76,7 +77,7 @@ class ReachedCode:
             self._follow_class(kind)
         for module in self._modules.values():
             for name, value in vars(module).items():
-                if name not in _REGISTERED and not isinstance(value, Tensor):
+                if name not in REGISTERED and not isinstance(value, Tensor):
                     self._tell(name, value)
         self._follow()
 
@@ -145,7 +146,7 @@ class ReachedCode:
         if not (is_foreign or code.co_filename.startswith(self._installed)):
             raise UnknownError(f"{function.__qualname__} was not installed")
         made_with = (function.__defaults__, function.__kwdefaults__, [*map(content, function.__closure__ or ())])
-        self.told.append((name, body(code), [self._describe(each, 1, has_data=True) for each in made_with]))
+        self.told.append((name, _body(code), [self._describe(each, 1, has_data=True) for each in made_with]))
         if (inner := getattr(function, "__wrapped__", None)) is not None:
             self._tell(f"{name} wraps", inner)
         if not is_foreign or id(function.__globals__) in self._beside:
@@ -174,10 +175,10 @@ class ReachedCode:
                 self._tell(f"{holder}.{name}", space[name])
 
 
-def body(code: CodeType) -> tuple[object, ...]:
+def _body(code: CodeType) -> tuple[object, ...]:
     """What a function does; marshal would tell as well how often its constants are used elsewhere."""
     constants = (
-        body(each) if isinstance(each, CodeType) else sorted(map(repr, each)) if isinstance(each, frozenset) else each
+        _body(each) if isinstance(each, CodeType) else sorted(map(repr, each)) if isinstance(each, frozenset) else each
         for each in code.co_consts
     )
     return code.co_filename, code.co_code, code.co_names, code.co_varnames, code.co_flags, *constants

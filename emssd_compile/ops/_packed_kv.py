@@ -12,8 +12,10 @@ from torch import Tensor
 DTYPE = torch.int8
 """Of caches that hold packed vectors."""
 SCALE_BYTES = torch.float32.itemsize
-_LARGEST = 127
-_LEAST = 1e-30
+LARGEST = 127
+"""Of the integers."""
+LEAST = 1e-30
+"""Of what the largest component counts as."""
 
 
 def pack_kv(vectors: Tensor) -> Tensor:
@@ -26,7 +28,7 @@ def pack_kv(vectors: Tensor) -> Tensor:
         vectors: float ``[..., D]``.
     """
     wide = vectors.to(torch.float32)
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _LARGEST  # [..., 1]
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST) / LARGEST  # [..., 1]
     integers = (wide / scale).round().nan_to_num().to(DTYPE)  # [..., D]
     return torch.cat((integers, scale.view(DTYPE)), -1)
 

@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emssd_compile.ops._packed_kv import DTYPE, SCALE_BYTES
+from emssd_compile.ops._packed_kv import DTYPE, LARGEST, LEAST, SCALE_BYTES
 
 ALIGNMENT = 4
 """Bytes. Triton learns of strides by itself whether they are multiples of 16, which those of packed vectors are not."""
 
 _SCALE_BYTES = tl.constexpr(SCALE_BYTES)
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
-_LARGEST = tl.constexpr(127.0)
-_LEAST = tl.constexpr(1e-30)
+_LARGEST = tl.constexpr(float(LARGEST))
+_LEAST = tl.constexpr(LEAST)
 _ROUNDING = tl.constexpr(1.5 * 2**23)
 """Added to and taken from a float32 of less than 2^22, it leaves the nearest integer, the even one of two."""
 
