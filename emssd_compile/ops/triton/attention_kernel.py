@@ -212,10 +212,10 @@ def _attend_slots(
         slots = start + block
         key_mask = (head_dims < HEAD_SIZE)[:, None]
         value_mask = (value_dims < VALUE_SIZE)[None, :]
-        if MASKED:
-            key_mask &= (slots < stop_slot)[None, :]
-            value_mask &= (slots < stop_slot)[:, None]
         slot_mask = slots < stop_slot
+        if MASKED:
+            key_mask &= slot_mask[None, :]
+            value_mask &= slot_mask[:, None]
         if block_table is None:
             k = tl.load(keys, mask=key_mask, other=0)
             line = slots.to(tl.int64) * k_strides[1]
